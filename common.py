@@ -1,0 +1,489 @@
+"""What appears in no equation: options, device and precision, a run's files, progress, the ledger of models held."""
+import argparse
+import contextlib
+import copy
+import functools
+import glob
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
+
+import torch
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake of the user's: the message is one line that says what is wrong and how to mend it. Exit code 2."""
+
+
+class Stopped(Exception):
+    """Training cannot go on (a loss that is not finite, a stage that failed). Exit code 1."""
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+Count = Annotated[int, lambda x: x >= 1, "a whole number > 0"]
+Whole = Annotated[int, lambda x: x >= 0, "a whole number >= 0"]
+Positive = Annotated[float, lambda x: x > 0, "a number > 0"]
+NonNegative = Annotated[float, lambda x: x >= 0, "a number >= 0"]
+BelowHalf = Annotated[float, lambda x: 0 <= x < 0.5, "a number in [0, 0.5)"]
+
+
+@dataclass
+class Options:
+    """The options of every script; a script adds its own, and may give another default to one of these."""
+
+    task: str = "reviews"  # reviews, arithmetic:N (digits), or the path of a .jsonl or .jsonl.gz file
+    init: str = ""  # checkpoint to start from (default: out/<task>/sft.pt, made first where it is missing; a file needs one)
+    out: str = ""  # where the checkpoint goes, the record (.jsonl) beside it (default: out/<task>/<method>.pt)
+    steps: Count = 300  # optimizer steps (default: %(default)s; of a file: one epoch)
+    epochs: Whole = 0  # passes over a file or a fixed set, in place of --steps
+    batch_size: Count = 32  # examples an optimizer step
+    micro_batch: Whole = 0  # examples a forward pass: less memory, the same gradient (0: the batch; it must divide it)
+    lr: Positive = 1e-3  # AdamW learning rate at its peak; toy models take 10 to 100 times what the papers give large ones
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warmup: stay, fall to 0, or fall to a tenth
+    warmup: Whole = 20  # steps over which the learning rate rises from 0
+    weight_decay: NonNegative = 0.0  # of the weight matrices
+    grad_clip: Positive = 1.0  # largest norm of the gradient
+    max_new_tokens: Whole = 0  # longest sampled response, in tokens (0: the task's own: reviews 96, a file 256)
+    block_size: Whole = 0  # longest sequence, prompt and response, in tokens (0: the checkpoint's; it may only be shortened)
+    truncate: bool = False  # cut what does not fit: the prompt from its left, then the responses; otherwise the run stops
+    strict: bool = False  # refuse a file's useless rows (an empty answer, two equal ones), which are dropped otherwise
+    tokenizer: str = ""  # vocabulary file or tiktoken name (default: the checkpoint's; at random weights data/vocab.tiktoken)
+    seed: Whole = 0  # of weights, data and samples
+    device: str = "auto"  # cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)
+    dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"  # bfloat16: autocast, float32 weights (auto: on a GPU with it)
+    checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, a third more time
+    resume: bool = False  # go on from the state that an interrupted run left beside --out
+    save_every: Count = 100  # steps between saved states
+    log_every: Count = 10  # steps between lines of the record
+    eval_every: Whole = 0  # steps between evaluations on 128 test prompts (0: at the end only)
+    eval_file: str = ""  # JSONL file to evaluate on (default: the 5 %% of --task's prompts with the lowest hashes)
+
+
+def parse(cls, argv=None):
+    """The command line -> an instance of the options dataclass `cls`, with `given`, the names that stood on it.
+
+    Types come from the annotations, defaults from the fields, the help from the trailing comments, and the description from
+    the docstring of the module.
+    """
+    module = sys.modules[cls.__module__]
+    script = os.path.basename(module.__file__)
+    positional = "".join(f" {f.name.upper()}" for f in fields(cls) if f.default is MISSING)
+    parser = _Parser(prog=script, usage=f"python {script}{positional} [options]", description=module.__doc__, add_help=True,
+                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    comments = {}
+    for base in reversed(cls.__mro__[:-1]):
+        comments |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M))
+    for f in fields(cls):
+        note = comments[f.name] + ("" if "default" in comments[f.name] or f.type is bool else " (default: %(default)s)")
+        how = {"help": note, "default": argparse.SUPPRESS}
+        if f.type is bool:
+            how |= {"action": argparse.BooleanOptionalAction}
+        elif get_origin(f.type) is Literal:
+            how |= {"choices": get_args(f.type)}
+        elif get_origin(f.type) is Annotated:
+            how |= {"type": _number(*get_args(f.type)), "metavar": "N" if get_args(f.type)[0] is int else "X"}
+        else:
+            how |= {"type": str, "metavar": "S"}
+        how["help"] = how["help"].replace("%(default)s", str(f.default))
+        if f.default is MISSING:
+            parser.add_argument(f.name, help=comments[f.name])
+        else:
+            parser.add_argument("--" + f.name.replace("_", "-"), **how)
+    given = vars(parser.parse_args(argv))
+    o = cls(**given)
+    o.given = set(given)
+    return o
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def _number(kind, ok, words):
+    def read(text):
+        with contextlib.suppress(ValueError, OverflowError):
+            x = kind(text)
+            if math.isfinite(x) and ok(x):
+                return x
+        raise argparse.ArgumentTypeError(f"must be {words}, not {text!r}")
+
+    return read
+
+
+def refuse_unread(o, choice, reads):
+    """Stops where an option was given that the chosen variant does not read. reads: variant -> the names that it reads."""
+    variant = getattr(o, choice)
+    for name in sorted(o.given & set().union(*reads.values()) - reads[variant]):
+        users = " or ".join(f"--{choice} {v}" for v in reads if name in reads[v])
+        raise UserError(f"--{name.replace('_', '-')} is read by {users} only, not by --{choice} {variant}; leave one of the two out")
+
+
+def command(*errors):
+    """Decorates main(argv): a user's mistake (UserError or one of `errors`) ends in one line and exit code 2, Ctrl-C in 130."""
+
+    def decorate(main):
+        @functools.wraps(main)
+        def run(argv=None):
+            argv = sys.argv[1:] if argv is None else argv
+            script = os.path.basename(main.__code__.co_filename)
+            _stop_with_parent()
+            try:
+                return main(argv)
+            except (UserError, *errors) as e:
+                code, message = 2, str(e)
+            except Stopped as e:
+                code, message = 1, str(e)
+            except torch.OutOfMemoryError as e:
+                code, message = 1, f"out of memory ({str(e).splitlines()[0]}): try a smaller --micro-batch, or --checkpoint-activations"
+            except KeyboardInterrupt:
+                again = shlex.join(["python", script, *argv] + ["--resume"] * ("--resume" not in argv))
+                code, message = 130, f"interrupted; this goes on from the last saved step: {again}"
+            print(f"{script}: {message}", file=sys.stderr)
+            sys.exit(code)
+
+        return run
+
+    return decorate
+
+
+# ------------------------------------------------------------------------------------------------ stages and places
+
+
+def checkpoint_path(task, method):
+    """-> the default checkpoint of a method: out/<task>/<method>.pt"""
+    name = os.path.basename(task).removesuffix(".gz").removesuffix(".jsonl").replace(":", "-")
+    return os.path.join("out", name, f"{method}.pt")
+
+
+def is_file(task):
+    return task.endswith((".jsonl", ".jsonl.gz")) or os.path.exists(task)
+
+
+def stage(script, o):
+    """-> the default checkpoint of an earlier stage of the same task; its script is run first where there is none."""
+    path = checkpoint_path(o.task, script.removesuffix(".py"))
+    if is_file(o.task):
+        raise UserError(f"--init is needed with a file as the task: python {script} --task … makes a checkpoint to start from")
+    if not os.path.exists(path):
+        print(f"{path} does not exist yet: running {script} first (about half a minute on a laptop)", flush=True)
+        args = [sys.executable, Path(__file__).with_name(script), "--task", o.task, "--device", o.device, "--dtype", o.dtype]
+        start, code = time.time(), subprocess.run(args, env={**os.environ, "NANOPO_PARENT": str(os.getpid())}).returncode
+        if code == 130:
+            raise KeyboardInterrupt
+        if code:
+            raise Stopped(f"{script}, which makes {path}, failed with exit code {code}")
+        print(f"{path} is made, in {time.time() - start:.0f} s\n", flush=True)
+    return path
+
+
+def _stop_with_parent():
+    """A stage that another script started ends with it, also where that one was killed."""
+    parent = os.environ.pop("NANOPO_PARENT", None)
+
+    def watch():
+        while os.getppid() == int(parent):
+            time.sleep(0.2)
+        os._exit(1)
+
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+# ------------------------------------------------------------------------------------------------ optimization
+
+
+def adamw(model, o):
+    """AdamW with betas (0.9, 0.95), weight decay on the matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.95), fused=matrices[0].device.type in ("cpu", "cuda"))
+
+
+def lr_at(step, o):
+    """The learning rate of the optimizer step that is number `step` from 0."""
+    if step < o.warmup:
+        return o.lr * (step + 1) / o.warmup
+    done = (step - o.warmup) / max(1, o.steps - o.warmup)
+    return o.lr * {"constant": 1.0, "linear": 1 - done, "cosine": 0.55 + 0.45 * math.cos(math.pi * done)}[o.lr_schedule]
+
+
+def ledger(held):
+    """held: (role, model, trainable) each -> a list of plain records, bytes of weights, gradients and AdamW's two moments."""
+    out = []
+    for role, model, trainable in held:
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        out.append({"role": role, "trainable": trainable, "parameters": sum(p.numel() for p in model.parameters()), "bytes": weights * (4 if trainable else 1),
+                    "weight_bytes": weights, "gradient_bytes": weights * trainable, "optimizer_bytes": 2 * weights * trainable})  # fmt: skip
+    return out
+
+
+def ledger_lines(models):
+    lines = []
+    for m in models:
+        parts = f" (weights {m['weight_bytes'] / 1e6:.1f}, gradients {m['gradient_bytes'] / 1e6:.1f}, AdamW {m['optimizer_bytes'] / 1e6:.1f})"
+        kind = "trained" if m["trainable"] else "frozen"
+        lines.append(f"  {m['role']:<8} {kind:<8} {m['parameters'] / 1e6:.2f} M parameters, {m['bytes'] / 1e6:.1f} MB" + parts * m["trainable"])
+    return [f"models held: {len(models)}", *lines]
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+
+class Compute:
+    """Where and how precisely a script computes: --device and --dtype."""
+
+    def __init__(self, o):
+        self.device, self.dtype = _device(o)
+
+    def prepare(self, model):
+        """Moves a model to the device, as float32 master weights (float64 with --dtype float64)."""
+        return model.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def frozen(self, model):
+        """A frozen copy: no gradient, linear weights in the compute dtype, so that it agrees with the original to the bit."""
+        model = copy.deepcopy(model).requires_grad_(False).eval()
+        if self.dtype == torch.bfloat16:
+            for module in model.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.to(torch.bfloat16)
+        return model
+
+
+def _device(o):
+    """-> (device, compute dtype)"""
+    name = o.device if o.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name} is not to be had on this machine; --device cpu always is") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: give cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and o.dtype not in ("auto", "float32"):
+        raise UserError(f"--dtype {o.dtype}: on mps these scripts run in float32 only")
+    modern = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return device, getattr(torch, ("bfloat16" if modern else "float32") if o.dtype == "auto" else o.dtype)
+
+
+class Run(Compute):
+    """One training run: where it computes, what it writes, where it goes on.
+
+        run = Run(o, "dpo")                        refuses what cannot work, before anything is written
+        run.begin(held, batches, policy=policy, optimizer=optimizer)
+        for step in run.steps():                   shows progress, records, saves; resumes, and stops at Ctrl-C
+            rows = batches[step]
+            for micro in run.micro_batches(rows):  … backward(); run.add({"loss": …})
+            run.update(step, policy, optimizer)    learning rate, clipping, step
+        run.finish(final)
+    """
+
+    def __init__(self, o, method):
+        super().__init__(o)
+        self.o, self.method = o, method
+        o.out = o.out or checkpoint_path(o.task, method)
+        self.out, stem = o.out, o.out.removesuffix(".pt")
+        self.record_path, self.state_path = f"{stem}.jsonl", f"{stem}.state"
+        if {"steps", "epochs"} <= o.given:
+            raise UserError("--steps and --epochs both say how long to train; give one of them")
+        o.micro_batch = o.micro_batch or o.batch_size
+        if o.batch_size % o.micro_batch:
+            raise UserError(f"--micro-batch {o.micro_batch} does not divide --batch-size {o.batch_size}")
+        if o.out.endswith((".jsonl", ".state", ".gz")) or os.path.isdir(o.out):
+            raise UserError(f"--out {o.out} is no place for a checkpoint; give a path like {checkpoint_path(o.task, method)}")
+        if o.init and os.path.realpath(o.init) == os.path.realpath(o.out):
+            raise UserError(f"--out {o.out} is the --init checkpoint, which would be lost; give another path")
+        try:
+            os.makedirs(os.path.dirname(o.out) or ".", exist_ok=True)
+            self._clean()
+            with open(f"{o.out}.{os.getpid()}.tmp", "w"):
+                os.unlink(f"{o.out}.{os.getpid()}.tmp")
+        except OSError as e:
+            raise UserError(f"--out {o.out} cannot be written ({e.strerror}); give another path") from None
+
+    def _clean(self):
+        """Removes what a killed run of the same --out left half written."""
+        for path in Path(self.out).absolute().parent.glob(glob.escape(Path(self.out).stem) + ".*.tmp"):
+            with contextlib.suppress(ValueError, PermissionError):
+                try:
+                    os.kill(int(path.name.split(".")[-2]), 0)
+                except ProcessLookupError:
+                    path.unlink(missing_ok=True)
+
+    # ---- the global batch
+
+    def micro_batches(self, rows):
+        """The one place where a step's global batch is cut."""
+        return [rows[i : i + self.o.micro_batch] for i in range(0, len(rows), self.o.micro_batch)]
+
+    def total(self, count):
+        """The one place where a count of the global batch (its pairs, its tokens) is summed; a loss is divided by it."""
+        return count
+
+    # ---- the loop
+
+    def begin(self, held, batches, **state):
+        """held: the ledger's (role, model, trainable). batches: the data, whose epochs set the steps. state: what is saved
+        beside --out and restored by --resume: name = object with state_dict and load_state_dict."""
+        o, self.state, self.models = self.o, state, ledger(held)
+        if o.epochs and not batches.per_epoch:
+            raise UserError(f"--epochs counts passes over a fixed set, but {o.task} makes fresh rows every step; give --steps")
+        if o.epochs or (is_file(o.task) and "steps" not in o.given):
+            o.steps = (o.epochs or 1) * batches.per_epoch
+        self.first, self.wall, self.tokens, self.times = 0, time.time(), 0, []
+        self.options = {k: v for k, v in asdict(o).items() if k not in ("resume", "log_every", "save_every", "out", "device")}
+        self.options["device"] = self.device.type
+        for line in ledger_lines(self.models):
+            self.say(line)
+        header = {"method": self.method, "task": o.task, "options": asdict(o), "device": str(self.device), "dtype": str(self.dtype)[6:],
+                  "commit": _commit(), "versions": {"python": platform.python_version(), "torch": torch.__version__}, "models": self.models}  # fmt: skip
+        if not (o.resume and self._restore()):
+            if os.path.exists(self.state_path):
+                self.say(f"an interrupted run's {self.state_path} is replaced; --resume would go on with it")
+            self._open(0)
+            self.write(header)
+
+    def steps(self):
+        """Yields the number of each step from 0; between two of them the step is recorded, shown and saved."""
+        o, interrupted = self.o, []
+        before = signal.getsignal(signal.SIGINT)
+        with contextlib.suppress(ValueError):  # not the main thread: Ctrl-C is somebody else's
+            signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1), signal.signal(signal.SIGINT, before)))
+        bar = tqdm(total=o.steps, initial=self.first, desc=self.method, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        try:
+            for step in range(self.first, o.steps):
+                self.started, self.sums = time.perf_counter(), {}
+                yield step
+                done = step + 1
+                if done % o.log_every == 0 or done == o.steps:
+                    line = {"step": done, **{k: float(v) for k, v in self.sums.items()}}
+                    self.write(line)
+                    text = ", ".join(f"{k.split('/')[-1]} {line[k]:.3g}" for k in self.shown if k in line)
+                    bar.set_postfix_str(text)
+                    if bar.disable and (done * 10 // o.steps > (done - o.log_every) * 10 // o.steps or done == o.steps):
+                        self.say(f"{self.method} step {done}/{o.steps}: {text}")
+                bar.update()
+                if done % o.save_every == 0 or done == o.steps or interrupted:
+                    self._save(done)
+                if interrupted:
+                    raise KeyboardInterrupt
+        finally:
+            bar.close()
+            with contextlib.suppress(ValueError):
+                signal.signal(signal.SIGINT, before)
+
+    shown = ("loss", "rewards/margins", "rewards/accuracies", "lr")  # on the progress bar
+
+    def add(self, metrics):
+        """Adds a micro-batch's shares of the step's metrics: tensors or numbers that are divided by the global count already."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + (value.detach() if torch.is_tensor(value) else value)
+
+    def update(self, step, model, optimizer):
+        """The optimizer step: learning rate, clipped gradient, AdamW. Stops at a loss or gradient that is not finite."""
+        lr = lr_at(step, self.o)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.o.grad_clip)
+        if not torch.isfinite(norm + self.sums["loss"]):
+            if all(torch.isfinite(p).all() for p in model.parameters()):
+                self._save(step)
+            raise Stopped(f"step {step + 1}: the loss is {float(self.sums['loss'])}, the gradient's norm {float(norm)}; the last good state "
+                          f"is in {self.state_path}. Try a smaller --lr or a longer --warmup")  # fmt: skip
+        optimizer.step()
+        optimizer.zero_grad()
+        self.sums |= {"grad_norm": norm, "lr": lr}
+        self.times.append(time.perf_counter() - self.started)
+
+    # ---- files
+
+    def say(self, text):
+        tqdm.write(text)
+        sys.stdout.flush()
+
+    def write(self, line):
+        """Appends to the record: one write a line, so that a killed run leaves whole lines."""
+        self.record.write((json.dumps(line) + "\n").encode())
+
+    def _open(self, size):
+        self.record = open(self.record_path, "ab", buffering=0)
+        self.record.truncate(min(size, os.path.getsize(self.record_path)))
+        self.record.seek(0, os.SEEK_END)
+
+    def _save(self, step):
+        state = {"options": self.options, "step": step, "wall": time.time() - self.wall, "record": self.record.tell(),
+                 "rng": torch.get_rng_state(), **{name: x.state_dict() for name, x in self.state.items()}}  # fmt: skip
+        temporary = f"{self.state_path}.{os.getpid()}.tmp"
+        torch.save(state, temporary)
+        os.replace(temporary, self.state_path)
+
+    def _restore(self):
+        """Goes on from the saved state; False, aloud, where there is none. Ends the process where the run had finished."""
+        if not os.path.exists(self.state_path):
+            with contextlib.suppress(Exception):  # whatever stands at --out, it is no finished run with these options
+                if torch.load(self.out, map_location="cpu", weights_only=True)["meta"]["options"] == self.options:
+                    self.say(f"--resume: this run has finished, {self.out} is its checkpoint")
+                    sys.exit(0)
+            self.say(f"--resume: there is no {self.state_path} yet, so this run starts afresh")
+            return False
+        try:
+            state = torch.load(self.state_path, map_location=self.device, weights_only=True)
+            saved = state["options"]
+        except Exception as e:  # torch raises a zoo of types for a broken file
+            raise UserError(f"{self.state_path} is no whole training state ({type(e).__name__}); start without --resume") from None
+        if changed := [k for k in self.options if self.options[k] != saved.get(k)]:
+            words = ", ".join(f"--{k.replace('_', '-')} {saved.get(k)}" for k in changed)
+            raise UserError(f"--resume: the interrupted run had {words}; give the same options, or start without --resume")
+        for name, x in self.state.items():
+            x.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"].cpu())
+        self.first, self.wall = state["step"], time.time() - state["wall"]
+        self._open(state["record"])
+        self.say(f"resumed after step {self.first} of {self.o.steps}")
+        return True
+
+    def facts(self):
+        """What a checkpoint keeps of the run that made it; nothing in it changes from one run to the same run again."""
+        return {"method": self.method, "task": self.o.task, "options": self.options, "steps": self.o.steps}
+
+    def finish(self, final, flops_per_token):
+        """Completes the figures of evaluate.py with the run's own, ends the record with them, and drops the state."""
+        final |= {"models": self.models, "flops_per_token": flops_per_token, "wall_s": round(time.time() - self.wall, 2)}
+        if self.times:
+            final |= {"step_ms": 1000 * statistics.median(self.times), "tokens_per_s": self.tokens / sum(self.times)}
+        if self.device.type == "cuda":
+            final["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        self.write({"final": final})
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.state_path)
+        for line in ledger_lines(self.models):
+            self.say(line)
+        speed = f", {final['step_ms']:.0f} ms a step, {final['tokens_per_s']:,.0f} tokens/s" if self.times else ""
+        peak = f", peak {final['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in final else ""
+        self.say(f"time: {final['wall_s']:.0f} s{speed}{peak}\ncheckpoint {self.out}, record {self.record_path}")
+
+
+def _commit():
+    """-> the git commit of these scripts, or "" where there is none"""
+    with contextlib.suppress(OSError):
+        return subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return ""

@@ -1,0 +1,91 @@
+"""From text to tensors: encode, choose a step's rows, pad."""
+import random
+from typing import NamedTuple
+
+import torch
+
+from data.error import DataError
+
+
+def encode(rows, tokenizer, block_size, truncate=False):
+    """(prompt, *answers) as text -> as token ids, each answer with its end token; a label goes through as it is.
+
+    Returns (rows, how many were cut). A row that does not fit in block_size tokens raises DataError with the count, or with
+    `truncate` is cut: the prompt first, from its left, down to one token; then every answer at the same place, losing its end.
+    """
+    out, cut, widest = [], 0, 0
+    for prompt, *answers in rows:
+        x = tokenizer.encode(prompt)
+        ys = [[*tokenizer.encode(y), tokenizer.end_id] if isinstance(y, str) else y for y in answers]
+        longest = max(len(y) for y in ys if isinstance(y, list))
+        if len(x) + longest > block_size:
+            cut, widest = cut + 1, max(widest, len(x) + longest)
+            x = x[-max(1, block_size - longest) :]
+            ys = [y[: block_size - len(x)] if isinstance(y, list) else y for y in ys]
+        out.append((x, *ys))
+    if cut and not truncate:
+        raise DataError(f"{cut} of {len(out)} rows do not fit in {block_size} tokens (the longest has {widest}): "
+                        "--truncate cuts them, and sft.py takes a larger --block-size")  # fmt: skip
+    return out, cut
+
+
+def encode_prompts(prompts, tokenizer, limit, truncate=False):
+    """Texts -> lists of token ids, at most `limit` each: a longer prompt raises DataError, or is cut from its left."""
+    out = [tokenizer.encode(prompt) for prompt in prompts]
+    long = [len(x) for x in out if len(x) > limit]
+    if limit < 1:
+        raise DataError("--max-new-tokens leaves no room for a prompt; it must be smaller than the context")
+    if long and not truncate:
+        raise DataError(f"{len(long)} of {len(out)} test prompts are longer than the {limit} tokens that --max-new-tokens leaves "
+                        f"of the context (the longest has {max(long)}): lower it, or --truncate")  # fmt: skip
+    return [x[-limit:] for x in out]
+
+
+class Batches:
+    """batches[step] -> the rows of that optimizer step: a function of step and seed alone, so a resumed run sees the same.
+
+    draw: a task's demonstrations, preferences or feedback. count: the size of a fixed set, shuffled anew each epoch, None
+    for every row of a file, 0 for fresh rows at every step. A batch larger than the set is the set; the last batch of an epoch
+    may be smaller, and joins the one before where it would hold one row. `cut` counts the rows that `truncate` has cut.
+    """
+
+    def __init__(self, draw, count, batch_size, seed, tokenizer, block_size, truncate=False):
+        self.draw, self.seed, self.order = draw, seed, (None, None)
+        self.fit = (tokenizer, block_size, truncate)
+        if count == 0:
+            self.rows, self.batch_size, self.per_epoch = None, batch_size, None
+            _, self.cut = encode(draw(1000, seed), *self.fit)  # what does not fit is told before the training
+        else:
+            self.rows, self.cut = encode(draw(count, seed), *self.fit)
+            self.batch_size = min(batch_size, len(self.rows))
+            self.per_epoch = len(self.rows) // self.batch_size + (len(self.rows) % self.batch_size > 1)
+
+    def __getitem__(self, step):
+        if self.rows is None:
+            return encode(self.draw(self.batch_size, f"{self.seed} step {step}"), *self.fit)[0]
+        epoch, i = divmod(step, self.per_epoch)
+        if self.order[0] != epoch:
+            order = list(range(len(self.rows)))
+            random.Random(f"{self.seed} epoch {epoch}").shuffle(order)
+            self.order = (epoch, order)
+        stop = len(self.rows) if i == self.per_epoch - 1 else (i + 1) * self.batch_size
+        return [self.rows[j] for j in self.order[1][i * self.batch_size : stop]]
+
+
+class Batch(NamedTuple):
+    ids: torch.Tensor  # (B, T) int64, padded on the right with 0
+    mask: torch.Tensor  # (B, T) bool, True = a response token, its end token included
+    index: torch.Tensor  # (N,) int64, where mask[:, 1:].flatten() is True
+    tokens: int  # prompt and response tokens in all, padding not counted
+
+
+def pad(rows, device="cpu"):
+    """B rows of (prompt ids, response ids) -> Batch"""
+    start = torch.tensor([len(x) for x, _ in rows])[:, None]
+    stop = torch.tensor([len(x) + len(y) for x, y in rows])[:, None]
+    column = torch.arange(int(stop.max()))
+    ids = torch.zeros(len(rows), len(column), dtype=torch.int64)
+    ids[column < stop] = torch.tensor([token for x, y in rows for part in (x, y) for token in part])
+    mask = (column >= start) & (column < stop)
+    index = mask[:, 1:].flatten().nonzero().squeeze(1)
+    return Batch(ids.to(device), mask.to(device), index.to(device), int(stop.sum()))

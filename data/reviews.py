@@ -1,0 +1,125 @@
+"""reviews: short film reviews from a small grammar, and a gold reward that reads them back with the same grammar.
+
+    A western, The Crooked Harbor:                                                              the prompt
+     The ending is superb, but the dialogue feels wooden. I would watch it again.                 the completion
+
+A sentence is a shape with its slots filled. Each word that judges has a value in [-1, 1]; a sentence's sentiment is the mean
+of its values, and the reward is 3 × the mean sentiment per sentence: it lies in [-3, 3] and does not depend on length. A
+sentence that the grammar cannot read, or that names another genre than the prompt's, counts -1. A review that is empty
+or does not end is worth -3. Good and bad are alike in number and strength: the mean reward of the demonstrations is 0.
+"""
+import re
+
+from data.toy import Toy
+
+FIRST = "Broken Burning Crooked Distant Empty Frozen Golden Hidden Last Lonely Lost Midnight Painted Quiet Red Second Silent Silver Winter".split()
+LAST = "Bridge Carnival Garden Harbor Horizon Hour Island Letter Mirror Orchard Promise Railway River Road Sailor Season Station Summer Tower Witness".split()
+GENRES = "comedy drama musical romance thriller western".split()
+
+PARTS = "acting camera cast dialogue direction ending humor lighting music opening pacing plot romance script setting story villain".split()
+FEATURES = "actors colors costumes dialogues jokes characters scenes songs twists".split()
+GOOD = {
+    "superb": 1, "brilliant": 1, "dazzling": 1, "masterful": 1, "wonderful": 1, "unforgettable": 1, "gripping": 1, "beautiful": 1,
+    "fresh": 0.5, "charming": 0.5, "pleasant": 0.5, "solid": 0.5, "warm": 0.5, "clever": 0.5, "tidy": 0.5, "amusing": 0.5,
+}
+BAD = {
+    "dreadful": -1, "hopeless": -1, "unbearable": -1, "lifeless": -1, "painful": -1, "insulting": -1, "ridiculous": -1, "awful": -1,
+    "slow": -0.5, "wooden": -0.5, "clumsy": -0.5, "stale": -0.5, "thin": -0.5, "noisy": -0.5, "uneven": -0.5, "confused": -0.5,
+}
+SLOTS = {
+    "part": dict.fromkeys(PARTS),
+    "features": dict.fromkeys(FEATURES),
+    "genre": dict.fromkeys(GENRES),
+    "adj": GOOD | BAD,
+    "other": GOOD | BAD,
+    "a_adj": {("an " if word[0] in "aeiou" else "a ") + word: value for word, value in (GOOD | BAD).items()},
+    "liked": {"loved": 1, "enjoyed": 0.5, "admired": 0.5, "disliked": -0.5, "hated": -1, "endured": -0.5},
+    "felt": {"smiling": 1, "in tears of joy": 1, "humming": 0.5, "content": 0.5, "restless": -0.5, "bored": -0.5, "asleep": -1, "angry": -1},
+    "verdict": {
+        "I would watch it again.": 1, "Do not miss it!": 1, "It is worth a ticket.": 0.5, "See it with a friend.": 0.5,
+        "I want my evening back.": -1, "Stay far away!": -1, "Wait for a rainy day.": -0.5, "Once was enough.": -0.5,
+    },
+}  # fmt: skip
+NEVER = -0.5  # "never dull" is mild praise: the opposite, at half strength
+SHAPES = (
+    ("The {part} is {adj}.", 1),
+    ("The {part} is {adj} and the {part} is {adj}.", 1),
+    ("The {part} is {other}, but the {part} feels {adj}.", 1),
+    ("The {features} are {adj}.", 1),
+    ("The {features} are never {adj}.", NEVER),
+    ("I {liked} the {part}.", 1),
+    ("I {liked} the {features} and the {part}.", 1),
+    ("What {a_adj} {genre}!", 1),
+    ("This is {a_adj} {genre} with {adj} {features}.", 1),
+    ("For a {genre}, the {part} is {adj}.", 1),
+    ("From the first scene on, the {part} feels {adj}.", 1),
+    ("By the end I was {felt}.", 1),
+    ("{verdict}", 1),
+)
+MOODS = (0.05, 0.95)  # how likely each sentence of a review is a kind one; one mood a review
+
+
+class Reviews(Toy):
+    name = "reviews"
+    max_new_tokens = 96
+    bound = 3.0  # the reward lies in [-bound, bound]
+
+    def all_prompts(self):
+        titles = [f"The {first} {last}" for first in FIRST for last in LAST]
+        return [(f"A {genre}, {title}:", {}) for title in titles for genre in GENRES]
+
+    def respond(self, rng, prompt, columns):
+        """A review in one mood: one to three sentences, no shape twice."""
+        genre, mood = _genre(prompt), rng.choice(MOODS)
+        shapes = rng.sample(SHAPES, rng.choice((1, 2, 2, 3, 3)))
+        return "".join(" " + self._fill(rng, text, sign, genre, mood) for text, sign in shapes)
+
+    def _fill(self, rng, text, sign, genre, mood):
+        kind, used = rng.random() < mood, set()
+
+        def word(slot):
+            tone = kind != (slot[1] == "other")
+            fitting = [w for w, value in SLOTS[slot[1]].items() if w not in used and (value is None or (value * sign > 0) == tone)]
+            choice = genre if slot[1] == "genre" else rng.choice(fitting)
+            used.add(choice)
+            return choice
+
+        return re.sub(r"{(\w+)}", word, text)
+
+    def reward(self, prompt, completion, ended=True):
+        text = completion.strip()
+        if not ended or not text:
+            return -self.bound
+        genre = _genre(prompt)
+        sentences = re.findall(r"[^.!?]+[.!?]*|[.!?]+", text)
+        return self.bound * sum(_sentiment(s.strip(), genre) for s in sentences) / len(sentences)
+
+    def correct(self, prompt, completion, ended=True):
+        return self.reward(prompt, completion, ended) >= 1
+
+
+def _genre(prompt):
+    return prompt.removeprefix("A ").partition(",")[0]
+
+
+def _pattern(text):
+    """A shape -> a regular expression with one group a slot, and the slots' names. It reads any word that fits, kind or not."""
+    slots = re.findall(r"{(\w+)}", text)
+    parts = re.split(r"{\w+}", text)
+    groups = ["(" + "|".join(map(re.escape, SLOTS[slot])) + ")" for slot in slots] + [""]
+    return re.compile("".join(re.escape(part) + group for part, group in zip(parts, groups))), slots
+
+
+READERS = [(*_pattern(text), sign) for text, sign in SHAPES]
+
+
+def _sentiment(sentence, genre):
+    """One sentence, its full stop included -> its sentiment in [-1, 1]; -1 where no shape fits."""
+    for pattern, slots, sign in READERS:
+        if match := pattern.fullmatch(sentence):
+            words = dict.fromkeys(zip(slots, match.groups()))
+            if any(slot == "genre" and word != genre for slot, word in words):
+                return -1.0
+            values = [SLOTS[slot][word] for slot, word in zip(slots, match.groups()) if SLOTS[slot][word] is not None]
+            return sign * sum(values) / len(values)
+    return -1.0

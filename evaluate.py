@@ -1,0 +1,224 @@
+"""The one yardstick: what a checkpoint does on held-out prompts. Every script calls it at its end; as a command:
+
+    python evaluate.py out/reviews/dpo.pt                                        the same figures again, and samples
+    python evaluate.py out/reviews/dpo.pt --prompt "A drama, The Last Road:"       an answer to your own prompt
+
+One response is sampled to each test prompt (temperature 1, nothing cut off, a fixed seed), and one from the reference
+π_ref, the checkpoint that the method started from:
+
+    reward       mean gold reward of the responses, where the task has one; ref_reward: the reference's
+    win_rate     share of prompts where the response has the higher reward of the two, ties half
+    kl           KL(π‖π_ref) a response, in nats: mean of Σ_t log π/π_ref over the policy's samples; kl_se, its standard error
+    length       tokens a response, its end token counted; ended: the share that has one within --max-new-tokens
+    entropy      of the next-token distribution, mean over response tokens, nats
+    accuracy     without a known reward: share of held-out pairs whose chosen answer has the higher implicit reward
+    nll          without a known reward, after SFT: nats a token of the held-out answers
+"""
+import os
+import statistics
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import common
+import data
+from common import Count, Whole
+from gpt import GPT, CheckpointError, load, sample
+
+ROWS = 128  # sequences a forward pass
+PROMPTS = 512
+
+
+def open_checkpoint(path, tokenizer=""):
+    """-> (model, tokenizer, meta). Raises where it is no language model, or `tokenizer` names another than its own."""
+    model, meta = load(path)
+    if not isinstance(model, GPT):
+        raise CheckpointError(f"{path} is a reward model; give a language model, such as sft.py writes")
+    if "tokenizer" not in meta:
+        raise CheckpointError(f"{path} does not say which tokenizer it was trained with; train it again")
+    own = data.Tokenizer(meta["tokenizer"])
+    if own.size != model.config.vocab_size:
+        raise CheckpointError(f"{path} has {model.config.vocab_size} tokens, but its tokenizer {own.meta['name']} has {own.size}; train it again")
+    if tokenizer and data.tokenizer(tokenizer).meta != own.meta:
+        raise CheckpointError(f"--tokenizer {tokenizer} is not that of {path} ({own.meta['name']}); leave it out, or train another sft.py")
+    return model, own, meta
+
+
+def context(o, model):
+    """-> the longest sequence of this run: --block-size, which may only shorten the model's own."""
+    if o.block_size > model.config.block_size:
+        raise common.UserError(f"--block-size {o.block_size} is more than the checkpoint's {model.config.block_size}; it may only shorten it")
+    return o.block_size or model.config.block_size
+
+
+class Yardstick:
+    """Held-out prompts, encoded before the training so that what does not fit is told then. `implicit` says what the method
+    takes for a reward: "sum" or "mean" (of log π/π_ref over the response), or "nll" where it has none."""
+
+    def __init__(self, run, task, tokenizer, block_size, max_new_tokens=0, truncate=False, implicit="nll", seed=0):
+        self.run, self.task, self.tokenizer, self.implicit, self.seed = run, task, tokenizer, implicit, seed
+        self.max_new_tokens = max_new_tokens or min(task.max_new_tokens, block_size // 2)
+        self.prompts = task.prompts(PROMPTS, seed, split="test")
+        limit = block_size - self.max_new_tokens
+        self.ids = data.encode_prompts([prompt for prompt, _ in self.prompts], tokenizer, limit, truncate)
+        self.rows = []
+        if not task.has_reward:
+            draw = task.demonstrations if implicit == "nll" else task.preferences
+            self.rows, _ = data.encode(draw(PROMPTS, seed, split="test"), tokenizer, block_size, truncate)
+
+    @torch.no_grad()
+    def measure(self, policy, ref=None, n=PROMPTS):
+        """-> (figures, samples): the figures of this file's docstring, and (prompt, reference's response, policy's) of two prompts."""
+        figures = {}
+        texts, ended, tokens = self._respond(policy, n, self.seed, score := Scores(policy, ref))
+        if ref is not None:
+            ref_texts, ref_ended, _ = self._respond(ref, n, self.seed + 1_000_003)
+        if self.task.has_reward:
+            reward = self._rewards(texts, ended)
+            figures["reward"] = statistics.fmean(reward)
+            if ref is not None:
+                ref_reward = self._rewards(ref_texts, ref_ended)
+                figures["ref_reward"] = statistics.fmean(ref_reward)
+                figures["win_rate"] = statistics.fmean((a > b) + 0.5 * (a == b) for a, b in zip(reward, ref_reward))
+        elif self.implicit == "nll":
+            figures["nll"] = self._nll(policy)
+        else:
+            figures["accuracy"] = self._accuracy(policy, ref)
+        if ref is not None:
+            kl = torch.cat(score.kl)
+            figures |= {"kl": kl.mean().item(), "kl_se": (kl.std() / len(kl) ** 0.5).item()}
+        figures |= {"length": tokens / len(texts), "ended": statistics.fmean(ended), "entropy": score.entropy / tokens, "prompts": len(texts)}
+        shown = [(self.prompts[i][0], ref_texts[i] if ref is not None else None, texts[i]) for i in range(min(2, len(texts)))]
+        return figures, shown
+
+    def _respond(self, model, n, seed, score=None):
+        """-> (texts, ended, tokens in all) of one response to each of the first n prompts."""
+        generator, texts, ended, tokens = torch.Generator().manual_seed(seed), [], [], 0
+        for i in range(0, min(n, len(self.ids)), ROWS):
+            with self.run.autocast():
+                s = sample(model, self.ids[i : min(i + ROWS, n)], self.max_new_tokens, self.tokenizer.end_id, generator=generator)
+                if score:
+                    score.add(s)
+            texts += [self.tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(s.ids.cpu(), s.mask.cpu())]
+            ended += s.finished.tolist()
+            tokens += s.mask.sum().item()
+        return texts, ended, tokens
+
+    def _rewards(self, texts, ended):
+        return [self.task.reward(prompt, text, end, **columns) for (prompt, columns), text, end in zip(self.prompts, texts, ended)]
+
+    def _logps(self, model, rows):
+        """Summed response log-probs of (prompt, response) rows, and their lengths."""
+        parts = []
+        for i in range(0, len(rows), 32):
+            batch = data.pad(rows[i : i + 32], self.run.device)
+            with self.run.autocast():
+                parts.append(model.logprobs(batch.ids, batch.mask, index=batch.index).sum(1))
+        return torch.cat(parts), torch.tensor([len(y) for _, y in rows], device=self.run.device)
+
+    def _nll(self, policy):
+        logp, length = self._logps(policy, self.rows)
+        return (-logp.sum() / length.sum()).item()
+
+    def _accuracy(self, policy, ref):
+        reward = []
+        for answer in (1, 2):  # chosen, rejected
+            rows = [(row[0], row[answer]) for row in self.rows]
+            logp, length = self._logps(policy, rows)
+            logp = logp if ref is None else logp - self._logps(ref, rows)[0]
+            reward.append(logp / length if self.implicit == "mean" else logp)
+        return (reward[0] > reward[1]).float().mean().item()
+
+
+class Scores:
+    """What the policy's samples say of it: Σ log π/π_ref of each response, and the summed entropy."""
+
+    def __init__(self, policy, ref):
+        self.policy, self.ref, self.kl, self.entropy = policy, ref, [], 0.0
+
+    def add(self, s):
+        logp, entropy = self.policy.logprobs(s.ids, s.mask, entropy=True)
+        self.entropy += entropy.sum().item()
+        if self.ref is not None:
+            self.kl.append((logp - self.ref.logprobs(s.ids, s.mask)).sum(1))
+
+
+def report(title, figures, samples, bound=None):
+    """Prints the figures, and the samples beside the reference's: people would rather look."""
+    f = figures
+    rows = [
+        ("gold reward" + (f" (of {bound:g})" if bound else ""), f.get("ref_reward"), f.get("reward"), ""),
+        ("win rate against the reference", None, f.get("win_rate"), ""),
+        ("held-out preference accuracy", None, f.get("accuracy"), ""),
+        ("held-out loss, nats a token", None, f.get("nll"), ""),
+        ("KL(π‖π_ref), nats a response", None, f.get("kl"), f" ± {f.get('kl_se', 0):.2f}"),
+        ("length, tokens", None, f["length"], ""),
+        ("ended", None, f["ended"], ""),
+        ("entropy, nats a token", None, f["entropy"], ""),
+    ]
+    print(f"\n{title}: {f['prompts']} test prompts")
+    print(f"{'':<34}{'reference':>10}{'policy':>10}")
+    for name, before, after, note in rows:
+        if after is not None:
+            print(f"{name:<34}{'' if before is None else format(before, '.2f'):>10}{after:>10.2f}{note}")
+    for prompt, before, after in samples:
+        print(f"\n{prompt if len(prompt) < 400 else '… ' + prompt[-400:]}")
+        for name, text in (("reference", before), ("policy", after)):
+            if text is not None:
+                print(f"  {name:>9} | " + text.strip().replace("\n", "\n" + " " * 12 + "| "))
+    print(flush=True)
+
+
+@dataclass
+class Options:
+    checkpoint: str  # the .pt file of a language model
+    prompt: str = ""  # answer this prompt instead (\n stands for a new line)
+    task: str = ""  # the task to evaluate on (default: the one it was trained on)
+    eval_file: str = ""  # JSONL file to evaluate on (default: the task's test split)
+    reference: str = ""  # checkpoint to compare with (default: the one it started from)
+    prompts: Count = PROMPTS  # test prompts, at most 512
+    max_new_tokens: Whole = 0  # longest sampled response, in tokens (0: as in the training)
+    truncate: bool = False  # cut prompts that do not fit, from their left
+    seed: Whole = 0  # of the samples
+    device: str = "auto"  # cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)
+    dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"  # bfloat16: autocast (auto: on a GPU that has it)
+
+
+@common.command(CheckpointError, data.DataError)
+def main(argv=None):
+    o = common.parse(Options, argv)
+    run = common.Compute(o)
+    policy, tokenizer, meta = open_checkpoint(o.checkpoint)
+    policy = run.frozen(run.prepare(policy))
+    ref, path, trained = None, o.reference or meta["reference"], meta["options"]
+    if path and not os.path.exists(path) and not o.reference:
+        path = os.path.join(os.path.dirname(o.checkpoint), os.path.basename(path))  # the folder was moved
+    if path and (o.reference or os.path.exists(path)):
+        ref, ref_tokenizer, _ = open_checkpoint(path)
+        if ref_tokenizer.meta != tokenizer.meta:
+            raise common.UserError(f"{path} has another vocabulary than {o.checkpoint}; give another --reference")
+        ref = run.frozen(run.prepare(ref))
+    else:
+        print(f"no reference{f' ({path} is missing)' if path else ''}: win rate and KL are left out; --reference names one")
+
+    block, truncate = trained["block_size"] or policy.config.block_size, o.truncate or trained["truncate"]
+    if o.prompt:
+        n = o.max_new_tokens or trained["max_new_tokens"] or block // 2
+        ids = data.encode_prompts([o.prompt.replace("\\n", "\n")], tokenizer, block - n, truncate)
+        print(o.prompt.replace("\\n", "\n"))
+        for name, model in (("reference", ref), ("policy", policy)):
+            if model is not None:
+                with run.autocast():
+                    s = sample(model, ids, n, tokenizer.end_id, generator=torch.Generator().manual_seed(o.seed))
+                print(f"  {name:>9} | {tokenizer.decode(s.ids[s.mask].tolist()).strip()}")
+        return
+    task = data.task(o.task or meta["task"], o.eval_file or ("" if o.task else trained["eval_file"]))
+    task.template = meta["template"]
+    yardstick = Yardstick(run, task, tokenizer, block, o.max_new_tokens or trained["max_new_tokens"], truncate, meta["implicit"], o.seed)
+    figures, samples = yardstick.measure(policy, ref, o.prompts)
+    report(f"{meta['method']} on {task.name}", figures, samples, task.bound)
+
+
+if __name__ == "__main__":
+    main()
