@@ -228,18 +228,20 @@ def ledger(held):
     """held: (role, model, trainable) each -> a list of plain records, bytes of weights, gradients and AdamW's two moments."""
     out = []
     for role, model, trainable in held:
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        out.append({"role": role, "trainable": trainable, "parameters": sum(p.numel() for p in model.parameters()), "bytes": weights * (4 if trainable else 1),
-                    "weight_bytes": weights, "gradient_bytes": weights * trainable, "optimizer_bytes": 2 * weights * trainable})  # fmt: skip
+        parameters = list(model.parameters())
+        size = sum(p.numel() * p.element_size() for p in parameters)
+        parts = {"weight_bytes": size, "gradient_bytes": size * trainable, "optimizer_bytes": 2 * size * trainable}
+        n = sum(p.numel() for p in parameters)
+        out.append({"role": role, "trainable": trainable, "parameters": n, "bytes": sum(parts.values()), **parts})
     return out
 
 
 def ledger_lines(models):
     lines = []
     for m in models:
-        parts = f" (weights {m['weight_bytes'] / 1e6:.1f}, gradients {m['gradient_bytes'] / 1e6:.1f}, AdamW {m['optimizer_bytes'] / 1e6:.1f})"
-        kind = "trained" if m["trainable"] else "frozen"
-        lines.append(f"  {m['role']:<8} {kind:<8} {m['parameters'] / 1e6:.2f} M parameters, {m['bytes'] / 1e6:.1f} MB" + parts * m["trainable"])
+        weights, gradients, moments, size = (m[f"{part}bytes"] / 1e6 for part in ("weight_", "gradient_", "optimizer_", ""))
+        line = f"  {m['role']:<8} {'trained' if m['trainable'] else 'frozen':<8} {m['parameters'] / 1e6:.2f} M parameters, {size:.1f} MB"
+        lines.append(line + f" (weights {weights:.1f}, gradients {gradients:.1f}, AdamW {moments:.1f})" * m["trainable"])
     return [f"models held: {len(models)}", *lines]
 
 
@@ -354,8 +356,9 @@ class Run(Compute):
         self.options["device"] = self.device.type
         for line in ledger_lines(self.models):
             self.say(line)
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
         header = {"method": self.method, "task": o.task, "options": asdict(o), "device": str(self.device), "dtype": str(self.dtype)[6:],
-                  "commit": _commit(), "versions": {"python": platform.python_version(), "torch": torch.__version__}, "models": self.models}  # fmt: skip
+                  "commit": _commit(), "versions": versions, "models": self.models}  # fmt: skip
         if not (o.resume and self._restore()):
             if os.path.exists(self.state_path):
                 self.say(f"an interrupted run's {self.state_path} is replaced; --resume would go on with it")
@@ -407,8 +410,8 @@ class Run(Compute):
         if not torch.isfinite(norm + self.sums["loss"]):
             if all(torch.isfinite(p).all() for p in model.parameters()):
                 self._save(step)
-            raise Stopped(f"step {step + 1}: the loss is {float(self.sums['loss'])}, the gradient's norm {float(norm)}; the last good state "
-                          f"is in {self.state_path}. Try a smaller --lr or a longer --warmup")  # fmt: skip
+            raise Stopped(f"step {step + 1}: the loss is {float(self.sums['loss'])}, the gradient's norm {float(norm)}; the last good "
+                          f"state is in {self.state_path}. Try a smaller --lr or a longer --warmup")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad()
         self.sums |= {"grad_norm": norm, "lr": lr}

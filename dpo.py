@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import common
 import data
 from common import BelowHalf, Count, NonNegative, Positive, Whole
-from evaluate import Yardstick, context, open_checkpoint, report
+from evaluate import Yardstick, context, describe, open_checkpoint, report
 from gpt import CheckpointError, save
 
 
@@ -112,7 +112,7 @@ def main(argv=None):
         raise common.UserError("--precompute-ref needs a fixed set: give --pairs N, or a file as the task")
     init = o.init or common.stage("sft.py", o)
     policy, tokenizer, meta = open_checkpoint(init, o.tokenizer)
-    run.say(f"π_ref is {init}: {meta['method']}, {meta['steps']} steps" + f", gold reward {meta['reward']:.2f}" * (meta["reward"] is not None))
+    run.say(f"π_ref is {init}: {describe(meta)}")
     task.template, block_size, mean = meta["template"], context(o, policy), o.loss == "ipo" and not o.ipo_sum
     batches = data.Batches(task.preferences, fixed, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
     yardstick = Yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, "mean" if mean else "sum")

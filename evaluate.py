@@ -39,16 +39,23 @@ def open_checkpoint(path, tokenizer=""):
         raise CheckpointError(f"{path} does not say which tokenizer it was trained with; train it again")
     own = data.Tokenizer(meta["tokenizer"])
     if own.size != model.config.vocab_size:
-        raise CheckpointError(f"{path} has {model.config.vocab_size} tokens, but its tokenizer {own.meta['name']} has {own.size}; train it again")
+        raise CheckpointError(f"{path} has a vocabulary of {model.config.vocab_size}, but its tokenizer {own.size}; train it again")
     if tokenizer and data.tokenizer(tokenizer).meta != own.meta:
-        raise CheckpointError(f"--tokenizer {tokenizer} is not that of {path} ({own.meta['name']}); leave it out, or train another sft.py")
+        raise CheckpointError(f"--tokenizer {tokenizer} is not that of {path} ({own.meta['name']}); leave it out, or run sft.py with it")
     return model, own, meta
+
+
+def describe(meta):
+    """One line on a checkpoint, so that a smoke test's two steps are not mistaken for training."""
+    reward = "" if meta["reward"] is None else f", gold reward {meta['reward']:.2f}"
+    return f"{meta['method']} on {meta['task']}, {meta['steps']} steps{reward}"
 
 
 def context(o, model):
     """-> the longest sequence of this run: --block-size, which may only shorten the model's own."""
     if o.block_size > model.config.block_size:
-        raise common.UserError(f"--block-size {o.block_size} is more than the checkpoint's {model.config.block_size}; it may only shorten it")
+        own = model.config.block_size
+        raise common.UserError(f"--block-size {o.block_size} is more than the checkpoint's {own}; it may only shorten it")
     return o.block_size or model.config.block_size
 
 
@@ -88,7 +95,8 @@ class Yardstick:
         if ref is not None:
             kl = torch.cat(score.kl)
             figures |= {"kl": kl.mean().item(), "kl_se": (kl.std() / len(kl) ** 0.5).item()}
-        figures |= {"length": tokens / len(texts), "ended": statistics.fmean(ended), "entropy": score.entropy / tokens, "prompts": len(texts)}
+        figures |= {"length": tokens / len(texts), "ended": statistics.fmean(ended), "entropy": score.entropy / tokens}
+        figures["prompts"] = len(texts)
         shown = [(self.prompts[i][0], ref_texts[i] if ref is not None else None, texts[i]) for i in range(min(2, len(texts)))]
         return figures, shown
 

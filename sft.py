@@ -51,7 +51,7 @@ def start(o):
     """-> (policy, tokenizer, template): from --init, or random weights with --tokenizer's vocabulary."""
     if o.init:
         if given := sorted(o.given & {"n_layer", "n_head", "n_embd"}):
-            raise common.UserError(f"--{given[0].replace('_', '-')} shapes random weights, but --init has its own; leave one of the two out")
+            raise common.UserError(f"--{given[0].replace('_', '-')} shapes random weights; leave it out with --init")
         policy, tokenizer, meta = open_checkpoint(o.init, o.tokenizer)
         return policy, tokenizer, meta["template"]
     if o.n_embd % o.n_head:

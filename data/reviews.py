@@ -12,8 +12,10 @@ import re
 
 from data.toy import Toy
 
-FIRST = "Broken Burning Crooked Distant Empty Frozen Golden Hidden Last Lonely Lost Midnight Painted Quiet Red Second Silent Silver Winter".split()
-LAST = "Bridge Carnival Garden Harbor Horizon Hour Island Letter Mirror Orchard Promise Railway River Road Sailor Season Station Summer Tower Witness".split()
+FIRST = ("Broken Burning Crooked Distant Empty Frozen Golden Hidden Last Lonely Lost Midnight Painted Quiet Red Second Silent "
+         "Silver Winter").split()  # fmt: skip
+LAST = ("Bridge Carnival Garden Harbor Horizon Hour Island Letter Mirror Orchard Promise Railway River Road Sailor Season Station "
+        "Summer Tower Witness").split()  # fmt: skip
 GENRES = "comedy drama musical romance thriller western".split()
 
 PARTS = "acting camera cast dialogue direction ending humor lighting music opening pacing plot romance script setting story villain".split()
@@ -34,7 +36,9 @@ SLOTS = {
     "other": GOOD | BAD,
     "a_adj": {("an " if word[0] in "aeiou" else "a ") + word: value for word, value in (GOOD | BAD).items()},
     "liked": {"loved": 1, "enjoyed": 0.5, "admired": 0.5, "disliked": -0.5, "hated": -1, "endured": -0.5},
-    "felt": {"smiling": 1, "in tears of joy": 1, "humming": 0.5, "content": 0.5, "restless": -0.5, "bored": -0.5, "asleep": -1, "angry": -1},
+    "felt": {
+        "smiling": 1, "in tears of joy": 1, "humming": 0.5, "content": 0.5, "restless": -0.5, "bored": -0.5, "asleep": -1, "angry": -1,
+    },
     "verdict": {
         "I would watch it again.": 1, "Do not miss it!": 1, "It is worth a ticket.": 0.5, "See it with a friend.": 0.5,
         "I want my evening back.": -1, "Stay far away!": -1, "Wait for a rainy day.": -0.5, "Once was enough.": -0.5,

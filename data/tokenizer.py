@@ -67,7 +67,8 @@ def _named(name):
     try:
         encoding = tiktoken.get_encoding(name)
     except Exception as e:  # whatever the download raises
-        raise DataError(f"--tokenizer {name}: tiktoken could not download it ({type(e).__name__}); leave it out for the built-in one") from None
+        why = f"tiktoken could not download it ({type(e).__name__})"
+        raise DataError(f"--tokenizer {name}: {why}; leave it out for the built-in one") from None
     if END not in encoding.special_tokens_set:
         raise DataError(f"--tokenizer {name} has no {END} token to end a response with")
     return encoding
