@@ -52,10 +52,11 @@ class Jsonl:
     # ---- the rows as text
 
     def prompts(self, n, seed, split="train"):
-        """-> (prompt, the row's other columns) of each different prompt"""
+        """-> (prompt, the row's other columns) of each different prompt; a `completion` column is called `reference` there"""
         rows = {}
         for where in self.lines[split]:
-            rows.setdefault(self._prompt(*where)[0], {k: v for k, v in where[2].items() if k != "prompt"})
+            columns = {"reference" if k == "completion" else k: v for k, v in where[2].items() if k != "prompt"}
+            rows.setdefault(self._prompt(*where)[0], columns)
         return _some(list(rows.items()), n, seed)
 
     def demonstrations(self, n, seed, split="train"):
@@ -173,7 +174,7 @@ def texts(path):
         if isinstance(value, str):
             yield value
         elif isinstance(value, (list, dict)):
-            for part in value.values() if isinstance(value, dict) else value:
+            for part in [v for k, v in value.items() if k != "role"] if isinstance(value, dict) else value:
                 yield from strings(part)
 
     for _, row in read(path):

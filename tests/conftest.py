@@ -1,0 +1,42 @@
+"""Shared by the tests: the repository on the path, a working folder per session, and a tiny SFT checkpoint."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+TINY = ["--steps", "3", "--batch-size", "4", "--log-every", "1", "--warmup", "1", "--max-new-tokens", "4", "--device", "cpu"]
+
+
+def run(script, *args, cwd, ok=True, **more):
+    """Runs a script as its user would; -> the finished process, its output as text."""
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd, capture_output=True, text=True, **more)
+    if ok:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def main(script, *args):
+    """Runs a script's main in this process; -> its exit code."""
+    try:
+        __import__(script).main([str(a) for a in args])
+    except SystemExit as e:
+        return e.code or 0
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    torch.set_num_threads(min(2, os.cpu_count()))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with out/reviews/sft.pt, three steps of a tiny model."""
+    folder = tmp_path_factory.mktemp("tiny")
+    run("sft.py", *TINY, "--n-layer", 2, "--n-head", 2, "--n-embd", 16, cwd=folder)
+    return folder

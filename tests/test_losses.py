@@ -1,0 +1,123 @@
+"""The losses of sft.py and dpo.py against numbers derived by hand."""
+import math
+
+import pytest
+import torch
+
+from dpo import dpo_loss, ipo_loss, robust_dpo_loss
+from gpt import GPT, GPTConfig
+from sft import nll
+
+LOG2 = math.log(2)
+
+
+def t(*x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def at(h, loss, **options):
+    """The loss of one pair whose log-ratio is h, and its gradient in logp_w: (h + 1 - 1) - (-3 - -3) = h."""
+    logp_w = t(h + 1).requires_grad_()
+    value = loss(logp_w, t(-3.0), t(1.0), t(-3.0), **options)
+    value.sum().backward()
+    return value.item(), logp_w.grad.item()
+
+
+def test_log_2_at_equality():
+    """At logp = ref_logp, h = 0 and σ(0) = 1/2. cDPO: (1-ε) log 2 + ε log 2. Robust: [(1-ε) - ε] log 2 / (1-2ε). IPO: 1/(4τ²)."""
+    a, b = t(-3.0, -50.0, -0.5), t(-7.0, -2.0, -80.0)
+    for loss in (
+        dpo_loss(a, b, a, b), dpo_loss(a, b, a, b, beta=3.0, label_smoothing=0.3),
+        robust_dpo_loss(a, b, a, b, flip=0.2), robust_dpo_loss(a, b, a, b, flip=0.0),
+    ):  # fmt: skip
+        assert loss.shape == (3,)
+        torch.testing.assert_close(loss, t(LOG2, LOG2, LOG2))
+    torch.testing.assert_close(ipo_loss(a, b, a, b, tau=0.1), t(25.0, 25.0, 25.0))
+
+
+def test_dpo_value_and_gradient():
+    """β = 0.5, h = 2 log 3: βh = log 3, σ = 3/4. L = -log(3/4) = log(4/3); ∂L/∂logp_w = -β σ(-βh) = -0.5 · 1/4 = -0.125."""
+    value, gradient = at(2 * math.log(3), dpo_loss, beta=0.5)
+    assert value == pytest.approx(math.log(4 / 3), abs=1e-12)
+    assert gradient == pytest.approx(-0.125, abs=1e-12)
+
+
+def test_dpo_is_the_sum_of_four_log_probs():
+    """h = (-1 - -2) - (-5 - -3) = 1 + 2 = 3; β = 1: L = log(1 + e^-3) = 0.048587…; all four gradients are ± σ(-3) = 0.047426."""
+    x = [t(v).requires_grad_() for v in (-1.0, -5.0, -2.0, -3.0)]
+    loss = dpo_loss(*x, beta=1.0)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-3)), abs=1e-12)
+    s = 1 / (1 + math.exp(3))
+    assert [v.grad.item() for v in x] == pytest.approx([-s, s, s, -s], abs=1e-12)
+
+
+def test_swapping_the_answers():
+    """-log σ(βh) + log σ(-βh) = -βh: at h = 5, β = 0.1 the two losses differ by -0.5."""
+    assert at(5.0, dpo_loss)[0] - at(-5.0, dpo_loss)[0] == pytest.approx(-0.5, abs=1e-12)
+
+
+def test_doubling_beta_doubles_the_gradient_at_zero():
+    """∂L/∂logp_w = -β σ(-βh), at h = 0 it is -β/2: -0.05 at β = 0.1, -0.1 at β = 0.2."""
+    assert at(0.0, dpo_loss, beta=0.1)[1] == pytest.approx(-0.05, abs=1e-12)
+    assert at(0.0, dpo_loss, beta=0.2)[1] == pytest.approx(-0.1, abs=1e-12)
+
+
+def test_cdpo():
+    """ε = 0.2: the gradient vanishes where σ(βh) = 1 - ε, at βh = log 4, and L there is the entropy -(0.8 log 0.8 + 0.2 log 0.2).
+    At βh = log 3: L = -0.8 log(3/4) - 0.2 log(1/4); gradient -β[(1-ε)/4 - ε · 3/4] = -β · 0.05."""
+    value, gradient = at(math.log(4) / 0.1, dpo_loss, label_smoothing=0.2)
+    assert value == pytest.approx(-(0.8 * math.log(0.8) + 0.2 * math.log(0.2)), abs=1e-12)
+    assert gradient == pytest.approx(0.0, abs=1e-12)
+    value, gradient = at(math.log(3), dpo_loss, beta=1.0, label_smoothing=0.2)
+    assert value == pytest.approx(-0.8 * math.log(0.75) - 0.2 * math.log(0.25), abs=1e-12)
+    assert gradient == pytest.approx(-0.05, abs=1e-12)
+
+
+def test_robust_dpo():
+    """ε = 0.2, βh = log 3: L = [-0.8 log(3/4) + 0.2 log(1/4)] / 0.6, gradient -β[0.8/4 + 0.2 · 3/4] / 0.6 = -β · 0.35/0.6.
+    Unbiased: 0.8 of it plus 0.2 of the flipped pair's (βh = -log 3) is the clean loss log(4/3). As h grows it has no bound below:
+    at βh = 100, 0.2/0.6 · (-100)."""
+    value, gradient = at(math.log(3), robust_dpo_loss, beta=1.0, flip=0.2)
+    assert value == pytest.approx((-0.8 * math.log(0.75) + 0.2 * math.log(0.25)) / 0.6, abs=1e-12)
+    assert gradient == pytest.approx(-0.35 / 0.6, abs=1e-12)
+    flipped, _ = at(-math.log(3), robust_dpo_loss, beta=1.0, flip=0.2)
+    assert 0.8 * value + 0.2 * flipped == pytest.approx(math.log(4 / 3), abs=1e-12)
+    assert at(100.0, robust_dpo_loss, beta=1.0, flip=0.2)[0] == pytest.approx(-100 / 3, abs=1e-9)
+
+
+def test_ipo():
+    """τ = 0.25: the minimum is at h = 1/(2τ) = 2. At h = 5: L = 3² = 9, gradient 2 · 3 = 6."""
+    assert at(2.0, ipo_loss, tau=0.25) == pytest.approx((0.0, 0.0), abs=1e-12)
+    assert at(5.0, ipo_loss, tau=0.25) == pytest.approx((9.0, 6.0), abs=1e-12)
+
+
+def test_extreme_log_ratios_stay_finite():
+    for h in (-1e4, 1e4):
+        for loss, options in ((dpo_loss, {}), (dpo_loss, {"label_smoothing": 0.1}), (robust_dpo_loss, {})):
+            assert all(map(math.isfinite, at(h, loss, beta=1.0, **options)))
+
+
+def test_shapes_are_asserted():
+    with pytest.raises(AssertionError):
+        dpo_loss(t(1.0), t(1.0, 2.0), t(1.0), t(1.0))
+
+
+def test_why_the_reference_must_not_share_the_policy_s_weights():
+    """With one network as policy and reference, nothing detached, h is 0 for every θ: the loss stays log 2 and has no gradient,
+    while the detached reference gives -β/2 ∇(logp_w - logp_l)."""
+    policy = GPT(GPTConfig(vocab_size=7, block_size=8, n_layer=1, n_head=1, n_embd=8)).double()
+    ids, mask = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]]), torch.tensor([[False, False, True, True]] * 2)
+    norms = []
+    for detached in (False, True):
+        w, l = policy.logprobs(ids, mask).sum(1).chunk(2)
+        ref_w, ref_l = (w.detach(), l.detach()) if detached else (w, l)
+        loss = dpo_loss(w, l, ref_w, ref_l).sum()
+        assert loss.item() == pytest.approx(LOG2, abs=1e-12)
+        norms.append(sum(g.square().sum() for g in torch.autograd.grad(loss, policy.parameters())).sqrt())
+    assert norms[1] > 1e-4 and norms[0] <= 1e-6 * norms[1]
+
+
+def test_nll_sums_the_tokens():
+    """-(log 1/2 + log 1/4) = 3 log 2; the masked 0 adds nothing."""
+    assert nll(t([math.log(0.5), 0.0, math.log(0.25)])).tolist() == pytest.approx([3 * LOG2])
