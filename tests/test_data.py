@@ -197,7 +197,8 @@ def test_feedback_and_answers(tmp_path):
     task = data.task(write(tmp_path / "a.jsonl", rows))
     assert {label for _, _, label in task.feedback(None, 0)} == {True, False}
     prompt, columns = task.prompts(1, 0)[0]
-    assert columns["reference"] == "c" and task.has_reward and task.reward(prompt, " c ", **columns) == 1.0 and task.reward(prompt, "d", **columns) == 0.0
+    assert columns["reference"] == "c" and task.has_reward
+    assert task.reward(prompt, " c ", **columns) == 1.0 and task.reward(prompt, "d", **columns) == 0.0
 
 
 # ---- batches

@@ -1,0 +1,110 @@
+"""Interrupted runs: --resume gives the same bits, nothing is half written, no line stands twice."""
+import hashlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TINY, main, run
+
+import common
+
+SHORT = ["--steps", "40", "--batch-size", "4", "--log-every", "1", "--save-every", "3", "--max-new-tokens", "4", "--device", "cpu"]
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def step_lines(path):
+    """Whole JSON lines only, each step once, one header and one final line. -> the step lines"""
+    record = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [line["step"] for line in record if "step" in line]
+    assert steps == sorted(set(steps)) and "options" in record[0] and "final" in record[-1] and len(record) == len(steps) + 2
+    return [line for line in record if "step" in line]
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo"])
+def test_resume_gives_the_same_bits(script, tiny, monkeypatch, capsys):
+    monkeypatch.chdir(tiny)
+    small = ["--n-layer", "1", "--n-embd", "16"] if script == "sft" else ["--pairs", "10"]
+    assert main(script, *TINY, *small, "--out", "whole/x.pt") == 0
+    saved = common.Run._save
+
+    def save_and_die(self, step):
+        saved(self, step)
+        self.write({"step": step + 1, "line": "after the saved state"})
+        raise common.Stopped("killed")
+
+    monkeypatch.setattr(common.Run, "_save", save_and_die)
+    assert main(script, *TINY, *small, "--save-every", 2, "--out", "cut/x.pt") == 1
+    monkeypatch.setattr(common.Run, "_save", saved)
+    assert main(script, *TINY, *small, "--out", "cut/x.pt", "--resume", "--lr", "0.5") == 2
+    assert "--resume: the interrupted run had --lr" in capsys.readouterr().err
+    assert main(script, *TINY, *small, "--out", "cut/x.pt", "--resume") == 0
+    assert "resumed after step 2 of 3" in capsys.readouterr().out
+    assert digest(tiny / "cut/x.pt") == digest(tiny / "whole/x.pt")
+    a, b = step_lines(tiny / "cut/x.jsonl"), step_lines(tiny / "whole/x.jsonl")
+    assert a == b and len(a) == 3
+    assert main(script, *TINY, *small, "--out", "cut/x.pt", "--resume") == 0
+    assert "this run has finished" in capsys.readouterr().out
+    assert main(script, *TINY, *small, "--out", "fresh/x.pt", "--resume") == 0
+    assert "starts afresh" in capsys.readouterr().out
+
+
+def test_ctrl_c_saves_and_tells_how_to_go_on(tiny):
+    args = ["--steps", "100000", "--batch-size", "4", "--save-every", "100000", "--out", "ctrl/dpo.pt", "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, ROOT / "dpo.py", *args], cwd=tiny, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not (tiny / "ctrl/dpo.jsonl").exists() or len((tiny / "ctrl/dpo.jsonl").read_text().splitlines()) < 2:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and (tiny / "ctrl/dpo.state").exists()
+    assert said.strip().splitlines()[-1].endswith("python dpo.py " + " ".join(args) + " --resume")
+
+
+def test_a_stage_ends_with_its_parent(tmp_path):
+    """dpo.py is killed while sft.py, which it started, runs: sft.py is gone within seconds."""
+    parent = subprocess.Popen([sys.executable, ROOT / "dpo.py", "--device", "cpu"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not (record := tmp_path / "out/reviews/sft.jsonl").exists() or len(record.read_text().splitlines()) < 2:
+        assert time.time() < deadline
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    time.sleep(2)
+    size = record.stat().st_size
+    time.sleep(3)
+    assert record.stat().st_size == size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["sft", "dpo"])
+def test_ten_kills(script, tiny, tmp_path):
+    """kill -9 at ten random moments, each followed by --resume: the checkpoint is that of a run left alone, bit for bit."""
+    shutil.copytree(tiny / "out", tmp_path / "out")
+    args = [*SHORT, *(["--n-layer", "1", "--n-embd", "16"] if script == "sft" else ["--pairs", "30"])]
+    start = time.time()
+    run(f"{script}.py", *args, "--out", "whole/x.pt", cwd=tmp_path)
+    wall, rng, killed = time.time() - start, random.Random(0), 0
+    while killed < 10:
+        process = subprocess.Popen([sys.executable, ROOT / f"{script}.py", *args, "--out", "cut/x.pt", "--resume"], cwd=tmp_path,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        time.sleep(rng.uniform(0.5, 1.0) * wall)
+        if process.poll() is None:
+            process.kill()
+            killed += 1
+        process.wait()
+        if (tmp_path / "cut/x.pt").exists() and not (tmp_path / "cut/x.state").exists():
+            assert digest(tmp_path / "cut/x.pt") == digest(tmp_path / "whole/x.pt")
+            shutil.rmtree(tmp_path / "cut")  # it got through: once more from the start
+    run(f"{script}.py", *args, "--out", "cut/x.pt", "--resume", cwd=tmp_path)
+    assert digest(tmp_path / "cut/x.pt") == digest(tmp_path / "whole/x.pt")
+    assert step_lines(tmp_path / "cut/x.jsonl") == step_lines(tmp_path / "whole/x.jsonl")
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["x.jsonl", "x.pt"]

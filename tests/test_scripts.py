@@ -1,0 +1,351 @@
+"""The scripts as their user meets them: figures, files, gradients, mistakes."""
+import ast
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, main, run
+
+import common
+import dpo
+import sft
+from gpt import GPT, GPTConfig, load, save
+
+METHODS = {"sft": sft, "dpo": dpo}
+OURS = {p.stem for p in ROOT.glob("*.py")} | {"data"}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---- the house
+
+
+def imports(path):
+    out = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            out |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            out.add(node.module.split(".")[0])
+    return out
+
+
+def test_imports_go_down_the_floors():
+    ground = {"gpt.py": {"torch"}, "common.py": {"torch", "tqdm"}, "memory.py": {"torch"}}
+    below = {"evaluate.py": {"gpt", "data", "common"}, "compare.py": {"common"}}
+    methods = {"gpt", "common", "memory", "data", "evaluate"}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
+        found = {name for name in imports(path) if name not in sys.stdlib_module_names}
+        ours, others = found & OURS, found - OURS
+        assert others <= {"torch", "tiktoken", "tqdm", "numpy"} | ({"matplotlib"} if path.name == "compare.py" else set())
+        if path.parent.name == "data":
+            assert ours <= {"data"} and others <= {"torch", "numpy", "tiktoken"}, path
+        elif path.name in ground:
+            assert not ours and others <= ground[path.name], path
+        else:
+            assert ours <= below.get(path.name, methods), path
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_is_read_and_explained(name, capsys):
+    source = "".join((ROOT / f"{file}.py").read_text() for file in (name, "common", "evaluate"))
+    for field in dataclasses.fields(METHODS[name].Options):
+        assert re.search(rf"\bo\.{field.name}\b", source), f"--{field.name} is never read"
+    assert main(name, "--help") == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(METHODS[name].Options):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "%(" not in text and "%%" not in text
+
+
+def test_readme_agrees_with_the_files():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) < 250
+    for name in METHODS:
+        code = len((ROOT / f"{name}.py").read_text().splitlines())
+        row = re.search(rf"^\| \[?`{name}\.py`.*$", readme, re.M)
+        assert row and int(re.findall(r"\d+", row[0].split("|")[-2])[0]) == code, f"{name}.py has {code} lines"
+    for command in re.findall(r"^python (\w+)\.py([^#\n]*)", readme, re.M):
+        assert (ROOT / f"{command[0]}.py").exists()
+        if command[0] in METHODS:
+            names = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(METHODS[command[0]].Options)}
+            assert set(re.findall(r"--[\w-]+", command[1])) <= names, command
+
+
+# ---- runs
+
+
+def test_dpo_end_to_end(tiny, tmp_path):
+    """Exit code, documented finite figures, a checkpoint that reloads, a changed policy, an unchanged reference, evaluate.py."""
+    shutil.copytree(tiny / "out", tmp_path / "out")
+    before = snapshot(tmp_path)
+    done = run("dpo.py", *TINY, "--eval-every", 2, cwd=tmp_path)
+    assert "gold reward" in done.stdout and "reference |" in done.stdout and "sft on reviews, 3 steps" in done.stdout
+    assert all((p.read_bytes() == content) for p, content in before.items()) and not list(tmp_path.rglob("*.tmp"))
+    folder = tmp_path / "out/reviews"
+    assert sorted(p.name for p in folder.iterdir()) == ["dpo.jsonl", "dpo.pt", "sft.jsonl", "sft.pt"]
+
+    first, *steps, last = lines(folder / "dpo.jsonl")
+    assert first["options"]["beta"] == 0.1 and first["versions"]["torch"] == torch.__version__
+    assert [line["step"] for line in steps] == [1, 2, 2, 3]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and steps[0]["rewards/accuracies"] == 0.0  # π = π_ref
+    final = last["final"]
+    figures = {"reward", "ref_reward", "win_rate", "kl", "kl_se", "length", "entropy", "ended", "step_ms", "tokens_per_s", "wall_s",
+               "flops_per_token"}  # fmt: skip
+    assert figures <= set(final) and all(math.isfinite(final[k]) for k in figures)
+    assert [(m["role"], m["trainable"]) for m in final["models"]] == [("policy", True), ("ref", False)]
+    readme = (ROOT / "README.md").read_text()
+    for key in {k for line in steps for k in line} | set(final):
+        assert f"`{key}`" in readme, f"{key} is logged but not in the README"
+
+    policy, meta = load(folder / "dpo.pt")
+    start, _ = load(folder / "sft.pt")
+    assert meta["reference"] == "out/reviews/sft.pt" and meta["method"] == "dpo"
+    assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), start.parameters()))
+    again = run("evaluate.py", "out/reviews/dpo.pt", "--device", "cpu", cwd=tmp_path).stdout
+    assert re.search(rf"KL\(π‖π_ref\), nats a response +{final['kl']:.2f} ", again)
+    answer = run("evaluate.py", "out/reviews/dpo.pt", "--prompt", "A drama, The Last Road:", "--device", "cpu", cwd=tmp_path).stdout
+    assert "A drama, The Last Road:" in answer and "policy |" in answer
+
+
+def test_a_missing_sft_checkpoint_is_made_first(tmp_path, monkeypatch):
+    """dpo.py starts sft.py of the same task itself, passing on the device and precision only."""
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def fake(args, **more):
+        calls.append([str(a) for a in args[1:]])
+        os.makedirs("out/reviews", exist_ok=True)
+        assert main("sft", *TINY, "--n-layer", 1, "--n-head", 1, "--n-embd", 8) == 0
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(common.subprocess, "run", fake)
+    monkeypatch.setattr(common, "_commit", lambda: "")
+    assert main("dpo", *TINY) == 0
+    assert calls == [[str(ROOT / "sft.py"), "--task", "reviews", "--device", "cpu", "--dtype", "auto"]]
+
+
+def test_real_text(tmp_path):
+    """sft.py then dpo.py on JSONL files: held-out loss, held-out accuracy, rows cut aloud."""
+    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(60)]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rows = [{"prompt": f"What is {i} plus {i}?", "chosen": f"It is {2 * i}.", "rejected": "No idea at all" * (1 + i % 9)} for i in range(60)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = run("sft.py", "--task", "s.jsonl", *TINY, "--n-layer", 1, "--n-embd", 16, "--block-size", 64, cwd=tmp_path)
+    assert "held-out loss, nats a token" in done.stdout
+    done = run("dpo.py", "--task", "p.jsonl", "--init", "out/s/sft.pt", *TINY, "--truncate", cwd=tmp_path)
+    assert "held-out preference accuracy" in done.stdout and re.search(r"\d+ pairs are cut to 64 tokens", done.stdout)
+    final = lines(tmp_path / "out/p/dpo.jsonl")[-1]["final"]
+    assert 0 <= final["accuracy"] <= 1 and "reward" not in final
+    epoch = run("dpo.py", "--task", "p.jsonl", "--init", "out/s/sft.pt", "--truncate", "--batch-size", 8, "--epochs", 2, "--precompute-ref",
+                "--max-new-tokens", 4, "--loss", "ipo", "--out", "out/ipo.pt", cwd=tmp_path)  # fmt: skip
+    assert "models held: 1" in epoch.stdout
+    record = lines(tmp_path / "out/ipo.jsonl")
+    n = 60 - len({r["prompt"] for r in rows} & test_prompts(tmp_path / "p.jsonl"))
+    assert record[-2]["step"] == 2 * (n // 8 + (n % 8 > 1))
+
+
+def test_prompts(path):
+    import data
+
+    return {p for p, _ in data.task(str(path)).prompts(None, 0, split="test")}
+
+
+test_prompts.__test__ = False
+
+
+@pytest.mark.parametrize("script, options", [("sft", []), ("dpo", []), ("dpo", ["--loss", "ipo"]), ("dpo", ["--sft-weight", "0.5"])])
+def test_micro_batches_give_the_same_gradient(script, options, tiny, monkeypatch):
+    """64 ragged rows at once and in eights, float64: the gradients agree to 1e-6 of their norm, and so do the metrics."""
+    monkeypatch.chdir(tiny)
+    seen = []
+
+    def update(self, step, model, optimizer):
+        seen.append((torch.cat([p.grad.flatten() for p in model.parameters()]), {k: float(v) for k, v in self.sums.items()}))
+        raise common.Stopped("seen")
+
+    monkeypatch.setattr(common.Run, "update", update)
+    for micro in (64, 8):
+        code = main(script, "--batch-size", 64, "--micro-batch", micro, "--dtype", "float64", "--out", "micro/x.pt", *options)
+        assert code == 1
+    (a, metrics), (b, again) = seen
+    assert a.dtype == torch.float64 and a.norm() > 1e-6 and (a - b).norm() <= 1e-6 * a.norm()
+    assert metrics == pytest.approx(again, rel=1e-9)
+
+
+def test_bfloat16_on_cpu_and_policy_equals_reference(tiny, monkeypatch):
+    """Under autocast with float32 master weights, policy and frozen bfloat16 reference agree to the bit at step 0: the loss is log 2."""
+    monkeypatch.chdir(tiny)
+    assert main("dpo", *TINY, "--dtype", "bfloat16", "--out", "bf/dpo.pt") == 0
+    first, step, *_ = lines(tiny / "bf/dpo.jsonl")
+    assert step["rewards/margins"] == 0.0 and step["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["models"][1]["weight_bytes"] < first["models"][0]["weight_bytes"]
+    assert all(p.dtype == torch.float32 for p in load("bf/dpo.pt")[0].parameters())
+
+
+def test_precomputed_reference_changes_no_loss(tiny, monkeypatch):
+    monkeypatch.chdir(tiny)
+    logs = []
+    for extra in ([], ["--precompute-ref"]):
+        assert main("dpo", *TINY, "--pairs", 12, "--out", "pre/dpo.pt", *extra) == 0
+        logs.append([line["loss"] for line in lines(tiny / "pre/dpo.jsonl") if "loss" in line])
+    assert logs[0] == pytest.approx(logs[1], abs=1e-5) and len(logs[0]) == 3
+
+
+def test_log_probs_of_the_end_token_are_trained(tiny):
+    """After SFT on whole responses the model ends its samples; the mask that sft.py trains on holds the end token."""
+    import data
+
+    tokenizer = data.tokenizer()
+    batches = data.Batches(data.task("reviews").demonstrations, 0, 4, 0, tokenizer, 128)
+    batch = data.pad(batches[0])
+    last = batch.ids[torch.arange(4), batch.mask.shape[1] - 1 - batch.mask.flip(1).int().argmax(1)]
+    assert (last == tokenizer.end_id).all()
+
+
+# ---- mistakes
+
+
+def files(folder):
+    """What the table below names."""
+    (folder / "empty.jsonl").write_text("")
+    good = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"})
+    (folder / "broken.jsonl").write_text("\n".join([good] * 16 + ['{"prompt": ', good]))
+    (folder / "array.jsonl").write_text(good + "\n[1]\n")
+    (folder / "nocolumn.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a"}) + "\n" for i in range(9)))
+    (folder / "number.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a", "rejected": 3}) + "\n" for i in range(9)))
+    (folder / "noprompt.jsonl").write_text(json.dumps({"prompt": " ", "chosen": "a", "rejected": "b"}))
+    (folder / "role.jsonl").write_text(json.dumps({"prompt": [{"role": "robot", "content": "x"}], "chosen": "a", "rejected": "b"}))
+    (folder / "same.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a", "rejected": "a"}) + "\n" for i in range(9)))
+    (folder / "one.jsonl").write_text(good)
+    (folder / "long.jsonl").write_text("".join(json.dumps({"prompt": f"{i}" * 400, "chosen": "a", "rejected": "b"}) + "\n" for i in range(9)))
+    (folder / "ok.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a", "rejected": "b"}) + "\n" for i in range(50)))
+    (folder / "junk.jsonl").write_bytes(bytes(range(256)))
+    (folder / "junk.jsonl.gz").write_bytes(b"no gzip")
+    (folder / "a_file").write_text("")
+    sft_pt = (folder / "out/reviews/sft.pt").read_bytes()
+    (folder / "cut.pt").write_bytes(sft_pt[:5000])
+    torch.save({"a": [1]}, folder / "pickle.pt")
+    (folder / "text.pt").write_text("hello")
+    save(GPT(GPTConfig(vocab_size=99, block_size=64, n_layer=1, n_head=1, n_embd=8)), folder / "vocab.pt", **load(folder / "out/reviews/sft.pt")[1])
+    (folder / "bad.tiktoken").write_text("not a vocabulary")
+    (folder / "other.tiktoken").write_text((ROOT / "data/vocab.tiktoken").read_text().rsplit("\n", 2)[0] + "\n")
+
+
+FILE = ["--init", "out/reviews/sft.pt", "--task"]
+MISTAKES = [  # script, arguments, what the line must say
+    ("dpo", ["--betta", "1"], "--betta"),
+    ("dpo", ["--be", "1"], "--be"),
+    ("dpo", ["--steps", "many"], "--steps: must be a whole number > 0, not 'many'"),
+    ("dpo", ["--steps", "1.5"], "--steps"),
+    ("dpo", ["--steps"], "--steps"),
+    ("dpo", ["--beta", "0"], "--beta: must be a number > 0, not '0'"),
+    ("dpo", ["--beta", "nan"], "--beta"),
+    ("dpo", ["--lr", "-1"], "--lr"),
+    ("dpo", ["--lr", "inf"], "--lr"),
+    ("dpo", ["--label-smoothing", "0.5"], "--label-smoothing"),
+    ("dpo", ["--loss", "kto"], "--loss"),
+    ("dpo", ["--loss", "ipo", "--beta", "0.2"], "--beta is read by --loss dpo or --loss robust only"),
+    ("dpo", ["--tau", "0.2"], "--tau is read by --loss ipo only"),
+    ("dpo", ["--steps", "3", "--epochs", "2"], "--steps and --epochs"),
+    ("dpo", ["--epochs", "2"], "--epochs"),
+    ("dpo", ["--precompute-ref"], "--pairs"),
+    ("dpo", ["--micro-batch", "5"], "--micro-batch 5 does not divide --batch-size 32"),
+    ("dpo", ["--task", "reviewz"], "no such task"),
+    ("dpo", ["--task", "arithmetic:x"], "arithmetic:1"),
+    ("dpo", ["--eval-file", "ok.jsonl"], "--eval-file"),
+    ("dpo", ["--device", "cuda:99"], "--device cpu always is"),
+    ("dpo", ["--device", "abacus"], "--device"),
+    ("dpo", ["--dtype", "int8"], "--dtype"),
+    ("dpo", ["--out", "a_file/x.pt"], "--out a_file/x.pt cannot be written"),
+    ("dpo", ["--out", "out"], "--out"),
+    ("dpo", ["--out", "out/reviews/sft.pt", "--init", "out/reviews/sft.pt"], "--init checkpoint, which would be lost"),
+    ("dpo", ["--init", "none.pt"], "none.pt: no such file"),
+    ("dpo", ["--init", "out"], "out is a directory"),
+    ("dpo", ["--init", "cut.pt"], "not a whole checkpoint"),
+    ("dpo", ["--init", "text.pt"], "not a whole checkpoint"),
+    ("dpo", ["--init", "pickle.pt"], "not a checkpoint of these scripts"),
+    ("dpo", ["--init", "vocab.pt"], "vocabulary of 99"),
+    ("dpo", ["--tokenizer", "other.tiktoken"], "--tokenizer other.tiktoken is not that of"),
+    ("dpo", ["--block-size", "512"], "--block-size 512 is more than the checkpoint's 256"),
+    ("dpo", ["--block-size", "16"], "do not fit in 16 tokens"),
+    ("dpo", ["--max-new-tokens", "255"], "--max-new-tokens"),
+    ("dpo", ["--task", "ok.jsonl"], "--init is needed with a file"),
+    ("dpo", [*FILE, "none.jsonl"], "none.jsonl: no such file"),
+    ("dpo", [*FILE, "empty.jsonl"], "empty.jsonl is empty"),
+    ("dpo", [*FILE, "broken.jsonl"], "broken.jsonl:17: not JSON"),
+    ("dpo", [*FILE, "array.jsonl"], "array.jsonl:2: a row must be a JSON object, not a list"),
+    ("dpo", [*FILE, "nocolumn.jsonl"], 'no column "rejected" (it has prompt, chosen)'),
+    ("dpo", [*FILE, "number.jsonl"], '"rejected" must be a string or a list of messages, not a number'),
+    ("dpo", [*FILE, "noprompt.jsonl"], "noprompt.jsonl:1: the prompt is empty"),
+    ("dpo", [*FILE, "role.jsonl"], "role.jsonl:1:"),
+    ("dpo", [*FILE, "same.jsonl"], "no usable row"),
+    ("dpo", [*FILE, "same.jsonl", "--strict"], "--strict"),
+    ("dpo", [*FILE, "one.jsonl"], "--eval-file"),
+    ("dpo", [*FILE, "long.jsonl"], "do not fit in 256 tokens"),
+    ("dpo", [*FILE, "junk.jsonl"], "junk.jsonl:1: not"),
+    ("dpo", [*FILE, "junk.jsonl.gz"], "junk.jsonl.gz: cannot be read"),
+    ("dpo", [*FILE, "data.jsonl"], "data.jsonl is a directory"),
+    ("dpo", [*FILE, "ok.jsonl", "--eval-file", "none.jsonl"], "none.jsonl: no such file"),
+    ("sft", ["--pairs", "3"], "--pairs"),
+    ("sft", ["--init", "out/reviews/sft.pt", "--out", "out/x.pt", "--n-layer", "2"], "--n-layer"),
+    ("sft", ["--n-embd", "30", "--n-head", "4"], "--n-embd 30 is not a multiple"),
+    ("sft", ["--tokenizer", "none"], "--tokenizer none: no such file"),
+    ("sft", ["--tokenizer", "bad.tiktoken"], "bad.tiktoken is no vocabulary file"),
+    ("sft", ["--task", "number.jsonl", "--init", "vocab.pt"], "vocabulary of 99"),
+    ("evaluate", ["none.pt"], "none.pt: no such file"),
+    ("evaluate", ["out/reviews/sft.pt", "--max-new-tokens", "300"], "--max-new-tokens"),
+    ("evaluate", [], "checkpoint"),
+]
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistakes")
+    shutil.copytree(tiny / "out", folder / "out")
+    (folder / "data.jsonl").mkdir()
+    files(folder)
+    return folder
+
+
+@pytest.mark.parametrize("script, args, words", MISTAKES, ids=[" ".join([m[0], *m[1]]) for m in MISTAKES])
+def test_a_mistake_is_one_line_and_exit_code_2(script, args, words, workshop, monkeypatch, capsys):
+    monkeypatch.chdir(workshop)
+    before = snapshot(workshop)
+    assert main(script, *args) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith(f"{script}.py: ") and words in said[0], said
+    assert snapshot(workshop) == before
+
+
+def test_a_mistake_has_no_traceback_from_the_shell(workshop):
+    done = run("dpo.py", "--beta", "0", cwd=workshop, ok=False)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tiny, monkeypatch, capsys):
+    monkeypatch.chdir(tiny)
+    monkeypatch.setattr(dpo, "dpo_loss", lambda *logps, beta, label_smoothing: logps[0] * (float("nan") if broken() else -1.0))
+    calls = []
+
+    def broken():
+        calls.append(1)
+        return len(calls) > 2
+
+    assert main("dpo", *TINY, "--out", "nan/dpo.pt") == 1
+    assert "step 3: the loss is nan" in capsys.readouterr().err
+    state = torch.load(tiny / "nan/dpo.state", weights_only=True)
+    assert state["step"] == 2 and all(torch.isfinite(p).all() for p in state["policy"].values())
+    assert not (tiny / "nan/dpo.pt").exists()
