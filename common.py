@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import glob
+import hashlib
 import inspect
 import json
 import math
@@ -39,6 +40,7 @@ Count = Annotated[int, lambda x: x >= 1, "a whole number > 0"]
 Whole = Annotated[int, lambda x: x >= 0, "a whole number >= 0"]
 Positive = Annotated[float, lambda x: x > 0, "a number > 0"]
 NonNegative = Annotated[float, lambda x: x >= 0, "a number >= 0"]
+Seed = Annotated[int, lambda x: 0 <= x < 2**62, "a whole number >= 0 and below 2^62"]
 BelowHalf = Annotated[float, lambda x: 0 <= x < 0.5, "a number in [0, 0.5)"]
 
 
@@ -63,7 +65,7 @@ class Options:
     truncate: bool = False  # cut what does not fit: the prompt from its left, then the responses; otherwise the run stops
     strict: bool = False  # refuse a file's useless rows (an empty answer, two equal ones), which are dropped otherwise
     tokenizer: str = ""  # vocabulary file or tiktoken name (default: the checkpoint's; at random weights data/vocab.tiktoken)
-    seed: Whole = 0  # of weights, data and samples
+    seed: Seed = 0  # of weights, data and samples
     device: str = "auto"  # cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)
     dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"  # bfloat16: autocast, float32 weights (auto: on a GPU with it)
     checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, a third more time
@@ -151,9 +153,10 @@ def command(*errors):
                 code, message = 1, str(e)
             except torch.OutOfMemoryError as e:
                 code, message = 1, f"out of memory ({str(e).splitlines()[0]}): try a smaller --micro-batch, or --checkpoint-activations"
-            except KeyboardInterrupt:
-                again = shlex.join(["python", script, *argv] + ["--resume"] * ("--resume" not in argv))
-                code, message = 130, f"interrupted; this goes on from the last saved step: {again}"
+            except KeyboardInterrupt as e:
+                again = shlex.join(["python", sys.argv[0], *argv] + ["--resume"] * ("--resume" not in argv))
+                resumes = hasattr(main.__globals__["Options"], "resume")
+                code, message = 130, "interrupted" + f"; this goes on from {e or 'the last saved step'}: {again}" * resumes
             print(f"{script}: {message}", file=sys.stderr)
             sys.exit(code)
 
@@ -172,7 +175,7 @@ def checkpoint_path(task, method):
 
 
 def is_file(task):
-    return task.endswith((".jsonl", ".jsonl.gz")) or os.path.exists(task)
+    return task.endswith((".jsonl", ".jsonl.gz")) or "/" in task or os.path.isfile(task)
 
 
 def stage(script, o):
@@ -183,11 +186,18 @@ def stage(script, o):
     if not os.path.exists(path):
         print(f"{path} does not exist yet: running {script} first (about half a minute on a laptop)", flush=True)
         args = [sys.executable, Path(__file__).with_name(script), "--task", o.task, "--device", o.device, "--dtype", o.dtype]
-        start, code = time.time(), subprocess.run(args, env={**os.environ, "NANOPO_PARENT": str(os.getpid())}).returncode
-        if code == 130:
-            raise KeyboardInterrupt
-        if code:
-            raise Stopped(f"{script}, which makes {path}, failed with exit code {code}")
+        args += ["--resume"] * os.path.exists(path.removesuffix(".pt") + ".state")
+        start, interrupted = time.time(), False
+        process = subprocess.Popen(args, env={**os.environ, "NANOPO_PARENT": str(os.getpid())})
+        while process.poll() is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt:  # the stage has heard it too, and saves its state
+                interrupted = True
+        if interrupted or process.returncode == 130:
+            raise KeyboardInterrupt(f"where {script} stopped")
+        if process.returncode:
+            raise Stopped(f"{script}, which makes {path}, failed with exit code {process.returncode}")
         print(f"{path} is made, in {time.time() - start:.0f} s\n", flush=True)
     return path
 
@@ -310,10 +320,15 @@ class Run(Compute):
         o.micro_batch = o.micro_batch or o.batch_size
         if o.batch_size % o.micro_batch:
             raise UserError(f"--micro-batch {o.micro_batch} does not divide --batch-size {o.batch_size}")
-        if o.out.endswith((".jsonl", ".state", ".gz")) or os.path.isdir(o.out):
+        if o.epochs and not is_file(o.task) and not getattr(o, "pairs", 0):
+            raise UserError(f"--epochs counts passes over a fixed set, but {o.task} makes fresh rows every step; give --steps")
+        if o.out.endswith((".jsonl", ".state", ".gz", "/")) or os.path.isdir(o.out):
             raise UserError(f"--out {o.out} is no place for a checkpoint; give a path like {checkpoint_path(o.task, method)}")
-        if o.init and os.path.realpath(o.init) == os.path.realpath(o.out):
-            raise UserError(f"--out {o.out} is the --init checkpoint, which would be lost; give another path")
+        init = o.init or ("" if method == "sft" else checkpoint_path(o.task, "sft"))
+        written = {os.path.realpath(path) for path in (self.out, self.record_path, self.state_path)}
+        for path in filter(None, (o.task, o.eval_file, o.tokenizer, init)):
+            if os.path.realpath(path) in written:
+                raise UserError(f"--out {o.out} would overwrite {path}, which this run reads; give another path")
         try:
             os.makedirs(os.path.dirname(o.out) or ".", exist_ok=True)
             self._clean()
@@ -347,11 +362,10 @@ class Run(Compute):
         """held: the ledger's (role, model, trainable). batches: the data, whose epochs set the steps. state: what is saved
         beside --out and restored by --resume: name = object with state_dict and load_state_dict."""
         o, self.state, self.models = self.o, state, ledger(held)
-        if o.epochs and not batches.per_epoch:
-            raise UserError(f"--epochs counts passes over a fixed set, but {o.task} makes fresh rows every step; give --steps")
         if o.epochs or (is_file(o.task) and "steps" not in o.given):
             o.steps = (o.epochs or 1) * batches.per_epoch
-        self.first, self.wall, self.tokens, self.times = 0, time.time(), 0, []
+        self.first, self.wall, self.tokens, self.times, self.lines, self.saved, self.peak = 0, time.time(), 0, [], [], False, None
+        self.start = _digest([m for _, m, _ in held], batches.rows)
         self.options = {k: v for k, v in asdict(o).items() if k not in ("resume", "log_every", "save_every", "out", "device")}
         self.options["device"] = self.device.type
         for line in ledger_lines(self.models):
@@ -361,9 +375,11 @@ class Run(Compute):
                   "commit": _commit(), "versions": versions, "models": self.models}  # fmt: skip
         if not (o.resume and self._restore()):
             if os.path.exists(self.state_path):
-                self.say(f"an interrupted run's {self.state_path} is replaced; --resume would go on with it")
-            self._open(0)
+                self.say(f"an interrupted run's {self.state_path} will be replaced at the first save; --resume would go on with it")
+            self.record = open(self.record_path, "wb", buffering=0)
             self.write(header)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def steps(self):
         """Yields the number of each step from 0; between two of them the step is recorded, shown and saved."""
@@ -388,7 +404,9 @@ class Run(Compute):
                 if done % o.save_every == 0 or done == o.steps or interrupted:
                     self._save(done)
                 if interrupted:
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(f"step {done}, in {self.state_path}")
+            if self.device.type == "cuda":
+                self.peak = torch.cuda.max_memory_allocated(self.device)
         finally:
             bar.close()
             with contextlib.suppress(ValueError):
@@ -408,10 +426,10 @@ class Run(Compute):
             group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.o.grad_clip)
         if not torch.isfinite(norm + self.sums["loss"]):
-            if all(torch.isfinite(p).all() for p in model.parameters()):
+            if not self.saved and all(torch.isfinite(p).all() for p in model.parameters()):
                 self._save(step)
             raise Stopped(f"step {step + 1}: the loss is {float(self.sums['loss'])}, the gradient's norm {float(norm)}; the last good "
-                          f"state is in {self.state_path}. Try a smaller --lr or a longer --warmup")  # fmt: skip
+                          f"state is kept in {self.state_path}. Start again with a smaller --lr or a longer --warmup")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad()
         self.sums |= {"grad_norm": norm, "lr": lr}
@@ -425,19 +443,16 @@ class Run(Compute):
 
     def write(self, line):
         """Appends to the record: one write a line, so that a killed run leaves whole lines."""
-        self.record.write((json.dumps(line) + "\n").encode())
-
-    def _open(self, size):
-        self.record = open(self.record_path, "ab", buffering=0)
-        self.record.truncate(min(size, os.path.getsize(self.record_path)))
-        self.record.seek(0, os.SEEK_END)
+        self.lines.append(json.dumps(line) + "\n")
+        self.record.write(self.lines[-1].encode())
 
     def _save(self, step):
-        state = {"options": self.options, "step": step, "wall": time.time() - self.wall, "record": self.record.tell(),
+        state = {"options": self.options, "start": self.start, "step": step, "wall": time.time() - self.wall, "record": self.lines,
                  "rng": torch.get_rng_state(), **{name: x.state_dict() for name, x in self.state.items()}}  # fmt: skip
         temporary = f"{self.state_path}.{os.getpid()}.tmp"
         torch.save(state, temporary)
         os.replace(temporary, self.state_path)
+        self.saved = True
 
     def _restore(self):
         """Goes on from the saved state; False, aloud, where there is none. Ends the process where the run had finished."""
@@ -456,11 +471,14 @@ class Run(Compute):
         if changed := [k for k in self.options if self.options[k] != saved.get(k)]:
             words = ", ".join(f"--{k.replace('_', '-')} {saved.get(k)}" for k in changed)
             raise UserError(f"--resume: the interrupted run had {words}; give the same options, or start without --resume")
+        if state["start"] != self.start:
+            raise UserError("--resume: the checkpoint or the data that the run started from has changed; start without --resume")
         for name, x in self.state.items():
             x.load_state_dict(state[name])
         torch.set_rng_state(state["rng"].cpu())
-        self.first, self.wall = state["step"], time.time() - state["wall"]
-        self._open(state["record"])
+        self.first, self.wall, self.lines, self.saved = state["step"], time.time() - state["wall"], state["record"], True
+        self.record = open(self.record_path, "wb", buffering=0)
+        self.record.write("".join(self.lines).encode())  # cut back to the saved step
         self.say(f"resumed after step {self.first} of {self.o.steps}")
         return True
 
@@ -473,8 +491,8 @@ class Run(Compute):
         final |= {"models": self.models, "flops_per_token": flops_per_token, "wall_s": round(time.time() - self.wall, 2)}
         if self.times:
             final |= {"step_ms": 1000 * statistics.median(self.times), "tokens_per_s": self.tokens / sum(self.times)}
-        if self.device.type == "cuda":
-            final["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        if self.peak:
+            final["peak_bytes"] = self.peak
         self.write({"final": final})
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.state_path)
@@ -483,6 +501,14 @@ class Run(Compute):
         speed = f", {final['step_ms']:.0f} ms a step, {final['tokens_per_s']:,.0f} tokens/s" if self.times else ""
         peak = f", peak {final['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in final else ""
         self.say(f"time: {final['wall_s']:.0f} s{speed}{peak}\ncheckpoint {self.out}, record {self.record_path}")
+
+
+def _digest(models, rows):
+    """A fingerprint of the weights and of the fixed set that a run starts from."""
+    h = hashlib.sha256(repr(rows).encode())
+    for p in (p for model in models for p in model.parameters()):
+        h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return h.hexdigest()
 
 
 def _commit():

@@ -106,8 +106,8 @@ def with_reference(ref, pairs, run):
 def main(argv=None):
     o = common.parse(Options, argv)
     common.refuse_unread(o, "loss", READS)
-    run = common.Run(o, "dpo")
     task, fixed = data.task(o.task, o.eval_file, o.strict), o.pairs or (None if common.is_file(o.task) else 0)
+    run = common.Run(o, "dpo")
     if o.precompute_ref and fixed == 0:
         raise common.UserError("--precompute-ref needs a fixed set: give --pairs N, or a file as the task")
     init = o.init or common.stage("sft.py", o)
@@ -116,7 +116,7 @@ def main(argv=None):
     task.template, block_size, mean = meta["template"], context(o, policy), o.loss == "ipo" and not o.ipo_sum
     batches = data.Batches(task.preferences, fixed, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
     yardstick = Yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, "mean" if mean else "sum")
-    for note in [*task.notes, *[f"{batches.cut} pairs are cut to {block_size} tokens"] * bool(batches.cut)]:
+    for note in filter(None, [*task.notes, batches.note, *yardstick.notes]):
         run.say(note)
 
     policy = run.prepare(policy)
@@ -166,9 +166,10 @@ def main(argv=None):
 
     final, samples = yardstick.measure(policy, ref or reference(run, init))
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=init, implicit=yardstick.implicit,
-         reward=final.get("reward"))  # fmt: skip
+         max_new_tokens=yardstick.max_new_tokens, reward=final.get("reward"))  # fmt: skip
     report(f"dpo on {o.task}", final, samples, task.bound)
-    run.finish(final, flops_per_token=(6 if o.precompute_ref else 8) * policy.matmul_parameters())
+    passes = 6 + 2 * (not o.precompute_ref) + 2 * o.checkpoint_activations
+    run.finish(final, flops_per_token=passes * policy.matmul_parameters())
 
 
 def reference(run, init):

@@ -53,6 +53,8 @@ def describe(meta):
 
 def context(o, model):
     """-> the longest sequence of this run: --block-size, which may only shorten the model's own."""
+    if 0 < o.block_size < 8:
+        raise common.UserError(f"--block-size {o.block_size} leaves no room for a prompt and a response; 8 is the least")
     if o.block_size > model.config.block_size:
         own = model.config.block_size
         raise common.UserError(f"--block-size {o.block_size} is more than the checkpoint's {own}; it may only shorten it")
@@ -68,11 +70,12 @@ class Yardstick:
         self.max_new_tokens = max_new_tokens or min(task.max_new_tokens, block_size // 2)
         self.prompts = task.prompts(PROMPTS, seed, split="test")
         limit = block_size - self.max_new_tokens
-        self.ids = data.encode_prompts([prompt for prompt, _ in self.prompts], tokenizer, limit, truncate)
-        self.rows = []
+        self.ids, note = data.encode_prompts([prompt for prompt, _ in self.prompts], tokenizer, limit, truncate)
+        self.rows, self.notes = [], [note]
         if not task.has_reward:
             draw = task.demonstrations if implicit == "nll" else task.preferences
-            self.rows, _ = data.encode(draw(PROMPTS, seed, split="test"), tokenizer, block_size, truncate)
+            self.rows, note = data.encode(draw(PROMPTS, seed, split="test"), tokenizer, block_size, truncate)
+            self.notes.append(note and f"held out: {note}")
 
     @torch.no_grad()
     def measure(self, policy, ref=None, n=PROMPTS):
@@ -90,11 +93,13 @@ class Yardstick:
                 figures["win_rate"] = statistics.fmean((a > b) + 0.5 * (a == b) for a, b in zip(reward, ref_reward))
         elif self.implicit == "nll":
             figures["nll"] = self._nll(policy)
-        else:
+        elif ref is not None:
             figures["accuracy"] = self._accuracy(policy, ref)
         if ref is not None:
             kl = torch.cat(score.kl)
-            figures |= {"kl": kl.mean().item(), "kl_se": (kl.std() / len(kl) ** 0.5).item()}
+            figures["kl"] = kl.mean().item()
+            if len(kl) > 1:
+                figures["kl_se"] = (kl.std() / len(kl) ** 0.5).item()
         figures |= {"length": tokens / len(texts), "ended": statistics.fmean(ended), "entropy": score.entropy / tokens}
         figures["prompts"] = len(texts)
         shown = [(self.prompts[i][0], ref_texts[i] if ref is not None else None, texts[i]) for i in range(min(2, len(texts)))]
@@ -134,8 +139,8 @@ class Yardstick:
         for answer in (1, 2):  # chosen, rejected
             rows = [(row[0], row[answer]) for row in self.rows]
             logp, length = self._logps(policy, rows)
-            logp = logp if ref is None else logp - self._logps(ref, rows)[0]
-            reward.append(logp / length if self.implicit == "mean" else logp)
+            ratio = logp - self._logps(ref, rows)[0]
+            reward.append(ratio / length if self.implicit == "mean" else ratio)
         return (reward[0] > reward[1]).float().mean().item()
 
 
@@ -160,7 +165,7 @@ def report(title, figures, samples, bound=None):
         ("win rate against the reference", None, f.get("win_rate"), ""),
         ("held-out preference accuracy", None, f.get("accuracy"), ""),
         ("held-out loss, nats a token", None, f.get("nll"), ""),
-        ("KL(π‖π_ref), nats a response", None, f.get("kl"), f" ± {f.get('kl_se', 0):.2f}"),
+        ("KL(π‖π_ref), nats a response", None, f.get("kl"), f" ± {f['kl_se']:.2f}" if "kl_se" in f else ""),
         ("length, tokens", None, f["length"], ""),
         ("ended", None, f["ended"], ""),
         ("entropy, nats a token", None, f["entropy"], ""),
@@ -186,7 +191,7 @@ class Options:
     eval_file: str = ""  # JSONL file to evaluate on (default: the task's test split)
     reference: str = ""  # checkpoint to compare with (default: the one it started from)
     prompts: Count = PROMPTS  # test prompts, at most 512
-    max_new_tokens: Whole = 0  # longest sampled response, in tokens (0: as in the training)
+    max_new_tokens: Whole = 0  # longest sampled response, in tokens (0: as at the end of the training)
     truncate: bool = False  # cut prompts that do not fit, from their left
     seed: Whole = 0  # of the samples
     device: str = "auto"  # cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)
@@ -200,20 +205,22 @@ def main(argv=None):
     policy, tokenizer, meta = open_checkpoint(o.checkpoint)
     policy = run.frozen(run.prepare(policy))
     ref, path, trained = None, o.reference or meta["reference"], meta["options"]
+    block = trained["block_size"] or policy.config.block_size
     if path and not os.path.exists(path) and not o.reference:
         path = os.path.join(os.path.dirname(o.checkpoint), os.path.basename(path))  # the folder was moved
     if path and (o.reference or os.path.exists(path)):
         ref, ref_tokenizer, _ = open_checkpoint(path)
+        block = min(block, ref.config.block_size)
         if ref_tokenizer.meta != tokenizer.meta:
             raise common.UserError(f"{path} has another vocabulary than {o.checkpoint}; give another --reference")
         ref = run.frozen(run.prepare(ref))
     else:
-        print(f"no reference{f' ({path} is missing)' if path else ''}: win rate and KL are left out; --reference names one")
+        words = "win rate, KL and accuracy are left out; --reference names one"
+        print(f"no reference{f' ({path} is missing)' if path else ''}: {words}")
 
-    block, truncate = trained["block_size"] or policy.config.block_size, o.truncate or trained["truncate"]
+    n, truncate = o.max_new_tokens or meta["max_new_tokens"], o.truncate or trained["truncate"]
     if o.prompt:
-        n = o.max_new_tokens or trained["max_new_tokens"] or block // 2
-        ids = data.encode_prompts([o.prompt.replace("\\n", "\n")], tokenizer, block - n, truncate)
+        ids, _ = data.encode_prompts([o.prompt.replace("\\n", "\n")], tokenizer, block - n, truncate)
         print(o.prompt.replace("\\n", "\n"))
         for name, model in (("reference", ref), ("policy", policy)):
             if model is not None:
@@ -223,7 +230,9 @@ def main(argv=None):
         return
     task = data.task(o.task or meta["task"], o.eval_file or ("" if o.task else trained["eval_file"]))
     task.template = meta["template"]
-    yardstick = Yardstick(run, task, tokenizer, block, o.max_new_tokens or trained["max_new_tokens"], truncate, meta["implicit"], o.seed)
+    yardstick = Yardstick(run, task, tokenizer, block, n, truncate, meta["implicit"], o.seed)
+    for note in filter(None, yardstick.notes):
+        print(note)
     figures, samples = yardstick.measure(policy, ref, o.prompts)
     report(f"{meta['method']} on {task.name}", figures, samples, task.bound)
 

@@ -322,7 +322,7 @@ def load(path, device="cpu"):
     try:
         model = {"GPT": GPT, "ScalarGPT": ScalarGPT}[file["nanopo"]](GPTConfig(**file["config"]))
         model.to(next(iter(file["model"].values())).dtype).load_state_dict(file["model"])
-    except (RuntimeError, TypeError, KeyError, AssertionError, StopIteration) as e:
+        return model.to(device), file["meta"]
+    except (RuntimeError, TypeError, KeyError, AttributeError, AssertionError, StopIteration) as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: weights and config disagree ({reason}); train it again") from None
-    return model.to(device), file["meta"]

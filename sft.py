@@ -20,7 +20,6 @@ Departures: the usual ones. No dropout, no packing, no loss on the prompt, one e
 
 It ends with the reward of its samples where the task has one, and with the loss on held-out answers where it has not.
 """
-import os
 from dataclasses import dataclass
 
 import common
@@ -61,18 +60,31 @@ def start(o):
     return GPT(config, o.seed), tokenizer, data.TEMPLATE
 
 
+def reference(o, run, tokenizer, block_size):
+    """-> what the yardstick compares with: the --init checkpoint, else an earlier out/<task>/sft.pt; None, aloud, without one."""
+    path = o.init or common.checkpoint_path(o.task, "sft")
+    try:
+        ref, ref_tokenizer, _ = open_checkpoint(path)
+        if ref_tokenizer.meta == tokenizer.meta and ref.config.block_size >= block_size:
+            return run.frozen(run.prepare(ref))
+        why = f"{path} has another vocabulary or a shorter context"
+    except CheckpointError as e:
+        why = str(e)
+    run.say(f"no reference ({why}): win rate and KL will be left out")
+
+
 @common.command(CheckpointError, data.DataError)
 def main(argv=None):
     o = common.parse(Options, argv)
-    run = common.Run(o, "sft")
     task = data.task(o.task, o.eval_file, o.strict)
+    run = common.Run(o, "sft")
     policy, tokenizer, task.template = start(o)
     block_size = context(o, policy)
     count = None if common.is_file(o.task) else 0
     batches = data.Batches(task.demonstrations, count, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
     yardstick = Yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate)
-    reference = o.init or common.checkpoint_path(o.task, "sft")
-    for note in [*task.notes, *[f"{batches.cut} rows are cut to {block_size} tokens"] * bool(batches.cut)]:
+    ref = reference(o, run, tokenizer, block_size)
+    for note in filter(None, [*task.notes, batches.note, *yardstick.notes]):
         run.say(note)
 
     policy = run.prepare(policy)
@@ -95,17 +107,11 @@ def main(argv=None):
         if o.eval_every and (step + 1) % o.eval_every == 0:
             run.write({"step": step + 1, "eval": yardstick.measure(policy, n=128)[0]})
 
-    ref = None
-    if os.path.exists(reference):
-        ref, ref_tokenizer, _ = open_checkpoint(reference)
-        ref = run.frozen(run.prepare(ref)) if ref_tokenizer.meta == tokenizer.meta else None
-    if ref is None:
-        run.say(f"no reference ({reference} is not there, or has another vocabulary): win rate and KL are left out")
     final, samples = yardstick.measure(policy, ref)
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=o.init, implicit="nll",
-         reward=final.get("reward"))  # fmt: skip
+         max_new_tokens=yardstick.max_new_tokens, reward=final.get("reward"))  # fmt: skip
     report(f"sft on {o.task}", final, samples, task.bound)
-    run.finish(final, flops_per_token=6 * policy.matmul_parameters())
+    run.finish(final, flops_per_token=(6 + 2 * o.checkpoint_activations) * policy.matmul_parameters())
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from data.error import DataError
 def encode(rows, tokenizer, block_size, truncate=False):
     """(prompt, *answers) as text -> as token ids, each answer with its end token; a label goes through as it is.
 
-    Returns (rows, how many were cut). A row that does not fit in block_size tokens raises DataError with the count, or with
-    `truncate` is cut: the prompt first, from its left, down to one token; then every answer at the same place, losing its end.
+    Returns (rows, a note on what was cut, or ""). A row that does not fit in block_size tokens raises DataError with the count,
+    or with `truncate` is cut: the prompt first, from its left, down to one token; then every answer at the same place, losing
+    its end. A pair whose answers are equal after that is dropped.
     """
-    out, cut, widest = [], 0, 0
+    out, cut, equal, widest = [], 0, 0, 0
     for prompt, *answers in rows:
         x = tokenizer.encode(prompt)
         ys = [[*tokenizer.encode(y), tokenizer.end_id] if isinstance(y, str) else y for y in answers]
@@ -22,15 +23,21 @@ def encode(rows, tokenizer, block_size, truncate=False):
             cut, widest = cut + 1, max(widest, len(x) + longest)
             x = x[-max(1, block_size - longest) :]
             ys = [y[: block_size - len(x)] if isinstance(y, list) else y for y in ys]
+            if len(ys) == 2 and ys[0] == ys[1]:
+                equal += 1
+                continue
         out.append((x, *ys))
     if cut and not truncate:
-        raise DataError(f"{cut} of {len(out)} rows do not fit in {block_size} tokens (the longest has {widest}): "
+        raise DataError(f"{cut} of {len(rows)} rows do not fit in {block_size} tokens (the longest has {widest}): "
                         "--truncate cuts them, and sft.py takes a larger --block-size")  # fmt: skip
-    return out, cut
+    if not out:
+        raise DataError(f"no usable row is left once they are cut to {block_size} tokens; a larger --block-size keeps more")
+    note = f"{cut} of {len(rows)} rows are cut to {block_size} tokens" if cut else ""
+    return out, note + (f", {equal} of them dropped because their answers became equal" if equal else "")
 
 
 def encode_prompts(prompts, tokenizer, limit, truncate=False):
-    """Texts -> lists of token ids, at most `limit` each: a longer prompt raises DataError, or is cut from its left."""
+    """Texts -> (lists of at most `limit` token ids, a note): a longer prompt raises DataError, or is cut from its left."""
     out = [tokenizer.encode(prompt) for prompt in prompts]
     long = [len(x) for x in out if len(x) > limit]
     if limit < 1:
@@ -38,7 +45,8 @@ def encode_prompts(prompts, tokenizer, limit, truncate=False):
     if long and not truncate:
         raise DataError(f"{len(long)} of {len(out)} test prompts are longer than the {limit} tokens that --max-new-tokens leaves "
                         f"of the context (the longest has {max(long)}): lower it, or --truncate")  # fmt: skip
-    return [x[-limit:] for x in out]
+    note = f"{len(long)} of {len(out)} test prompts are cut to {limit} tokens, which leaves room for the response" if long else ""
+    return [x[-limit:] for x in out], note
 
 
 class Batches:
@@ -46,7 +54,7 @@ class Batches:
 
     draw: a task's demonstrations, preferences or feedback. count: the size of a fixed set, shuffled anew each epoch, None
     for every row of a file, 0 for fresh rows at every step. A batch larger than the set is the set; the last batch of an epoch
-    may be smaller, and joins the one before where it would hold one row. `cut` counts the rows that `truncate` has cut.
+    may be smaller, and joins the one before where it would hold one row. `note` says what `truncate` has cut.
     """
 
     def __init__(self, draw, count, batch_size, seed, tokenizer, block_size, truncate=False):
@@ -54,9 +62,10 @@ class Batches:
         self.fit = (tokenizer, block_size, truncate)
         if count == 0:
             self.rows, self.batch_size, self.per_epoch = None, batch_size, None
-            _, self.cut = encode(draw(1000, seed), *self.fit)  # what does not fit is told before the training
+            _, note = encode(draw(1000, seed), *self.fit)  # a probe: what does not fit is told before the training
+            self.note = note and f"of a probe, {note}"
         else:
-            self.rows, self.cut = encode(draw(count, seed), *self.fit)
+            self.rows, self.note = encode(draw(count, seed), *self.fit)
             self.batch_size = min(batch_size, len(self.rows))
             self.per_epoch = len(self.rows) // self.batch_size + (len(self.rows) % self.batch_size > 1)
 

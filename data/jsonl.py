@@ -55,7 +55,7 @@ class Jsonl:
         """-> (prompt, the row's other columns) of each different prompt; a `completion` column is called `reference` there"""
         rows = {}
         for where in self.lines[split]:
-            columns = {"reference" if k == "completion" else k: v for k, v in where[2].items() if k != "prompt"}
+            columns = {"reference" if k == "completion" else k: v for k, v in where[2].items() if k not in ("prompt", "ended")}
             rows.setdefault(self._prompt(*where)[0], columns)
         return _some(list(rows.items()), n, seed)
 
@@ -153,9 +153,10 @@ def read(path):
             for number, line in enumerate(file, 1):
                 if line.strip():
                     rows.append((number, json.loads(line.decode())))
+                    json.dumps(rows[-1][1], ensure_ascii=False).encode()  # half an emoji, "\\ud83d", is JSON but no text
                     if not isinstance(rows[-1][1], dict):
                         raise DataError(f"{path}:{number}: a row must be a JSON object, not {_kind(rows[-1][1])}")
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise DataError(f"{path}:{number}: not UTF-8 text; a task file is JSONL, one object a line") from None
     except (ValueError, RecursionError) as e:
         raise DataError(f"{path}:{number}: not JSON ({str(e).splitlines()[0]})") from None

@@ -15,7 +15,7 @@ def task(name, eval_file="", strict=False):
     each of the first four with split="train" | "test", whose prompts are disjoint. All of it is text, never tensors.
     """
     kind, _, digits = name.partition(":")
-    if os.path.exists(name) or name.endswith((".jsonl", ".jsonl.gz")) or "/" in name:
+    if os.path.isfile(name) or name.endswith((".jsonl", ".jsonl.gz")) or "/" in name:
         return Jsonl(name, eval_file, strict)
     if eval_file:
         raise DataError(f"--eval-file goes with a JSONL file as the task; {name} has test prompts of its own")

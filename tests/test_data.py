@@ -219,11 +219,14 @@ def test_truncation_cuts_the_prompt_first_then_the_answers_alike():
     with pytest.raises(data.DataError, match=r"1 of 1 rows do not fit in 12 tokens \(the longest has 1\d\)"):
         data.encode(rows, TOKENIZER, 12)
     n = len(TOKENIZER.encode("abcdefgh")) + 1
-    ((x, w, l),), cut = data.encode(rows, TOKENIZER, n + 4, truncate=True)
-    assert cut == 1 and TOKENIZER.decode(x) == "6789" and w[-1] == l[-1] == TOKENIZER.end_id
+    ((x, w, l),), note = data.encode(rows, TOKENIZER, n + 4, truncate=True)
+    assert note == f"1 of 1 rows are cut to {n + 4} tokens"
+    assert TOKENIZER.decode(x) == "6789" and w[-1] == l[-1] == TOKENIZER.end_id
     ((x, w, l),), _ = data.encode([("0123456789", "11111111", "11")], TOKENIZER, 5, truncate=True)
     assert TOKENIZER.decode(x) == "9" and TOKENIZER.decode(w) == "1111" and TOKENIZER.end_id not in w
     assert TOKENIZER.decode(l) == "11" and l[-1] == TOKENIZER.end_id
+    rows, note = data.encode([("0", "1111112", "1111113"), ("0", "1", "2")], TOKENIZER, 5, truncate=True)
+    assert len(rows) == 1 and note.endswith("1 of them dropped because their answers became equal")
 
 
 def test_batches_are_a_function_of_step_and_seed(tmp_path):

@@ -43,6 +43,7 @@ def test_resume_gives_the_same_bits(script, tiny, monkeypatch, capsys):
     monkeypatch.setattr(common.Run, "_save", save_and_die)
     assert main(script, *TINY, *small, "--save-every", 2, "--out", "cut/x.pt") == 1
     monkeypatch.setattr(common.Run, "_save", saved)
+    shutil.copy(tiny / "cut/x.state", tiny / "state")
     assert main(script, *TINY, *small, "--out", "cut/x.pt", "--resume", "--lr", "0.5") == 2
     assert "--resume: the interrupted run had --lr" in capsys.readouterr().err
     assert main(script, *TINY, *small, "--out", "cut/x.pt", "--resume") == 0
@@ -52,13 +53,19 @@ def test_resume_gives_the_same_bits(script, tiny, monkeypatch, capsys):
     assert a == b and len(a) == 3
     assert main(script, *TINY, *small, "--out", "cut/x.pt", "--resume") == 0
     assert "this run has finished" in capsys.readouterr().out
+    monkeypatch.setattr(common, "_digest", lambda *_: "another checkpoint")
+    shutil.copy(tiny / "state", tiny / "cut/x.state")
+    assert main(script, *TINY, *small, "--out", "cut/x.pt", "--resume") == 2
+    assert "has changed" in capsys.readouterr().err
+    (tiny / "cut/x.state").unlink()
     assert main(script, *TINY, *small, "--out", "fresh/x.pt", "--resume") == 0
     assert "starts afresh" in capsys.readouterr().out
 
 
 def test_ctrl_c_saves_and_tells_how_to_go_on(tiny):
     args = ["--steps", "100000", "--batch-size", "4", "--save-every", "100000", "--out", "ctrl/dpo.pt", "--device", "cpu"]
-    process = subprocess.Popen([sys.executable, ROOT / "dpo.py", *args], cwd=tiny, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command, pipe = [sys.executable, str(ROOT / "dpo.py"), *args], subprocess.PIPE
+    process = subprocess.Popen(command, cwd=tiny, stdout=pipe, stderr=pipe, text=True)
     deadline = time.time() + 60
     while not (tiny / "ctrl/dpo.jsonl").exists() or len((tiny / "ctrl/dpo.jsonl").read_text().splitlines()) < 2:
         assert time.time() < deadline and process.poll() is None
@@ -66,7 +73,7 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(tiny):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and (tiny / "ctrl/dpo.state").exists()
-    assert said.strip().splitlines()[-1].endswith("python dpo.py " + " ".join(args) + " --resume")
+    assert said.strip().splitlines()[-1].endswith(" ".join(["python", *command[1:]]) + " --resume")
 
 
 def test_a_stage_ends_with_its_parent(tmp_path):

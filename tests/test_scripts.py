@@ -3,7 +3,6 @@ import ast
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -125,14 +124,16 @@ def test_a_missing_sft_checkpoint_is_made_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calls = []
 
-    def fake(args, **more):
-        calls.append([str(a) for a in args[1:]])
-        os.makedirs("out/reviews", exist_ok=True)
-        assert main("sft", *TINY, "--n-layer", 1, "--n-head", 1, "--n-embd", 8) == 0
-        return type("Done", (), {"returncode": 0})
+    class Process:
+        def __init__(self, args, **more):
+            calls.append([str(a) for a in args[1:]])
+            self.returncode = main("sft", *TINY, "--n-layer", 1, "--n-head", 1, "--n-embd", 8)
 
-    monkeypatch.setattr(common.subprocess, "run", fake)
+        def poll(self):
+            return self.returncode
+
     monkeypatch.setattr(common, "_commit", lambda: "")
+    monkeypatch.setattr(common.subprocess, "Popen", Process)
     assert main("dpo", *TINY) == 0
     assert calls == [[str(ROOT / "sft.py"), "--task", "reviews", "--device", "cpu", "--dtype", "auto"]]
 
@@ -141,12 +142,12 @@ def test_real_text(tmp_path):
     """sft.py then dpo.py on JSONL files: held-out loss, held-out accuracy, rows cut aloud."""
     rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(60)]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    rows = [{"prompt": f"What is {i} plus {i}?", "chosen": f"It is {2 * i}.", "rejected": "No idea at all" * (1 + i % 9)} for i in range(60)]
+    rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No idea at all" * (1 + i % 9)} for i in range(60)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     done = run("sft.py", "--task", "s.jsonl", *TINY, "--n-layer", 1, "--n-embd", 16, "--block-size", 64, cwd=tmp_path)
     assert "held-out loss, nats a token" in done.stdout
     done = run("dpo.py", "--task", "p.jsonl", "--init", "out/s/sft.pt", *TINY, "--truncate", cwd=tmp_path)
-    assert "held-out preference accuracy" in done.stdout and re.search(r"\d+ pairs are cut to 64 tokens", done.stdout)
+    assert "held-out preference accuracy" in done.stdout and re.search(r"\d+ of \d+ rows are cut to 64 tokens", done.stdout)
     final = lines(tmp_path / "out/p/dpo.jsonl")[-1]["final"]
     assert 0 <= final["accuracy"] <= 1 and "reward" not in final
     epoch = run("dpo.py", "--task", "p.jsonl", "--init", "out/s/sft.pt", "--truncate", "--batch-size", 8, "--epochs", 2, "--precompute-ref",
@@ -230,8 +231,10 @@ def files(folder):
     (folder / "role.jsonl").write_text(json.dumps({"prompt": [{"role": "robot", "content": "x"}], "chosen": "a", "rejected": "b"}))
     (folder / "same.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a", "rejected": "a"}) + "\n" for i in range(9)))
     (folder / "one.jsonl").write_text(good)
-    (folder / "long.jsonl").write_text("".join(json.dumps({"prompt": f"{i}" * 400, "chosen": "a", "rejected": "b"}) + "\n" for i in range(9)))
+    (folder / "long.jsonl").write_text("".join(json.dumps({"prompt": f"{i}" * 400, "chosen": "a", "rejected": "b"}) + "\n"
+                                               for i in range(9)))  # fmt: skip
     (folder / "ok.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a", "rejected": "b"}) + "\n" for i in range(50)))
+    (folder / "surrogate.jsonl").write_text(r'{"prompt": "\ud83d", "chosen": "a", "rejected": "b"}')
     (folder / "junk.jsonl").write_bytes(bytes(range(256)))
     (folder / "junk.jsonl.gz").write_bytes(b"no gzip")
     (folder / "a_file").write_text("")
@@ -239,7 +242,8 @@ def files(folder):
     (folder / "cut.pt").write_bytes(sft_pt[:5000])
     torch.save({"a": [1]}, folder / "pickle.pt")
     (folder / "text.pt").write_text("hello")
-    save(GPT(GPTConfig(vocab_size=99, block_size=64, n_layer=1, n_head=1, n_embd=8)), folder / "vocab.pt", **load(folder / "out/reviews/sft.pt")[1])
+    small = GPT(GPTConfig(vocab_size=99, block_size=64, n_layer=1, n_head=1, n_embd=8))
+    save(small, folder / "vocab.pt", **load(folder / "out/reviews/sft.pt")[1])
     (folder / "bad.tiktoken").write_text("not a vocabulary")
     (folder / "other.tiktoken").write_text((ROOT / "data/vocab.tiktoken").read_text().rsplit("\n", 2)[0] + "\n")
 
@@ -271,7 +275,13 @@ MISTAKES = [  # script, arguments, what the line must say
     ("dpo", ["--dtype", "int8"], "--dtype"),
     ("dpo", ["--out", "a_file/x.pt"], "--out a_file/x.pt cannot be written"),
     ("dpo", ["--out", "out"], "--out"),
-    ("dpo", ["--out", "out/reviews/sft.pt", "--init", "out/reviews/sft.pt"], "--init checkpoint, which would be lost"),
+    ("dpo", ["--out", "out/reviews/sft.pt", "--init", "out/reviews/sft.pt"], "would overwrite out/reviews/sft.pt"),
+    ("dpo", ["--out", "out/reviews/sft.pt"], "would overwrite out/reviews/sft.pt"),
+    ("sft", ["--task", "ok.jsonl", "--out", "ok.pt"], "would overwrite ok.jsonl"),
+    ("dpo", ["--out", "new/"], "--out new/ is no place for a checkpoint"),
+    ("dpo", ["--seed", "99999999999999999999"], "--seed"),
+    ("sft", ["--block-size", "1"], "--block-size 1 leaves no room"),
+    ("dpo", [*FILE, "surrogate.jsonl"], "surrogate.jsonl:1: not UTF-8 text"),
     ("dpo", ["--init", "none.pt"], "none.pt: no such file"),
     ("dpo", ["--init", "out"], "out is a directory"),
     ("dpo", ["--init", "cut.pt"], "not a whole checkpoint"),
