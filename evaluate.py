@@ -9,7 +9,7 @@ One response is sampled to each test prompt (temperature 1, nothing cut off, a f
     reward       mean gold reward of the responses, where the task has one; ref_reward: the reference's
     win_rate     share of prompts where the response has the higher reward of the two, ties half
     kl           KL(π‖π_ref) a response, in nats: mean of Σ_t log π/π_ref over the policy's samples; kl_se, its standard error
-    length       tokens a response, its end token counted; ended: the share that has one within --max-new-tokens
+    length       tokens a response, its end token counted (ref_length: the reference's); ended: the share that has one
     entropy      of the next-token distribution, mean over response tokens, nats
     accuracy     without a known reward: share of held-out pairs whose chosen answer has the higher implicit reward
     nll          without a known reward, after SFT: nats a token of the held-out answers
@@ -83,7 +83,8 @@ class Yardstick:
         figures = {}
         texts, ended, tokens = self._respond(policy, n, self.seed, score := Scores(policy, ref))
         if ref is not None:
-            ref_texts, ref_ended, _ = self._respond(ref, n, self.seed + 1_000_003)
+            ref_texts, ref_ended, ref_tokens = self._respond(ref, n, self.seed + 1_000_003)
+            figures["ref_length"] = ref_tokens / len(ref_texts)
         if self.task.has_reward:
             reward = self._rewards(texts, ended)
             figures["reward"] = statistics.fmean(reward)
@@ -166,7 +167,7 @@ def report(title, figures, samples, bound=None):
         ("held-out preference accuracy", None, f.get("accuracy"), ""),
         ("held-out loss, nats a token", None, f.get("nll"), ""),
         ("KL(π‖π_ref), nats a response", None, f.get("kl"), f" ± {f['kl_se']:.2f}" if "kl_se" in f else ""),
-        ("length, tokens", None, f["length"], ""),
+        ("length, tokens", f.get("ref_length"), f["length"], ""),
         ("ended", None, f["ended"], ""),
         ("entropy, nats a token", None, f["entropy"], ""),
     ]
