@@ -1,0 +1,78 @@
+"""The yardstick against figures counted by hand."""
+import argparse
+
+import pytest
+import torch
+
+import common
+import data
+from evaluate import Yardstick
+from gpt import GPT, GPTConfig
+
+CPU = common.Compute(argparse.Namespace(device="cpu", dtype="float32"))
+TOKENIZER = data.tokenizer()
+
+
+def model(seed):
+    m = GPT(GPTConfig(TOKENIZER.size, 64, 1, 1, 8), seed)
+    with torch.no_grad():
+        m.wte.weight *= 10
+    return m
+
+
+def test_rewards_and_win_rate_by_hand(monkeypatch):
+    """Rewards 3, -3, 0.75, -3 against 0.75, 3, 0.75, -3 (the last two do not end or are empty): one win, one loss, two ties:
+    win rate (1 + 0 + ½ + ½) / 4; means -2.25/4 and 1.5/4."""
+    texts = {
+        True: ["The plot is superb.", "The plot is dreadful.", "The jokes are never wooden.", ""],
+        False: ["The jokes are never wooden.", "The plot is superb.", "The jokes are never wooden.", "The plot is superb."],
+    }
+    policy, ref = model(0), model(1)
+    yardstick = Yardstick(CPU, data.task("reviews"), TOKENIZER, 64, 4)
+
+    def respond(m, n, seed, score=None):
+        if score:
+            score.kl.append(torch.tensor([1.0, 2.0, 3.0, 6.0]))
+            score.entropy = 20.0
+        return texts[m is policy], [True, True, True, m is policy], 40 if m is policy else 80
+
+    monkeypatch.setattr(yardstick, "_respond", respond)
+    figures, samples = yardstick.measure(policy, ref)
+    assert figures["reward"] == pytest.approx(-2.25 / 4) and figures["ref_reward"] == pytest.approx(1.5 / 4)
+    assert figures["win_rate"] == 0.5
+    assert figures["kl"] == pytest.approx(3.0)  # its standard error: deviations -2 -1 0 3, √(14/3) / √4
+    assert figures["kl_se"] == pytest.approx((14 / 3) ** 0.5 / 2)
+    assert figures["length"] == 10 and figures["ref_length"] == 20 and figures["entropy"] == 0.5 and figures["ended"] == 1.0
+    assert samples[0][1:] == (texts[False][0], texts[True][0])
+
+
+def test_kl_is_that_of_the_samples():
+    """Against itself a policy is at KL 0 to the bit; against another its mean is positive by more than noise."""
+    yardstick = Yardstick(CPU, data.task("reviews"), TOKENIZER, 64, 6)
+    policy = model(0)
+    figures, _ = yardstick.measure(policy, policy, n=256)
+    assert figures["kl"] == 0.0 and figures["kl_se"] == 0.0
+    assert yardstick.measure(policy, policy, n=256)[0] == figures  # a fixed seed
+    figures, _ = yardstick.measure(policy, model(1), n=256)
+    assert figures["kl"] > 5 * figures["kl_se"] > 0
+
+
+@pytest.mark.parametrize("implicit", ["sum", "mean"])
+def test_held_out_accuracy_is_that_of_the_implicit_reward(implicit, tmp_path):
+    """The share of held-out pairs whose chosen log-ratio, summed or averaged, is higher, row by row with the plain formula."""
+    rows = [f'{{"prompt": "q{i}", "chosen": "{"yes " * (i % 3 + 1)}{i}", "rejected": "no {i}"}}' for i in range(30)]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows).replace("q", name))
+    task = data.task(str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"))
+    policy, ref = model(0), model(1)
+
+    def score(x, y):
+        ids = torch.tensor([[*TOKENIZER.encode(x), *TOKENIZER.encode(y), TOKENIZER.end_id]])
+        n = len(TOKENIZER.encode(y)) + 1
+        ratio = sum(s * m(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[-n:].sum().item() for s, m in ((1, policy), (-1, ref)))
+        return ratio if implicit == "sum" else ratio / n
+
+    expected = sum(score(x, w) > score(x, l) for x, w, l in task.preferences(None, 0, split="test")) / 30
+    figures, _ = Yardstick(CPU, task, TOKENIZER, 64, 4, implicit=implicit).measure(policy, ref)
+    assert figures["accuracy"] == pytest.approx(expected) and 0 < expected < 1
+    assert "accuracy" not in Yardstick(CPU, task, TOKENIZER, 64, 4, implicit=implicit).measure(policy)[0]
