@@ -91,7 +91,8 @@ def parse(cls, argv=None):
     for base in reversed(cls.__mro__[:-1]):
         comments |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M))
     for f in fields(cls):
-        note = comments[f.name] + ("" if "default" in comments[f.name] or f.type is bool else " (default: %(default)s)")
+        silent = "default" in comments[f.name] or f.type is bool or f.default in ("", MISSING)
+        note = comments[f.name] + ("" if silent else " (default: %(default)s)")
         how = {"help": note, "default": argparse.SUPPRESS}
         if f.type is bool:
             how |= {"action": argparse.BooleanOptionalAction}
@@ -182,7 +183,7 @@ def stage(script, o):
     """-> the default checkpoint of an earlier stage of the same task; its script is run first where there is none."""
     path = checkpoint_path(o.task, script.removesuffix(".py"))
     if is_file(o.task):
-        raise UserError(f"--init is needed with a file as the task: python {script} --task … makes a checkpoint to start from")
+        raise UserError(f"--init is needed with a file as the task: give a checkpoint, such as python {script} --task FILE makes")
     if not os.path.exists(path):
         print(f"{path} does not exist yet: running {script} first (about half a minute on a laptop)", flush=True)
         args = [sys.executable, Path(__file__).with_name(script), "--task", o.task, "--device", o.device, "--dtype", o.dtype]
@@ -368,6 +369,9 @@ class Run(Compute):
         self.start = _digest([m for _, m, _ in held], batches.rows)
         self.options = {k: v for k, v in asdict(o).items() if k not in ("resume", "log_every", "save_every", "out", "device")}
         self.options["device"] = self.device.type
+        if o.warmup >= o.steps:
+            last = lr_at(o.steps - 1, o)
+            self.say(f"--warmup {o.warmup} outlasts the {o.steps} steps: the learning rate ends at {last:.2g}, not {o.lr:g}")
         for line in ledger_lines(self.models):
             self.say(line)
         versions = {"python": platform.python_version(), "torch": torch.__version__}

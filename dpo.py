@@ -9,8 +9,9 @@
 
     paper                        code                        shape
     y_w, y_l                     chosen, rejected            responses with their end tokens
-    log π_θ(y|x)                 logp_w, logp_l              (B,) sums over response tokens, nats
+    log π_θ(y|x)                 logp_w, logp_l              (B,) sums over response tokens, nats (IPO: means)
     log π_ref(y|x)               ref_logp_w, ref_logp_l      (B,) the same, under the frozen reference
+    r̂(x,y) = β log π_θ/π_ref     reward_w, reward_l          (B,) the implicit reward (IPO: τ in place of β)
     β, ε, τ                      beta, label_smoothing, flip, tau
 
 Models in memory: 2 (the policy, trained; the reference, frozen), or 1 with --precompute-ref. Data: (prompt, chosen, rejected).
@@ -19,7 +20,7 @@ log-probs averaged over the response, as its authors' experiments did, and of su
 the negative log-likelihood of the chosen answer, a nat a token.
 
     python dpo.py --beta 0.1                                   reviews; makes out/reviews/sft.pt first where it is missing
-    python dpo.py --loss ipo --tau 0.5
+    python dpo.py --loss ipo --tau 1
     python dpo.py --pairs 2000 --epochs 4 --precompute-ref
     python dpo.py --task my.jsonl.gz --init out/my/sft.pt         rows of {"prompt", "chosen", "rejected"}
 
@@ -75,11 +76,11 @@ class Options(common.Options):
     loss: Literal["dpo", "robust", "ipo"] = "dpo"  # dpo (with --label-smoothing: cDPO), robust or ipo
     label_smoothing: BelowHalf = 0.0  # ε of cDPO: the share of labels taken to be wrong
     flip: BelowHalf = 0.1  # ε of robust DPO: the probability that a label was flipped
-    tau: Positive = 0.1  # τ of IPO: the target of h is 1/(2τ), nats a token (with --ipo-sum: nats a response)
+    tau: Positive = 1.0  # τ of IPO: the target of h is 1/(2τ), nats a token (with --ipo-sum: nats a response)
     ipo_sum: bool = False  # IPO on summed log-probs, as its Eq. 17 reads, not on their means over the response
     sft_weight: NonNegative = 0.0  # weight of the NLL of the chosen answer, a mean over its tokens (Llama 3: 0.2)
     precompute_ref: bool = False  # run the reference once over the fixed set, then drop it: one model in memory
-    steps: Count = 200  # optimizer steps (default: %(default)s; of a file: one epoch)
+    steps: Count = 150  # optimizer steps (default: %(default)s; of a file: one epoch)
     batch_size: Count = 32  # pairs an optimizer step
     pairs: Whole = 0  # size of the fixed set of preference pairs (0: fresh ones every step; of a file: all)
     lr: Positive = 3e-4  # AdamW learning rate at its peak; large models take 5e-7 to 1e-5

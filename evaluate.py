@@ -172,7 +172,7 @@ def report(title, figures, samples, bound=None):
         ("entropy, nats a token", None, f["entropy"], ""),
     ]
     print(f"\n{title}: {f['prompts']} test prompts")
-    print(f"{'':<34}{'reference':>10}{'policy':>10}")
+    print(f"{'':<34}{'reference' if 'kl' in f else '':>10}{'policy':>10}")
     for name, before, after, note in rows:
         if after is not None:
             print(f"{name:<34}{'' if before is None else format(before, '.2f'):>10}{after:>10.2f}{note}")

@@ -20,6 +20,7 @@ Departures: the usual ones. No dropout, no packing, no loss on the prompt, one e
 
 It ends with the reward of its samples where the task has one, and with the loss on held-out answers where it has not.
 """
+import os
 from dataclasses import dataclass
 
 import common
@@ -37,7 +38,7 @@ def nll(logp):
 @dataclass
 class Options(common.Options):
     init: str = ""  # checkpoint to start from (default: random weights)
-    steps: Count = 400  # optimizer steps (default: %(default)s; of a file: one epoch)
+    steps: Count = 500  # optimizer steps (default: %(default)s; of a file: one epoch)
     lr: Positive = 4e-3  # AdamW learning rate at its peak; large models take 1e-6 to 2e-5
     warmup: Whole = 50  # steps over which the learning rate rises from 0
     n_layer: Count = 4  # blocks, where weights start random
@@ -69,8 +70,8 @@ def reference(o, run, tokenizer, block_size):
             return run.frozen(run.prepare(ref))
         why = f"{path} has another vocabulary or a shorter context"
     except CheckpointError as e:
-        why = str(e)
-    run.say(f"no reference ({why}): win rate and KL will be left out")
+        why = "an earlier SFT checkpoint would be one" if not os.path.exists(path) else str(e)
+    run.say(f"nothing to compare with ({why}): win rate and KL will be left out")
 
 
 @common.command(CheckpointError, data.DataError)

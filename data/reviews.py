@@ -1,7 +1,7 @@
 """reviews: short film reviews from a small grammar, and a gold reward that reads them back with the same grammar.
 
     A western, The Crooked Harbor:                                                              the prompt
-     The ending is superb, but the dialogue feels wooden. I would watch it again.                 the completion
+     The ending is superb, but the dialogue feels wooden. Bring a friend.                        the completion
 
 A sentence is a shape with its slots filled. Each word that judges has a value in [-1, 1]; a sentence's sentiment is the mean
 of its values, and the reward is 3 × the mean sentiment per sentence: it lies in [-3, 3] and does not depend on length. A
@@ -20,13 +20,14 @@ GENRES = "comedy drama musical romance thriller western".split()
 
 PARTS = "acting camera cast dialogue direction ending humor lighting music opening pacing plot romance script setting story villain".split()
 FEATURES = "actors colors costumes dialogues jokes characters scenes songs twists".split()
+MILD = 2 / 3  # a strong word is worth 3 of the reward's points, a mild one 2
 GOOD = {
     "superb": 1, "brilliant": 1, "dazzling": 1, "masterful": 1, "wonderful": 1, "unforgettable": 1, "gripping": 1, "beautiful": 1,
-    "fresh": 0.5, "charming": 0.5, "pleasant": 0.5, "solid": 0.5, "warm": 0.5, "clever": 0.5, "tidy": 0.5, "amusing": 0.5,
+    "fresh": MILD, "charming": MILD, "pleasant": MILD, "solid": MILD, "warm": MILD, "clever": MILD, "tidy": MILD, "amusing": MILD,
 }
 BAD = {
     "dreadful": -1, "hopeless": -1, "unbearable": -1, "lifeless": -1, "painful": -1, "insulting": -1, "ridiculous": -1, "awful": -1,
-    "slow": -0.5, "wooden": -0.5, "clumsy": -0.5, "stale": -0.5, "thin": -0.5, "noisy": -0.5, "uneven": -0.5, "confused": -0.5,
+    "slow": -MILD, "wooden": -MILD, "clumsy": -MILD, "stale": -MILD, "thin": -MILD, "noisy": -MILD, "uneven": -MILD, "confused": -MILD,
 }
 SLOTS = {
     "part": dict.fromkeys(PARTS),
@@ -35,13 +36,13 @@ SLOTS = {
     "adj": GOOD | BAD,
     "other": GOOD | BAD,
     "a_adj": {("an " if word[0] in "aeiou" else "a ") + word: value for word, value in (GOOD | BAD).items()},
-    "liked": {"loved": 1, "enjoyed": 0.5, "admired": 0.5, "disliked": -0.5, "hated": -1, "endured": -0.5},
+    "liked": {"loved": 1, "enjoyed": MILD, "admired": MILD, "disliked": -MILD, "hated": -1, "endured": -MILD},
     "felt": {
-        "smiling": 1, "in tears of joy": 1, "humming": 0.5, "content": 0.5, "restless": -0.5, "bored": -0.5, "asleep": -1, "angry": -1,
+        "smiling": 1, "moved": 1, "humming": MILD, "content": MILD, "restless": -MILD, "bored": -MILD, "asleep": -1, "angry": -1,
     },
     "verdict": {
-        "I would watch it again.": 1, "Do not miss it!": 1, "It is worth a ticket.": 0.5, "See it with a friend.": 0.5,
-        "I want my evening back.": -1, "Stay far away!": -1, "Wait for a rainy day.": -0.5, "Once was enough.": -0.5,
+        "Unmissable!": 1, "Pure joy!": 1, "Worth a ticket.": MILD, "Bring a friend.": MILD,
+        "Stay away!": -1, "Pure misery!": -1, "Skip it.": -MILD, "Once was enough.": -MILD,
     },
 }  # fmt: skip
 NEVER = -0.5  # "never dull" is mild praise: the opposite, at half strength
@@ -60,7 +61,7 @@ SHAPES = (
     ("By the end I was {felt}.", 1),
     ("{verdict}", 1),
 )
-MOODS = (0.05, 0.95)  # how likely each sentence of a review is a kind one; one mood a review
+
 
 
 class Reviews(Toy):
@@ -73,13 +74,13 @@ class Reviews(Toy):
         return [(f"A {genre}, {title}:", {}) for title in titles for genre in GENRES]
 
     def respond(self, rng, prompt, columns):
-        """A review in one mood: one to three sentences, no shape twice."""
-        genre, mood = _genre(prompt), rng.choice(MOODS)
+        """A review in one mood, kind or not: one to three sentences, no shape twice."""
+        genre, kind = _genre(prompt), rng.random() < 0.5
         shapes = rng.sample(SHAPES, rng.choice((1, 2, 2, 3, 3)))
-        return "".join(" " + self._fill(rng, text, sign, genre, mood) for text, sign in shapes)
+        return "".join(" " + self._fill(rng, text, sign, genre, kind) for text, sign in shapes)
 
-    def _fill(self, rng, text, sign, genre, mood):
-        kind, used = rng.random() < mood, set()
+    def _fill(self, rng, text, sign, genre, kind):
+        used = set()
 
         def word(slot):
             tone = kind != (slot[1] == "other")

@@ -82,15 +82,15 @@ def test_reviews_have_enough_test_prompts_and_variety():
 
 
 def test_gold_reward_by_hand():
-    """3 × the mean sentiment per sentence: superb 1, wooden -1/2, "never wooden" -1/2 · -1/2; what cannot be read counts -1."""
+    """3 × the mean sentiment per sentence: superb 1, wooden -2/3, "never wooden" -1/2 · -2/3; what cannot be read counts -1."""
     task, prompt = data.task("reviews"), "A western, The Lost Road:"
     for text, reward in (
         ("The plot is superb.", 3.0),
         ("The plot is superb. The plot is superb.", 3.0),
-        ("The plot is superb. The cast is wooden.", 0.75),
-        ("The plot is superb, but the cast feels wooden.", 0.75),
-        ("The jokes are never wooden.", 0.75),
-        ("By the end I was in tears of joy. Stay far away!", 0.0),
+        ("The plot is superb. The cast is wooden.", 0.5),
+        ("The plot is superb, but the cast feels wooden.", 0.5),
+        ("The jokes are never wooden.", 1.0),
+        ("By the end I was moved. Stay away!", 0.0),
         ("What a superb western!", 3.0),
         ("What a superb comedy!", -3.0),
         ("The plot superb is.", -3.0),

@@ -1,5 +1,6 @@
 """The yardstick against figures counted by hand."""
 import argparse
+import json
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ def model(seed):
 
 
 def test_rewards_and_win_rate_by_hand(monkeypatch):
-    """Rewards 3, -3, 0.75, -3 against 0.75, 3, 0.75, -3 (the last two do not end or are empty): one win, one loss, two ties:
-    win rate (1 + 0 + ½ + ½) / 4; means -2.25/4 and 1.5/4."""
+    """Rewards 3, -3, 1, -3 against 1, 3, 1, -3 (the last two do not end or are empty): one win, one loss, two ties:
+    win rate (1 + 0 + ½ + ½) / 4; means -2/4 and 2/4."""
     texts = {
         True: ["The plot is superb.", "The plot is dreadful.", "The jokes are never wooden.", ""],
         False: ["The jokes are never wooden.", "The plot is superb.", "The jokes are never wooden.", "The plot is superb."],
@@ -38,7 +39,7 @@ def test_rewards_and_win_rate_by_hand(monkeypatch):
 
     monkeypatch.setattr(yardstick, "_respond", respond)
     figures, samples = yardstick.measure(policy, ref)
-    assert figures["reward"] == pytest.approx(-2.25 / 4) and figures["ref_reward"] == pytest.approx(1.5 / 4)
+    assert figures["reward"] == pytest.approx(-2 / 4) and figures["ref_reward"] == pytest.approx(2 / 4)
     assert figures["win_rate"] == 0.5
     assert figures["kl"] == pytest.approx(3.0)  # its standard error: deviations -2 -1 0 3, √(14/3) / √4
     assert figures["kl_se"] == pytest.approx((14 / 3) ** 0.5 / 2)
@@ -60,9 +61,9 @@ def test_kl_is_that_of_the_samples():
 @pytest.mark.parametrize("implicit", ["sum", "mean"])
 def test_held_out_accuracy_is_that_of_the_implicit_reward(implicit, tmp_path):
     """The share of held-out pairs whose chosen log-ratio, summed or averaged, is higher, row by row with the plain formula."""
-    rows = [f'{{"prompt": "q{i}", "chosen": "{"yes " * (i % 3 + 1)}{i}", "rejected": "no {i}"}}' for i in range(30)]
     for name in ("train", "test"):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows).replace("q", name))
+        rows = data.task("reviews").preferences(30, 0, split=name)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), row))) for row in rows))
     task = data.task(str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"))
     policy, ref = model(0), model(1)
 
