@@ -46,9 +46,10 @@ BelowHalf = Annotated[float, lambda x: 0 <= x < 0.5, "a number in [0, 0.5)"]
 
 @dataclass
 class Options:
-    """The options of every script; a script adds its own, and may give another default to one of these."""
+    """The options of every script; a script adds its own, and may give another default to one of these; `on_exact` holds those
+    of its defaults that are others on --task exact, a world of 40 outcomes with a model of its own."""
 
-    task: str = "reviews"  # reviews, arithmetic:N (digits), or the path of a .jsonl or .jsonl.gz file
+    task: str = "reviews"  # reviews, arithmetic:N (digits), exact (40 outcomes), or the path of a .jsonl or .jsonl.gz file
     init: str = ""  # checkpoint to start from (default: out/<task>/sft.pt, made first where it is missing; a file needs one)
     out: str = ""  # where the checkpoint goes, the record (.jsonl) beside it (default: out/<task>/<method>.pt)
     steps: Count = 300  # optimizer steps (default: %(default)s; of a file: one epoch)
@@ -72,16 +73,17 @@ class Options:
     resume: bool = False  # go on from the state that an interrupted run left beside --out
     save_every: Count = 100  # steps between saved states
     log_every: Count = 10  # steps between lines of the record
-    eval_every: Whole = 0  # steps between evaluations on 128 test prompts (0: at the end only)
+    eval_every: Whole = 0  # steps between evaluations on 128 test prompts (0: at the end only; of exact: twenty in a run)
     eval_file: str = ""  # JSONL file to evaluate on (default: the 5 %% of --task's prompts with the lowest hashes)
 
 
 def parse(cls, argv=None):
     """The command line -> an instance of the options dataclass `cls`, with `given`, the names that stood on it.
 
-    Types come from the annotations, defaults from the fields, the help from the trailing comments, and the description from
-    the docstring of the module.
+    Types come from the annotations, defaults from the fields (on --task exact from `cls.on_exact` first), the help from the
+    trailing comments, and the description from the docstring of the module.
     """
+    on_exact = getattr(cls, "on_exact", {})
     module = sys.modules[cls.__module__]
     script = os.path.basename(module.__file__)
     positional = "".join(f" {f.name.upper()}" for f in fields(cls) if f.default is MISSING)
@@ -93,6 +95,7 @@ def parse(cls, argv=None):
     for f in fields(cls):
         silent = "default" in comments[f.name] or f.type is bool or f.default in ("", MISSING)
         note = comments[f.name] + ("" if silent else " (default: %(default)s)")
+        note += f" (exact: {on_exact[f.name]})" if f.name in on_exact else ""
         how = {"help": note, "default": argparse.SUPPRESS}
         if f.type is bool:
             how |= {"action": argparse.BooleanOptionalAction}
@@ -108,7 +111,8 @@ def parse(cls, argv=None):
         else:
             parser.add_argument("--" + f.name.replace("_", "-"), **how)
     given = vars(parser.parse_args(argv))
-    o = cls(**given)
+    exact = is_exact(given.get("task", ""))
+    o = cls(**((on_exact if exact else {}) | given))
     o.given = set(given)
     return o
 
@@ -173,6 +177,10 @@ def checkpoint_path(task, method):
     """-> the default checkpoint of a method: out/<task>/<method>.pt"""
     name = os.path.basename(task).removesuffix(".gz").removesuffix(".jsonl").replace(":", "-")
     return os.path.join("out", name, f"{method}.pt")
+
+
+def is_exact(task):
+    return task.partition(":")[0] == "exact"
 
 
 def is_file(task):
@@ -365,6 +373,8 @@ class Run(Compute):
         o, self.state, self.models = self.o, state, ledger(held)
         if o.epochs or (is_file(o.task) and "steps" not in o.given):
             o.steps = (o.epochs or 1) * batches.per_epoch
+        if is_exact(o.task) and "eval_every" not in o.given:
+            o.eval_every = max(1, o.steps // 20)
         self.first, self.wall, self.tokens, self.times, self.lines, self.saved, self.peak = 0, time.time(), 0, [], [], False, None
         self.start = _digest([m for _, m, _ in held], batches.rows)
         self.options = {k: v for k, v in asdict(o).items() if k not in ("resume", "log_every", "save_every", "out", "device")}
@@ -402,7 +412,8 @@ class Run(Compute):
                     self.write(line)
                     text = ", ".join(f"{k.split('/')[-1]} {line[k]:.3g}" for k in self.shown if k in line)
                     bar.set_postfix_str(text)
-                    if bar.disable and (done * 10 // o.steps > (done - o.log_every) * 10 // o.steps or done == o.steps):
+                    tenth = done * 10 // o.steps > (done - o.log_every) * 10 // o.steps
+                    if bar.disable and not o.eval_every and (tenth or done == o.steps):
                         self.say(f"{self.method} step {done}/{o.steps}: {text}")
                 bar.update()
                 if done % o.save_every == 0 or done == o.steps or interrupted:
@@ -416,7 +427,7 @@ class Run(Compute):
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGINT, before)
 
-    shown = ("loss", "rewards/margins", "rewards/accuracies", "lr")  # on the progress bar
+    shown = ("loss", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "lr")  # on the progress bar
 
     def add(self, metrics):
         """Adds a micro-batch's shares of the step's metrics: tensors or numbers that are divided by the global count already."""
@@ -438,6 +449,13 @@ class Run(Compute):
         optimizer.zero_grad()
         self.sums |= {"grad_norm": norm, "lr": lr}
         self.times.append(time.perf_counter() - self.started)
+
+    def evaluated(self, step, figures):
+        """Records and shows an evaluation during the training."""
+        self.write({"step": step + 1, "eval": figures})
+        loss, shown = float(self.sums["loss"]), ("reward", "kl", "kl_star", "accuracy", "nll")
+        text = ", ".join(f"{k} {figures[k]:.3f}" for k in shown if k in figures)
+        self.say(f"{self.method} step {step + 1}/{self.o.steps}: loss {loss:.4f}, {text}")
 
     # ---- files
 

@@ -21,6 +21,7 @@ the negative log-likelihood of the chosen answer, a nat a token.
 
     python dpo.py --beta 0.1                                   reviews; makes out/reviews/sft.pt first where it is missing
     python dpo.py --loss ipo --tau 1
+    python dpo.py --task exact                                 40 outcomes a prompt: the distance to the known optimum π*
     python dpo.py --pairs 2000 --epochs 4 --precompute-ref
     python dpo.py --task my.jsonl.gz --init out/my/sft.pt         rows of {"prompt", "chosen", "rejected"}
 
@@ -36,7 +37,7 @@ import torch.nn.functional as F
 import common
 import data
 from common import BelowHalf, Count, NonNegative, Positive, Whole
-from evaluate import Yardstick, context, describe, open_checkpoint, report
+from evaluate import choose_yardstick, context, describe, open_checkpoint, report
 from gpt import CheckpointError, save
 
 
@@ -84,11 +85,7 @@ class Options(common.Options):
     batch_size: Count = 32  # pairs an optimizer step
     pairs: Whole = 0  # size of the fixed set of preference pairs (0: fresh ones every step; of a file: all)
     lr: Positive = 3e-4  # AdamW learning rate at its peak; large models take 5e-7 to 1e-5
-
-
-def sides(pairs):
-    """B rows (prompt, chosen, rejected, …) -> 2B rows (prompt, response), the chosen ones first: one forward pass for both."""
-    return [(row[0], row[1]) for row in pairs] + [(row[0], row[2]) for row in pairs]
+    on_exact = dict(beta=0.5, tau=0.3, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear")
 
 
 @torch.no_grad()
@@ -96,9 +93,9 @@ def with_reference(ref, pairs, run):
     """-> pairs with their reference log-probs: (prompt, chosen, rejected, (ref_logp_w, ref_logp_l))"""
     out = []
     for micro in run.micro_batches(pairs):
-        batch = data.pad(sides(micro), run.device)
+        batch = data.pad(data.sides(micro), run.device)
         with run.autocast():
-            logp = ref.logprobs(batch.ids, batch.mask, index=batch.index).sum(1)
+            logp = ref.logprobs(batch.ids, batch.mask, index=batch.index).sum(1)[batch.row]
         out += [(*pair, both) for pair, both in zip(micro, logp.view(2, -1).T.tolist())]
     return out
 
@@ -112,11 +109,12 @@ def main(argv=None):
     if o.precompute_ref and fixed == 0:
         raise common.UserError("--precompute-ref needs a fixed set: give --pairs N, or a file as the task")
     init = o.init or common.stage("sft.py", o)
-    policy, tokenizer, meta = open_checkpoint(init, o.tokenizer)
+    policy, tokenizer, meta = open_checkpoint(init, o.tokenizer, task)
     run.say(f"π_ref is {init}: {describe(meta)}")
     task.template, block_size, mean = meta["template"], context(o, policy), o.loss == "ipo" and not o.ipo_sum
     batches = data.Batches(task.preferences, fixed, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
-    yardstick = Yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, "mean" if mean else "sum")
+    implicit = "mean" if mean else "sum"
+    yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, implicit, aim=("dpo", vars(o)))
     for note in filter(None, [*task.notes, batches.note, *yardstick.notes]):
         run.say(note)
 
@@ -137,15 +135,15 @@ def main(argv=None):
         pairs = batches[step]
         n = run.total(len(pairs))
         for micro in run.micro_batches(pairs):
-            batch = data.pad(sides(micro), run.device)
+            batch = data.pad(data.sides(micro), run.device)
             with run.autocast():
-                logp = policy.logprobs(batch.ids, batch.mask, index=batch.index).sum(1)  # (2B,)
+                logp = policy.logprobs(batch.ids, batch.mask, index=batch.index).sum(1)[batch.row]  # (2B,)
                 if o.precompute_ref:
                     ref_logp = torch.tensor([row[3] for row in micro], dtype=logp.dtype, device=run.device).T.flatten()
                 else:
                     with torch.no_grad():
-                        ref_logp = ref.logprobs(batch.ids, batch.mask, index=batch.index).sum(1)
-            size = batch.mask.sum(1)  # (2B,) response tokens, end tokens included
+                        ref_logp = ref.logprobs(batch.ids, batch.mask, index=batch.index).sum(1)[batch.row]
+            size = batch.mask.sum(1)[batch.row]  # (2B,) response tokens, end tokens included
             used, ref_used = (logp / size, ref_logp / size) if mean else (logp, ref_logp)
             losses = loss_fn(*used.chunk(2), *ref_used.chunk(2))  # (B,)
             if o.sft_weight:
@@ -163,7 +161,7 @@ def main(argv=None):
             })  # fmt: skip
         run.update(step, policy, optimizer)
         if o.eval_every and (step + 1) % o.eval_every == 0:
-            run.write({"step": step + 1, "eval": yardstick.measure(policy, ref or reference(run, init), n=128)[0]})
+            run.evaluated(step, yardstick.measure(policy, ref or reference(run, init), n=128)[0])
 
     final, samples = yardstick.measure(policy, ref or reference(run, init))
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=init, implicit=yardstick.implicit,

@@ -13,7 +13,16 @@ One response is sampled to each test prompt (temperature 1, nothing cut off, a f
     entropy      of the next-token distribution, mean over response tokens, nats
     accuracy     without a known reward: share of held-out pairs whose chosen answer has the higher implicit reward
     nll          without a known reward, after SFT: nats a token of the held-out answers
+
+On `exact` nothing is sampled: each figure is a sum over all outcomes, and the optimum π* ∝ π_ref exp(r/β) stands beside it:
+
+    python evaluate.py out/exact/dpo.pt
+
+    objective    J = E_π[r] - β KL(π‖π_ref), which π* maximises: J(π*) - J(π) = β KL(π‖π*)
+    kl_star      KL(π‖π*), nats; tv_star: half of Σ |π - π*|; mean over prompts, as all others
+    kl_optimum   KL(π‖the optimum of the method's own loss) where data/oracle.py knows it; for DPO with β = 0.5 that is π*
 """
+import math
 import os
 import statistics
 from dataclasses import dataclass
@@ -24,14 +33,16 @@ import torch
 import common
 import data
 from common import Count, Whole
+from data import oracle
 from gpt import GPT, CheckpointError, load, sample
 
 ROWS = 128  # sequences a forward pass
 PROMPTS = 512
 
 
-def open_checkpoint(path, tokenizer=""):
-    """-> (model, tokenizer, meta). Raises where it is no language model, or `tokenizer` names another than its own."""
+def open_checkpoint(path, tokenizer="", task=None):
+    """-> (model, tokenizer, meta). Raises where it is no language model, `tokenizer` names another than its own, or the task has
+    a vocabulary of its own."""
     model, meta = load(path)
     if not isinstance(model, GPT):
         raise CheckpointError(f"{path} is a reward model; give a language model, such as sft.py writes")
@@ -42,7 +53,17 @@ def open_checkpoint(path, tokenizer=""):
         raise CheckpointError(f"{path} has a vocabulary of {model.config.vocab_size}, but its tokenizer {own.size}; train it again")
     if tokenizer and data.tokenizer(tokenizer).meta != own.meta:
         raise CheckpointError(f"--tokenizer {tokenizer} is not that of {path} ({own.meta['name']}); leave it out, or run sft.py with it")
+    if task:
+        same_world(path, own, meta, task)
     return model, own, meta
+
+
+def same_world(path, tokenizer, meta, task):
+    """Raises where the task, or the one that the checkpoint was trained on, has a vocabulary of its own that the other lacks."""
+    if task.tokenizer != (tokenizer.meta if tokenizer.longest else None):
+        owner = task.name if task.tokenizer else meta["task"]
+        raise CheckpointError(f"{path} was trained on {meta['task']}, and {owner} has a vocabulary of its own; give a checkpoint that "
+                              f"sft.py --task {task.name} makes")  # fmt: skip
 
 
 def describe(meta):
@@ -59,6 +80,12 @@ def context(o, model):
         own = model.config.block_size
         raise common.UserError(f"--block-size {o.block_size} is more than the checkpoint's {own}; it may only shorten it")
     return o.block_size or model.config.block_size
+
+
+def choose_yardstick(run, task, *args, aim=("", {}), **more):
+    """-> what measures a policy on the task: `Enumeration` where its outcomes can be listed, else `Yardstick`. aim: the method
+    and its options, which say what its loss aims at."""
+    return Enumeration(run, task, *args, aim=aim, **more) if common.is_exact(task.name) else Yardstick(run, task, *args, **more)
 
 
 class Yardstick:
@@ -158,6 +185,80 @@ class Scores:
             self.kl.append((logp - self.ref.logprobs(s.ids, s.mask)).sum(1))
 
 
+class Enumeration:
+    """The yardstick of `exact`: one forward pass over every outcome of every prompt, nothing sampled. Tables are (4, 40)."""
+
+    notes = ()
+
+    def __init__(self, run, task, tokenizer, block_size, max_new_tokens=0, truncate=False, implicit="nll", seed=0, aim=("", {})):
+        if max_new_tokens not in (0, task.max_new_tokens):
+            raise common.UserError(f"--max-new-tokens {max_new_tokens}: a response of {task.name} has {task.max_new_tokens}; leave it out")
+        self.run, self.task, self.implicit, self.aim, self.max_new_tokens = run, task, implicit, aim, task.max_new_tokens
+        rows = [(prompt, outcome) for prompt in task.contexts for outcome in task.outcomes]
+        self.batch = data.pad(data.encode(rows, tokenizer, block_size)[0], run.device)
+        self.r = torch.from_numpy(task.r)
+        self.length = self.batch.mask.sum(1).view(self.r.shape).cpu()
+        self.ends = torch.tensor([float(len(outcome) < task.max_new_tokens) for outcome in task.outcomes])
+
+    @torch.no_grad()
+    def table(self, model):
+        """-> log π(y|x) of every outcome, float64"""
+        with self.run.autocast():
+            logp = model.logprobs(self.batch.ids, self.batch.mask, index=self.batch.index).sum(1)
+        logp = logp.double().cpu().view(self.r.shape)
+        total = logp.exp().sum(1)
+        assert (total - 1).abs().max() <= 1e-5, f"the probabilities of all outcomes sum to {total.tolist()}"
+        return logp
+
+    def measure(self, policy, ref=None, n=None):
+        """-> (figures, lines): the figures of this file's docstring, and π beside π_ref and π*, by prompt, as text."""
+        log_p, log_ref = self.table(policy), None if ref is None else self.table(ref)
+        figures = self._alone(log_p)
+        if ref is not None:
+            start = self._alone(log_ref)
+            wins = (torch.sign(self.r[:, :, None] - self.r[:, None, :]) + 1) / 2  # (x, y, y'), a tie is ½
+            figures |= {"ref_reward": start["reward"], "ref_length": start["length"], "kl": oracle.kl(log_p, log_ref).mean(),
+                        "win_rate": torch.einsum("xy,xyz,xz->x", log_p.exp(), wins, log_ref.exp()).mean()}  # fmt: skip
+        if self.implicit == "nll":
+            log_ref = log_p  # after SFT this is π_ref
+        lines = []
+        if log_ref is not None:
+            beta = self.task.world_beta
+            log_star, optimum = oracle.star(log_ref, self.r, beta), oracle.optimum(self.task, log_ref, *self.aim)
+            reward, kl_ref = lambda q: (q.exp() * self.r).sum(1), lambda q: oracle.kl(q, log_ref)
+            measures = {"E[r]": reward, "KL(·‖π_ref)": kl_ref, "J": lambda q: reward(q) - beta * kl_ref(q),
+                        "KL(·‖π*)": lambda q: oracle.kl(q, log_star), "TV(·, π*)": lambda q: oracle.tv(q, log_star)}  # fmt: skip
+            policy = "π_ref" if log_ref is log_p else "π"
+            tables = {policy: log_p, "π_ref": log_ref, "π*": log_star}
+            values = {(name, of): f(q) for name, f in measures.items() for of, q in tables.items()}
+            if optimum is not None:
+                values["KL(·‖own optimum)", policy] = oracle.kl(log_p, optimum)
+            names = {"objective": "J", "kl_star": "KL(·‖π*)", "tv_star": "TV(·, π*)", "kl_optimum": "KL(·‖own optimum)"}
+            figures |= {key: values[name, policy].mean() for key, name in names.items() if (name, policy) in values}
+            lines = self._lines(values, log_p.exp(), log_ref.exp(), log_star.exp())
+        return {k: float(v) for k, v in figures.items()} | {"prompts": len(log_p)}, lines
+
+    def _alone(self, log_p):
+        """What needs no second policy; tokens are averaged over tokens, all else over prompts."""
+        p, tokens = log_p.exp(), (log_p.exp() * self.length).sum()
+        return {"reward": (p * self.r).sum(1).mean(), "length": tokens / len(p), "ended": (p * self.ends).sum(1).mean(),
+                "entropy": -(p * log_p).sum() / tokens}  # fmt: skip
+
+    def _lines(self, values, p, ref, star):
+        lines = [f"{f'β = {self.task.world_beta}, nats':<26}" + "".join(f"{x:>10}" for x in (*self.task.contexts, "mean"))]
+        for (name, of), by_prompt in values.items():
+            if by_prompt.abs().max() > 1e-12:  # not the distance of a policy to itself
+                lines.append(f"{name:<19}{of:<7}" + "".join(f"{x:>10.4f}" for x in [*by_prompt.tolist(), by_prompt.mean().item()]))
+        entropy, n = -(ref * ref.log()).sum(1).mean().item(), ref.size(1)
+        lines.append(f"π_ref: entropy {entropy:.3f} of log {n} = {math.log(n):.3f} nats, KL(π_ref‖uniform) {math.log(n) - entropy:.3f}")
+        lines.append(f"\n{'the five outcomes furthest from π*':<26}{'π':>10}{'π_ref':>10}{'π*':>10}{'r':>10}")
+        for i in (p - star).abs().flatten().topk(5).indices.tolist():
+            x, y = divmod(i, n)
+            text = f"  {self.task.contexts[x]} -> {self.task.outcomes[y] or '(empty)'}"
+            lines.append(f"{text:<34}" + "".join(f"{t[x, y].item():>10.4f}" for t in (p, ref, star, self.r)))
+        return lines
+
+
 def report(title, figures, samples, bound=None):
     """Prints the figures, and the samples beside the reference's: people would rather look."""
     f = figures
@@ -171,11 +272,14 @@ def report(title, figures, samples, bound=None):
         ("ended", None, f["ended"], ""),
         ("entropy, nats a token", None, f["entropy"], ""),
     ]
-    print(f"\n{title}: {f['prompts']} test prompts")
+    print(f"\n{title}: {f['prompts']} test prompts" + ", every outcome counted" * ("kl_star" in f))
     print(f"{'':<34}{'reference' if 'kl' in f else '':>10}{'policy':>10}")
     for name, before, after, note in rows:
         if after is not None:
             print(f"{name:<34}{'' if before is None else format(before, '.2f'):>10}{after:>10.2f}{note}")
+    if "kl_star" in f:
+        print("", *samples, sep="\n")
+        samples = []
     for prompt, before, after in samples:
         print(f"\n{prompt if len(prompt) < 400 else '… ' + prompt[-400:]}")
         for name, text in (("reference", before), ("policy", after)):
@@ -230,8 +334,10 @@ def main(argv=None):
                 print(f"  {name:>9} | {tokenizer.decode(s.ids[s.mask].tolist()).strip()}")
         return
     task = data.task(o.task or meta["task"], o.eval_file or ("" if o.task else trained["eval_file"]))
+    same_world(o.checkpoint, tokenizer, meta, task)
     task.template = meta["template"]
-    yardstick = Yardstick(run, task, tokenizer, block, n, truncate, meta["implicit"], o.seed)
+    aim = (meta["method"], trained)
+    yardstick = choose_yardstick(run, task, tokenizer, block, n, truncate, meta["implicit"], o.seed, aim=aim)
     for note in filter(None, yardstick.notes):
         print(note)
     figures, samples = yardstick.measure(policy, ref, o.prompts)

@@ -178,7 +178,18 @@ class ScalarGPT(nn.Module):
         v = self.head(self.trunk.hidden(ids)).squeeze(-1)
         return v if v.dtype == torch.float64 else v.float()
 
+    def score(self, ids, mask):
+        """ids, mask (B, T) as for `logprobs` -> (B,): the value at each row's last response token, the end token where it has one."""
+        last = mask.size(1) - 1 - mask.int().flip(1).argmax(1)
+        h = self.trunk.hidden(ids)[torch.arange(len(ids), device=ids.device), last]
+        v = self.head(h).squeeze(-1)
+        return v if v.dtype == torch.float64 else v.float()
+
     forward = values
+
+    def matmul_parameters(self):
+        """N of the FLOP counts, as in GPT; there is no vocabulary head here."""
+        return self.trunk.matmul_parameters() - self.trunk.wte.weight.numel() + self.head.weight.numel()
 
 
 # ------------------------------------------------------------------------------------------------ cache and sampling

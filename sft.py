@@ -14,7 +14,7 @@ Data: (prompt, completion).
 Departures: the usual ones. No dropout, no packing, no loss on the prompt, one end token after every whole response.
 
     python sft.py                                              reviews, from random weights, half a minute on a laptop
-    python sft.py --task arithmetic:2
+    python sft.py --task arithmetic:2                          sums of two digits; --task exact: a world of 40 outcomes
     python sft.py --task my.jsonl.gz --block-size 1024 --truncate        rows of {"prompt", "completion"}
     python sft.py --task my.jsonl.gz --init out/reviews/sft.pt            from a checkpoint
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import common
 import data
 from common import Count, Positive, Whole
-from evaluate import Yardstick, context, open_checkpoint, report
+from evaluate import choose_yardstick, context, open_checkpoint, report
 from gpt import GPT, CheckpointError, GPTConfig, save
 
 
@@ -45,18 +45,19 @@ class Options(common.Options):
     n_head: Count = 4  # attention heads a block, where weights start random
     n_embd: Count = 128  # width, where weights start random
     block_size: Whole = 0  # longest sequence, prompt and response, in tokens (0: the checkpoint's, or 256 at random weights)
+    on_exact = dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear", n_layer=2, n_embd=64, block_size=8)
 
 
-def start(o):
-    """-> (policy, tokenizer, template): from --init, or random weights with --tokenizer's vocabulary."""
+def start(o, task):
+    """-> (policy, tokenizer, template): from --init, or random weights with --tokenizer's vocabulary, or the task's own."""
     if o.init:
         if given := sorted(o.given & {"n_layer", "n_head", "n_embd"}):
             raise common.UserError(f"--{given[0].replace('_', '-')} shapes random weights; leave it out with --init")
-        policy, tokenizer, meta = open_checkpoint(o.init, o.tokenizer)
+        policy, tokenizer, meta = open_checkpoint(o.init, o.tokenizer, task)
         return policy, tokenizer, meta["template"]
     if o.n_embd % o.n_head:
         raise common.UserError(f"--n-embd {o.n_embd} is not a multiple of --n-head {o.n_head}")
-    tokenizer = data.tokenizer(o.tokenizer)
+    tokenizer = data.tokenizer(o.tokenizer, task.tokenizer)
     config = GPTConfig(tokenizer.size, o.block_size or GPTConfig.block_size, o.n_layer, o.n_head, o.n_embd)
     return GPT(config, o.seed), tokenizer, data.TEMPLATE
 
@@ -79,11 +80,11 @@ def main(argv=None):
     o = common.parse(Options, argv)
     task = data.task(o.task, o.eval_file, o.strict)
     run = common.Run(o, "sft")
-    policy, tokenizer, task.template = start(o)
+    policy, tokenizer, task.template = start(o, task)
     block_size = context(o, policy)
     count = None if common.is_file(o.task) else 0
     batches = data.Batches(task.demonstrations, count, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
-    yardstick = Yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate)
+    yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, aim=("sft", vars(o)))
     ref = reference(o, run, tokenizer, block_size)
     for note in filter(None, [*task.notes, batches.note, *yardstick.notes]):
         run.say(note)
@@ -100,13 +101,13 @@ def main(argv=None):
             batch = data.pad(micro, run.device)
             with run.autocast():
                 logp = policy.logprobs(batch.ids, batch.mask, index=batch.index)  # (B, T-1)
-            loss = nll(logp).sum() / n  # token mean over the step
+            loss = nll(logp)[batch.row].sum() / n  # token mean over the step
             loss.backward()
             run.tokens += batch.tokens
             run.add({"loss": loss})
         run.update(step, policy, optimizer)
         if o.eval_every and (step + 1) % o.eval_every == 0:
-            run.write({"step": step + 1, "eval": yardstick.measure(policy, n=128)[0]})
+            run.evaluated(step, yardstick.measure(policy, n=128)[0])
 
     final, samples = yardstick.measure(policy, ref)
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=o.init, implicit="nll",

@@ -1,5 +1,6 @@
 """From text to tensors: encode, choose a step's rows, pad."""
 import random
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -8,22 +9,22 @@ from data.error import DataError
 
 
 def encode(rows, tokenizer, block_size, truncate=False):
-    """(prompt, *answers) as text -> as token ids, each answer with its end token; a label goes through as it is.
+    """(prompt, *answers) as text -> as tuples of token ids, each answer with its end token; a label or a number goes through.
 
     Returns (rows, a note on what was cut, or ""). A row that does not fit in block_size tokens raises DataError with the count,
     or with `truncate` is cut: the prompt first, from its left, down to one token; then every answer at the same place, losing
     its end. A pair whose answers are equal after that is dropped.
     """
     out, cut, equal, widest = [], 0, 0, 0
+    prompt_ids, answer_ids = cache(lambda text: tuple(tokenizer.encode(text))), cache(lambda text: tuple(tokenizer.answer(text)))
     for prompt, *answers in rows:
-        x = tokenizer.encode(prompt)
-        ys = [[*tokenizer.encode(y), tokenizer.end_id] if isinstance(y, str) else y for y in answers]
-        longest = max(len(y) for y in ys if isinstance(y, list))
+        x, ys = prompt_ids(prompt), [answer_ids(y) if isinstance(y, str) else y for y in answers]
+        longest = max([len(y) for y in ys if isinstance(y, tuple)])
         if len(x) + longest > block_size:
             cut, widest = cut + 1, max(widest, len(x) + longest)
             x = x[-max(1, block_size - longest) :]
-            ys = [y[: block_size - len(x)] if isinstance(y, list) else y for y in ys]
-            if len(ys) == 2 and ys[0] == ys[1]:
+            ys = [y[: block_size - len(x)] if isinstance(y, tuple) else y for y in ys]
+            if ys[0] in ys[1:]:
                 equal += 1
                 continue
         out.append((x, *ys))
@@ -81,15 +82,25 @@ class Batches:
         return [self.rows[j] for j in self.order[1][i * self.batch_size : stop]]
 
 
+def sides(pairs):
+    """B rows (prompt, chosen, rejected, …) -> 2B rows (prompt, response), the chosen ones first: one forward pass for both."""
+    return [(row[0], row[1]) for row in pairs] + [(row[0], row[2]) for row in pairs]
+
+
 class Batch(NamedTuple):
     ids: torch.Tensor  # (B, T) int64, padded on the right with 0
     mask: torch.Tensor  # (B, T) bool, True = a response token, its end token included
     index: torch.Tensor  # (N,) int64, where mask[:, 1:].flatten() is True
+    row: torch.Tensor  # int64, one for each row that was given: its place among the B
     tokens: int  # prompt and response tokens in all, padding not counted
 
 
-def pad(rows, device="cpu"):
-    """B rows of (prompt ids, response ids) -> Batch"""
+def pad(given, device="cpu"):
+    """Rows of (prompt ids, response ids) -> Batch of the B different ones: each is scored once, and x[batch.row] has one entry
+    a given row again."""
+    place = {}
+    row = torch.tensor([place.setdefault(pair, len(place)) for pair in given])
+    rows = list(place)
     start = torch.tensor([len(x) for x, _ in rows])[:, None]
     stop = torch.tensor([len(x) + len(y) for x, y in rows])[:, None]
     column = torch.arange(int(stop.max()))
@@ -97,4 +108,4 @@ def pad(rows, device="cpu"):
     ids[column < stop] = torch.tensor([token for x, y in rows for part in (x, y) for token in part])
     mask = (column >= start) & (column < stop)
     index = mask[:, 1:].flatten().nonzero().squeeze(1)
-    return Batch(ids.to(device), mask.to(device), index.to(device), int(stop.sum()))
+    return Batch(ids.to(device), mask.to(device), index.to(device), row.to(device), int(stop.sum()))

@@ -10,6 +10,7 @@ useless (an empty answer, chosen equal to rejected) are dropped and counted in `
 import gzip
 import hashlib
 import json
+import math
 import os
 import random
 import zlib
@@ -24,7 +25,7 @@ class Jsonl:
     """The same methods as a built-in task; `n` may be None for all rows, in the file's order. `template` may be a checkpoint's own."""
 
     max_new_tokens = 256
-    bound = None
+    bound = tokenizer = None
 
     def __init__(self, path, eval_file="", strict=False):
         self.name, self.strict, self.template, self.notes = path, strict, TEMPLATE, []
@@ -70,12 +71,14 @@ class Jsonl:
             rows.append((prompt, self._answer(*where[:2], row, "chosen" if chosen else "completion")))
         return _some(self._useful(rows, split), n, seed)
 
-    def preferences(self, n, seed, split="train"):
-        """-> (prompt, chosen, rejected)"""
+    def preferences(self, n, seed, split="train", graded=False):
+        """-> (prompt, chosen, rejected); `graded` adds the columns `margin` (0 where there is none) and `p` (1), the probability that
+        chosen is better"""
         rows = []
         for where in self.lines[split]:
             prompt, row = self._prompt(*where)
-            rows.append((prompt, *(self._answer(*where[:2], row, key) for key in ("chosen", "rejected"))))
+            grades = (_number(*where[:2], row, "margin", 0.0), _number(*where[:2], row, "p", 1.0)) if graded else ()
+            rows.append((prompt, *(self._answer(*where[:2], row, key) for key in ("chosen", "rejected")), *grades))
         return _some(self._useful(rows, split), n, seed)
 
     def feedback(self, n, seed, split="train"):
@@ -127,7 +130,7 @@ class Jsonl:
 
     def _useful(self, rows, split):
         empty = [row for row in rows if not all(text.strip() for text in row[:3] if isinstance(text, str))]
-        same = [row for row in rows if len(row) == 3 and row[1] == row[2] and row not in empty]
+        same = [row for row in rows if len(row) > 2 and row[1] == row[2] and row not in empty]
         kept = [row for row in rows if row not in empty and row not in same] if empty or same else rows
         if empty or same:
             words = f"{len(empty)} rows with an empty answer and {len(same)} whose two answers are equal"
@@ -209,6 +212,13 @@ def _implicit(path, number, row):
     if n == 0:
         raise DataError(f'{path}:{number}: no column "prompt", and chosen and rejected share no beginning to take for it')
     return {**row, "prompt": a[:n], "chosen": a[n:], "rejected": b[n:]}
+
+
+def _number(path, number, row, key, default):
+    x = row.get(key, default)
+    if isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x) or key == "p" and not 0 <= x <= 1:
+        raise DataError(f'{path}:{number}: "{key}" must be a number{" in [0, 1]" * (key == "p")}, not {json.dumps(x)}')
+    return float(x)
 
 
 def _missing(row, key):

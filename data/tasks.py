@@ -2,12 +2,14 @@ import os
 
 from data.arithmetic import Arithmetic
 from data.error import DataError
+from data.exact import Exact
 from data.jsonl import Jsonl
 from data.reviews import Reviews
 
 
 def task(name, eval_file="", strict=False):
-    """-> the task of that name: "reviews", "arithmetic:2" (digits), or the path of a JSONL file, which the other arguments are for.
+    """-> the task of that name: "reviews", "arithmetic:2" (digits), "exact", "exact:1", or the path of a JSONL file, which
+    the other arguments are for.
 
     demonstrations(n, seed) -> [(prompt, completion)]          preferences(n, seed) -> [(prompt, chosen, rejected)]
     feedback(n, seed) -> [(prompt, completion, label)]         prompts(n, seed) -> [(prompt, columns)]
@@ -25,4 +27,7 @@ def task(name, eval_file="", strict=False):
         if not digits.isdecimal() or not 1 <= int(digits) <= 9:
             raise DataError(f"--task {name}: give the digits, from arithmetic:1 to arithmetic:9")
         return Arithmetic(int(digits))
-    raise DataError(f"--task {name}: no such task; there are reviews, arithmetic:N, and the path of a .jsonl or .jsonl.gz file")
+    if name in ("exact", "exact:1"):
+        return Exact(int(digits or 3))
+    raise DataError(f"--task {name}: no such task; there are reviews, arithmetic:N, exact, exact:1, and the path of a .jsonl or "
+                    ".jsonl.gz file")  # fmt: skip

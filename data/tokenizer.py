@@ -19,27 +19,41 @@ PATTERN = r" ?[^\W\d_]+|\d| ?[^\s\w]+|_+|\s+(?!\S)|\s+"
 class Tokenizer:
     """encode: text -> ids, without an end token. decode: ids -> text, the end token left out. `end_id` ends a response.
 
-    `meta` is what a checkpoint keeps: the vocabulary itself, or the name by which tiktoken knows it.
+    `meta` is what a checkpoint keeps: the vocabulary itself, or the name by which tiktoken knows it. A world of few symbols
+    (`exact`) has its own, with `longest`: a response of so many tokens is complete without an end token.
     """
 
     def __init__(self, meta):
         self.meta = meta
+        self.longest = meta.get("longest")
         if "vocab" in meta:
-            self.encoding = _build(meta["name"], meta["vocab"])
+            self.encoding = _build(meta["name"], meta["vocab"], world=bool(self.longest))
         else:
             self.encoding = _named(meta["name"])
         self.end_id = self.encoding.encode_single_token(END)
         self.size = self.encoding.n_vocab
 
     def encode(self, text):
+        if self.longest and (unknown := set(text) - set(self.decode(range(self.end_id)))):
+            raise DataError(f"{''.join(sorted(unknown))!r} in {text!r}: the vocabulary of {self.meta['name']} has the symbols "
+                            f"{self.decode(range(self.end_id))} only; a checkpoint goes with the task that it was trained on")  # fmt: skip
         return self.encoding.encode_ordinary(text)
+
+    def answer(self, text):
+        """-> the ids of a response, with its end token"""
+        return [*self.encode(text), self.end_id][: self.longest]
 
     def decode(self, ids):
         return self.encoding.decode([i for i in ids if i != self.end_id])
 
 
-def tokenizer(name=""):
-    """-> Tokenizer: "" for the committed vocabulary, the path of a file that make_vocab.py wrote, or a tiktoken name."""
+def tokenizer(name="", own=None):
+    """-> Tokenizer: "" for the committed vocabulary, the path of a file that make_vocab.py wrote, or a tiktoken name. `own`: the
+    `meta` of a task that has a vocabulary of its own, and takes no other."""
+    if own:
+        if name:
+            raise DataError(f"--tokenizer {name}: {own['name']} has a vocabulary of its own; leave it out")
+        return Tokenizer(own)
     path = Path(name) if name else DEFAULT
     if not path.exists():
         return Tokenizer({"name": name})
@@ -49,13 +63,13 @@ def tokenizer(name=""):
         raise DataError(f"--tokenizer {name} is no vocabulary file; make one with python -m data.make_vocab") from None
 
 
-def _build(name, text):
-    """The lines of a vocabulary file, "base64(token) rank", -> Encoding."""
+def _build(name, text, world=False):
+    """The lines of a vocabulary file, "base64(token) rank", -> Encoding. Only a world of symbols may lack some of the 256 bytes."""
     try:
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in (line.split() for line in text.splitlines())}
     except ValueError:
         raise DataError(f"{name} is no vocabulary file (a line is not 'base64 rank'); make one with python -m data.make_vocab") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+    if sorted(ranks.values()) != list(range(len(ranks))) or not world and any(bytes([b]) not in ranks for b in range(256)):
         raise DataError(f"{name}: a vocabulary needs all 256 bytes and ranks 0, 1, 2 …; make one with python -m data.make_vocab")
     return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
 

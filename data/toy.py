@@ -14,6 +14,7 @@ class Toy:
 
     test_share = 0.25
     has_reward = True
+    tokenizer = None  # the committed one
     template = None
     notes = ()
 
@@ -35,21 +36,21 @@ class Toy:
         rng = self._rng("demonstrations", seed, split)
         return [(prompt, self.respond(rng, prompt, columns)) for prompt, columns in self._draw(rng, n, split)]
 
-    def preferences(self, n, seed, split="train"):
-        """-> n of (prompt, chosen, rejected), two different answers to each prompt"""
+    def preferences(self, n, seed, split="train", graded=False):
+        """-> n of (prompt, chosen, rejected), two different answers to each prompt; `graded` adds a margin of 0 and p = 1"""
         rng, out = self._rng("preferences", seed, split), []
         for prompt, columns in self._draw(rng, n, split):
             a, b = self.compare(rng, prompt, columns)
-            p = self._beats(prompt, a, b, columns)
+            p = self.preferred(prompt, a, b, columns)
             out.append((prompt, a, b) if rng.random() < p else (prompt, b, a))
-        return out
+        return [(*row, 0.0, 1.0) for row in out] if graded else out
 
     def feedback(self, n, seed, split="train"):
         """-> n of (prompt, completion, label), label True with the probability that it beats a fresh demonstration"""
         rng, out = self._rng("feedback", seed, split), []
         for prompt, columns in self._draw(rng, n, split):
             completion, other = rng.choice(self.compare(rng, prompt, columns)), self.respond(rng, prompt, columns)
-            out.append((prompt, completion, rng.random() < self._beats(prompt, completion, other, columns)))
+            out.append((prompt, completion, rng.random() < self.preferred(prompt, completion, other, columns)))
         return out
 
     def compare(self, rng, prompt, columns):
@@ -59,7 +60,8 @@ class Toy:
             b = self.respond(rng, prompt, columns)
         return a, b
 
-    def _beats(self, prompt, a, b, columns):
+    def preferred(self, prompt, a, b, columns):
+        """-> the probability that a label says a rather than b"""
         return 1 / (1 + math.exp(self.reward(prompt, b, **columns) - self.reward(prompt, a, **columns)))
 
     def _draw(self, rng, n, split):

@@ -208,7 +208,7 @@ def test_the_mask_covers_the_response_and_its_end_token():
     (x, y), = data.encode([("12+34=", "46")], TOKENIZER, 32)[0]
     assert y[-1] == TOKENIZER.end_id and TOKENIZER.decode(y) == "46"
     batch = data.pad([(x, y), (x[:2], y[:1])])
-    assert batch.ids[0][batch.mask[0]].tolist() == y and batch.ids[1][batch.mask[1]].tolist() == y[:1]
+    assert tuple(batch.ids[0][batch.mask[0]].tolist()) == y and tuple(batch.ids[1][batch.mask[1]].tolist()) == y[:1]
     assert batch.mask.sum() == len(y) + 1 and not batch.mask[:, 0].any() and (batch.ids[1, 3:] == 0).all()
     assert batch.index.tolist() == batch.mask[:, 1:].flatten().nonzero()[:, 0].tolist()
     assert batch.tokens == len(x) + len(y) + 3

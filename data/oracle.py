@@ -1,0 +1,113 @@
+"""What each preference loss aims at on `exact`: the minimiser of its population objective over all distributions of the outcomes.
+
+No model and no sampling: the policy is a table of log-probs (4 prompts, 40 outcomes) in float64, the population the task's own
+tables, and the minimiser is found by descent on the policy's table. The losses are written here from their formulas, not taken from the
+method scripts, so that the two check one another.
+
+    u = log π/π_ref, n = the response's tokens, all of (y); w, l = chosen, rejected; E over the population's pairs
+    dpo      E[- (1-ε) log σ(βh) - ε log σ(-βh)],  h = u_w - u_l                    ε = 0: π*, whatever the pairs' distribution
+    ipo      E[(h - 1/(2τ))²],                     h = u_w/n_w - u_l/n_l            (of sums: h = u_w - u_l)
+    simpo    E[- log σ(β(s_w - s_l) - γ)],         s = log π / n
+    orpo     E[- s_w - λ log σ(o_w - o_l)],        o = s - log(1 - e^s)
+    kto      E over (x, y, label) of λ_D (1 - σ(β(u - ẑ))) or λ_U (1 - σ(β(ẑ - u)))
+"""
+import torch
+import torch.nn.functional as F
+
+
+def star(log_ref, r, beta):
+    """log π*, π* ∝ π_ref exp(r/β). log_ref, r: (…, Y). Returns the same shape."""
+    return (log_ref + r / beta).log_softmax(-1)
+
+
+def kl(log_p, log_q):
+    """KL(p‖q) in nats, (…, Y) each -> (…). An outcome of probability 0 in p counts 0."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+def tv(log_p, log_q):
+    """Total variation distance, half the sum of |p - q|: (…, Y) each -> (…)."""
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+
+def dpo(log_p, log_ref, pairs, beta, label_smoothing=0.0):
+    h = _difference(log_p - log_ref)
+    return (pairs * (-(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h))).sum()
+
+
+def ipo(log_p, log_ref, pairs, n, tau):
+    return (pairs * (_difference((log_p - log_ref) / n) - 1 / (2 * tau)) ** 2).sum()
+
+
+def simpo(log_p, pairs, n, beta, gamma):
+    return -(pairs * F.logsigmoid(beta * _difference(log_p / n) - gamma)).sum()
+
+
+def orpo(log_p, pairs, n, lam):
+    s = log_p / n
+    odds = s - torch.log1p(-s.exp())
+    return -(pairs * (s[:, :, None] + lam * F.logsigmoid(_difference(odds)))).sum()
+
+
+def kto(log_p, log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0, z=None):
+    """z: the reference point ẑ; by default that of the population, max(0, mean of u over prompts with other prompts' answers)."""
+    u = log_p - log_ref
+    if z is None:
+        answers = labels.sum(2)  # (x, y), 1/4 a prompt
+        others = (answers.sum(0) - answers) / (1 - answers.sum(1, keepdim=True))  # (x, y): an answer to another prompt than x
+        z = (answers.sum(1, keepdim=True) * others * u).sum().clamp(min=0).detach()
+    undesirable, desirable = labels.unbind(2)
+    return (desirable * w_desirable * torch.sigmoid(beta * (z - u)) + undesirable * w_undesirable * torch.sigmoid(beta * (u - z))).sum()
+
+
+def _difference(s):
+    """(x, y) -> (x, w, l): s_w - s_l"""
+    return s[:, :, None] - s[:, None, :]
+
+
+def minimise(loss, start, iterations=2000):
+    """-> the log-probs (x, y) at the minimum of loss(log_p), by L-BFGS on the table of logits, from `start`."""
+    theta = start.detach().clone().requires_grad_()
+    descent = torch.optim.LBFGS([theta], max_iter=iterations, max_eval=2 * iterations, tolerance_grad=1e-10, tolerance_change=0.0,
+                                history_size=50, line_search_fn="strong_wolfe")  # fmt: skip
+
+    def closure():
+        descent.zero_grad()
+        value = loss(theta.log_softmax(-1))
+        value.backward()
+        return value
+
+    descent.step(closure)
+    return theta.detach().log_softmax(-1)
+
+
+def kto_limit(log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0):
+    """-> where descent on the KTO objective goes: (log-probs, -inf where an outcome vanishes; the infimum of the loss).
+
+    Rejected outcomes, those with λ_U P(undesirable) ≥ λ_D P(desirable), lose all mass; ẑ, whose mean then goes to -∞, is
+    clamped to 0. What is left is a minimum over the outcomes that are kept, where the loss is convex for β ≤ 1.
+    """
+    kept = w_desirable * labels[..., 1] > w_undesirable * labels[..., 0]
+    vanished = torch.where(kept, 0.0, -1e4)
+
+    def loss(log_p):
+        return kto(log_p, log_ref, labels, beta, w_desirable, w_undesirable, z=0.0)
+
+    limit = minimise(lambda log_p: loss((log_p + vanished).log_softmax(-1)), log_ref)
+    limit = torch.where(kept, limit, -torch.inf).log_softmax(-1)
+    return limit, loss(limit)
+
+
+def optimum(task, log_ref, method, o):
+    """-> log-probs (4, 40) that the method's loss aims at with the options `o`; None where that is not known here (robust DPO on
+    labels that were not flipped has no minimum, an added SFT term is not written above)."""
+    log_ref = log_ref.double().cpu()
+    pairs = torch.from_numpy(task.pairs)
+    n = torch.tensor([min(len(y) + 1, task.max_new_tokens) for y in task.outcomes])
+    if method != "dpo" or o["sft_weight"] or o["loss"] == "robust":
+        return None
+    if o["loss"] == "ipo":
+        size = torch.ones_like(n) if o["ipo_sum"] else n
+        return minimise(lambda log_p: ipo(log_p, log_ref, pairs, size, o["tau"]), log_ref)
+    return minimise(lambda log_p: dpo(log_p, log_ref, pairs, o["beta"], o["label_smoothing"]), log_ref)
