@@ -185,3 +185,16 @@ def test_files(tmp_path):
     for name, words in bad.items():
         with pytest.raises(CheckpointError, match=words):
             load(str(tmp_path / name))
+
+
+def test_the_score_is_read_at_the_last_response_token():
+    """Of ragged rows, whatever stands in the padding: the value at the end token, or at the last token of a cut answer."""
+    model = ScalarGPT(GPTConfig(vocab_size=11, block_size=16, n_layer=2, n_head=2, n_embd=16), seed=3).double()
+    ids = torch.randint(0, 11, (3, 9), generator=torch.Generator().manual_seed(0))
+    stop = torch.tensor([9, 5, 7])
+    mask = (torch.arange(9) >= 3) & (torch.arange(9) < stop[:, None])
+    score = model.score(ids, mask)
+    assert score.tolist() == pytest.approx([model.values(ids[i : i + 1, :n])[0, -1].item() for i, n in enumerate(stop)])
+    other = torch.where(torch.arange(9) < stop[:, None], ids, (ids + 1) % 11)
+    torch.testing.assert_close(model.score(other, mask), score)
+    assert model.matmul_parameters() == sum(p.numel() for p in model.parameters() if p.dim() == 2) - 11 * 16 - 16 * 16

@@ -1,4 +1,4 @@
-"""The losses of sft.py and dpo.py against numbers derived by hand."""
+"""The losses of the scripts against numbers derived by hand."""
 import math
 
 import pytest
@@ -6,6 +6,7 @@ import torch
 
 from dpo import dpo_loss, ipo_loss, robust_dpo_loss
 from gpt import GPT, GPTConfig
+from reward_model import bradley_terry_loss
 from sft import nll
 
 LOG2 = math.log(2)
@@ -121,3 +122,41 @@ def test_why_the_reference_must_not_share_the_policy_s_weights():
 def test_nll_sums_the_tokens():
     """-(log 1/2 + log 1/4) = 3 log 2; the masked 0 adds nothing."""
     assert nll(t([math.log(0.5), 0.0, math.log(0.25)])).tolist() == pytest.approx([3 * LOG2])
+
+
+def bradley_terry(delta, **options):
+    """The loss at r_w - r_l = delta, and its gradient in r_w."""
+    reward_w = t(delta + 7).requires_grad_()
+    loss = bradley_terry_loss(reward_w, t(7.0), **options)
+    loss.sum().backward()
+    return loss.item(), reward_w.grad.item()
+
+
+def test_bradley_terry():
+    """Δ = log 3: σ = 3/4, L = log(4/3), gradient -σ(-Δ) = -1/4. Δ = 0: log 2, whatever p. A constant on both scores changes nothing."""
+    assert bradley_terry(math.log(3)) == pytest.approx((math.log(4 / 3), -0.25), abs=1e-12)
+    assert bradley_terry(0.0)[0] == bradley_terry(0.0, p=0.3)[0] == pytest.approx(LOG2, abs=1e-12)
+    torch.testing.assert_close(bradley_terry_loss(t(1.0, 2.0), t(0.0, 5.0)), bradley_terry_loss(t(101.0, 102.0), t(100.0, 105.0)))
+
+
+def test_bradley_terry_margin():
+    """A margin m is the loss without it at Δ - m: Δ = log 6, m = log 2 is log(4/3). One margin a pair."""
+    assert bradley_terry(math.log(6), margin=math.log(2)) == pytest.approx((math.log(4 / 3), -0.25), abs=1e-12)
+    losses = bradley_terry_loss(t(math.log(3), math.log(6)), t(0.0, 0.0), margin=t(0.0, math.log(2)))
+    assert losses.tolist() == pytest.approx([math.log(4 / 3)] * 2)
+
+
+def test_bradley_terry_soft_labels():
+    """p = 0.8 at Δ = log 3: L = -0.8 log(3/4) - 0.2 log(1/4); gradient σ(Δ) - p = -0.05, 0 where σ(Δ) = p, at Δ = log 4. p = 1/2 is
+    least at Δ = 0. Swapping the answers turns p into 1 - p."""
+    value, gradient = bradley_terry(math.log(3), p=0.8)
+    assert value == pytest.approx(-0.8 * math.log(0.75) - 0.2 * math.log(0.25)) and gradient == pytest.approx(-0.05)
+    assert bradley_terry(math.log(4), p=0.8)[1] == pytest.approx(0.0, abs=1e-12) == bradley_terry(0.0, p=0.5)[1]
+    a, b, p = t(1.0, -2.0), t(0.5, 3.0), t(0.9, 0.4)
+    torch.testing.assert_close(bradley_terry_loss(a, b, p=p), bradley_terry_loss(b, a, p=1 - p))
+
+
+def test_bradley_terry_stays_finite():
+    assert all(map(math.isfinite, bradley_terry(-1e4) + bradley_terry(1e4, p=0.0)))
+    with pytest.raises(AssertionError):
+        bradley_terry_loss(t(1.0), t(1.0, 2.0))

@@ -28,7 +28,7 @@ def step_lines(path):
     return [line for line in record if "step" in line]
 
 
-@pytest.mark.parametrize("script", ["sft", "dpo"])
+@pytest.mark.parametrize("script", ["sft", "dpo", "reward_model"])
 def test_resume_gives_the_same_bits(script, tiny, monkeypatch, capsys):
     monkeypatch.chdir(tiny)
     small = ["--n-layer", "1", "--n-embd", "16"] if script == "sft" else ["--pairs", "10"]
@@ -92,7 +92,7 @@ def test_a_stage_ends_with_its_parent(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["sft", "dpo"])
+@pytest.mark.parametrize("script", ["sft", "dpo", "reward_model"])
 def test_ten_kills(script, tiny, tmp_path):
     """kill -9 at ten random moments, each followed by --resume: the checkpoint is that of a run left alone, bit for bit."""
     shutil.copytree(tiny / "out", tmp_path / "out")

@@ -1,4 +1,5 @@
 """The scripts as their user meets them: figures, files, gradients, mistakes."""
+import argparse
 import ast
 import dataclasses
 import json
@@ -12,11 +13,13 @@ import torch
 from conftest import ROOT, TINY, main, run
 
 import common
+import data
 import dpo
+import reward_model
 import sft
-from gpt import GPT, GPTConfig, load, save
+from gpt import GPT, GPTConfig, ScalarGPT, load, save
 
-METHODS = {"sft": sft, "dpo": dpo}
+METHODS = {"sft": sft, "reward_model": reward_model, "dpo": dpo}
 OURS = {p.stem for p in ROOT.glob("*.py")} | {"data"}
 
 
@@ -138,6 +141,60 @@ def test_a_missing_sft_checkpoint_is_made_first(tmp_path, monkeypatch):
     assert calls == [[str(ROOT / "sft.py"), "--task", "reviews", "--device", "cpu", "--dtype", "auto"]]
 
 
+def test_reward_model_end_to_end(tiny, tmp_path):
+    """Documented finite figures, a checkpoint that reloads, demonstrations that average 0, an SFT checkpoint left as it was."""
+    shutil.copytree(tiny / "out", tmp_path / "out")
+    before = snapshot(tmp_path)
+    done = run("reward_model.py", *TINY, "--eval-every", 2, cwd=tmp_path)
+    assert "held-out preference accuracy" in done.stdout and "the labels' noise allows 0.8" in done.stdout
+    assert all((p.read_bytes() == content) for p, content in before.items()) and not list(tmp_path.rglob("*.tmp"))
+    first, *steps, last = lines(tmp_path / "out/reviews/reward_model.jsonl")
+    final = last["final"]
+    names = {"accuracy", "accuracy_bound", "correlation", "margin", "mean_reward", "min_reward", "max_reward", "shift", "flops_per_token"}
+    assert names <= set(final) and all(math.isfinite(final[k]) for k in names)
+    assert final["min_reward"] < final["mean_reward"] < final["max_reward"]
+    assert [(m["role"], m["trainable"]) for m in final["models"]] == [("reward", True)]
+    readme = (ROOT / "README.md").read_text()
+    for key in {k for line in steps for k in line} | set(final):
+        assert f"`{key}`" in readme, f"{key} is logged but not in the README"
+
+    model, meta = load(tmp_path / "out/reviews/reward_model.pt")
+    assert isinstance(model, ScalarGPT) and meta["shift"] == final["shift"] and meta["reference"] == "out/reviews/sft.pt"
+    task, tokenizer = data.task("reviews"), data.Tokenizer(meta["tokenizer"])
+    rows, _ = data.encode(task.demonstrations(1024, 0), tokenizer, 256)
+    cpu = common.Compute(argparse.Namespace(device="cpu", dtype="float32"))
+    assert abs(reward_model.scores(model, rows, cpu).mean()) < 1e-4 < abs(model.head.bias.item())
+    refused = run("evaluate.py", "out/reviews/reward_model.pt", cwd=tmp_path, ok=False)
+    assert refused.returncode == 2 and "is a reward model" in refused.stderr
+
+
+def test_margin_and_soft_label_columns(tiny, tmp_path):
+    """Columns `margin` and `p` reach the loss: with p = 0 throughout, the model learns to prefer the rejected answers."""
+    shutil.copytree(tiny / "out", tmp_path / "out")
+    rows = [{"prompt": f"question {i}", "chosen": "yes yes", "rejected": "no", "p": 0.0, "margin": 0.5} for i in range(60)]
+    (tmp_path / "soft.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert data.task(str(tmp_path / "soft.jsonl")).preferences(None, 0, graded=True)[0][3:] == (0.5, 0.0)
+    run("reward_model.py", "--task", "soft.jsonl", "--init", "out/reviews/sft.pt", "--steps", 40, "--warmup", 0, "--lr", 0.01,
+        "--device", "cpu", "--log-every", 1, cwd=tmp_path)  # fmt: skip
+    first, *_, final = lines(tmp_path / "out/soft/reward_model.jsonl")[1:]
+    assert first["loss"] == pytest.approx(math.log(1 + math.exp(-0.5)), abs=0.2)  # -log σ(m - Δ) at Δ near 0
+    assert final["final"]["margin"] < 0 and final["final"]["accuracy"] == 1.0 and "correlation" not in final["final"]
+
+
+def test_exact_figures_are_documented(tmp_path):
+    run("sft.py", "--task", "exact", "--steps", 3, "--batch-size", 8, "--device", "cpu", cwd=tmp_path)
+    run("dpo.py", "--task", "exact", "--steps", 3, "--batch-size", 8, "--device", "cpu", cwd=tmp_path)
+    run("reward_model.py", "--task", "exact", "--steps", 3, "--batch-size", 8, "--device", "cpu", cwd=tmp_path)
+    readme = (ROOT / "README.md").read_text()
+    for name, keys in {"dpo": {"kl_star", "tv_star", "kl_optimum", "objective", "kl", "win_rate"}, "reward_model": {"rms"}}.items():
+        first, *steps, last = lines(tmp_path / f"out/exact/{name}.jsonl")
+        assert keys <= set(last["final"]) and (first["options"]["n_embd"] == 64 if name == "sft" else True)
+        for key in {k for line in steps for k in line} | set(last["final"]):
+            assert f"`{key}`" in readme, f"{key} is logged but not in the README"
+    assert load(tmp_path / "out/exact/sft.pt")[0].config == GPTConfig(4, 8, 2, 4, 64)
+    assert lines(tmp_path / "out/exact/dpo.jsonl")[0]["options"]["beta"] == 0.5
+
+
 def test_real_text(tmp_path):
     """sft.py then dpo.py on JSONL files: held-out loss, held-out accuracy, rows cut aloud."""
     rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(60)]
@@ -159,15 +216,14 @@ def test_real_text(tmp_path):
 
 
 def test_prompts(path):
-    import data
-
     return {p for p, _ in data.task(str(path)).prompts(None, 0, split="test")}
 
 
 test_prompts.__test__ = False
 
 
-@pytest.mark.parametrize("script, options", [("sft", []), ("dpo", []), ("dpo", ["--loss", "ipo"]), ("dpo", ["--sft-weight", "0.5"])])
+@pytest.mark.parametrize("script, options", [("sft", []), ("dpo", []), ("dpo", ["--loss", "ipo"]), ("dpo", ["--sft-weight", "0.5"]),
+                                             ("reward_model", ["--center-rewards", "0.1"])])  # fmt: skip
 def test_micro_batches_give_the_same_gradient(script, options, tiny, monkeypatch):
     """64 ragged rows at once and in eights, float64: the gradients agree to 1e-6 of their norm, and so do the metrics."""
     monkeypatch.chdir(tiny)
@@ -207,8 +263,6 @@ def test_precomputed_reference_changes_no_loss(tiny, monkeypatch):
 
 def test_log_probs_of_the_end_token_are_trained(tiny):
     """After SFT on whole responses the model ends its samples; the mask that sft.py trains on holds the end token."""
-    import data
-
     tokenizer = data.tokenizer()
     batches = data.Batches(data.task("reviews").demonstrations, 0, 4, 0, tokenizer, 128)
     batch = data.pad(batches[0])
@@ -230,6 +284,9 @@ def files(folder):
     (folder / "noprompt.jsonl").write_text(json.dumps({"prompt": " ", "chosen": "a", "rejected": "b"}))
     (folder / "role.jsonl").write_text(json.dumps({"prompt": [{"role": "robot", "content": "x"}], "chosen": "a", "rejected": "b"}))
     (folder / "same.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a", "rejected": "a"}) + "\n" for i in range(9)))
+    for name, column in {"p2": {"p": 2}, "pnull": {"p": None}, "margin": {"margin": "big"}}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a", "rejected": "b", **column}) + "\n"
+                                                      for i in range(9)))  # fmt: skip
     (folder / "one.jsonl").write_text(good)
     (folder / "long.jsonl").write_text("".join(json.dumps({"prompt": f"{i}" * 400, "chosen": "a", "rejected": "b"}) + "\n"
                                                for i in range(9)))  # fmt: skip
@@ -243,7 +300,11 @@ def files(folder):
     torch.save({"a": [1]}, folder / "pickle.pt")
     (folder / "text.pt").write_text("hello")
     small = GPT(GPTConfig(vocab_size=99, block_size=64, n_layer=1, n_head=1, n_embd=8))
-    save(small, folder / "vocab.pt", **load(folder / "out/reviews/sft.pt")[1])
+    meta = load(folder / "out/reviews/sft.pt")[1]
+    save(small, folder / "vocab.pt", **meta)
+    world = data.task("exact")
+    save(GPT(GPTConfig(4, 8, 1, 1, 8)), folder / "exact.pt", **(meta | {"tokenizer": world.tokenizer, "task": "exact"}))
+    save(ScalarGPT(small.config), folder / "rm.pt", **meta)
     (folder / "bad.tiktoken").write_text("not a vocabulary")
     (folder / "other.tiktoken").write_text((ROOT / "data/vocab.tiktoken").read_text().rsplit("\n", 2)[0] + "\n")
 
@@ -315,6 +376,31 @@ MISTAKES = [  # script, arguments, what the line must say
     ("sft", ["--tokenizer", "none"], "--tokenizer none: no such file"),
     ("sft", ["--tokenizer", "bad.tiktoken"], "bad.tiktoken is no vocabulary file"),
     ("sft", ["--task", "number.jsonl", "--init", "vocab.pt"], "vocabulary of 99"),
+    ("dpo", ["--task", "exact:2"], "no such task"),
+    ("dpo", ["--task", "exact", "--init", "out/reviews/sft.pt"], "exact has a vocabulary of its own"),
+    ("dpo", ["--task", "exact:1", "--init", "exact.pt"], "exact:1 has a vocabulary of its own"),
+    ("dpo", ["--init", "exact.pt"], "exact.pt was trained on exact, and exact has a vocabulary of its own"),
+    ("dpo", ["--task", "exact", "--init", "exact.pt", "--max-new-tokens", "5"], "--max-new-tokens 5: a response of exact has 3"),
+    ("sft", ["--task", "exact", "--tokenizer", "other.tiktoken"], "exact has a vocabulary of its own; leave it out"),
+    ("dpo", ["--init", "rm.pt"], "rm.pt is a reward model"),
+    ("reward_model", ["--center-rewards", "-1"], "--center-rewards"),
+    ("reward_model", ["--beta", "0.1"], "--beta"),
+    ("reward_model", ["--out", "out/reviews/sft.pt"], "would overwrite out/reviews/sft.pt"),
+    ("reward_model", ["--init", "rm.pt"], "rm.pt is a reward model"),
+    ("reward_model", ["--init", "none.pt"], "none.pt: no such file"),
+    ("reward_model", ["--task", "exact", "--init", "out/reviews/sft.pt"], "exact has a vocabulary of its own"),
+    ("reward_model", ["--task", "ok.jsonl"], "--init is needed with a file"),
+    ("reward_model", ["--epochs", "2"], "--epochs"),
+    ("reward_model", ["--micro-batch", "5"], "--micro-batch 5 does not divide"),
+    ("reward_model", [*FILE, "p2.jsonl"], 'p2.jsonl:1: "p" must be a number in [0, 1], not 2'),
+    ("reward_model", [*FILE, "pnull.jsonl"], '"p" must be a number in [0, 1], not null'),
+    ("reward_model", [*FILE, "margin.jsonl"], '"margin" must be a number, not "big"'),
+    ("reward_model", [*FILE, "broken.jsonl"], "broken.jsonl:17: not JSON"),
+    ("reward_model", [*FILE, "same.jsonl"], "no usable row"),
+    ("reward_model", [*FILE, "long.jsonl"], "do not fit in 256 tokens"),
+    ("evaluate", ["exact.pt", "--task", "reviews"], "exact has a vocabulary of its own"),
+    ("evaluate", ["exact.pt", "--prompt", "xyz"], "'xyz' in 'xyz'"),
+    ("evaluate", ["rm.pt"], "rm.pt is a reward model"),
     ("evaluate", ["none.pt"], "none.pt: no such file"),
     ("evaluate", ["out/reviews/sft.pt", "--max-new-tokens", "300"], "--max-new-tokens"),
     ("evaluate", [], "checkpoint"),
