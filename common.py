@@ -180,7 +180,7 @@ def checkpoint_path(task, method):
 
 
 def is_exact(task):
-    return task.partition(":")[0] == "exact"
+    return not is_file(task) and task.partition(":")[0] == "exact"
 
 
 def is_file(task):
@@ -331,6 +331,8 @@ class Run(Compute):
             raise UserError(f"--micro-batch {o.micro_batch} does not divide --batch-size {o.batch_size}")
         if o.epochs and not is_file(o.task) and not getattr(o, "pairs", 0):
             raise UserError(f"--epochs counts passes over a fixed set, but {o.task} makes fresh rows every step; give --steps")
+        if is_exact(o.task) and o.max_new_tokens:
+            raise UserError(f"--max-new-tokens {o.max_new_tokens}: the responses of {o.task} have a length of their own; leave it out")
         if o.out.endswith((".jsonl", ".state", ".gz", "/")) or os.path.isdir(o.out):
             raise UserError(f"--out {o.out} is no place for a checkpoint; give a path like {checkpoint_path(o.task, method)}")
         init = o.init or ("" if method == "sft" else checkpoint_path(o.task, "sft"))

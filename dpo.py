@@ -95,7 +95,7 @@ def with_reference(ref, pairs, run):
     for micro in run.micro_batches(pairs):
         batch = data.pad(data.sides(micro), run.device)
         with run.autocast():
-            logp = ref.logprobs(batch.ids, batch.mask, index=batch.index).sum(1)[batch.row]
+            logp = batch.spread(ref.logprobs(batch.ids, batch.mask, index=batch.index).sum(1))
         out += [(*pair, both) for pair, both in zip(micro, logp.view(2, -1).T.tolist())]
     return out
 
@@ -137,13 +137,13 @@ def main(argv=None):
         for micro in run.micro_batches(pairs):
             batch = data.pad(data.sides(micro), run.device)
             with run.autocast():
-                logp = policy.logprobs(batch.ids, batch.mask, index=batch.index).sum(1)[batch.row]  # (2B,)
+                logp = batch.spread(policy.logprobs(batch.ids, batch.mask, index=batch.index).sum(1))  # (2B,)
                 if o.precompute_ref:
                     ref_logp = torch.tensor([row[3] for row in micro], dtype=logp.dtype, device=run.device).T.flatten()
                 else:
                     with torch.no_grad():
-                        ref_logp = ref.logprobs(batch.ids, batch.mask, index=batch.index).sum(1)[batch.row]
-            size = batch.mask.sum(1)[batch.row]  # (2B,) response tokens, end tokens included
+                        ref_logp = batch.spread(ref.logprobs(batch.ids, batch.mask, index=batch.index).sum(1))
+            size = batch.spread(batch.mask.sum(1))  # (2B,) response tokens, end tokens included
             used, ref_used = (logp / size, ref_logp / size) if mean else (logp, ref_logp)
             losses = loss_fn(*used.chunk(2), *ref_used.chunk(2))  # (B,)
             if o.sft_weight:

@@ -20,7 +20,9 @@ On `exact` nothing is sampled: each figure is a sum over all outcomes, and the o
 
     objective    J = E_π[r] - β KL(π‖π_ref), which π* maximises: J(π*) - J(π) = β KL(π‖π*)
     kl_star      KL(π‖π*), nats; tv_star: half of Σ |π - π*|; mean over prompts, as all others
-    kl_optimum   KL(π‖the optimum of the method's own loss) where data/oracle.py knows it; for DPO with β = 0.5 that is π*
+    kl_optimum   KL(π‖the optimum of the method's own loss on fresh pairs), where data/oracle.py knows it; for DPO with β = 0.5 it is π*
+
+For an SFT checkpoint π_ref is itself in these, whatever kl and win_rate compare it with.
 """
 import math
 import os
@@ -155,7 +157,7 @@ class Yardstick:
         for i in range(0, len(rows), 32):
             batch = data.pad(rows[i : i + 32], self.run.device)
             with self.run.autocast():
-                parts.append(model.logprobs(batch.ids, batch.mask, index=batch.index).sum(1))
+                parts.append(batch.spread(model.logprobs(batch.ids, batch.mask, index=batch.index).sum(1)))
         return torch.cat(parts), torch.tensor([len(y) for _, y in rows], device=self.run.device)
 
     def _nll(self, policy):
@@ -205,7 +207,7 @@ class Enumeration:
         """-> log π(y|x) of every outcome, float64"""
         with self.run.autocast():
             logp = model.logprobs(self.batch.ids, self.batch.mask, index=self.batch.index).sum(1)
-        logp = logp.double().cpu().view(self.r.shape)
+        logp = logp.cpu().double().view(self.r.shape)
         total = logp.exp().sum(1)
         assert (total - 1).abs().max() <= 1e-5, f"the probabilities of all outcomes sum to {total.tolist()}"
         return logp
@@ -235,8 +237,8 @@ class Enumeration:
                 values["KL(·‖own optimum)", policy] = oracle.kl(log_p, optimum)
             names = {"objective": "J", "kl_star": "KL(·‖π*)", "tv_star": "TV(·, π*)", "kl_optimum": "KL(·‖own optimum)"}
             figures |= {key: values[name, policy].mean() for key, name in names.items() if (name, policy) in values}
-            lines = self._lines(values, log_p.exp(), log_ref.exp(), log_star.exp())
-        return {k: float(v) for k, v in figures.items()} | {"prompts": len(log_p)}, lines
+            lines = self._lines(values, log_p, log_ref, log_star)
+        return {k: float(v) for k, v in figures.items()} | {"prompts": len(log_p), "outcomes": log_p.size(1)}, lines
 
     def _alone(self, log_p):
         """What needs no second policy; tokens are averaged over tokens, all else over prompts."""
@@ -244,12 +246,13 @@ class Enumeration:
         return {"reward": (p * self.r).sum(1).mean(), "length": tokens / len(p), "ended": (p * self.ends).sum(1).mean(),
                 "entropy": -(p * log_p).sum() / tokens}  # fmt: skip
 
-    def _lines(self, values, p, ref, star):
+    def _lines(self, values, *tables):
         lines = [f"{f'β = {self.task.world_beta}, nats':<26}" + "".join(f"{x:>10}" for x in (*self.task.contexts, "mean"))]
         for (name, of), by_prompt in values.items():
             if by_prompt.abs().max() > 1e-12:  # not the distance of a policy to itself
                 lines.append(f"{name:<19}{of:<7}" + "".join(f"{x:>10.4f}" for x in [*by_prompt.tolist(), by_prompt.mean().item()]))
-        entropy, n = -(ref * ref.log()).sum(1).mean().item(), ref.size(1)
+        p, ref, star = (log_q.exp() for log_q in tables)
+        entropy, n = -(ref * tables[1]).sum(1).mean().item(), ref.size(1)
         lines.append(f"π_ref: entropy {entropy:.3f} of log {n} = {math.log(n):.3f} nats, KL(π_ref‖uniform) {math.log(n) - entropy:.3f}")
         lines.append(f"\n{'the five outcomes furthest from π*':<26}{'π':>10}{'π_ref':>10}{'π*':>10}{'r':>10}")
         for i in (p - star).abs().flatten().topk(5).indices.tolist():
@@ -272,12 +275,12 @@ def report(title, figures, samples, bound=None):
         ("ended", None, f["ended"], ""),
         ("entropy, nats a token", None, f["entropy"], ""),
     ]
-    print(f"\n{title}: {f['prompts']} test prompts" + ", every outcome counted" * ("kl_star" in f))
+    print(f"\n{title}: {f['prompts']} test prompts" + f", each with all its {f.get('outcomes')} outcomes" * ("outcomes" in f))
     print(f"{'':<34}{'reference' if 'kl' in f else '':>10}{'policy':>10}")
     for name, before, after, note in rows:
         if after is not None:
             print(f"{name:<34}{'' if before is None else format(before, '.2f'):>10}{after:>10.2f}{note}")
-    if "kl_star" in f:
+    if "outcomes" in f:
         print("", *samples, sep="\n")
         samples = []
     for prompt, before, after in samples:
@@ -334,6 +337,8 @@ def main(argv=None):
                 print(f"  {name:>9} | {tokenizer.decode(s.ids[s.mask].tolist()).strip()}")
         return
     task = data.task(o.task or meta["task"], o.eval_file or ("" if o.task else trained["eval_file"]))
+    if common.is_exact(task.name) and (unread := o.given & {"prompts", "seed", "truncate"}):
+        raise common.UserError(f"--{min(unread)}: every outcome of {task.name} is counted, nothing is drawn or cut; leave it out")
     same_world(o.checkpoint, tokenizer, meta, task)
     task.template = meta["template"]
     aim = (meta["method"], trained)

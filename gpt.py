@@ -179,11 +179,12 @@ class ScalarGPT(nn.Module):
         return v if v.dtype == torch.float64 else v.float()
 
     def score(self, ids, mask):
-        """ids, mask (B, T) as for `logprobs` -> (B,): the value at each row's last response token, the end token where it has one."""
+        """ids, mask (B, T) as for `logprobs` -> (B,): the value at each row's last response token, the end token where it has one.
+        The head is never below float32: bfloat16 would round scores near 2 to multiples of 0.016."""
         last = mask.size(1) - 1 - mask.int().flip(1).argmax(1)
         h = self.trunk.hidden(ids)[torch.arange(len(ids), device=ids.device), last]
-        v = self.head(h).squeeze(-1)
-        return v if v.dtype == torch.float64 else v.float()
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(h.to(self.head.bias.dtype), self.head.weight, self.head.bias).squeeze(-1)
 
     forward = values
 

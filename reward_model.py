@@ -10,8 +10,8 @@
     p             p                         (B,) column `p`, probability that chosen is better, 1 without one (soft labels)
     η             center_rewards            weight of (r_w + r_l)², which keeps scores near 0 (arXiv:2312.09244)
 
-The trunk starts from the SFT checkpoint, the head from N(0, 1/(C+1)). After the training the scores are shifted so that
-demonstrations average 0; only differences were learned, so that nothing else changes.
+The trunk starts from the SFT checkpoint, the head's weights at a standard deviation of 1/√(C+1). After the training the
+scores are shifted so that demonstrations average 0; only differences were learned, so that nothing else changes.
 
 Models in memory: 1 (the reward model, trained). Data: (prompt, chosen, rejected).
 Departures from the paper: 1. single pairs, not all pairs of 4 to 9 ranked answers; 2. a learning rate for toy models.
@@ -51,7 +51,7 @@ class Options(common.Options):
     batch_size: Count = 32  # pairs an optimizer step
     pairs: Whole = 0  # size of the fixed set of preference pairs (0: fresh ones every step; of a file: all)
     lr: Positive = 1e-3  # AdamW learning rate at its peak; large models take 1e-6 to 1e-5
-    max_new_tokens: Whole = 0  # not read: nothing is sampled here
+    max_new_tokens: Whole = 0  # refused: nothing is sampled here
     on_exact = dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear")
 
 
@@ -60,8 +60,10 @@ class HeldOut:
 
     def __init__(self, run, task, tokenizer, block_size, truncate, seed, n=2048):
         self.run, self.task, self.tokenizer = run, task, tokenizer
-        self.pairs, note = data.encode(task.preferences(n, seed, split="test", graded=True), tokenizer, block_size, truncate)
+        self.texts = task.preferences(n, seed, split="test", graded=True)
+        self.pairs, note = data.encode(self.texts, tokenizer, block_size, truncate)
         self.note = note and f"held out: {note}"
+        self.gold = not common.is_file(task.name) and not note  # a cut answer was never judged
         if common.is_exact(task.name):
             world = [(prompt, outcome) for prompt in task.contexts for outcome in task.outcomes]
             self.world, _ = data.encode(world, tokenizer, block_size)
@@ -72,14 +74,13 @@ class HeldOut:
         reward = scores(model, data.sides(pairs), self.run)
         delta, p = torch.sub(*reward.chunk(2)), torch.tensor([pair[4] for pair in pairs], dtype=reward.dtype)
         figures = {"accuracy": torch.where(delta > 0, p, torch.where(delta < 0, 1 - p, 0.0)).mean().item(), **spread(delta, reward)}
-        if not common.is_file(self.task.name):
-            texts = [[self.tokenizer.decode(part) for part in pair[:3]] for pair in pairs]
-            agree = [self.task.preferred(*text, {}) for text in texts]
+        if self.gold:
+            agree = [self.task.preferred(*text[:3], {}) for text in self.texts[:n]]
             figures["accuracy_bound"] = statistics.fmean(max(p, 1 - p) for p in agree)
-            gold = torch.tensor([self.task.reward(x, y) for x, y in data.sides(texts)], dtype=reward.dtype)
+            gold = torch.tensor([self.task.reward(x, y) for x, y in data.sides(self.texts[:n])], dtype=reward.dtype)
             figures["correlation"] = torch.corrcoef(torch.stack([reward, gold]))[0, 1].item()
         if common.is_exact(self.task.name):
-            del figures["correlation"]  # pairs of one prompt say nothing of two prompts' difference
+            figures.pop("correlation", None)  # pairs of one prompt say nothing of two prompts' difference
             error = scores(model, self.world, self.run).double().view(self.task.r.shape) - torch.from_numpy(self.task.r)
             d = torch.from_numpy(self.task.d)
             error = error - (d * error).sum(1, keepdim=True)  # up to a constant a prompt
@@ -117,7 +118,7 @@ def scores(model, rows, run):
     for i in range(0, len(rows), 512):
         batch = data.pad(rows[i : i + 512], run.device)
         with run.autocast():
-            out.append(model.score(batch.ids, batch.mask)[batch.row].cpu())
+            out.append(batch.spread(model.score(batch.ids, batch.mask)).cpu())
     return torch.cat(out)
 
 
@@ -126,17 +127,20 @@ def main(argv=None):
     o = common.parse(Options, argv)
     task, fixed = data.task(o.task, o.eval_file, o.strict), o.pairs or (None if common.is_file(o.task) else 0)
     run = common.Run(o, "reward_model")
+    if o.max_new_tokens:
+        raise common.UserError("--max-new-tokens: a reward model samples nothing; leave it out")
     init = o.init or common.stage("sft.py", o)
     start, tokenizer, meta = open_checkpoint(init, o.tokenizer, task)
     run.say(f"the trunk starts from {init}: {describe(meta)}")
     task.template, block_size = meta["template"], context(o, start)
     batches = data.Batches(partial(task.preferences, graded=True), fixed, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
     held_out = HeldOut(run, task, tokenizer, block_size, o.truncate, o.seed)
+    demonstrations, _ = data.encode(task.demonstrations(1024, o.seed), tokenizer, block_size, o.truncate)
     for note in filter(None, [*task.notes, batches.note, held_out.note]):
         run.say(note)
 
     model = ScalarGPT(start.config, o.seed)
-    model.trunk.load_state_dict(start.state_dict())
+    model.trunk = start
     model = run.prepare(model)
     model.trunk.checkpoint_activations = o.checkpoint_activations
     optimizer = common.adamw(model, o)
@@ -148,7 +152,7 @@ def main(argv=None):
         for micro in run.micro_batches(pairs):
             batch = data.pad(data.sides(micro), run.device)
             with run.autocast():
-                reward = model.score(batch.ids, batch.mask)[batch.row]  # (2B,)
+                reward = batch.spread(model.score(batch.ids, batch.mask))  # (2B,)
             reward_w, reward_l = reward.chunk(2)
             margin, p = torch.tensor([row[3:] for row in micro], dtype=reward.dtype, device=run.device).unbind(1)
             losses = bradley_terry_loss(reward_w, reward_l, margin, p) + o.center_rewards * (reward_w + reward_l) ** 2
@@ -164,7 +168,6 @@ def main(argv=None):
         if o.eval_every and (step + 1) % o.eval_every == 0:
             run.evaluated(step, held_out.measure(model, n=128))
 
-    demonstrations, _ = data.encode(task.demonstrations(1024, o.seed), tokenizer, block_size, o.truncate)
     shift = scores(model, demonstrations, run).mean().item()
     with torch.no_grad():
         model.head.bias -= shift

@@ -101,7 +101,7 @@ def main(argv=None):
             batch = data.pad(micro, run.device)
             with run.autocast():
                 logp = policy.logprobs(batch.ids, batch.mask, index=batch.index)  # (B, T-1)
-            loss = nll(logp)[batch.row].sum() / n  # token mean over the step
+            loss = batch.spread(nll(logp)).sum() / n  # token mean over the step
             loss.backward()
             run.tokens += batch.tokens
             run.add({"loss": loss})

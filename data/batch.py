@@ -92,12 +92,16 @@ class Batch(NamedTuple):
     mask: torch.Tensor  # (B, T) bool, True = a response token, its end token included
     index: torch.Tensor  # (N,) int64, where mask[:, 1:].flatten() is True
     row: torch.Tensor  # int64, one for each row that was given: its place among the B
-    tokens: int  # prompt and response tokens in all, padding not counted
+    tokens: int  # prompt and response tokens of the B rows, padding not counted
+
+    def spread(self, x):
+        """x (B, …), one entry a different row -> one entry for each row that was given."""
+        return x.index_select(0, self.row)
 
 
 def pad(given, device="cpu"):
-    """Rows of (prompt ids, response ids) -> Batch of the B different ones: each is scored once, and x[batch.row] has one entry
-    a given row again."""
+    """Rows of (prompt ids, response ids) -> Batch of the B different ones: each is scored once, and `spread` gives every row its
+    score."""
     place = {}
     row = torch.tensor([place.setdefault(pair, len(place)) for pair in given])
     rows = list(place)

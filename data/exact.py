@@ -32,6 +32,7 @@ class Exact(Toy):
         self.name, self.max_new_tokens = "exact" if longest == 3 else f"exact:{longest}", longest
         vocab = "".join(f"{base64.b64encode(s.encode()).decode()} {rank}\n" for rank, s in enumerate(SYMBOLS))
         self.tokenizer = {"name": self.name, "vocab": vocab, "longest": longest}
+        self.cells = {}  # what is drawn -> (cumulative probabilities, rows)
         self.outcomes = ["".join(y) for n in range(longest + 1) for y in product(SYMBOLS, repeat=n)]
         rng = random.Random(f"the world of {self.name}")
         draws = np.array([[[rng.gauss(0, 1) for _ in self.outcomes] for _ in self.contexts] for _ in range(2)])
@@ -74,15 +75,11 @@ class Exact(Toy):
     def _pick(self, table, names, *draw):
         """n rows drawn from a table of probabilities, whose axes stand for `names`"""
         what, n, seed, split = draw
-        if what not in self._cells:
-            self._cells[what] = (table.cumsum(), list(product(*names)))
-        cdf, rows = self._cells[what]
+        if what not in self.cells:
+            self.cells[what] = (table.cumsum(), list(product(*names)))
+        cdf, rows = self.cells[what]
         uniform = np.random.default_rng(self._rng(what, seed, split).getrandbits(64)).random(n)
         return [rows[i] for i in np.searchsorted(cdf[:-1], uniform, side="right").tolist()]
-
-    @cached_property
-    def _cells(self):
-        return {}
 
     def reward(self, prompt, completion, ended=True):
         """r(x, y); a response of full length has no end token, so `ended` is not asked for."""

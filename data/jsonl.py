@@ -10,7 +10,6 @@ useless (an empty answer, chosen equal to rejected) are dropped and counted in `
 import gzip
 import hashlib
 import json
-import math
 import os
 import random
 import zlib
@@ -216,7 +215,7 @@ def _implicit(path, number, row):
 
 def _number(path, number, row, key, default):
     x = row.get(key, default)
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x) or key == "p" and not 0 <= x <= 1:
+    if isinstance(x, bool) or not isinstance(x, (int, float)) or not -1e30 < x < 1e30 or key == "p" and not 0 <= x <= 1:
         raise DataError(f'{path}:{number}: "{key}" must be a number{" in [0, 1]" * (key == "p")}, not {json.dumps(x)}')
     return float(x)
 

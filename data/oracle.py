@@ -46,7 +46,7 @@ def simpo(log_p, pairs, n, beta, gamma):
 
 def orpo(log_p, pairs, n, lam):
     s = log_p / n
-    odds = s - torch.log1p(-s.exp())
+    odds = s - torch.log(-torch.expm1(s))
     return -(pairs * (s[:, :, None] + lam * F.logsigmoid(_difference(odds)))).sum()
 
 
@@ -66,8 +66,9 @@ def _difference(s):
     return s[:, :, None] - s[:, None, :]
 
 
-def minimise(loss, start, iterations=2000):
-    """-> the log-probs (x, y) at the minimum of loss(log_p), by L-BFGS on the table of logits, from `start`."""
+def minimise(loss, start, iterations=2000, converged=True):
+    """-> the log-probs (x, y) at the minimum of loss(log_p), by L-BFGS on the table of logits, from `start`. Without `converged` also
+    where the gradient has not vanished yet."""
     theta = start.detach().clone().requires_grad_()
     descent = torch.optim.LBFGS([theta], max_iter=iterations, max_eval=2 * iterations, tolerance_grad=1e-10, tolerance_change=0.0,
                                 history_size=50, line_search_fn="strong_wolfe")  # fmt: skip
@@ -79,16 +80,20 @@ def minimise(loss, start, iterations=2000):
         return value
 
     descent.step(closure)
+    closure()
+    assert not converged or theta.grad.abs().max() < 1e-6, f"descent ended at a gradient of {theta.grad.abs().max()}"
     return theta.detach().log_softmax(-1)
 
 
 def kto_limit(log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0):
-    """-> where descent on the KTO objective goes: (log-probs, -inf where an outcome vanishes; the infimum of the loss).
+    """-> where descent on the KTO objective goes for β < 1: (log-probs, -inf where an outcome vanishes; the infimum of the loss).
 
-    Rejected outcomes, those with λ_U P(undesirable) ≥ λ_D P(desirable), lose all mass; ẑ, whose mean then goes to -∞, is
-    clamped to 0. What is left is a minimum over the outcomes that are kept, where the loss is convex for β ≤ 1.
+    Rejected outcomes, those with λ_U P(undesirable) ≥ λ_D P(desirable), lose all mass; the mean of u then goes to -∞, and ẑ is
+    clamped to 0. What is left is a minimum over the outcomes that are kept, where the loss is convex. Raises AssertionError
+    where the weights leave a prompt no outcome.
     """
     kept = w_desirable * labels[..., 1] > w_undesirable * labels[..., 0]
+    assert kept.any(1).all() and not kept.all(), "each prompt needs an outcome to keep, and there must be one to reject"
     vanished = torch.where(kept, 0.0, -1e4)
 
     def loss(log_p):
@@ -100,14 +105,15 @@ def kto_limit(log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0):
 
 
 def optimum(task, log_ref, method, o):
-    """-> log-probs (4, 40) that the method's loss aims at with the options `o`; None where that is not known here (robust DPO on
-    labels that were not flipped has no minimum, an added SFT term is not written above)."""
-    log_ref = log_ref.double().cpu()
+    """-> log-probs (4, 40) that the method's loss aims at on the population, with the options `o`; None for a fixed set of pairs,
+    which has another optimum, and for what is not written above (robust DPO, made for flipped labels; an added SFT term)."""
     pairs = torch.from_numpy(task.pairs)
     n = torch.tensor([min(len(y) + 1, task.max_new_tokens) for y in task.outcomes])
-    if method != "dpo" or o["sft_weight"] or o["loss"] == "robust":
+    if method != "dpo" or o["pairs"] or o["sft_weight"] or o["loss"] == "robust":
         return None
     if o["loss"] == "ipo":
         size = torch.ones_like(n) if o["ipo_sum"] else n
         return minimise(lambda log_p: ipo(log_p, log_ref, pairs, size, o["tau"]), log_ref)
+    if o["label_smoothing"] == 0:
+        return star(log_ref, torch.from_numpy(task.r), o["beta"])
     return minimise(lambda log_p: dpo(log_p, log_ref, pairs, o["beta"], o["label_smoothing"]), log_ref)

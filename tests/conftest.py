@@ -9,7 +9,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-TINY = ["--steps", "3", "--batch-size", "4", "--log-every", "1", "--warmup", "1", "--max-new-tokens", "4", "--device", "cpu"]
+TRAIN = ["--steps", "3", "--batch-size", "4", "--log-every", "1", "--warmup", "1", "--device", "cpu"]
+TINY = [*TRAIN, "--max-new-tokens", "4"]  # of a script that samples
 
 
 def run(script, *args, cwd, ok=True, **more):

@@ -63,6 +63,7 @@ def test_held_out_accuracy_is_that_of_the_implicit_reward(implicit, tmp_path):
     """The share of held-out pairs whose chosen log-ratio, summed or averaged, is higher, row by row with the plain formula."""
     for name in ("train", "test"):
         rows = data.task("reviews").preferences(30, 0, split=name)
+        rows[10:20] = [(x, w, rows[29][2]) for x, w, _ in rows[:10]]  # the same chosen answers once more: rows that stand twice
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), row))) for row in rows))
     task = data.task(str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"))
     policy, ref = model(0), model(1)
@@ -77,3 +78,17 @@ def test_held_out_accuracy_is_that_of_the_implicit_reward(implicit, tmp_path):
     figures, _ = Yardstick(CPU, task, TOKENIZER, 64, 4, implicit=implicit).measure(policy, ref)
     assert figures["accuracy"] == pytest.approx(expected) and 0 < expected < 1
     assert "accuracy" not in Yardstick(CPU, task, TOKENIZER, 64, 4, implicit=implicit).measure(policy)[0]
+
+
+def test_held_out_loss_counts_every_row(tmp_path):
+    """Rows that stand twice in the file count twice: nats a token, by the plain formula."""
+    rows = [dict(zip(("prompt", "completion"), row)) for row in data.task("reviews").demonstrations(6, 0)]
+    for name, some in (("train", rows[:3]), ("test", [*rows, *rows[:2], rows[0]])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    task, policy, nats, tokens = data.task(str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")), model(0), 0.0, 0
+    for x, y in task.demonstrations(None, 0, split="test"):
+        y = [*TOKENIZER.encode(y), TOKENIZER.end_id]
+        ids = torch.tensor([[*TOKENIZER.encode(x), *y]])
+        nats -= policy(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[-len(y) :].sum().item()
+        tokens += len(y)
+    assert Yardstick(CPU, task, TOKENIZER, 64, 4).measure(policy)[0]["nll"] == pytest.approx(nats / tokens)

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,7 +145,7 @@ def test_figures_by_enumeration(monkeypatch):
     f, lines = yardstick.measure(policy, ref)
     kl, h = math.log(4) - 1.75 * math.log(2), 1.75 * math.log(2)
     expected = {"reward": 0.25, "ref_reward": 0.25, "kl": kl, "win_rate": 0.484375, "length": 1, "ref_length": 1, "ended": 0.5,
-                "entropy": h, "objective": 0.25 - 0.5 * kl, "prompts": 4}  # fmt: skip
+                "entropy": h, "objective": 0.25 - 0.5 * kl, "prompts": 4, "outcomes": 4}  # fmt: skip
     z = 1 + 2 * math.exp(2) + math.exp(-2)  # π* = exp(2r)/z
     star = [1 / z, math.exp(2) / z, math.exp(2) / z, math.exp(-2) / z]
     expected["kl_star"] = -h - sum(q * math.log(s) for q, s in zip((0.5, 0.25, 0.125, 0.125), star))
@@ -206,17 +205,18 @@ def test_the_losses_on_paper_agree_with_the_scripts_losses():
     assert oracle.ipo(log_p, LOG_D, PAIRS, n, 0.3).item() == pytest.approx(mean.item())
 
 
-OPTIONS = {"sft_weight": 0.0, "loss": "dpo", "beta": 0.5, "label_smoothing": 0.0, "tau": 0.3, "ipo_sum": False}
+OPTIONS = {"pairs": 0, "sft_weight": 0.0, "loss": "dpo", "beta": 0.5, "label_smoothing": 0.0, "tau": 0.3, "ipo_sum": False}
 
 
 def test_the_optima_of_the_world():
     """DPO's is π*, whatever the pairs' distribution; the others' lie apart, finite, 0.5 to 2 nats from π_ref (ORPO's 0.1 to 0.2),
     and are found from another start too."""
     star, n = oracle.star(LOG_D, R, 0.5), torch.tensor([min(len(y) + 1, 3) for y in WORLD.outcomes])
+    flat = torch.from_numpy(WORLD.beats * (1 - torch.eye(40).numpy()) / (4 * 780))
+    for pairs in (PAIRS, flat):
+        assert oracle.kl(star, oracle.minimise(lambda q, pairs=pairs: oracle.dpo(q, LOG_D, pairs, 0.5), LOG_D)).max() < 1e-10
     assert oracle.kl(star, oracle.optimum(WORLD, LOG_D, "dpo", OPTIONS)).max() < 1e-10
-    flat = SimpleNamespace(**{**vars(WORLD), "pairs": WORLD.beats * (1 - torch.eye(40).numpy()) / (4 * 780)})
-    flat.max_new_tokens = 3
-    assert oracle.kl(star, oracle.optimum(flat, LOG_D, "dpo", OPTIONS)).max() < 1e-10
+    assert oracle.optimum(WORLD, LOG_D, "dpo", OPTIONS | {"pairs": 300}) is None
     assert oracle.optimum(WORLD, LOG_D, "dpo", OPTIONS | {"loss": "robust"}) is None and oracle.optimum(WORLD, LOG_D, "sft", {}) is None
     losses = {"cdpo": lambda q: oracle.dpo(q, LOG_D, PAIRS, 0.5, 0.1), "ipo": lambda q: oracle.ipo(q, LOG_D, PAIRS, n, 0.3),
               "simpo": lambda q: oracle.simpo(q, PAIRS, n, 2.0, 0.5), "orpo": lambda q: oracle.orpo(q, PAIRS, n, 0.25)}  # fmt: skip
@@ -226,6 +226,11 @@ def test_the_optima_of_the_world():
         low, high = (0.1, 0.2) if name == "orpo" else (0.5, 2)
         assert low < oracle.kl(optimum, LOG_D).mean() < high, name
         assert oracle.kl(optimum, star).mean() > 0.03 and oracle.kl(optimum, oracle.minimise(loss, other)).max() < 1e-8, name
+
+
+def test_weights_that_reject_everything_have_no_limit():
+    with pytest.raises(AssertionError, match="to keep"):
+        oracle.kto_limit(LOG_D, LABELS, 0.5, w_undesirable=13.0)
 
 
 def test_kto_goes_to_the_boundary():
@@ -238,7 +243,7 @@ def test_kto_goes_to_the_boundary():
     limit, infimum = oracle.kto_limit(LOG_D, LABELS, 0.5)
     vanished = LABELS[..., 0] >= LABELS[..., 1]
     assert ((limit == -torch.inf) == vanished).all() and limit.exp().sum(1).tolist() == pytest.approx([1.0] * 4)
-    free = oracle.minimise(lambda q: oracle.kto(q, LOG_D, LABELS, 0.5), LOG_D, 1000)
+    free = oracle.minimise(lambda q: oracle.kto(q, LOG_D, LABELS, 0.5), LOG_D, 1000, converged=False)
     assert 0 <= oracle.kto(free, LOG_D, LABELS, 0.5) - infimum < 1e-5 and oracle.tv(free, limit).max() < 1e-3
 
 
@@ -285,7 +290,7 @@ def test_equal_rows_are_scored_once_and_count_as_often_as_they_stand(world):
     for batch, pick in ((data.pad(rows), True), (None, False)):
         if pick:
             assert len(batch.ids) < 128 < len(batch.row) == 384 and batch.tokens == sum(len(x) + len(y) for x, y in set(rows))
-            logp = policy.logprobs(batch.ids, batch.mask, index=batch.index).sum(1)[batch.row]
+            logp = batch.spread(policy.logprobs(batch.ids, batch.mask, index=batch.index).sum(1))
         else:
             single = [data.pad([row]) for row in rows]
             logp = torch.cat([policy.logprobs(b.ids, b.mask).sum(1) for b in single])

@@ -9,11 +9,11 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY, main, run
+from conftest import ROOT, TINY, TRAIN, main, run
 
 import common
 
-SHORT = ["--steps", "40", "--batch-size", "4", "--log-every", "1", "--save-every", "3", "--max-new-tokens", "4", "--device", "cpu"]
+SHORT = ["--steps", "40", "--batch-size", "4", "--log-every", "1", "--save-every", "3", "--device", "cpu"]
 
 
 def digest(path):
@@ -31,8 +31,9 @@ def step_lines(path):
 @pytest.mark.parametrize("script", ["sft", "dpo", "reward_model"])
 def test_resume_gives_the_same_bits(script, tiny, monkeypatch, capsys):
     monkeypatch.chdir(tiny)
+    tiny_run = TRAIN if script == "reward_model" else TINY
     small = ["--n-layer", "1", "--n-embd", "16"] if script == "sft" else ["--pairs", "10"]
-    assert main(script, *TINY, *small, "--out", "whole/x.pt") == 0
+    assert main(script, *tiny_run, *small, "--out", "whole/x.pt") == 0
     saved = common.Run._save
 
     def save_and_die(self, step):
@@ -41,24 +42,24 @@ def test_resume_gives_the_same_bits(script, tiny, monkeypatch, capsys):
         raise common.Stopped("killed")
 
     monkeypatch.setattr(common.Run, "_save", save_and_die)
-    assert main(script, *TINY, *small, "--save-every", 2, "--out", "cut/x.pt") == 1
+    assert main(script, *tiny_run, *small, "--save-every", 2, "--out", "cut/x.pt") == 1
     monkeypatch.setattr(common.Run, "_save", saved)
     shutil.copy(tiny / "cut/x.state", tiny / "state")
-    assert main(script, *TINY, *small, "--out", "cut/x.pt", "--resume", "--lr", "0.5") == 2
+    assert main(script, *tiny_run, *small, "--out", "cut/x.pt", "--resume", "--lr", "0.5") == 2
     assert "--resume: the interrupted run had --lr" in capsys.readouterr().err
-    assert main(script, *TINY, *small, "--out", "cut/x.pt", "--resume") == 0
+    assert main(script, *tiny_run, *small, "--out", "cut/x.pt", "--resume") == 0
     assert "resumed after step 2 of 3" in capsys.readouterr().out
     assert digest(tiny / "cut/x.pt") == digest(tiny / "whole/x.pt")
     a, b = step_lines(tiny / "cut/x.jsonl"), step_lines(tiny / "whole/x.jsonl")
     assert a == b and len(a) == 3
-    assert main(script, *TINY, *small, "--out", "cut/x.pt", "--resume") == 0
+    assert main(script, *tiny_run, *small, "--out", "cut/x.pt", "--resume") == 0
     assert "this run has finished" in capsys.readouterr().out
     monkeypatch.setattr(common, "_digest", lambda *_: "another checkpoint")
     shutil.copy(tiny / "state", tiny / "cut/x.state")
-    assert main(script, *TINY, *small, "--out", "cut/x.pt", "--resume") == 2
+    assert main(script, *tiny_run, *small, "--out", "cut/x.pt", "--resume") == 2
     assert "has changed" in capsys.readouterr().err
     (tiny / "cut/x.state").unlink()
-    assert main(script, *TINY, *small, "--out", "fresh/x.pt", "--resume") == 0
+    assert main(script, *tiny_run, *small, "--out", "fresh/x.pt", "--resume") == 0
     assert "starts afresh" in capsys.readouterr().out
 
 
@@ -97,6 +98,7 @@ def test_ten_kills(script, tiny, tmp_path):
     """kill -9 at ten random moments, each followed by --resume: the checkpoint is that of a run left alone, bit for bit."""
     shutil.copytree(tiny / "out", tmp_path / "out")
     args = [*SHORT, *(["--n-layer", "1", "--n-embd", "16"] if script == "sft" else ["--pairs", "30"])]
+    args += ["--max-new-tokens", "4"] * (script != "reward_model")
     start = time.time()
     run(f"{script}.py", *args, "--out", "whole/x.pt", cwd=tmp_path)
     wall, rng, killed = time.time() - start, random.Random(0), 0

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, main, run
+from conftest import ROOT, TINY, TRAIN, main, run
 
 import common
 import data
@@ -145,7 +145,7 @@ def test_reward_model_end_to_end(tiny, tmp_path):
     """Documented finite figures, a checkpoint that reloads, demonstrations that average 0, an SFT checkpoint left as it was."""
     shutil.copytree(tiny / "out", tmp_path / "out")
     before = snapshot(tmp_path)
-    done = run("reward_model.py", *TINY, "--eval-every", 2, cwd=tmp_path)
+    done = run("reward_model.py", *TRAIN, "--eval-every", 2, cwd=tmp_path)
     assert "held-out preference accuracy" in done.stdout and "the labels' noise allows 0.8" in done.stdout
     assert all((p.read_bytes() == content) for p, content in before.items()) and not list(tmp_path.rglob("*.tmp"))
     first, *steps, last = lines(tmp_path / "out/reviews/reward_model.jsonl")
@@ -284,7 +284,7 @@ def files(folder):
     (folder / "noprompt.jsonl").write_text(json.dumps({"prompt": " ", "chosen": "a", "rejected": "b"}))
     (folder / "role.jsonl").write_text(json.dumps({"prompt": [{"role": "robot", "content": "x"}], "chosen": "a", "rejected": "b"}))
     (folder / "same.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a", "rejected": "a"}) + "\n" for i in range(9)))
-    for name, column in {"p2": {"p": 2}, "pnull": {"p": None}, "margin": {"margin": "big"}}.items():
+    for name, column in {"p2": {"p": 2}, "pnull": {"p": None}, "margin": {"margin": "big"}, "huge": {"margin": 10**400}}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a", "rejected": "b", **column}) + "\n"
                                                       for i in range(9)))  # fmt: skip
     (folder / "one.jsonl").write_text(good)
@@ -380,11 +380,14 @@ MISTAKES = [  # script, arguments, what the line must say
     ("dpo", ["--task", "exact", "--init", "out/reviews/sft.pt"], "exact has a vocabulary of its own"),
     ("dpo", ["--task", "exact:1", "--init", "exact.pt"], "exact:1 has a vocabulary of its own"),
     ("dpo", ["--init", "exact.pt"], "exact.pt was trained on exact, and exact has a vocabulary of its own"),
-    ("dpo", ["--task", "exact", "--init", "exact.pt", "--max-new-tokens", "5"], "--max-new-tokens 5: a response of exact has 3"),
+    ("dpo", ["--task", "exact", "--init", "exact.pt", "--max-new-tokens", "5"], "--max-new-tokens 5: the responses of exact"),
     ("sft", ["--task", "exact", "--tokenizer", "other.tiktoken"], "exact has a vocabulary of its own; leave it out"),
     ("dpo", ["--init", "rm.pt"], "rm.pt is a reward model"),
     ("reward_model", ["--center-rewards", "-1"], "--center-rewards"),
     ("reward_model", ["--beta", "0.1"], "--beta"),
+    ("reward_model", ["--max-new-tokens", "5"], "a reward model samples nothing"),
+    ("reward_model", [*FILE, "huge.jsonl"], '"margin" must be a number, not 1000'),
+    ("evaluate", ["exact.pt", "--seed", "3"], "--seed: every outcome of exact is counted"),
     ("reward_model", ["--out", "out/reviews/sft.pt"], "would overwrite out/reviews/sft.pt"),
     ("reward_model", ["--init", "rm.pt"], "rm.pt is a reward model"),
     ("reward_model", ["--init", "none.pt"], "none.pt: no such file"),
