@@ -429,7 +429,7 @@ class Run(Compute):
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGINT, before)
 
-    shown = ("loss", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "lr")  # on the progress bar
+    shown = ("loss", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "nll_loss", "kl", "lr")  # on the progress bar
 
     def add(self, metrics):
         """Adds a micro-batch's shares of the step's metrics: tensors or numbers that are divided by the global count already."""

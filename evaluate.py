@@ -20,7 +20,8 @@ On `exact` nothing is sampled: each figure is a sum over all outcomes, and the o
 
     objective    J = E_π[r] - β KL(π‖π_ref), which π* maximises: J(π*) - J(π) = β KL(π‖π*)
     kl_star      KL(π‖π*), nats; tv_star: half of Σ |π - π*|; mean over prompts, as all others
-    kl_optimum   KL(π‖the optimum of the method's own loss on fresh pairs), where data/oracle.py knows it; for DPO with β = 0.5 it is π*
+    kl_optimum   KL(π‖the optimum of the method's own loss on fresh rows), where data/oracle.py knows it; for DPO with β = 0.5 it is
+                 π*. tv_optimum: their TV; loss_gap: the population's loss at π minus its least value
 
 For an SFT checkpoint π_ref is itself in these, whatever kl and win_rate compare it with.
 """
@@ -36,7 +37,7 @@ import common
 import data
 from common import Count, Whole
 from data import oracle
-from gpt import GPT, CheckpointError, load, sample
+from gpt import GPT, CheckpointError, GPTConfig, load, sample
 
 ROWS = 128  # sequences a forward pass
 PROMPTS = 512
@@ -68,6 +69,35 @@ def same_world(path, tokenizer, meta, task):
                               f"sft.py --task {task.name} makes")  # fmt: skip
 
 
+def open_or_make(o, task):
+    """-> (policy, tokenizer, template) of a script that needs no earlier stage: from --init, or random weights."""
+    if o.init:
+        if given := sorted(o.given & {"n_layer", "n_head", "n_embd"}):
+            raise common.UserError(f"--{given[0].replace('_', '-')} shapes random weights; leave it out with --init")
+        policy, tokenizer, meta = open_checkpoint(o.init, o.tokenizer, task)
+        return policy, tokenizer, meta["template"]
+    if o.n_embd % o.n_head:
+        raise common.UserError(f"--n-embd {o.n_embd} is not a multiple of --n-head {o.n_head}")
+    tokenizer = data.tokenizer(o.tokenizer, task.tokenizer)
+    config = GPTConfig(tokenizer.size, o.block_size or GPTConfig.block_size, o.n_layer, o.n_head, o.n_embd)
+    return GPT(config, o.seed), tokenizer, data.TEMPLATE
+
+
+def open_reference(o, run, tokenizer, block_size):
+    """-> (model, path) that such a script's policy is compared with: --init, else an earlier out/<task>/sft.pt; (None, ""), aloud,
+    without one."""
+    path = o.init or common.checkpoint_path(o.task, "sft")
+    try:
+        ref, ref_tokenizer, _ = open_checkpoint(path)
+        if ref_tokenizer.meta == tokenizer.meta and ref.config.block_size >= block_size:
+            return run.frozen(run.prepare(ref)), path
+        why = f"{path} has another vocabulary or a shorter context"
+    except CheckpointError as e:
+        why = "an earlier SFT checkpoint would be one" if not os.path.exists(path) else str(e)
+    run.say(f"nothing to compare with ({why}): win rate and KL will be left out")
+    return None, ""
+
+
 def describe(meta):
     """One line on a checkpoint, so that a smoke test's two steps are not mistaken for training."""
     reward = "" if meta["reward"] is None else f", gold reward {meta['reward']:.2f}"
@@ -92,7 +122,7 @@ def choose_yardstick(run, task, *args, aim=("", {}), **more):
 
 class Yardstick:
     """Held-out prompts, encoded before the training so that what does not fit is told then. `implicit` says what the method
-    takes for a reward: "sum" or "mean" (of log π/π_ref over the response), or "nll" where it has none."""
+    takes for a reward: "sum" or "mean" (of log π/π_ref over the response), "logp mean" (of log π), or "nll" where it has none."""
 
     def __init__(self, run, task, tokenizer, block_size, max_new_tokens=0, truncate=False, implicit="nll", seed=0):
         self.run, self.task, self.tokenizer, self.implicit, self.seed = run, task, tokenizer, implicit, seed
@@ -102,9 +132,12 @@ class Yardstick:
         self.ids, note = data.encode_prompts([prompt for prompt, _ in self.prompts], tokenizer, limit, truncate)
         self.rows, self.notes = [], [note]
         if not task.has_reward:
-            draw = task.demonstrations if implicit == "nll" else task.preferences
+            draw = task.demonstrations if implicit == "nll" else task.feedback if task.unpaired else task.preferences
             self.rows, note = data.encode(draw(PROMPTS, seed, split="test"), tokenizer, block_size, truncate)
             self.notes.append(note and f"held out: {note}")
+            if implicit != "nll" and task.unpaired and len({row[2] for row in self.rows}) < 2:
+                raise data.DataError(f"{task.name}: the held-out rows all have the same label, and there is nothing to compare; add "
+                                     "rows, or name others with --eval-file")  # fmt: skip
 
     @torch.no_grad()
     def measure(self, policy, ref=None, n=PROMPTS):
@@ -123,7 +156,7 @@ class Yardstick:
                 figures["win_rate"] = statistics.fmean((a > b) + 0.5 * (a == b) for a, b in zip(reward, ref_reward))
         elif self.implicit == "nll":
             figures["nll"] = self._nll(policy)
-        elif ref is not None:
+        elif ref is not None or self.implicit == "logp mean":
             figures["accuracy"] = self._accuracy(policy, ref)
         if ref is not None:
             kl = torch.cat(score.kl)
@@ -165,13 +198,21 @@ class Yardstick:
         return (-logp.sum() / length.sum()).item()
 
     def _accuracy(self, policy, ref):
-        reward = []
-        for answer in (1, 2):  # chosen, rejected
-            rows = [(row[0], row[answer]) for row in self.rows]
+        """The share of pairs with the higher implicit reward on the chosen answer. Of unpaired rows each desirable one makes a
+        pair with each undesirable one."""
+
+        def implicit(rows):
             logp, length = self._logps(policy, rows)
-            ratio = logp - self._logps(ref, rows)[0]
-            reward.append(ratio / length if self.implicit == "mean" else ratio)
-        return (reward[0] > reward[1]).float().mean().item()
+            if self.implicit != "logp mean":
+                logp = logp - self._logps(ref, rows)[0]
+            return logp if self.implicit == "sum" else logp / length
+
+        if isinstance(self.rows[0][2], bool):
+            reward, label = implicit([row[:2] for row in self.rows]), torch.tensor([row[2] for row in self.rows])
+            chosen, rejected = reward[label][:, None], reward[~label]
+        else:
+            chosen, rejected = implicit(data.sides(self.rows)).chunk(2)
+        return (chosen > rejected).float().mean().item()
 
 
 class Scores:
@@ -223,21 +264,28 @@ class Enumeration:
                         "win_rate": torch.einsum("xy,xyz,xz->x", log_p.exp(), wins, log_ref.exp()).mean()}  # fmt: skip
         if self.implicit == "nll":
             log_ref = log_p  # after SFT this is π_ref
-        lines = []
+        lines, own, aim = [], {}, oracle.aim(self.task, log_ref, *self.aim)
+        if aim:
+            loss, optimum = aim
+            own = {"KL(·‖own optimum)": oracle.kl(log_p, optimum), "TV(·, own optimum)": oracle.tv(log_p, optimum)}
+            own = {name: x for name, x in own.items() if x.isfinite().all()}  # KTO's optimum leaves outcomes without mass
+            figures["loss_gap"] = loss(log_p) - loss(optimum)
         if log_ref is not None:
-            beta = self.task.world_beta
-            log_star, optimum = oracle.star(log_ref, self.r, beta), oracle.optimum(self.task, log_ref, *self.aim)
+            beta, log_star = self.task.world_beta, oracle.star(log_ref, self.r, self.task.world_beta)
             reward, kl_ref = lambda q: (q.exp() * self.r).sum(1), lambda q: oracle.kl(q, log_ref)
             measures = {"E[r]": reward, "KL(·‖π_ref)": kl_ref, "J": lambda q: reward(q) - beta * kl_ref(q),
                         "KL(·‖π*)": lambda q: oracle.kl(q, log_star), "TV(·, π*)": lambda q: oracle.tv(q, log_star)}  # fmt: skip
-            policy = "π_ref" if log_ref is log_p else "π"
-            tables = {policy: log_p, "π_ref": log_ref, "π*": log_star}
+            tables = {"π": log_p, "π_ref": log_ref, "π*": log_star}
             values = {(name, of): f(q) for name, f in measures.items() for of, q in tables.items()}
-            if optimum is not None:
-                values["KL(·‖own optimum)", policy] = oracle.kl(log_p, optimum)
-            names = {"objective": "J", "kl_star": "KL(·‖π*)", "tv_star": "TV(·, π*)", "kl_optimum": "KL(·‖own optimum)"}
-            figures |= {key: values[name, policy].mean() for key, name in names.items() if (name, policy) in values}
-            lines = self._lines(values, log_p, log_ref, log_star)
+            figures |= {key: values[name, "π"].mean() for key, name in
+                        (("objective", "J"), ("kl_star", "KL(·‖π*)"), ("tv_star", "TV(·, π*)"))}  # fmt: skip
+            if log_ref is log_p:
+                values = {key: x for key, x in values.items() if key[1] != "π"}
+            lines = self._lines(values | {(name, "π"): x for name, x in own.items()}, log_p, log_ref, log_star)
+            if aim:
+                lines.insert(-6, f"the population's loss at π is {figures['loss_gap']:.2g} above its least value")
+        keys = {"KL(·‖own optimum)": "kl_optimum", "TV(·, own optimum)": "tv_optimum"}
+        figures |= {keys[name]: x.mean() for name, x in own.items()}
         return {k: float(v) for k, v in figures.items()} | {"prompts": len(log_p), "outcomes": log_p.size(1)}, lines
 
     def _alone(self, log_p):

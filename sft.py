@@ -20,14 +20,13 @@ Departures: the usual ones. No dropout, no packing, no loss on the prompt, one e
 
 It ends with the reward of its samples where the task has one, and with the loss on held-out answers where it has not.
 """
-import os
 from dataclasses import dataclass
 
 import common
 import data
 from common import Count, Positive, Whole
-from evaluate import choose_yardstick, context, open_checkpoint, report
-from gpt import GPT, CheckpointError, GPTConfig, save
+from evaluate import choose_yardstick, context, open_or_make, open_reference, report
+from gpt import CheckpointError, save
 
 
 def nll(logp):
@@ -48,44 +47,17 @@ class Options(common.Options):
     on_exact = dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear", n_layer=2, n_embd=64, block_size=8)
 
 
-def start(o, task):
-    """-> (policy, tokenizer, template): from --init, or random weights with --tokenizer's vocabulary, or the task's own."""
-    if o.init:
-        if given := sorted(o.given & {"n_layer", "n_head", "n_embd"}):
-            raise common.UserError(f"--{given[0].replace('_', '-')} shapes random weights; leave it out with --init")
-        policy, tokenizer, meta = open_checkpoint(o.init, o.tokenizer, task)
-        return policy, tokenizer, meta["template"]
-    if o.n_embd % o.n_head:
-        raise common.UserError(f"--n-embd {o.n_embd} is not a multiple of --n-head {o.n_head}")
-    tokenizer = data.tokenizer(o.tokenizer, task.tokenizer)
-    config = GPTConfig(tokenizer.size, o.block_size or GPTConfig.block_size, o.n_layer, o.n_head, o.n_embd)
-    return GPT(config, o.seed), tokenizer, data.TEMPLATE
-
-
-def reference(o, run, tokenizer, block_size):
-    """-> what the yardstick compares with: the --init checkpoint, else an earlier out/<task>/sft.pt; None, aloud, without one."""
-    path = o.init or common.checkpoint_path(o.task, "sft")
-    try:
-        ref, ref_tokenizer, _ = open_checkpoint(path)
-        if ref_tokenizer.meta == tokenizer.meta and ref.config.block_size >= block_size:
-            return run.frozen(run.prepare(ref))
-        why = f"{path} has another vocabulary or a shorter context"
-    except CheckpointError as e:
-        why = "an earlier SFT checkpoint would be one" if not os.path.exists(path) else str(e)
-    run.say(f"nothing to compare with ({why}): win rate and KL will be left out")
-
-
 @common.command(CheckpointError, data.DataError)
 def main(argv=None):
     o = common.parse(Options, argv)
     task = data.task(o.task, o.eval_file, o.strict)
     run = common.Run(o, "sft")
-    policy, tokenizer, task.template = start(o, task)
+    policy, tokenizer, task.template = open_or_make(o, task)
     block_size = context(o, policy)
     count = None if common.is_file(o.task) else 0
     batches = data.Batches(task.demonstrations, count, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
     yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, aim=("sft", vars(o)))
-    ref = reference(o, run, tokenizer, block_size)
+    ref, _ = open_reference(o, run, tokenizer, block_size)
     for note in filter(None, [*task.notes, batches.note, *yardstick.notes]):
         run.say(note)
 

@@ -87,9 +87,24 @@ def sides(pairs):
     return [(row[0], row[1]) for row in pairs] + [(row[0], row[2]) for row in pairs]
 
 
+def mismatched(rows, block_size):
+    """Rows (prompt, response, …) -> rows (prompt, another prompt's response): that of the next row, around the end, whose prompt
+    differs. None is left where all prompts are equal. Where the two do not fit in block_size, the prompt loses its beginning."""
+    n, partner = len(rows), None
+    partners = []
+    for i in reversed(range(2 * n - 1)):  # twice around, so that the last rows know their partner
+        if rows[(i + 1) % n][0] != rows[i % n][0]:
+            partner = (i + 1) % n
+        if i < n and partner is not None:
+            partners.append((i, partner))
+    pairs = [(rows[i][0], rows[j][1]) for i, j in reversed(partners)]
+    return [(x[-max(1, block_size - len(y)) :], y) for x, y in pairs]
+
+
 class Batch(NamedTuple):
     ids: torch.Tensor  # (B, T) int64, padded on the right with 0
     mask: torch.Tensor  # (B, T) bool, True = a response token, its end token included
+    text: torch.Tensor  # (B, T) bool, True = a token of prompt or response, False = padding
     index: torch.Tensor  # (N,) int64, where mask[:, 1:].flatten() is True
     row: torch.Tensor  # int64, one for each row that was given: its place among the B
     tokens: int  # prompt and response tokens of the B rows, padding not counted
@@ -108,8 +123,9 @@ def pad(given, device="cpu"):
     start = torch.tensor([len(x) for x, _ in rows])[:, None]
     stop = torch.tensor([len(x) + len(y) for x, y in rows])[:, None]
     column = torch.arange(int(stop.max()))
-    ids = torch.zeros(len(rows), len(column), dtype=torch.int64)
-    ids[column < stop] = torch.tensor([token for x, y in rows for part in (x, y) for token in part])
-    mask = (column >= start) & (column < stop)
+    text = column < stop
+    mask = text & (column >= start)
+    ids = torch.zeros(text.shape, dtype=torch.int64)
+    ids[text] = torch.tensor([token for x, y in rows for part in (x, y) for token in part])
     index = mask[:, 1:].flatten().nonzero().squeeze(1)
-    return Batch(ids.to(device), mask.to(device), index.to(device), row.to(device), int(stop.sum()))
+    return Batch(ids.to(device), mask.to(device), text.to(device), index.to(device), row.to(device), int(stop.sum()))

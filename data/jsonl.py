@@ -33,6 +33,7 @@ class Jsonl:
             self.lines["test"] = [(eval_file, *line) for line in read(eval_file)]
         else:
             self._split(path)
+        self.unpaired = "label" in self.lines["train"][0][2]
         self.has_reward = all(isinstance(row.get("answer"), str) for lines in self.lines.values() for _, _, row in lines)
 
     def _split(self, path):
@@ -81,8 +82,12 @@ class Jsonl:
         return _some(self._useful(rows, split), n, seed)
 
     def feedback(self, n, seed, split="train"):
-        """-> (prompt, completion, label)"""
-        rows = []
+        """-> (prompt, completion, label); a file of pairs is split into 2n examples"""
+        first, rows = self.lines[split][0][2], []
+        if "label" not in first and "chosen" in first and "rejected" in first:
+            pairs = self.preferences(None, seed, split)
+            self._note(f"a file of pairs: its {len(pairs)} pairs are split into {2 * len(pairs)} examples ({split} split)")
+            return _some([(x, y, label) for x, w, l in pairs for y, label in ((w, True), (l, False))], n, seed)
         for path, number, row in self.lines[split]:
             if not isinstance(row.get("label"), bool):
                 raise DataError(f"{path}:{number}: " + ('"label" must be true or false' if "label" in row else _missing(row, "label")))

@@ -11,8 +11,15 @@ method scripts, so that the two check one another.
     orpo     E[- s_w - λ log σ(o_w - o_l)],        o = s - log(1 - e^s)
     kto      E over (x, y, label) of λ_D (1 - σ(β(u - ẑ))) or λ_U (1 - σ(β(ẑ - u)))
 """
+from contextlib import suppress
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+
+
+class NoOptimum(Exception):
+    """The loss has no minimum here, or descent did not find it."""
 
 
 def star(log_ref, r, beta):
@@ -81,7 +88,8 @@ def minimise(loss, start, iterations=2000, converged=True):
 
     descent.step(closure)
     closure()
-    assert not converged or theta.grad.abs().max() < 1e-6, f"descent ended at a gradient of {theta.grad.abs().max()}"
+    if converged and not theta.grad.abs().max() < 1e-6:
+        raise NoOptimum(f"descent ended at a gradient of {theta.grad.abs().max()}")
     return theta.detach().log_softmax(-1)
 
 
@@ -89,11 +97,12 @@ def kto_limit(log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0):
     """-> where descent on the KTO objective goes for β < 1: (log-probs, -inf where an outcome vanishes; the infimum of the loss).
 
     Rejected outcomes, those with λ_U P(undesirable) ≥ λ_D P(desirable), lose all mass; the mean of u then goes to -∞, and ẑ is
-    clamped to 0. What is left is a minimum over the outcomes that are kept, where the loss is convex. Raises AssertionError
+    clamped to 0. What is left is a minimum over the outcomes that are kept, where the loss is convex. Raises NoOptimum
     where the weights leave a prompt no outcome.
     """
     kept = w_desirable * labels[..., 1] > w_undesirable * labels[..., 0]
-    assert kept.any(1).all() and not kept.all(), "each prompt needs an outcome to keep, and there must be one to reject"
+    if kept.all() or not kept.any(1).all():
+        raise NoOptimum("each prompt needs an outcome to keep, and there must be one to reject")
     vanished = torch.where(kept, 0.0, -1e4)
 
     def loss(log_p):
@@ -104,16 +113,32 @@ def kto_limit(log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0):
     return limit, loss(limit)
 
 
-def optimum(task, log_ref, method, o):
-    """-> log-probs (4, 40) that the method's loss aims at on the population, with the options `o`; None for a fixed set of pairs,
-    which has another optimum, and for what is not written above (robust DPO, made for flipped labels; an added SFT term)."""
-    pairs = torch.from_numpy(task.pairs)
+def aim(task, log_ref, method, o):
+    """-> (the method's population loss as a function of log-probs (4, 40), the log-probs where it is least), with the options `o`;
+    None for a fixed set of rows, which has another optimum, for what is not written above (robust DPO, made for flipped labels; an
+    added SFT term), where the loss needs a π_ref and `log_ref` is None, and where no minimum is found."""
+    with suppress(NoOptimum):
+        return _aim(task, log_ref, method, o)
+
+
+def _aim(task, log_ref, method, o):
+    pairs, labels = torch.from_numpy(task.pairs), torch.from_numpy(task.labels)
     n = torch.tensor([min(len(y) + 1, task.max_new_tokens) for y in task.outcomes])
-    if method != "dpo" or o["pairs"] or o["sft_weight"] or o["loss"] == "robust":
+    if o.get("pairs") or o.get("sft_weight") or o.get("prompt_loss") or log_ref is None and method not in ("simpo", "orpo"):
         return None
-    if o["loss"] == "ipo":
-        size = torch.ones_like(n) if o["ipo_sum"] else n
-        return minimise(lambda log_p: ipo(log_p, log_ref, pairs, size, o["tau"]), log_ref)
-    if o["label_smoothing"] == 0:
-        return star(log_ref, torch.from_numpy(task.r), o["beta"])
-    return minimise(lambda log_p: dpo(log_p, log_ref, pairs, o["beta"], o["label_smoothing"]), log_ref)
+    if method == "dpo" and o["loss"] == "dpo":
+        loss = partial(dpo, log_ref=log_ref, pairs=pairs, beta=o["beta"], label_smoothing=o["label_smoothing"])
+        if o["label_smoothing"] == 0:
+            return loss, star(log_ref, torch.from_numpy(task.r), o["beta"])
+    elif method == "dpo" and o["loss"] == "ipo":
+        loss = partial(ipo, log_ref=log_ref, pairs=pairs, n=torch.ones_like(n) if o["ipo_sum"] else n, tau=o["tau"])
+    elif method == "simpo":
+        loss = partial(simpo, pairs=pairs, n=n, beta=o["beta"], gamma=o["gamma_beta_ratio"] * o["beta"])
+    elif method == "orpo":
+        loss = partial(orpo, pairs=pairs, n=n, lam=o["lam"])
+    elif method == "kto" and o["beta"] < 1:
+        weights = {"beta": o["beta"], "w_desirable": o["w_desirable"], "w_undesirable": o["w_undesirable"]}
+        return partial(kto, log_ref=log_ref, labels=labels, **weights), kto_limit(log_ref, labels, **weights)[0]
+    else:
+        return None
+    return loss, minimise(loss, torch.zeros(task.r.shape, dtype=torch.float64) if log_ref is None else log_ref)

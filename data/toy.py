@@ -15,6 +15,7 @@ class Toy:
     test_share = 0.25
     has_reward = True
     tokenizer = None  # the committed one
+    unpaired = False  # of a file: rows with a label
     template = None
     notes = ()
 

@@ -243,3 +243,19 @@ def test_batches_are_a_function_of_step_and_seed(tmp_path):
 def test_the_last_batch_never_holds_one_row(n, sizes):
     batches = data.Batches(data.task("reviews").preferences, n, 8, 0, TOKENIZER, 128)
     assert [len(batches[i]) for i in range(batches.per_epoch)] == sizes
+
+
+def test_a_mismatched_answer_belongs_to_another_prompt():
+    """The next row, around the end, whose prompt differs: a a b c a -> answers of b b c a(4) b; the labels stay behind."""
+    rows = [((x,), (y,), True) for x, y in ((1, 10), (1, 11), (2, 12), (3, 13), (1, 14))]
+    assert data.mismatched(rows, 8) == [((1,), (12,)), ((1,), (12,)), ((2,), (13,)), ((3,), (14,)), ((1,), (12,))]
+    assert data.mismatched(rows[:2], 8) == [] and data.mismatched([], 8) == []
+    assert data.mismatched([((1, 2, 3), (4,), True), ((5,), (6, 7, 8), False)], 4) == [((3,), (6, 7, 8)), ((5,), (4,))]
+
+
+def test_a_file_of_pairs_is_split_for_kto(tmp_path):
+    task = data.task(write(tmp_path / "p.jsonl", pairs(60)))
+    kept = task.preferences(None, 0)
+    rows = task.feedback(None, 0)
+    assert len(rows) == 2 * len(kept) and set(rows) == {(x, y, label) for x, w, l in kept for y, label in ((w, True), (l, False))}
+    assert any(f"its {len(kept)} pairs are split into {2 * len(kept)} examples" in note for note in task.notes) and not task.unpaired

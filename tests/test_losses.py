@@ -6,8 +6,11 @@ import torch
 
 from dpo import dpo_loss, ipo_loss, robust_dpo_loss
 from gpt import GPT, GPTConfig
+from kto import kto_kl, kto_loss
+from orpo import log_odds, odds_ratio_loss, orpo_loss
 from reward_model import bradley_terry_loss
 from sft import nll
+from simpo import simpo_loss
 
 LOG2 = math.log(2)
 
@@ -160,3 +163,88 @@ def test_bradley_terry_stays_finite():
     assert all(map(math.isfinite, bradley_terry(-1e4) + bradley_terry(1e4, p=0.0)))
     with pytest.raises(AssertionError):
         bradley_terry_loss(t(1.0), t(1.0, 2.0))
+
+
+# ---- SimPO
+
+
+def simpo(logp_w, logp_l, len_w, len_l, **options):
+    """The loss of one pair, and its gradients in logp_w and logp_l."""
+    w, l = t(logp_w).requires_grad_(), t(logp_l).requires_grad_()
+    loss = simpo_loss(w, l, torch.tensor([len_w]), torch.tensor([len_l]), **options)
+    loss.sum().backward()
+    return loss.item(), w.grad.item(), l.grad.item()
+
+
+def test_simpo():
+    """Means -6/3 = -2 and -12/4 = -3, β = 2, γ = 2 - log 3: β(−2 + 3) - γ = log 3, L = log(4/3). Gradients -β/|y_w| σ(-log 3) =
+    -2/3 · 1/4 = -1/6 and β/|y_l| · 1/4 = 1/8. Equal answers: -log σ(-γ) = log(1 + e^γ). γ is not the ratio γ/β."""
+    value, *gradients = simpo(-6.0, -12.0, 3, 4, beta=2.0, gamma=2 - math.log(3))
+    assert value == pytest.approx(math.log(4 / 3), abs=1e-12) and gradients == pytest.approx([-1 / 6, 1 / 8], abs=1e-12)
+    assert simpo(-5.0, -5.0, 4, 4, gamma=0.7)[0] == pytest.approx(math.log(1 + math.exp(0.7)), abs=1e-12)
+
+
+def test_simpo_is_reference_free_dpo_at_equal_lengths():
+    """With γ = 0 and both lengths n it is DPO with β/n and a reference of log-prob 0: here n = 5, β = 2."""
+    zero = t(0.0, 0.0)
+    a, b, n = t(-3.0, -9.0), t(-4.5, -2.0), torch.tensor([5, 5])
+    torch.testing.assert_close(simpo_loss(a, b, n, n, beta=2.0, gamma=0.0), dpo_loss(a, b, zero, zero, beta=0.4))
+
+
+# ---- ORPO
+
+
+def test_log_odds():
+    """p = 3/4: log 3; p = 1/2: 0. Near p = 1, at ℓ = -1e-7 in float32, log(1e7) = 16.118, not inf; at ℓ = 0 finite too."""
+    assert log_odds(t(math.log(0.75), math.log(0.5))).tolist() == pytest.approx([math.log(3), 0.0], abs=1e-12)
+    near = log_odds(torch.tensor([-1e-7, -1e-8, 0.0, -80.0]))
+    assert near[0].item() == pytest.approx(math.log(1e7), abs=1e-3) and torch.isfinite(near).all() and near[3].item() == -80.0
+
+
+def test_orpo():
+    """ℓ_w = log 3/4, ℓ_l = log 1/2 (lengths 2 and 4): log odds ratio log 3, odds term log(4/3), NLL log(4/3): L = (1 + λ) log(4/3).
+    dO/dℓ_w = -σ(-log 3)/(1 - p_w) = -1/4 · 4 = -1, dO/dℓ_l = 1/4 · 2 = 1/2, each over its length."""
+    w, l = t(2 * math.log(0.75)).requires_grad_(), t(4 * math.log(0.5)).requires_grad_()
+    two, four = torch.tensor([2]), torch.tensor([4])
+    odds = odds_ratio_loss(w, l, two, four)
+    assert odds.item() == pytest.approx(math.log(4 / 3), abs=1e-12)
+    assert orpo_loss(w, l, two, four, lam=0.5).item() == pytest.approx(1.5 * math.log(4 / 3), abs=1e-12)
+    gradients = torch.autograd.grad(odds, (w, l))
+    assert [g.item() for g in gradients] == pytest.approx([-1 / 2, 1 / 8], abs=1e-12)
+    same = odds_ratio_loss(t(-4.0), t(-6.0), torch.tensor([2]), torch.tensor([3]))
+    assert same.item() == pytest.approx(LOG2, abs=1e-12)  # equal means
+
+
+def test_orpo_at_certainty_has_finite_gradients():
+    for value in (-1e-7, 0.0):
+        w = torch.tensor([value], requires_grad=True)
+        orpo_loss(w, torch.tensor([-1e-7]), torch.tensor([1]), torch.tensor([1])).sum().backward()
+        assert torch.isfinite(w.grad).all()
+
+
+# ---- KTO
+
+
+def test_kto():
+    """β = 0.5, r = 2 log 3 + 1, ẑ = 1: σ(log 3) = 3/4. Desirable λ_D/4, undesirable λ_U 3/4; gradients ∓ λ β 3/16."""
+    logp = t(2 * math.log(3) + 1 - 4, 2 * math.log(3) + 1 - 4).requires_grad_()
+    loss = kto_loss(logp, t(-4.0, -4.0), torch.tensor([True, False]), t(1.0)[0], beta=0.5, w_desirable=2.0, w_undesirable=3.0)
+    assert loss.tolist() == pytest.approx([2 / 4, 3 * 3 / 4], abs=1e-12)
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    assert gradient.tolist() == pytest.approx([-2 * 0.5 * 3 / 16, 3 * 0.5 * 3 / 16], abs=1e-12)
+
+
+def test_kto_at_equality_and_the_pull_of_the_reference_point():
+    """At π = π_ref and ẑ = 0: λ/2 each. Raising ẑ raises a desirable loss and lowers an undesirable one; both lie in (0, λ)."""
+    labels, zero = torch.tensor([True, False]), t(-7.0, -7.0)
+    assert kto_loss(zero, zero, labels, t(0.0)[0], w_undesirable=3.0).tolist() == [0.5, 1.5]
+    low, high = (kto_loss(zero + 1, zero, labels, t(z)[0], beta=0.3) for z in (0.0, 2.0))
+    assert high[0] > low[0] and high[1] < low[1] and ((0 < low) & (low < 1)).all()
+
+
+def test_kto_reference_point():
+    """Mean of (3, -1, 4) = 2; of (-3, -1) clamped to 0; of nothing 0; no gradient reaches the mismatched log-probs."""
+    a = t(5.0, 1.0, 5.0).requires_grad_()
+    z = kto_kl(a, t(2.0, 2.0, 1.0))
+    assert z.item() == 2.0 and not z.requires_grad
+    assert kto_kl(t(-3.0, -1.0), t(0.0, 0.0)).item() == 0.0 and kto_kl(t(), t()).item() == 0.0

@@ -28,11 +28,11 @@ def step_lines(path):
     return [line for line in record if "step" in line]
 
 
-@pytest.mark.parametrize("script", ["sft", "dpo", "reward_model"])
+@pytest.mark.parametrize("script", ["sft", "dpo", "reward_model", "simpo", "orpo", "kto"])
 def test_resume_gives_the_same_bits(script, tiny, monkeypatch, capsys):
     monkeypatch.chdir(tiny)
     tiny_run = TRAIN if script == "reward_model" else TINY
-    small = ["--n-layer", "1", "--n-embd", "16"] if script == "sft" else ["--pairs", "10"]
+    small = ["--n-layer", "1", "--n-embd", "16"] if script in ("sft", "orpo") else ["--pairs", "10"]
     assert main(script, *tiny_run, *small, "--out", "whole/x.pt") == 0
     saved = common.Run._save
 
@@ -93,11 +93,11 @@ def test_a_stage_ends_with_its_parent(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["sft", "dpo", "reward_model"])
+@pytest.mark.parametrize("script", ["sft", "dpo", "reward_model", "simpo", "orpo", "kto"])
 def test_ten_kills(script, tiny, tmp_path):
     """kill -9 at ten random moments, each followed by --resume: the checkpoint is that of a run left alone, bit for bit."""
     shutil.copytree(tiny / "out", tmp_path / "out")
-    args = [*SHORT, *(["--n-layer", "1", "--n-embd", "16"] if script == "sft" else ["--pairs", "30"])]
+    args = [*SHORT, *(["--n-layer", "1", "--n-embd", "16"] if script in ("sft", "orpo") else ["--pairs", "30"])]
     args += ["--max-new-tokens", "4"] * (script != "reward_model")
     start = time.time()
     run(f"{script}.py", *args, "--out", "whole/x.pt", cwd=tmp_path)

@@ -15,11 +15,14 @@ from conftest import ROOT, TINY, TRAIN, main, run
 import common
 import data
 import dpo
+import kto
+import orpo
 import reward_model
 import sft
+import simpo
 from gpt import GPT, GPTConfig, ScalarGPT, load, save
 
-METHODS = {"sft": sft, "reward_model": reward_model, "dpo": dpo}
+METHODS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "simpo": simpo, "orpo": orpo, "kto": kto}
 OURS = {p.stem for p in ROOT.glob("*.py")} | {"data"}
 
 
@@ -181,6 +184,71 @@ def test_margin_and_soft_label_columns(tiny, tmp_path):
     assert final["final"]["margin"] < 0 and final["final"]["accuracy"] == 1.0 and "correlation" not in final["final"]
 
 
+HELD = {"simpo": [("policy", True)], "orpo": [("policy", True)], "kto": [("policy", True), ("ref", False)]}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_simpo_orpo_and_kto_end_to_end(name, tiny, tmp_path):
+    """Exit code, documented finite figures, the ledger's models, a checkpoint that reloads and evaluates to the same figures."""
+    shutil.copytree(tiny / "out", tmp_path / "out")
+    before = snapshot(tmp_path)
+    shape = ["--n-layer", 1, "--n-embd", 16] if name == "orpo" else []
+    done = run(f"{name}.py", *TINY, *shape, "--eval-every", 2, cwd=tmp_path)
+    assert "gold reward" in done.stdout and "reference |" in done.stdout and f"models held: {len(HELD[name])}" in done.stdout
+    assert all((p.read_bytes() == content) for p, content in before.items()) and not list(tmp_path.rglob("*.tmp"))
+    first, *steps, last = lines(tmp_path / f"out/reviews/{name}.jsonl")
+    final = last["final"]
+    figures = {"reward", "ref_reward", "win_rate", "kl", "kl_se", "length", "entropy", "ended", "step_ms", "flops_per_token"}
+    assert figures <= set(final) and all(math.isfinite(final[k]) for k in figures)
+    assert [(m["role"], m["trainable"]) for m in final["models"]] == HELD[name]
+    readme = (ROOT / "README.md").read_text()
+    for key in {k for line in steps for k in line} | set(final):
+        assert f"`{key}`" in readme, f"{key} is logged but not in the README"
+    if name == "kto":  # at step 0 π = π_ref: rewards and ẑ are 0, the loss is λ/2
+        assert steps[0]["loss"] == pytest.approx(0.5) and steps[0]["kl"] == 0.0
+    again = run("evaluate.py", f"out/reviews/{name}.pt", "--device", "cpu", cwd=tmp_path).stdout
+    assert re.search(rf"KL\(π‖π_ref\), nats a response +{final['kl']:.2f} ", again)
+
+
+def test_kto_s_reference_point_sees_the_whole_batch(tiny, monkeypatch):
+    """ẑ is one number for the step, from mismatched pairs of all 64 rows, whatever the micro-batch, and positive once π has moved."""
+    monkeypatch.chdir(tiny)
+    seen = []
+    loss = kto.kto_loss
+    monkeypatch.setattr(kto, "kto_loss", lambda *args: (seen.append(args[3].item()), loss(*args))[1])
+    common_args = ["--steps", 2, "--warmup", 0, "--lr", 0.01, "--max-new-tokens", 4, "--dtype", "float64", "--device", "cpu"]
+    for micro in (64, 16):
+        assert main("kto", *common_args, "--micro-batch", micro, "--out", "z/kto.pt") == 0
+    whole, cut = seen[:2], seen[2:]
+    assert len(cut) == 8 and cut[:4] == [0.0] * 4 and len(set(cut[4:])) == 1
+    assert cut[4] == pytest.approx(whole[1], rel=1e-6)
+
+
+def test_kto_warns_of_imbalance(tiny, tmp_path):
+    """λ_D n_D / (λ_U n_U): 40 to 20 is 2, outside [1, 4/3]; with --w-undesirable 1.6 it is 1.25."""
+    shutil.copytree(tiny / "out", tmp_path / "out")
+    rows = [{"prompt": f"q{i}", "completion": "a b c", "label": i % 3 > 0} for i in range(60)]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    args = ["--task", "l.jsonl", "--init", "out/reviews/sft.pt", "--eval-file", "l.jsonl", *TINY]
+    done = run("kto.py", *args, cwd=tmp_path)
+    assert "warning: 40 desirable and 20 undesirable examples make λ_D n_D / (λ_U n_U) = 2, outside [1, 4/3]" in done.stdout
+    assert 0 <= lines(tmp_path / "out/l/kto.jsonl")[-1]["final"]["accuracy"] <= 1
+    assert "warning" not in run("kto.py", *args, "--w-undesirable", 1.6, cwd=tmp_path).stdout
+    assert "warning" not in run("kto.py", *TINY, cwd=tmp_path).stdout
+
+
+def test_files_of_pairs_train_the_whole_family(tiny, tmp_path):
+    """simpo.py, orpo.py and kto.py on one file of pairs, each with a held-out accuracy; KTO says that it splits them."""
+    shutil.copytree(tiny / "out", tmp_path / "out")
+    rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No idea"} for i in range(60)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for name in HELD:
+        done = run(f"{name}.py", "--task", "p.jsonl", "--init", "out/reviews/sft.pt", *TINY, cwd=tmp_path)
+        assert "held-out preference accuracy" in done.stdout
+        assert ("pairs are split into" in done.stdout) == (name == "kto")
+        assert 0 <= lines(tmp_path / f"out/p/{name}.jsonl")[-1]["final"]["accuracy"] <= 1
+
+
 def test_exact_figures_are_documented(tmp_path):
     run("sft.py", "--task", "exact", "--steps", 3, "--batch-size", 8, "--device", "cpu", cwd=tmp_path)
     run("dpo.py", "--task", "exact", "--steps", 3, "--batch-size", 8, "--device", "cpu", cwd=tmp_path)
@@ -223,7 +291,8 @@ test_prompts.__test__ = False
 
 
 @pytest.mark.parametrize("script, options", [("sft", []), ("dpo", []), ("dpo", ["--loss", "ipo"]), ("dpo", ["--sft-weight", "0.5"]),
-                                             ("reward_model", ["--center-rewards", "0.1"])])  # fmt: skip
+                                             ("reward_model", ["--center-rewards", "0.1"]), ("simpo", ["--sft-weight", "0.5"]),
+                                             ("orpo", ["--lam", "0.5"]), ("orpo", ["--prompt-loss"]), ("kto", [])])  # fmt: skip
 def test_micro_batches_give_the_same_gradient(script, options, tiny, monkeypatch):
     """64 ragged rows at once and in eights, float64: the gradients agree to 1e-6 of their norm, and so do the metrics."""
     monkeypatch.chdir(tiny)
@@ -287,6 +356,9 @@ def files(folder):
     for name, column in {"p2": {"p": 2}, "pnull": {"p": None}, "margin": {"margin": "big"}, "huge": {"margin": 10**400}}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a", "rejected": "b", **column}) + "\n"
                                                       for i in range(9)))  # fmt: skip
+    for name, label in {"label": lambda i: i % 2 == 0, "badlabel": lambda i: 1, "onelabel": lambda i: True}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "completion": "a", "label": label(i)}) + "\n"
+                                                      for i in range(60)))  # fmt: skip
     (folder / "one.jsonl").write_text(good)
     (folder / "long.jsonl").write_text("".join(json.dumps({"prompt": f"{i}" * 400, "chosen": "a", "rejected": "b"}) + "\n"
                                                for i in range(9)))  # fmt: skip
@@ -376,6 +448,28 @@ MISTAKES = [  # script, arguments, what the line must say
     ("sft", ["--tokenizer", "none"], "--tokenizer none: no such file"),
     ("sft", ["--tokenizer", "bad.tiktoken"], "bad.tiktoken is no vocabulary file"),
     ("sft", ["--task", "number.jsonl", "--init", "vocab.pt"], "vocabulary of 99"),
+    ("simpo", ["--gamma-beta-ratio", "-1"], "--gamma-beta-ratio"),
+    ("simpo", ["--gamma", "1"], "--gamma"),
+    ("simpo", ["--beta", "0"], "--beta"),
+    ("simpo", ["--task", "ok.jsonl"], "--init is needed with a file"),
+    ("simpo", [*FILE, "nocolumn.jsonl"], 'no column "rejected"'),
+    ("simpo", ["--out", "out/reviews/sft.pt"], "would overwrite out/reviews/sft.pt"),
+    ("simpo", ["--init", "rm.pt"], "rm.pt is a reward model"),
+    ("orpo", ["--lam", "-0.1"], "--lam"),
+    ("orpo", ["--init", "out/reviews/sft.pt", "--n-embd", "32"], "--n-embd shapes random weights"),
+    ("orpo", ["--n-embd", "30"], "--n-embd 30 is not a multiple"),
+    ("orpo", ["--task", "label.jsonl"], 'no column "chosen"'),
+    ("orpo", ["--micro-batch", "5"], "--micro-batch 5 does not divide"),
+    ("orpo", ["--task", "broken.jsonl"], "broken.jsonl:17: not JSON"),
+    ("kto", ["--batch-size", "1"], "a batch of 1 has no other prompt"),
+    ("kto", ["--pairs", "1"], "a batch of 1 has no other prompt"),
+    ("kto", ["--w-desirable", "0"], "--w-desirable"),
+    ("kto", ["--task", "label.jsonl"], "--init is needed with a file"),
+    ("kto", [*FILE, "badlabel.jsonl"], '"label" must be true or false'),
+    ("kto", [*FILE, "nocolumn.jsonl"], 'no column "label"'),
+    ("kto", [*FILE, "onelabel.jsonl"], "all have the same label"),
+    ("kto", ["--epochs", "2"], "--epochs"),
+    ("dpo", [*FILE, "label.jsonl"], 'no column "chosen"'),
     ("dpo", ["--task", "exact:2"], "no such task"),
     ("dpo", ["--task", "exact", "--init", "out/reviews/sft.pt"], "exact has a vocabulary of its own"),
     ("dpo", ["--task", "exact:1", "--init", "exact.pt"], "exact:1 has a vocabulary of its own"),
