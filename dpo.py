@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import common
 import data
 from common import BelowHalf, Count, NonNegative, Positive, Whole
-from evaluate import choose_yardstick, context, describe, open_checkpoint, report
+from evaluate import choose_yardstick, context, describe, open_checkpoint, reopen, report
 from gpt import CheckpointError, save
 
 
@@ -161,19 +161,14 @@ def main(argv=None):
             })  # fmt: skip
         run.update(step, policy, optimizer)
         if o.eval_every and (step + 1) % o.eval_every == 0:
-            run.evaluated(step, yardstick.measure(policy, ref or reference(run, init), n=128)[0])
+            run.evaluated(step, yardstick.measure(policy, ref or reopen(run, init), n=128)[0])
 
-    final, samples = yardstick.measure(policy, ref or reference(run, init))
+    final, samples = yardstick.measure(policy, ref or reopen(run, init))
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=init, implicit=yardstick.implicit,
          max_new_tokens=yardstick.max_new_tokens, reward=final.get("reward"))  # fmt: skip
     report(f"dpo on {o.task}", final, samples, task.bound)
     passes = 6 + 2 * (not o.precompute_ref) + 2 * o.checkpoint_activations
     run.finish(final, flops_per_token=passes * policy.matmul_parameters())
-
-
-def reference(run, init):
-    """π_ref once more, for the evaluation, where --precompute-ref has dropped it."""
-    return run.frozen(run.prepare(open_checkpoint(init)[0]))
 
 
 if __name__ == "__main__":

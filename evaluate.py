@@ -83,19 +83,24 @@ def open_or_make(o, task):
     return GPT(config, o.seed), tokenizer, data.TEMPLATE
 
 
-def open_reference(o, run, tokenizer, block_size):
-    """-> (model, path) that such a script's policy is compared with: --init, else an earlier out/<task>/sft.pt; (None, ""), aloud,
+def find_reference(o, run, tokenizer, block_size):
+    """-> the path of the checkpoint that such a script's policy is compared with: --init, else an earlier out/<task>/sft.pt; "", aloud,
     without one."""
     path = o.init or common.checkpoint_path(o.task, "sft")
     try:
         ref, ref_tokenizer, _ = open_checkpoint(path)
         if ref_tokenizer.meta == tokenizer.meta and ref.config.block_size >= block_size:
-            return run.frozen(run.prepare(ref)), path
+            return path
         why = f"{path} has another vocabulary or a shorter context"
     except CheckpointError as e:
         why = "an earlier SFT checkpoint would be one" if not os.path.exists(path) else str(e)
     run.say(f"nothing to compare with ({why}): win rate and KL will be left out")
-    return None, ""
+    return ""
+
+
+def reopen(run, path):
+    """-> the reference at `path` for an evaluation, None for ""; a method that trains without one does not hold it meanwhile."""
+    return run.frozen(run.prepare(open_checkpoint(path)[0])) if path else None
 
 
 def describe(meta):
@@ -136,8 +141,8 @@ class Yardstick:
             self.rows, note = data.encode(draw(PROMPTS, seed, split="test"), tokenizer, block_size, truncate)
             self.notes.append(note and f"held out: {note}")
             if implicit != "nll" and task.unpaired and len({row[2] for row in self.rows}) < 2:
-                raise data.DataError(f"{task.name}: the held-out rows all have the same label, and there is nothing to compare; add "
-                                     "rows, or name others with --eval-file")  # fmt: skip
+                self.rows = []
+                self.notes.append("the held-out rows all have the same label: accuracy will be left out; --eval-file names others")
 
     @torch.no_grad()
     def measure(self, policy, ref=None, n=PROMPTS):
@@ -156,7 +161,7 @@ class Yardstick:
                 figures["win_rate"] = statistics.fmean((a > b) + 0.5 * (a == b) for a, b in zip(reward, ref_reward))
         elif self.implicit == "nll":
             figures["nll"] = self._nll(policy)
-        elif ref is not None or self.implicit == "logp mean":
+        elif self.rows and (ref is not None or self.implicit == "logp mean"):
             figures["accuracy"] = self._accuracy(policy, ref)
         if ref is not None:
             kl = torch.cat(score.kl)
@@ -239,7 +244,7 @@ class Enumeration:
         self.run, self.task, self.implicit, self.aim, self.max_new_tokens = run, task, implicit, aim, task.max_new_tokens
         rows = [(prompt, outcome) for prompt in task.contexts for outcome in task.outcomes]
         self.batch = data.pad(data.encode(rows, tokenizer, block_size)[0], run.device)
-        self.r = torch.from_numpy(task.r)
+        self.r, self.found = torch.from_numpy(task.r), None
         self.length = self.batch.mask.sum(1).view(self.r.shape).cpu()
         self.ends = torch.tensor([float(len(outcome) < task.max_new_tokens) for outcome in task.outcomes])
 
@@ -264,9 +269,11 @@ class Enumeration:
                         "win_rate": torch.einsum("xy,xyz,xz->x", log_p.exp(), wins, log_ref.exp()).mean()}  # fmt: skip
         if self.implicit == "nll":
             log_ref = log_p  # after SFT this is π_ref
-        lines, own, aim = [], {}, oracle.aim(self.task, log_ref, *self.aim)
-        if aim:
-            loss, optimum = aim
+        if self.found is None:  # π_ref stays as it is, and so does the optimum
+            self.found = (oracle.aim(self.task, log_ref, *self.aim),)
+        lines, own = [], {}
+        if self.found[0]:
+            loss, optimum = self.found[0]
             own = {"KL(·‖own optimum)": oracle.kl(log_p, optimum), "TV(·, own optimum)": oracle.tv(log_p, optimum)}
             own = {name: x for name, x in own.items() if x.isfinite().all()}  # KTO's optimum leaves outcomes without mass
             figures["loss_gap"] = loss(log_p) - loss(optimum)
@@ -281,9 +288,10 @@ class Enumeration:
                         (("objective", "J"), ("kl_star", "KL(·‖π*)"), ("tv_star", "TV(·, π*)"))}  # fmt: skip
             if log_ref is log_p:
                 values = {key: x for key, x in values.items() if key[1] != "π"}
-            lines = self._lines(values | {(name, "π"): x for name, x in own.items()}, log_p, log_ref, log_star)
-            if aim:
-                lines.insert(-6, f"the population's loss at π is {figures['loss_gap']:.2g} above its least value")
+            lines = self._lines(values, log_p, log_ref, log_star)
+        lines += [""] * bool(own) + [f"{name:<26}{x.mean():>10.4f}" for name, x in own.items()]
+        if "loss_gap" in figures:
+            lines.append(f"{'loss above its least value':<26}{figures['loss_gap']:>10.2g}")
         keys = {"KL(·‖own optimum)": "kl_optimum", "TV(·, own optimum)": "tv_optimum"}
         figures |= {keys[name]: x.mean() for name, x in own.items()}
         return {k: float(v) for k, v in figures.items()} | {"prompts": len(log_p), "outcomes": log_p.size(1)}, lines
@@ -371,7 +379,7 @@ def main(argv=None):
             raise common.UserError(f"{path} has another vocabulary than {o.checkpoint}; give another --reference")
         ref = run.frozen(run.prepare(ref))
     else:
-        words = "win rate, KL and accuracy are left out; --reference names one"
+        words = f"win rate{', KL and accuracy' if meta['implicit'] in ('sum', 'mean') else ' and KL'} are left out; --reference names one"
         print(f"no reference{f' ({path} is missing)' if path else ''}: {words}")
 
     n, truncate = o.max_new_tokens or meta["max_new_tokens"], o.truncate or trained["truncate"]

@@ -69,8 +69,10 @@ def imbalance(rows, o, fixed):
     """-> a warning where λ_D n_D / (λ_U n_U) leaves [1, 4/3], or ""; of fresh rows a sample is counted, and three standard errors
     are spared."""
     n, desirable = len(rows), sum(row[2] for row in rows)
+    if desirable in (0, n):
+        return f"warning: all {n} examples are {'desirable' if desirable else 'undesirable'}; KTO is meant for both kinds"
     slack = 0 if fixed != 0 else 6 / n**0.5
-    ratio = o.w_desirable * desirable / max(o.w_undesirable * (n - desirable), 1e-9)
+    ratio = o.w_desirable * desirable / (o.w_undesirable * (n - desirable))
     if 1 - slack <= ratio <= 4 / 3 + slack:
         return ""
     return (f"warning: {desirable} desirable and {n - desirable} undesirable examples make λ_D n_D / (λ_U n_U) = {ratio:.3g}, outside "
@@ -94,13 +96,15 @@ def main(argv=None):
     o = common.parse(Options, argv)
     task, fixed = data.task(o.task, o.eval_file, o.strict), o.pairs or (None if common.is_file(o.task) else 0)
     run = common.Run(o, "kto")
-    if o.batch_size == 1 or o.pairs == 1:
-        raise common.UserError("a batch of 1 has no other prompt to take ẑ from; --batch-size, and --pairs if given, must be at least 2")
+    if o.batch_size == 1:
+        raise common.UserError("--batch-size 1: ẑ needs the answer to another prompt, so at least 2 examples a step")
     init = o.init or common.stage("sft.py", o)
     policy, tokenizer, meta = open_checkpoint(init, o.tokenizer, task)
     run.say(f"π_ref is {init}: {describe(meta)}")
     task.template, block_size = meta["template"], context(o, policy)
     batches = data.Batches(task.feedback, fixed, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
+    if batches.rows and len({x for x, _, _ in batches.rows}) == 1:
+        raise common.UserError("the training rows have one prompt only, and ẑ needs an answer to another; add rows, or raise --pairs")
     yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, "sum", aim=("kto", vars(o)))
     warning = imbalance(batches.rows or task.feedback(4096, o.seed), o, fixed)
     for note in filter(None, [*task.notes, batches.note, *yardstick.notes, warning]):

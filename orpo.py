@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import common
 import data
 from common import Count, NonNegative, Positive, Whole
-from evaluate import choose_yardstick, context, open_or_make, open_reference, report
+from evaluate import choose_yardstick, context, find_reference, open_or_make, reopen, report
 from gpt import CheckpointError, save
 
 
@@ -42,8 +42,9 @@ def odds_ratio_loss(logp_w, logp_l, len_w, len_l):
 
 
 def log_odds(mean_logp):
-    """log p/(1-p) of p = exp(mean_logp), (B,): log(1 - e^ℓ) as log(-expm1(ℓ)), which near p = 1 does not round to log 0."""
-    mean_logp = mean_logp.clamp(max=-1e-10)
+    """log p/(1-p) of p = exp(mean_logp), (B,): log(1 - e^ℓ) as log(-expm1(ℓ)), which near p = 1 does not round to log 0. Above
+    ℓ = -1e-7, where float32 cannot tell p from 1, it is constant."""
+    mean_logp = mean_logp.clamp(max=-1e-7)
     return mean_logp - torch.log(-torch.expm1(mean_logp))
 
 
@@ -79,7 +80,7 @@ def main(argv=None):
     block_size = context(o, policy)
     batches = data.Batches(task.preferences, fixed, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
     yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, "logp mean", aim=("orpo", vars(o)))
-    ref, ref_path = open_reference(o, run, tokenizer, block_size)
+    reference = find_reference(o, run, tokenizer, block_size)
     for note in filter(None, [*task.notes, batches.note, *yardstick.notes]):
         run.say(note)
 
@@ -119,10 +120,10 @@ def main(argv=None):
             })  # fmt: skip
         run.update(step, policy, optimizer)
         if o.eval_every and (step + 1) % o.eval_every == 0:
-            run.evaluated(step, yardstick.measure(policy, ref, n=128)[0])
+            run.evaluated(step, yardstick.measure(policy, reopen(run, reference), n=128)[0])
 
-    final, samples = yardstick.measure(policy, ref)
-    save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=ref_path, implicit=yardstick.implicit,
+    final, samples = yardstick.measure(policy, reopen(run, reference))
+    save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=reference, implicit=yardstick.implicit,
          max_new_tokens=yardstick.max_new_tokens, reward=final.get("reward"))  # fmt: skip
     report(f"orpo on {o.task}", final, samples, task.bound)
     run.finish(final, flops_per_token=(6 + 2 * o.checkpoint_activations) * policy.matmul_parameters())

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import common
 import data
 from common import Count, Positive, Whole
-from evaluate import choose_yardstick, context, open_or_make, open_reference, report
+from evaluate import choose_yardstick, context, find_reference, open_or_make, reopen, report
 from gpt import CheckpointError, save
 
 
@@ -57,7 +57,7 @@ def main(argv=None):
     count = None if common.is_file(o.task) else 0
     batches = data.Batches(task.demonstrations, count, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
     yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, aim=("sft", vars(o)))
-    ref, _ = open_reference(o, run, tokenizer, block_size)
+    reference = find_reference(o, run, tokenizer, block_size)
     for note in filter(None, [*task.notes, batches.note, *yardstick.notes]):
         run.say(note)
 
@@ -81,7 +81,7 @@ def main(argv=None):
         if o.eval_every and (step + 1) % o.eval_every == 0:
             run.evaluated(step, yardstick.measure(policy, n=128)[0])
 
-    final, samples = yardstick.measure(policy, ref)
+    final, samples = yardstick.measure(policy, reopen(run, reference))
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=o.init, implicit="nll",
          max_new_tokens=yardstick.max_new_tokens, reward=final.get("reward"))  # fmt: skip
     report(f"sft on {o.task}", final, samples, task.bound)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import common
 import data
 from common import Count, NonNegative, Positive, Whole
-from evaluate import choose_yardstick, context, describe, open_checkpoint, report
+from evaluate import choose_yardstick, context, describe, open_checkpoint, reopen, report
 from gpt import CheckpointError, save
 
 
@@ -95,18 +95,13 @@ def main(argv=None):
             })  # fmt: skip
         run.update(step, policy, optimizer)
         if o.eval_every and (step + 1) % o.eval_every == 0:
-            run.evaluated(step, yardstick.measure(policy, reference(run, init), n=128)[0])
+            run.evaluated(step, yardstick.measure(policy, reopen(run, init), n=128)[0])
 
-    final, samples = yardstick.measure(policy, reference(run, init))
+    final, samples = yardstick.measure(policy, reopen(run, init))
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=init, implicit=yardstick.implicit,
          max_new_tokens=yardstick.max_new_tokens, reward=final.get("reward"))  # fmt: skip
     report(f"simpo on {o.task}", final, samples, task.bound)
     run.finish(final, flops_per_token=(6 + 2 * o.checkpoint_activations) * policy.matmul_parameters())
-
-
-def reference(run, init):
-    """The checkpoint that the run started from, for the evaluation; SimPO itself holds no reference."""
-    return run.frozen(run.prepare(open_checkpoint(init)[0]))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ class Jsonl:
             self.lines["test"] = [(eval_file, *line) for line in read(eval_file)]
         else:
             self._split(path)
-        self.unpaired = "label" in self.lines["train"][0][2]
+        test = self.lines["test"][0][2]
+        self.unpaired = "label" in test and "chosen" not in test
         self.has_reward = all(isinstance(row.get("answer"), str) for lines in self.lines.values() for _, _, row in lines)
 
     def _split(self, path):
@@ -61,13 +62,18 @@ class Jsonl:
         return _some(list(rows.items()), n, seed)
 
     def demonstrations(self, n, seed, split="train"):
-        """-> (prompt, completion); of a preference file the chosen answers"""
-        chosen = "completion" not in self.lines[split][0][2] and "chosen" in self.lines[split][0][2]
+        """-> (prompt, completion); of a preference file the chosen answers, of a feedback file the desirable ones"""
+        first = self.lines[split][0][2]
+        chosen = "completion" not in first and "chosen" in first
         if chosen:
             self._note("a preference file: its chosen answers are the demonstrations")
+        elif isinstance(first.get("label"), bool):
+            self._note("a feedback file: its desirable answers are the demonstrations")
         rows = []
         for where in self.lines[split]:
             prompt, row = self._prompt(*where)
+            if row.get("label") is False and not chosen:
+                continue
             rows.append((prompt, self._answer(*where[:2], row, "chosen" if chosen else "completion")))
         return _some(self._useful(rows, split), n, seed)
 
@@ -84,10 +90,10 @@ class Jsonl:
     def feedback(self, n, seed, split="train"):
         """-> (prompt, completion, label); a file of pairs is split into 2n examples"""
         first, rows = self.lines[split][0][2], []
-        if "label" not in first and "chosen" in first and "rejected" in first:
-            pairs = self.preferences(None, seed, split)
-            self._note(f"a file of pairs: its {len(pairs)} pairs are split into {2 * len(pairs)} examples ({split} split)")
-            return _some([(x, y, label) for x, w, l in pairs for y, label in ((w, True), (l, False))], n, seed)
+        if "chosen" in first and "rejected" in first:
+            pairs = self.preferences(n and max(1, n // 2), seed, split)
+            self._note(f"a file of pairs: {len(pairs)} pairs are split into {2 * len(pairs)} examples ({split} split)")
+            return [(x, y, label) for x, w, l in pairs for y, label in ((w, True), (l, False))]
         for path, number, row in self.lines[split]:
             if not isinstance(row.get("label"), bool):
                 raise DataError(f"{path}:{number}: " + ('"label" must be true or false' if "label" in row else _missing(row, "label")))

@@ -116,7 +116,7 @@ def kto_limit(log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0):
 def aim(task, log_ref, method, o):
     """-> (the method's population loss as a function of log-probs (4, 40), the log-probs where it is least), with the options `o`;
     None for a fixed set of rows, which has another optimum, for what is not written above (robust DPO, made for flipped labels; an
-    added SFT term), where the loss needs a π_ref and `log_ref` is None, and where no minimum is found."""
+    added SFT term, KTO at β ≥ 1), where the loss needs a π_ref and `log_ref` is None, and where no minimum is found."""
     with suppress(NoOptimum):
         return _aim(task, log_ref, method, o)
 

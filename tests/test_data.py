@@ -258,4 +258,12 @@ def test_a_file_of_pairs_is_split_for_kto(tmp_path):
     kept = task.preferences(None, 0)
     rows = task.feedback(None, 0)
     assert len(rows) == 2 * len(kept) and set(rows) == {(x, y, label) for x, w, l in kept for y, label in ((w, True), (l, False))}
-    assert any(f"its {len(kept)} pairs are split into {2 * len(kept)} examples" in note for note in task.notes) and not task.unpaired
+    assert any(f"{len(kept)} pairs are split into {2 * len(kept)} examples" in note for note in task.notes) and not task.unpaired
+    some = task.feedback(10, 0)
+    assert len(some) == 10 and sum(label for _, _, label in some) == 5 and len({x for x, _, _ in some}) == 5  # whole pairs
+
+
+def test_demonstrations_of_a_feedback_file_are_the_desirable_answers(tmp_path):
+    rows = [{"prompt": f"p{i}", "completion": f"c{i}", "label": i % 2 == 0} for i in range(60)]
+    task = data.task(write(tmp_path / "f.jsonl", rows))
+    assert task.unpaired and all(int(y[1:]) % 2 == 0 for _, y in task.demonstrations(None, 0)) and "desirable" in task.notes[0]

@@ -354,6 +354,16 @@ def test_kto_is_measured_against_its_limit(world, monkeypatch, capsys):
     assert final["loss_gap"] == pytest.approx((oracle.kto(log_p, log_ref, LABELS, 0.5) - infimum).item(), rel=1e-3)
 
 
+def test_orpo_without_an_sft_checkpoint_still_shows_its_own_optimum(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main("orpo", "--task", "exact", "--steps", 4, "--batch-size", 64, "--device", "cpu") == 0
+    final = record(tmp_path / "out/exact/orpo.jsonl")[-1]["final"]
+    assert "kl_star" not in final and final["kl_optimum"] > 0
+    assert main("evaluate", "out/exact/orpo.pt", "--device", "cpu") == 0
+    text = capsys.readouterr().out
+    assert text.count(f"KL(·‖own optimum)         {final['kl_optimum']:>10.4f}") == 2 and "win rate and KL are left out" in text
+
+
 def test_simpo_s_and_orpo_s_losses_agree_with_the_paper_s():
     """At a random table the population loss is the pairs' mean of what the scripts compute."""
     log_p = torch.randn(4, 40, generator=torch.Generator().manual_seed(0)).double().log_softmax(-1)

@@ -237,6 +237,25 @@ def test_kto_warns_of_imbalance(tiny, tmp_path):
     assert "warning" not in run("kto.py", *TINY, cwd=tmp_path).stdout
 
 
+def test_odd_but_legal_feedback(tiny, tmp_path):
+    """Held-out rows of one label, training rows of one class, a labelled --eval-file for pairs: each runs, and says what is left out."""
+    shutil.copytree(tiny / "out", tmp_path / "out")
+    rows = [{"prompt": f"q{i}", "completion": f"answer {i}", "label": True} for i in range(30)]
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(r | {"label": i % 2 == 0}) + "\n" for i, r in enumerate(rows)))
+    pairs = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "label": "a column of one's own"} for i in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in pairs))
+    init = ["--init", "out/reviews/sft.pt", *TINY]
+    done = run("kto.py", "--task", "good.jsonl", *init, cwd=tmp_path)
+    assert "accuracy will be left out" in done.stdout and "examples are desirable" in done.stdout
+    record = lines(tmp_path / "out/good/kto.jsonl")
+    assert "accuracy" not in record[-1]["final"] and "rewards/rejected" not in record[1] and "rewards/chosen" in record[1]
+    done = run("kto.py", "--task", "pairs.jsonl", "--eval-file", "both.jsonl", *init, "--pairs", 8, cwd=tmp_path)
+    assert "4 pairs are split into 8 examples (train split)" in done.stdout and "held-out preference accuracy" in done.stdout
+    run("dpo.py", "--task", "pairs.jsonl", *init, cwd=tmp_path)
+    assert "its desirable answers are the demonstrations" in run("sft.py", "--task", "both.jsonl", *init, cwd=tmp_path).stdout
+
+
 def test_files_of_pairs_train_the_whole_family(tiny, tmp_path):
     """simpo.py, orpo.py and kto.py on one file of pairs, each with a held-out accuracy; KTO says that it splits them."""
     shutil.copytree(tiny / "out", tmp_path / "out")
@@ -356,8 +375,9 @@ def files(folder):
     for name, column in {"p2": {"p": 2}, "pnull": {"p": None}, "margin": {"margin": "big"}, "huge": {"margin": 10**400}}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a", "rejected": "b", **column}) + "\n"
                                                       for i in range(9)))  # fmt: skip
-    for name, label in {"label": lambda i: i % 2 == 0, "badlabel": lambda i: 1, "onelabel": lambda i: True}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "completion": "a", "label": label(i)}) + "\n"
+    for name, label in {"label": lambda i: i % 2 == 0, "badlabel": lambda i: 1, "oneprompt": lambda i: i % 2 == 0}.items():
+        row = (lambda i: "1") if name == "oneprompt" else str
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": row(i), "completion": f"{i}", "label": label(i)}) + "\n"
                                                       for i in range(60)))  # fmt: skip
     (folder / "one.jsonl").write_text(good)
     (folder / "long.jsonl").write_text("".join(json.dumps({"prompt": f"{i}" * 400, "chosen": "a", "rejected": "b"}) + "\n"
@@ -461,13 +481,13 @@ MISTAKES = [  # script, arguments, what the line must say
     ("orpo", ["--task", "label.jsonl"], 'no column "chosen"'),
     ("orpo", ["--micro-batch", "5"], "--micro-batch 5 does not divide"),
     ("orpo", ["--task", "broken.jsonl"], "broken.jsonl:17: not JSON"),
-    ("kto", ["--batch-size", "1"], "a batch of 1 has no other prompt"),
-    ("kto", ["--pairs", "1"], "a batch of 1 has no other prompt"),
+    ("kto", ["--batch-size", "1"], "--batch-size 1: ẑ needs the answer to another prompt"),
+    ("kto", ["--pairs", "1"], "the training rows have one prompt only"),
+    ("kto", [*FILE, "oneprompt.jsonl", "--eval-file", "label.jsonl"], "the training rows have one prompt only"),
     ("kto", ["--w-desirable", "0"], "--w-desirable"),
     ("kto", ["--task", "label.jsonl"], "--init is needed with a file"),
     ("kto", [*FILE, "badlabel.jsonl"], '"label" must be true or false'),
     ("kto", [*FILE, "nocolumn.jsonl"], 'no column "label"'),
-    ("kto", [*FILE, "onelabel.jsonl"], "all have the same label"),
     ("kto", ["--epochs", "2"], "--epochs"),
     ("dpo", [*FILE, "label.jsonl"], 'no column "chosen"'),
     ("dpo", ["--task", "exact:2"], "no such task"),
