@@ -211,17 +211,50 @@ def test_simpo_orpo_and_kto_end_to_end(name, tiny, tmp_path):
 
 
 def test_kto_s_reference_point_sees_the_whole_batch(tiny, monkeypatch):
-    """ẑ is one number for the step, from mismatched pairs of all 64 rows, whatever the micro-batch, and positive once π has moved."""
+    """ẑ is one number for the step, from mismatched pairs of all 64 rows, whatever the micro-batch. Not clamped here, lest all be 0."""
     monkeypatch.chdir(tiny)
     seen = []
     loss = kto.kto_loss
+    monkeypatch.setattr(kto, "kto_kl", lambda logp, ref_logp: (logp - ref_logp).mean())
     monkeypatch.setattr(kto, "kto_loss", lambda *args: (seen.append(args[3].item()), loss(*args))[1])
     common_args = ["--steps", 2, "--warmup", 0, "--lr", 0.01, "--max-new-tokens", 4, "--dtype", "float64", "--device", "cpu"]
     for micro in (64, 16):
         assert main("kto", *common_args, "--micro-batch", micro, "--out", "z/kto.pt") == 0
     whole, cut = seen[:2], seen[2:]
     assert len(cut) == 8 and cut[:4] == [0.0] * 4 and len(set(cut[4:])) == 1
-    assert cut[4] == pytest.approx(whole[1], rel=1e-6)
+    assert cut[4] == pytest.approx(whole[1], rel=1e-6) and abs(whole[1]) > 1e-3
+
+
+def means(model, rows, prompt_too=False):
+    """(prompt, response) rows -> log π(y|x) a token by the plain formula; with the prompt, of all tokens but the first."""
+    out = []
+    for x, y in rows:
+        logp = model(torch.tensor([[*x, *y]]))[0, :-1].log_softmax(-1).gather(1, torch.tensor([*x, *y])[1:, None])[:, 0]
+        out.append(logp.mean() if prompt_too else logp[-len(y) :].mean())
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("name, options", [("simpo", ["--beta", 3, "--gamma-beta-ratio", 0.4]), ("simpo", ["--sft-weight", 0.5]),
+                                           ("orpo", ["--lam", 2]), ("orpo", ["--prompt-loss"])])  # fmt: skip
+def test_the_first_step_s_loss_is_the_equation_s(name, options, tiny, monkeypatch):
+    """The loop's loss on its first 8 pairs, against the equation in the file's docstring with log-probs from plain logits."""
+    monkeypatch.chdir(tiny)
+    args = ["--init", "out/reviews/sft.pt", "--steps", 1, "--batch-size", 8, "--max-new-tokens", 4, "--dtype", "float64", "--log-every", 1]
+    assert main(name, *args, *options, "--device", "cpu", "--out", "first/x.pt") == 0
+    logged = lines(tiny / "first/x.jsonl")[1]
+    model, meta = load("out/reviews/sft.pt")
+    tokenizer = data.Tokenizer(meta["tokenizer"])
+    pairs = data.Batches(data.task("reviews").preferences, 0, 8, 0, tokenizer, 256)[0]
+    with torch.no_grad():
+        w, l = (means(model.double(), [(row[0], row[i]) for row in pairs]) for i in (1, 2))
+        whole = means(model, [(row[0], row[1]) for row in pairs], prompt_too=True)
+    if name == "simpo":
+        beta, gamma, sft_weight = (3, 1.2, 0) if "--beta" in options else (2, 1, 0.5)
+        loss = torch.log1p(torch.exp(gamma - beta * (w - l))) - sft_weight * w
+    else:
+        odds_w, odds_l = (p / (1 - p) for p in (w.exp(), l.exp()))
+        loss = (-whole if "--prompt-loss" in options else -w) + (2 if "--lam" in options else 0.1) * torch.log(1 + odds_l / odds_w)
+    assert logged["loss"] == pytest.approx(loss.mean().item(), rel=1e-9)
 
 
 def test_kto_warns_of_imbalance(tiny, tmp_path):
