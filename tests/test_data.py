@@ -267,3 +267,10 @@ def test_demonstrations_of_a_feedback_file_are_the_desirable_answers(tmp_path):
     rows = [{"prompt": f"p{i}", "completion": f"c{i}", "label": i % 2 == 0} for i in range(60)]
     task = data.task(write(tmp_path / "f.jsonl", rows))
     assert task.unpaired and all(int(y[1:]) % 2 == 0 for _, y in task.demonstrations(None, 0)) and "desirable" in task.notes[0]
+
+
+def test_length_says_nothing_about_quality_in_reviews():
+    """Chosen and rejected reviews are equally long: over 8,000 pairs within three standard errors, 3 · √2 · 9 / √8000 = 0.43 tokens."""
+    rows = data.task("reviews").preferences(8000, 0)
+    chosen, rejected = (statistics.fmean(len(TOKENIZER.answer(row[i])) for row in rows) for i in (1, 2))
+    assert abs(chosen - rejected) < 0.43 and 14 < chosen < 20
