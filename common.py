@@ -381,9 +381,9 @@ class Run(Compute):
         self.start = _digest([m for _, m, _ in held], batches.rows)
         self.options = {k: v for k, v in asdict(o).items() if k not in ("resume", "log_every", "save_every", "out", "device")}
         self.options["device"] = self.device.type
-        if o.warmup >= o.steps:
+        if o.warmup > o.steps:
             last = lr_at(o.steps - 1, o)
-            self.say(f"--warmup {o.warmup} outlasts the {o.steps} steps: the learning rate ends at {last:.2g}, not {o.lr:g}")
+            self.say(f"--warmup {o.warmup} outlasts the {o.steps} steps: the learning rate ends at {last:.3g}, not {o.lr:g}")
         for line in ledger_lines(self.models):
             self.say(line)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -455,7 +455,7 @@ class Run(Compute):
     def evaluated(self, step, figures):
         """Records and shows an evaluation during the training."""
         self.write({"step": step + 1, "eval": figures})
-        loss, shown = float(self.sums["loss"]), ("reward", "kl", "kl_star", "accuracy", "nll")
+        loss, shown = float(self.sums["loss"]), ("reward", "kl", "kl_star", "accuracy", "rms", "nll")
         text = ", ".join(f"{k} {figures[k]:.3f}" for k in shown if k in figures)
         self.say(f"{self.method} step {step + 1}/{self.o.steps}: loss {loss:.4f}, {text}")
 

@@ -292,6 +292,8 @@ class Enumeration:
         lines += [""] * bool(own) + [f"{name:<26}{x.mean():>10.4f}" for name, x in own.items()]
         if "loss_gap" in figures:
             lines.append(f"{'loss above its least value':<26}{figures['loss_gap']:>10.2g}")
+        elif self.implicit != "nll":
+            lines.append("no optimum of this loss is known for these options (data/oracle.py)")
         keys = {"KL(·‖own optimum)": "kl_optimum", "TV(·, own optimum)": "tv_optimum"}
         figures |= {keys[name]: x.mean() for name, x in own.items()}
         return {k: float(v) for k, v in figures.items()} | {"prompts": len(log_p), "outcomes": log_p.size(1)}, lines
@@ -316,6 +318,11 @@ class Enumeration:
             text = f"  {self.task.contexts[x]} -> {self.task.outcomes[y] or '(empty)'}"
             lines.append(f"{text:<34}" + "".join(f"{t[x, y].item():>10.4f}" for t in (p, ref, star, self.r)))
         return lines
+
+
+def printable(text):
+    """A response as one can look at it: a model that has learned little draws control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text.strip())
 
 
 def report(title, figures, samples, bound=None):
@@ -343,7 +350,7 @@ def report(title, figures, samples, bound=None):
         print(f"\n{prompt if len(prompt) < 400 else '… ' + prompt[-400:]}")
         for name, text in (("reference", before), ("policy", after)):
             if text is not None:
-                print(f"  {name:>9} | " + text.strip().replace("\n", "\n" + " " * 12 + "| "))
+                print(f"  {name:>9} | " + printable(text).replace("\n", "\n" + " " * 12 + "| "))
     print(flush=True)
 
 
@@ -390,11 +397,13 @@ def main(argv=None):
             if model is not None:
                 with run.autocast():
                     s = sample(model, ids, n, tokenizer.end_id, generator=torch.Generator().manual_seed(o.seed))
-                print(f"  {name:>9} | {tokenizer.decode(s.ids[s.mask].tolist()).strip()}")
+                print(f"  {name:>9} | {printable(tokenizer.decode(s.ids[s.mask].tolist()))}")
         return
     task = data.task(o.task or meta["task"], o.eval_file or ("" if o.task else trained["eval_file"]))
     if common.is_exact(task.name) and (unread := o.given & {"prompts", "seed", "truncate"}):
         raise common.UserError(f"--{min(unread)}: every outcome of {task.name} is counted, nothing is drawn or cut; leave it out")
+    if common.is_exact(task.name) and o.reference:
+        print(f"π_ref is {o.reference}: π* and the loss's optimum are those of this reference")
     same_world(o.checkpoint, tokenizer, meta, task)
     task.template = meta["template"]
     aim = (meta["method"], trained)

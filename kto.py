@@ -20,7 +20,7 @@ split into 2n examples. Departures from the paper: 1. AdamW with a learning rate
 row within a micro-batch; here over the step's batch, and never to an equal prompt.
 
     python kto.py --beta 0.1                                   reviews; makes out/reviews/sft.pt first where it is missing
-    python kto.py --w-undesirable 0.5
+    python kto.py --pairs 2000 --epochs 4                      a fixed set of 2,000 examples
     python kto.py --task exact                                 40 outcomes a prompt: the distance to this loss's own limit
     python kto.py --task my.jsonl.gz --init out/my/sft.pt         rows of {"prompt", "completion", "label"}
 
@@ -75,8 +75,9 @@ def imbalance(rows, o, fixed):
     ratio = o.w_desirable * desirable / (o.w_undesirable * (n - desirable))
     if 1 - slack <= ratio <= 4 / 3 + slack:
         return ""
-    return (f"warning: {desirable} desirable and {n - desirable} undesirable examples make λ_D n_D / (λ_U n_U) = {ratio:.3g}, outside "
-            "[1, 4/3]; --w-desirable and --w-undesirable balance it")  # fmt: skip
+    sample, fitting = " of a sample" * (fixed == 0), 1.15 * o.w_desirable / ratio
+    return (f"warning: {desirable} desirable and {n - desirable} undesirable examples{sample} make λ_D n_D / (λ_U n_U) = {ratio:.3g}, "
+            f"outside [1, 4/3]; --w-desirable {fitting:.2g} would balance it")  # fmt: skip
 
 
 @torch.no_grad()

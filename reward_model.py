@@ -10,7 +10,7 @@
     p             p                         (B,) column `p`, probability that chosen is better, 1 without one (soft labels)
     η             center_rewards            weight of (r_w + r_l)², which keeps scores near 0 (arXiv:2312.09244)
 
-The trunk starts from the SFT checkpoint, the head's weights at a standard deviation of 1/√(C+1). After the training the
+The trunk starts from the SFT checkpoint, the head's weights at a standard deviation of 1/√(width+1). After the training the
 scores are shifted so that demonstrations average 0; only differences were learned, so that nothing else changes.
 
 Models in memory: 1 (the reward model, trained). Data: (prompt, chosen, rejected).
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import common
 import data
 from common import Count, NonNegative, Positive, Whole
-from evaluate import context, describe, open_checkpoint
+from evaluate import context, describe, open_checkpoint, printable
 from gpt import CheckpointError, ScalarGPT, save
 
 
@@ -77,6 +77,7 @@ class HeldOut:
         if self.gold:
             agree = [self.task.preferred(*text[:3], {}) for text in self.texts[:n]]
             figures["accuracy_bound"] = statistics.fmean(max(p, 1 - p) for p in agree)
+            figures["accuracy_bound_se"] = sum(p * (1 - p) for p in agree) ** 0.5 / len(agree)
             gold = torch.tensor([self.task.reward(x, y) for x, y in data.sides(self.texts[:n])], dtype=reward.dtype)
             figures["correlation"] = torch.corrcoef(torch.stack([reward, gold]))[0, 1].item()
         if common.is_exact(self.task.name):
@@ -88,7 +89,7 @@ class HeldOut:
         return figures | {"pairs": len(pairs)}
 
     def report(self, title, f, model):
-        bound = f" (the labels' noise allows {f['accuracy_bound']:.3f})" if "accuracy_bound" in f else ""
+        bound = f" (the labels' noise allows {f['accuracy_bound']:.3f} ± {f['accuracy_bound_se']:.3f})" if "accuracy_bound" in f else ""
         rows = [
             ("held-out preference accuracy", "accuracy", bound),
             ("margin, chosen - rejected", "margin", ""), ("score, mean", "mean_reward", ""), ("  least", "min_reward", ""),
@@ -102,7 +103,7 @@ class HeldOut:
         for prompt, *answers in [pair[:3] for pair in self.pairs[:2]]:
             print("\n" + self.tokenizer.decode(prompt)[-400:])
             for name, y, score in zip(("chosen", "rejected"), answers, scores(model, [(prompt, y) for y in answers], self.run).tolist()):
-                print(f"  {name:>8} {score:6.2f} | " + self.tokenizer.decode(y).strip().replace("\n", "\n" + " " * 18 + "| "))
+                print(f"  {name:>8} {score:6.2f} | " + printable(self.tokenizer.decode(y)).replace("\n", "\n" + " " * 18 + "| "))
         print(flush=True)
 
 

@@ -232,7 +232,9 @@ def _number(path, number, row, key, default):
 
 
 def _missing(row, key):
-    return f'no column "{key}" (it has {", ".join(map(str, row)) or "none"})'
+    script = "kto.py" if "label" in row else "dpo.py, simpo.py or orpo.py" if "chosen" in row else "sft.py" if "completion" in row else ""
+    hint = f"; {script} can read such rows" if script and not (key == "rejected" and "chosen" in row) else ""
+    return f'no column "{key}" (it has {", ".join(map(str, row)) or "none"}){hint}'
 
 
 def _kind(value):

@@ -1,8 +1,9 @@
 """What each preference loss aims at on `exact`: the minimiser of its population objective over all distributions of the outcomes.
 
 No model and no sampling: the policy is a table of log-probs (4 prompts, 40 outcomes) in float64, the population the task's own
-tables, and the minimiser is found by descent on the policy's table. The losses are written here from their formulas, not taken from the
-method scripts, so that the two check one another.
+tables: `pairs` (x, w, l) and `labels` (x, y, [undesirable, desirable]), each summing to 1. The minimiser is found by descent on the
+policy's table; DPO's is known in closed form, and KTO's infimum lies on the boundary (`kto_limit`). The losses are written here from
+their formulas, not taken from the method scripts, so that the two check one another.
 
     u = log π/π_ref, n = the response's tokens, all of (y); w, l = chosen, rejected; E over the population's pairs
     dpo      E[- (1-ε) log σ(βh) - ε log σ(-βh)],  h = u_w - u_l                    ε = 0: π*, whatever the pairs' distribution
@@ -97,8 +98,8 @@ def kto_limit(log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0):
     """-> where descent on the KTO objective goes for β < 1: (log-probs, -inf where an outcome vanishes; the infimum of the loss).
 
     Rejected outcomes, those with λ_U P(undesirable) ≥ λ_D P(desirable), lose all mass; the mean of u then goes to -∞, and ẑ is
-    clamped to 0. What is left is a minimum over the outcomes that are kept, where the loss is convex. Raises NoOptimum
-    where the weights leave a prompt no outcome.
+    clamped to 0. What is left is a minimum over the outcomes that are kept, where the loss is convex: 1 - σ(β log(p/p_ref)) is
+    convex in p for β < 1. Raises NoOptimum where the weights leave a prompt no outcome.
     """
     kept = w_desirable * labels[..., 1] > w_undesirable * labels[..., 0]
     if kept.all() or not kept.any(1).all():

@@ -7,7 +7,7 @@ import torch
 
 import common
 import data
-from evaluate import Yardstick
+from evaluate import Yardstick, printable
 from gpt import GPT, GPTConfig
 
 CPU = common.Compute(argparse.Namespace(device="cpu", dtype="float32"))
@@ -92,3 +92,7 @@ def test_held_out_loss_counts_every_row(tmp_path):
         nats -= policy(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[-len(y) :].sum().item()
         tokens += len(y)
     assert Yardstick(CPU, task, TOKENIZER, 64, 4).measure(policy)[0]["nll"] == pytest.approx(nats / tokens)
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert printable(" a\x1b[2Jb\x00\x07\nnaïve 🎬 ") == "a·[2Jb··\nnaïve 🎬"
