@@ -58,7 +58,15 @@ def test_kl_is_that_of_the_samples():
     assert figures["kl"] > 5 * figures["kl_se"] > 0
 
 
-@pytest.mark.parametrize("implicit", ["sum", "mean"])
+def plain(x, y, implicit, policy, ref):
+    """The implicit reward of one row, by the plain formula."""
+    ids = torch.tensor([[*TOKENIZER.encode(x), *TOKENIZER.encode(y), TOKENIZER.end_id]])
+    n, terms = len(TOKENIZER.encode(y)) + 1, ((1, policy),) if implicit == "logp mean" else ((1, policy), (-1, ref))
+    total = sum(s * m(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[-n:].sum().item() for s, m in terms)
+    return total if implicit == "sum" else total / n
+
+
+@pytest.mark.parametrize("implicit", ["sum", "mean", "logp mean"])
 def test_held_out_accuracy_is_that_of_the_implicit_reward(implicit, tmp_path):
     """The share of held-out pairs whose chosen log-ratio, summed or averaged, is higher, row by row with the plain formula."""
     for name in ("train", "test"):
@@ -69,15 +77,25 @@ def test_held_out_accuracy_is_that_of_the_implicit_reward(implicit, tmp_path):
     policy, ref = model(0), model(1)
 
     def score(x, y):
-        ids = torch.tensor([[*TOKENIZER.encode(x), *TOKENIZER.encode(y), TOKENIZER.end_id]])
-        n = len(TOKENIZER.encode(y)) + 1
-        ratio = sum(s * m(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[-n:].sum().item() for s, m in ((1, policy), (-1, ref)))
-        return ratio if implicit == "sum" else ratio / n
+        return plain(x, y, implicit, policy, ref)
 
     expected = sum(score(x, w) > score(x, l) for x, w, l in task.preferences(None, 0, split="test")) / 30
     figures, _ = Yardstick(CPU, task, TOKENIZER, 64, 4, implicit=implicit).measure(policy, ref)
     assert figures["accuracy"] == pytest.approx(expected) and 0 < expected < 1
-    assert "accuracy" not in Yardstick(CPU, task, TOKENIZER, 64, 4, implicit=implicit).measure(policy)[0]
+    alone = Yardstick(CPU, task, TOKENIZER, 64, 4, implicit=implicit).measure(policy)[0]
+    assert ("accuracy" in alone) == (implicit == "logp mean")  # which needs no reference
+
+
+def test_held_out_accuracy_of_unpaired_rows(tmp_path):
+    """The share of (desirable, undesirable) couples with the higher log-ratio on the desirable one."""
+    rows = [dict(zip(("prompt", "completion", "label"), row)) for row in data.task("reviews").feedback(24, 0)]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task, policy, ref = data.task(str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")), model(0), model(1)
+    good, bad = ([plain(r["prompt"], r["completion"], "sum", policy, ref) for r in rows if r["label"] is side] for side in (True, False))
+    expected = sum(a > b for a in good for b in bad) / (len(good) * len(bad))
+    figures, _ = Yardstick(CPU, task, TOKENIZER, 64, 4, implicit="sum").measure(policy, ref)
+    assert figures["accuracy"] == pytest.approx(expected) and 0 < expected < 1 and expected != 0.5
 
 
 def test_held_out_loss_counts_every_row(tmp_path):

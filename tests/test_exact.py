@@ -231,6 +231,20 @@ def test_the_optima_of_the_world():
         assert oracle.kl(optimum, star).mean() > 0.03 and oracle.kl(optimum, oracle.minimise(loss, other)).max() < 1e-8, name
 
 
+def test_the_options_reach_the_oracle():
+    """γ is γ/β times β, λ is --lam; KTO's weights and β set its limit; at β ≥ 1 there is none here."""
+    n = torch.tensor([min(len(y) + 1, 3) for y in WORLD.outcomes])
+    loss, optimum = oracle.aim(WORLD, None, "simpo", {"beta": 2.0, "gamma_beta_ratio": 0.25})
+    assert loss(LOG_D).item() == pytest.approx(oracle.simpo(LOG_D, PAIRS, n, 2.0, 0.5).item())
+    assert loss(optimum) < loss(LOG_D)
+    loss, _ = oracle.aim(WORLD, None, "orpo", {"lam": 0.25})
+    assert loss(LOG_D).item() == pytest.approx(oracle.orpo(LOG_D, PAIRS, n, 0.25).item())
+    o = {"beta": 0.4, "w_desirable": 1.2, "w_undesirable": 1.0}
+    loss, limit = oracle.aim(WORLD, LOG_D, "kto", o)
+    assert oracle.tv(limit, oracle.kto_limit(LOG_D, LABELS, 0.4, 1.2, 1.0)[0]).max() < 1e-9 and loss(limit) < loss(LOG_D)
+    assert oracle.aim(WORLD, LOG_D, "kto", o | {"beta": 1.0}) is None and oracle.aim(WORLD, None, "kto", o) is None
+
+
 def test_weights_that_reject_everything_have_no_limit():
     with pytest.raises(oracle.NoOptimum, match="to keep"):
         oracle.kto_limit(LOG_D, LABELS, 0.5, w_undesirable=13.0)
