@@ -242,8 +242,7 @@ class Enumeration:
         if max_new_tokens not in (0, task.max_new_tokens):
             raise common.UserError(f"--max-new-tokens {max_new_tokens}: a response of {task.name} has {task.max_new_tokens}; leave it out")
         self.run, self.task, self.implicit, self.aim, self.max_new_tokens = run, task, implicit, aim, task.max_new_tokens
-        rows = [(prompt, outcome) for prompt in task.contexts for outcome in task.outcomes]
-        self.batch = data.pad(data.encode(rows, tokenizer, block_size)[0], run.device)
+        self.batch = data.pad(data.encode(task.rows, tokenizer, block_size)[0], run.device)
         self.r, self.found = torch.from_numpy(task.r), None
         self.length = self.batch.mask.sum(1).view(self.r.shape).cpu()
         self.ends = torch.tensor([float(len(outcome) < task.max_new_tokens) for outcome in task.outcomes])

@@ -175,16 +175,18 @@ class ScalarGPT(nn.Module):
 
     def values(self, ids):
         """ids (B, T) -> (B, T), float32 or float64: one number per position, seeing that token and all before it."""
-        v = self.head(self.trunk.hidden(ids)).squeeze(-1)
-        return v if v.dtype == torch.float64 else v.float()
+        return self._read(self.trunk.hidden(ids))
 
     def score(self, ids, mask):
-        """ids, mask (B, T) as for `logprobs` -> (B,): the value at each row's last response token, the end token where it has one.
-        The head is never below float32: bfloat16 would round scores near 2 to multiples of 0.016."""
+        """ids, mask (B, T) as for `logprobs` -> (B,): the value at each row's last response token, the end token where it has one."""
         last = mask.size(1) - 1 - mask.int().flip(1).argmax(1)
-        h = self.trunk.hidden(ids)[torch.arange(len(ids), device=ids.device), last]
+        return self._read(self.trunk.hidden(ids)[torch.arange(len(ids), device=ids.device), last])
+
+    def _read(self, h):
+        """h (…, C) -> (…). The head is never below float32: bfloat16 would round scores near 2 to multiples of 0.016."""
+        dtype = torch.promote_types(h.dtype, torch.float32)
         with torch.autocast(h.device.type, enabled=False):
-            return F.linear(h.to(self.head.bias.dtype), self.head.weight, self.head.bias).squeeze(-1)
+            return F.linear(h.to(dtype), self.head.weight.to(dtype), self.head.bias.to(dtype)).squeeze(-1)
 
     forward = values
 

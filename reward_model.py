@@ -65,28 +65,28 @@ class HeldOut:
         self.note = note and f"held out: {note}"
         self.gold = not common.is_file(task.name) and not note  # a cut answer was never judged
         if common.is_exact(task.name):
-            world = [(prompt, outcome) for prompt in task.contexts for outcome in task.outcomes]
-            self.world, _ = data.encode(world, tokenizer, block_size)
+            self.world, _ = data.encode(task.rows, tokenizer, block_size)
 
     def measure(self, model, n=None):
         """-> the figures of the first n pairs; gold figures where the task knows its reward."""
         pairs = self.pairs[:n]
         reward = scores(model, data.sides(pairs), self.run)
         delta, p = torch.sub(*reward.chunk(2)), torch.tensor([pair[4] for pair in pairs], dtype=reward.dtype)
-        figures = {"accuracy": torch.where(delta > 0, p, torch.where(delta < 0, 1 - p, 0.0)).mean().item(), **spread(delta, reward)}
+        figures = {"accuracy": torch.where(delta > 0, p, torch.where(delta < 0, 1 - p, 0.0)).mean(), "margin": delta.mean(),
+                   "mean_reward": reward.mean(), "min_reward": reward.min(), "max_reward": reward.max()}  # fmt: skip
         if self.gold:
             agree = [self.task.preferred(*text[:3], {}) for text in self.texts[:n]]
             figures["accuracy_bound"] = statistics.fmean(max(p, 1 - p) for p in agree)
             figures["accuracy_bound_se"] = sum(p * (1 - p) for p in agree) ** 0.5 / len(agree)
-            gold = torch.tensor([self.task.reward(x, y) for x, y in data.sides(self.texts[:n])], dtype=reward.dtype)
-            figures["correlation"] = torch.corrcoef(torch.stack([reward, gold]))[0, 1].item()
         if common.is_exact(self.task.name):
-            figures.pop("correlation", None)  # pairs of one prompt say nothing of two prompts' difference
             error = scores(model, self.world, self.run).double().view(self.task.r.shape) - torch.from_numpy(self.task.r)
             d = torch.from_numpy(self.task.d)
             error = error - (d * error).sum(1, keepdim=True)  # up to a constant a prompt
-            figures["rms"] = (d * error**2).sum(1).mean().sqrt().item()
-        return figures | {"pairs": len(pairs)}
+            figures["rms"] = (d * error**2).sum(1).mean().sqrt()
+        elif self.gold:  # of one prompt's pairs alone, as on exact, a correlation over all prompts would say nothing
+            gold = torch.tensor([self.task.reward(x, y) for x, y in data.sides(self.texts[:n])], dtype=reward.dtype)
+            figures["correlation"] = torch.corrcoef(torch.stack([reward, gold]))[0, 1]
+        return {k: float(x) for k, x in figures.items()} | {"pairs": len(pairs)}
 
     def report(self, title, f, model):
         bound = f" (the labels' noise allows {f['accuracy_bound']:.3f} ± {f['accuracy_bound_se']:.3f})" if "accuracy_bound" in f else ""
@@ -105,11 +105,6 @@ class HeldOut:
             for name, y, score in zip(("chosen", "rejected"), answers, scores(model, [(prompt, y) for y in answers], self.run).tolist()):
                 print(f"  {name:>8} {score:6.2f} | " + printable(self.tokenizer.decode(y)).replace("\n", "\n" + " " * 18 + "| "))
         print(flush=True)
-
-
-def spread(delta, reward):
-    return {"margin": delta.mean().item(), "mean_reward": reward.mean().item(), "min_reward": reward.min().item(),
-            "max_reward": reward.max().item()}  # fmt: skip
 
 
 @torch.no_grad()

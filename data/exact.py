@@ -44,6 +44,11 @@ class Exact(Toy):
         both = [(x, {}) for x in self.contexts]
         return {"train": both, "test": both}
 
+    @property
+    def rows(self):
+        """(prompt, outcome) of every cell of a (4, 40) table, in its order"""
+        return list(product(self.contexts, self.outcomes))
+
     @cached_property
     def beats(self):
         """(4, 40, 40): P(y beats y') = σ(r(x, y) - r(x, y'))"""
