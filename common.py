@@ -41,13 +41,14 @@ Whole = Annotated[int, lambda x: x >= 0, "a whole number >= 0"]
 Positive = Annotated[float, lambda x: x > 0, "a number > 0"]
 NonNegative = Annotated[float, lambda x: x >= 0, "a number >= 0"]
 Seed = Annotated[int, lambda x: 0 <= x < 2**62, "a whole number >= 0 and below 2^62"]
+Share = Annotated[float, lambda x: 0 <= x <= 1, "a number in [0, 1]"]
 BelowHalf = Annotated[float, lambda x: 0 <= x < 0.5, "a number in [0, 0.5)"]
 
 
 @dataclass
 class Options:
-    """The options of every script; a script adds its own, and may give another default to one of these; `on_exact` holds those
-    of its defaults that are others on --task exact, a world of 40 outcomes with a model of its own."""
+    """The options of every script; a script adds its own, and may give another default to one of these; `on_exact` and
+    `on_arithmetic` hold those of its defaults that are others on that task."""
 
     task: str = "reviews"  # reviews, arithmetic:N (digits), exact (40 outcomes), or the path of a .jsonl or .jsonl.gz file
     init: str = ""  # checkpoint to start from (default: out/<task>/sft.pt, made first where it is missing; a file needs one)
@@ -83,7 +84,7 @@ def parse(cls, argv=None):
     Types come from the annotations, defaults from the fields (on --task exact from `cls.on_exact` first), the help from the
     trailing comments, and the description from the docstring of the module.
     """
-    on_exact = getattr(cls, "on_exact", {})
+    on_task = {kind: getattr(cls, f"on_{kind}", {}) for kind in ("exact", "arithmetic")}
     module = sys.modules[cls.__module__]
     script = os.path.basename(module.__file__)
     positional = "".join(f" {f.name.upper()}" for f in fields(cls) if f.default is MISSING)
@@ -95,7 +96,7 @@ def parse(cls, argv=None):
     for f in fields(cls):
         silent = "default" in comments[f.name] or f.type is bool or f.default in ("", MISSING)
         note = comments[f.name] + ("" if silent else " (default: %(default)s)")
-        note += f" (exact: {on_exact[f.name]})" if f.name in on_exact else ""
+        note += "".join(f" ({kind}: {own[f.name]})" for kind, own in on_task.items() if f.name in own)
         how = {"help": note, "default": argparse.SUPPRESS}
         if f.type is bool:
             how |= {"action": argparse.BooleanOptionalAction}
@@ -111,8 +112,9 @@ def parse(cls, argv=None):
         else:
             parser.add_argument("--" + f.name.replace("_", "-"), **how)
     given = vars(parser.parse_args(argv))
-    exact = is_exact(given.get("task", ""))
-    o = cls(**((on_exact if exact else {}) | given))
+    task = given.get("task", "")
+    kind = "" if is_file(task) else task.partition(":")[0]
+    o = cls(**(on_task.get(kind, {}) | given))
     o.given = set(given)
     return o
 
@@ -187,11 +189,11 @@ def is_file(task):
     return task.endswith((".jsonl", ".jsonl.gz")) or "/" in task or os.path.isfile(task)
 
 
-def stage(script, o):
+def stage(script, o, option="--init"):
     """-> the default checkpoint of an earlier stage of the same task; its script is run first where there is none."""
     path = checkpoint_path(o.task, script.removesuffix(".py"))
     if is_file(o.task):
-        raise UserError(f"--init is needed with a file as the task: give a checkpoint, such as python {script} --task FILE makes")
+        raise UserError(f"{option} is needed with a file as the task: give a checkpoint, such as python {script} --task FILE makes")
     if not os.path.exists(path):
         print(f"{path} does not exist yet: running {script} first (about half a minute on a laptop)", flush=True)
         args = [sys.executable, Path(__file__).with_name(script), "--task", o.task, "--device", o.device, "--dtype", o.dtype]
@@ -326,10 +328,17 @@ class Run(Compute):
         self.record_path, self.state_path = f"{stem}.jsonl", f"{stem}.state"
         if {"steps", "epochs"} <= o.given:
             raise UserError("--steps and --epochs both say how long to train; give one of them")
-        o.micro_batch = o.micro_batch or o.batch_size
-        if o.batch_size % o.micro_batch:
-            raise UserError(f"--micro-batch {o.micro_batch} does not divide --batch-size {o.batch_size}")
-        if o.epochs and not is_file(o.task) and not getattr(o, "pairs", 0):
+        whole, sampled = o.batch_size, hasattr(o, "group")  # of one optimizer step
+        words = f"--batch-size {o.batch_size}"
+        if sampled:
+            whole, words = whole * o.group, words + f" × --group {o.group}"
+            if whole % o.minibatches:
+                raise UserError(f"--minibatches {o.minibatches} does not divide {words} = {whole} responses")
+            whole, words = whole // o.minibatches, words + f" / --minibatches {o.minibatches} = {whole // o.minibatches} responses"
+        o.micro_batch = o.micro_batch or whole
+        if whole % o.micro_batch:
+            raise UserError(f"--micro-batch {o.micro_batch} does not divide {words}")
+        if o.epochs and not (is_file(o.task) or sampled or getattr(o, "pairs", 0)):
             raise UserError(f"--epochs counts passes over a fixed set, but {o.task} makes fresh rows every step; give --steps")
         if is_exact(o.task) and o.max_new_tokens:
             raise UserError(f"--max-new-tokens {o.max_new_tokens}: the responses of {o.task} have a length of their own; leave it out")
@@ -378,6 +387,7 @@ class Run(Compute):
         if is_exact(o.task) and "eval_every" not in o.given:
             o.eval_every = max(1, o.steps // 20)
         self.first, self.wall, self.tokens, self.times, self.lines, self.saved, self.peak = 0, time.time(), 0, [], [], False, None
+        self.parts = {}
         self.start = _digest([m for _, m, _ in held], batches.rows)
         self.options = {k: v for k, v in asdict(o).items() if k not in ("resume", "log_every", "save_every", "out", "device")}
         self.options["device"] = self.device.type
@@ -406,9 +416,12 @@ class Run(Compute):
         bar = tqdm(total=o.steps, initial=self.first, desc=self.method, disable=not sys.stderr.isatty(), dynamic_ncols=True)
         try:
             for step in range(self.first, o.steps):
-                self.started, self.sums = time.perf_counter(), {}
+                self.started, self.sums, self.spent = time.perf_counter(), {}, {}
                 yield step
                 done = step + 1
+                self.times.append(self.elapsed)
+                for name, seconds in self.spent.items():
+                    self.parts.setdefault(name, []).append(seconds)
                 if done % o.log_every == 0 or done == o.steps:
                     line = {"step": done, **{k: float(v) for k, v in self.sums.items()}}
                     self.write(line)
@@ -429,15 +442,29 @@ class Run(Compute):
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGINT, before)
 
-    shown = ("loss", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "nll_loss", "kl", "lr")  # on the progress bar
+    shown = ("loss", "reward", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "nll_loss", "kl", "entropy", "lr")
 
     def add(self, metrics):
         """Adds a micro-batch's shares of the step's metrics: tensors or numbers that are divided by the global count already."""
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + (value.detach() if torch.is_tensor(value) else value)
 
-    def update(self, step, model, optimizer):
-        """The optimizer step: learning rate, clipped gradient, AdamW. Stops at a loss or gradient that is not finite."""
+    @contextlib.contextmanager
+    def clock(self, part):
+        """Times a part of the step; the medians of the parts stand in the record as <part>_ms."""
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - start
+
+    def _wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def update(self, step, model, optimizer, share=1.0):
+        """An optimizer step: learning rate, clipped gradient, AdamW. Stops at a loss or gradient that is not finite. share: 1 / the
+        number of optimizer steps in a step of the run, whose metrics are means over them."""
         lr = lr_at(step, self.o)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -449,8 +476,16 @@ class Run(Compute):
                           f"state is kept in {self.state_path}. Start again with a smaller --lr or a longer --warmup")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad()
-        self.sums |= {"grad_norm": norm, "lr": lr}
-        self.times.append(time.perf_counter() - self.started)
+        self.add({"grad_norm": norm * share})
+        self.sums["lr"] = lr
+        self.elapsed = time.perf_counter() - self.started
+
+    def cut_short(self, step, why):
+        """Ends the training before the step number `step`; where nothing was learned yet, with an error."""
+        if step == 0:
+            raise Stopped(why)
+        self.say(f"{why}. The run ends after step {step} of {self.o.steps}, with what it has learned")
+        self.o.steps = step
 
     def evaluated(self, step, figures):
         """Records and shows an evaluation during the training."""
@@ -515,6 +550,7 @@ class Run(Compute):
         final |= {"models": self.models, "flops_per_token": flops_per_token, "wall_s": round(time.time() - self.wall, 2)}
         if self.times:
             final |= {"step_ms": 1000 * statistics.median(self.times), "tokens_per_s": self.tokens / sum(self.times)}
+            final |= {f"{part}_ms": 1000 * statistics.median(times) for part, times in self.parts.items()}
         if self.peak:
             final["peak_bytes"] = self.peak
         self.write({"final": final})
@@ -522,7 +558,9 @@ class Run(Compute):
             os.unlink(self.state_path)
         for line in ledger_lines(self.models):
             self.say(line)
-        speed = f", {final['step_ms']:.0f} ms a step, {final['tokens_per_s']:,.0f} tokens/s" if self.times else ""
+        parts = ", ".join(f"{part} {final[f'{part}_ms']:.0f}" for part in self.parts)
+        speed = f", {final['step_ms']:.0f} ms a step{f' ({parts})' if parts else ''}" if self.times else ""
+        speed += f", {final['tokens_per_s']:,.0f} tokens/s" if self.times else ""
         peak = f", peak {final['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in final else ""
         self.say(f"time: {final['wall_s']:.0f} s{speed}{peak}\ncheckpoint {self.out}, record {self.record_path}")
 

@@ -6,7 +6,8 @@
 One response is sampled to each test prompt (temperature 1, nothing cut off, a fixed seed), and one from the reference
 π_ref, the checkpoint that the method started from:
 
-    reward       mean gold reward of the responses, where the task has one; ref_reward: the reference's
+    reward       mean gold reward of the responses, where the task has one, or of a user's function; ref_reward: the reference's
+    score        mean score of the reward model that the method was trained with; ref_score: the reference's
     win_rate     share of prompts where the response has the higher reward of the two, ties half
     kl           KL(π‖π_ref) a response, in nats: mean of Σ_t log π/π_ref over the policy's samples; kl_se, its standard error
     length       tokens a response, its end token counted (ref_length: the reference's); ended: the share that has one
@@ -37,7 +38,7 @@ import common
 import data
 from common import Count, Whole
 from data import oracle
-from gpt import GPT, CheckpointError, GPTConfig, load, sample
+from gpt import GPT, CheckpointError, GPTConfig, ScalarGPT, load, sample
 
 ROWS = 128  # sequences a forward pass
 PROMPTS = 512
@@ -119,24 +120,85 @@ def context(o, model):
     return o.block_size or model.config.block_size
 
 
-def choose_yardstick(run, task, *args, aim=("", {}), **more):
+class Reward:
+    """What responses earn. how: "task", the task's own reward; "rm", the score of the reward model at the path `reward_model`; or a
+    user's function, "FILE.py:function" (data/rewards.py)."""
+
+    def __init__(self, run, task, tokenizer, how="task", reward_model=""):
+        self.run, self.task, self.tokenizer, self.how, self.model = run, task, tokenizer, how, None
+        self.bound = task.bound if how in ("task", "rm") else None
+        if how == "rm":
+            self.model = run.frozen(run.prepare(open_reward_model(reward_model, tokenizer)))
+        elif how != "task":
+            self.earn = data.user_reward(how, task.prompts(1, 0)[0][1])
+        elif task.has_reward:
+            self.earn = task.reward
+        else:
+            raise common.UserError(f'--reward task: not every row of {task.name} has an "answer" to check against; give --reward rm, or a '
+                                   "function of your own, --reward FILE.py:function")  # fmt: skip
+
+    def __call__(self, rows, s):
+        """rows: P of (ids, prompt, columns). s: the Samples of as many responses to each, in order. -> (B,) rewards"""
+        if self.model:
+            with torch.no_grad(), self.run.autocast():
+                return self.model.score(s.ids, s.mask)
+        return torch.tensor([self.earn(*one, **columns) for one, columns in self._each(rows, s)], device=s.ids.device)
+
+    def correct(self, rows, s):
+        """-> (B,) bool: what the task calls correct; under another reward, what earns more than 0"""
+        if self.how != "task":
+            return self(rows, s) > 0
+        return torch.tensor([self.task.correct(*one, **columns) for one, columns in self._each(rows, s)], device=s.ids.device)
+
+    def _each(self, rows, s):
+        """((prompt, completion, ended), columns) of each response"""
+        texts = [self.tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(s.ids.cpu(), s.mask.cpu())]
+        rows = [row for row in rows for _ in range(len(texts) // len(rows))]
+        return [((prompt, text, end), columns) for (_, prompt, columns), text, end in zip(rows, texts, s.finished.tolist())]
+
+    def probe(self, policy, rows, max_new_tokens):
+        """Judges one response to each row: a function that does not work stops the run before anything is written."""
+        with self.run.autocast():
+            s = sample(policy, [ids for ids, *_ in rows], max_new_tokens, self.tokenizer.end_id, generator=torch.Generator().manual_seed(0))
+        self(rows, s)
+
+
+def open_reward_model(path, tokenizer):
+    """-> a ScalarGPT. Raises where it is none, or has another vocabulary than the policy."""
+    model, meta = load(path)
+    if not isinstance(model, ScalarGPT):
+        raise CheckpointError(f"{path} is a language model; give a reward model, such as reward_model.py writes")
+    if meta["tokenizer"] != tokenizer.meta:
+        raise CheckpointError(f"{path} has another vocabulary than the policy; give a reward model that started from the same checkpoint")
+    return model
+
+
+def choose_yardstick(run, task, *args, aim=("", {}), reward=None, **more):
     """-> what measures a policy on the task: `Enumeration` where its outcomes can be listed, else `Yardstick`. aim: the method
-    and its options, which say what its loss aims at."""
-    return Enumeration(run, task, *args, aim=aim, **more) if common.is_exact(task.name) else Yardstick(run, task, *args, **more)
+    and its options, which say what its loss aims at. reward: the Reward that it was trained with."""
+    if common.is_exact(task.name):
+        return Enumeration(run, task, *args, aim=aim, **more)
+    return Yardstick(run, task, *args, reward=reward, **more)
 
 
 class Yardstick:
-    """Held-out prompts, encoded before the training so that what does not fit is told then. `implicit` says what the method
-    takes for a reward: "sum" or "mean" (of log π/π_ref over the response), "logp mean" (of log π), or "nll" where it has none."""
+    """Held-out prompts, encoded before the training so that what does not fit is told then. `implicit` says what the method takes for a
+    reward: "sum" or "mean" (of log π/π_ref over the response), "logp mean" (of log π), "none", or "nll": held-out answers are scored."""
 
-    def __init__(self, run, task, tokenizer, block_size, max_new_tokens=0, truncate=False, implicit="nll", seed=0):
+    def __init__(self, run, task, tokenizer, block_size, max_new_tokens=0, truncate=False, implicit="nll", seed=0, reward=None):
         self.run, self.task, self.tokenizer, self.implicit, self.seed = run, task, tokenizer, implicit, seed
         self.max_new_tokens = max_new_tokens or min(task.max_new_tokens, block_size // 2)
+        how, self.rewards = reward.how if reward else "task", {}
+        if how in ("task", "rm") and task.has_reward:
+            self.rewards["reward"] = Reward(run, task, tokenizer)
+        if how != "task":
+            self.rewards["score" if how == "rm" else "reward"] = reward
         self.prompts = task.prompts(PROMPTS, seed, split="test")
         limit = block_size - self.max_new_tokens
-        self.ids, note = data.encode_prompts([prompt for prompt, _ in self.prompts], tokenizer, limit, truncate)
+        ids, note = data.encode_prompts([prompt for prompt, _ in self.prompts], tokenizer, limit, truncate)
+        self.prompts = [(x, *prompt) for x, prompt in zip(ids, self.prompts)]
         self.rows, self.notes = [], [note]
-        if not task.has_reward:
+        if not task.has_reward and implicit != "none":
             draw = task.demonstrations if implicit == "nll" else task.feedback if task.unpaired else task.preferences
             self.rows, note = data.encode(draw(PROMPTS, seed, split="test"), tokenizer, block_size, truncate)
             self.notes.append(note and f"held out: {note}")
@@ -148,17 +210,18 @@ class Yardstick:
     def measure(self, policy, ref=None, n=PROMPTS):
         """-> (figures, samples): the figures of this file's docstring, and (prompt, reference's response, policy's) of two prompts."""
         figures = {}
-        texts, ended, tokens = self._respond(policy, n, self.seed, score := Scores(policy, ref))
+        texts, ended, tokens, earned = self._respond(policy, n, self.seed, score := Scores(policy, ref))
         if ref is not None:
-            ref_texts, ref_ended, ref_tokens = self._respond(ref, n, self.seed + 1_000_003)
+            ref_texts, _, ref_tokens, ref_earned = self._respond(ref, n, self.seed + 1_000_003)
             figures["ref_length"] = ref_tokens / len(ref_texts)
-        if self.task.has_reward:
-            reward = self._rewards(texts, ended)
-            figures["reward"] = statistics.fmean(reward)
+        for name in self.rewards:
+            figures[name] = statistics.fmean(earned[name])
             if ref is not None:
-                ref_reward = self._rewards(ref_texts, ref_ended)
-                figures["ref_reward"] = statistics.fmean(ref_reward)
-                figures["win_rate"] = statistics.fmean((a > b) + 0.5 * (a == b) for a, b in zip(reward, ref_reward))
+                figures[f"ref_{name}"] = statistics.fmean(ref_earned[name])
+        if "reward" in figures and ref is not None:
+            figures["win_rate"] = statistics.fmean((a > b) + 0.5 * (a == b) for a, b in zip(earned["reward"], ref_earned["reward"]))
+        if self.task.has_reward:
+            pass
         elif self.implicit == "nll":
             figures["nll"] = self._nll(policy)
         elif self.rows and (ref is not None or self.implicit == "logp mean"):
@@ -170,24 +233,24 @@ class Yardstick:
                 figures["kl_se"] = (kl.std() / len(kl) ** 0.5).item()
         figures |= {"length": tokens / len(texts), "ended": statistics.fmean(ended), "entropy": score.entropy / tokens}
         figures["prompts"] = len(texts)
-        shown = [(self.prompts[i][0], ref_texts[i] if ref is not None else None, texts[i]) for i in range(min(2, len(texts)))]
+        shown = [(self.prompts[i][1], ref_texts[i] if ref is not None else None, texts[i]) for i in range(min(2, len(texts)))]
         return figures, shown
 
     def _respond(self, model, n, seed, score=None):
-        """-> (texts, ended, tokens in all) of one response to each of the first n prompts."""
-        generator, texts, ended, tokens = torch.Generator().manual_seed(seed), [], [], 0
-        for i in range(0, min(n, len(self.ids)), ROWS):
+        """-> (texts, ended, tokens in all, rewards by name) of one response to each of the first n prompts."""
+        generator, texts, ended, tokens, earned = torch.Generator().manual_seed(seed), [], [], 0, {name: [] for name in self.rewards}
+        for i in range(0, min(n, len(self.prompts)), ROWS):
+            rows = self.prompts[i : min(i + ROWS, n)]
             with self.run.autocast():
-                s = sample(model, self.ids[i : min(i + ROWS, n)], self.max_new_tokens, self.tokenizer.end_id, generator=generator)
+                s = sample(model, [ids for ids, *_ in rows], self.max_new_tokens, self.tokenizer.end_id, generator=generator)
                 if score:
                     score.add(s)
             texts += [self.tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(s.ids.cpu(), s.mask.cpu())]
+            for name, reward in self.rewards.items():
+                earned[name] += reward(rows, s).tolist()
             ended += s.finished.tolist()
             tokens += s.mask.sum().item()
-        return texts, ended, tokens
-
-    def _rewards(self, texts, ended):
-        return [self.task.reward(prompt, text, end, **columns) for (prompt, columns), text, end in zip(self.prompts, texts, ended)]
+        return texts, ended, tokens, earned
 
     def _logps(self, model, rows):
         """Summed response log-probs of (prompt, response) rows, and their lengths."""
@@ -275,7 +338,8 @@ class Enumeration:
             loss, optimum = self.found[0]
             own = {"KL(·‖own optimum)": oracle.kl(log_p, optimum), "TV(·, own optimum)": oracle.tv(log_p, optimum)}
             own = {name: x for name, x in own.items() if x.isfinite().all()}  # KTO's optimum leaves outcomes without mass
-            figures["loss_gap"] = loss(log_p) - loss(optimum)
+            if loss:
+                figures["loss_gap"] = loss(log_p) - loss(optimum)
         if log_ref is not None:
             beta, log_star = self.task.world_beta, oracle.star(log_ref, self.r, self.task.world_beta)
             reward, kl_ref = lambda q: (q.exp() * self.r).sum(1), lambda q: oracle.kl(q, log_ref)
@@ -291,7 +355,7 @@ class Enumeration:
         lines += [""] * bool(own) + [f"{name:<26}{x.mean():>10.4f}" for name, x in own.items()]
         if "loss_gap" in figures:
             lines.append(f"{'loss above its least value':<26}{figures['loss_gap']:>10.2g}")
-        elif self.implicit != "nll":
+        elif self.implicit != "nll" and not own:
             lines.append("no optimum of this loss is known for these options (data/oracle.py)")
         keys = {"KL(·‖own optimum)": "kl_optimum", "TV(·, own optimum)": "tv_optimum"}
         figures |= {keys[name]: x.mean() for name, x in own.items()}
@@ -326,9 +390,10 @@ def printable(text):
 
 def report(title, figures, samples, bound=None):
     """Prints the figures, and the samples beside the reference's: people would rather look."""
-    f = figures
+    f, name = figures, "pass@1" if bound == 1 else f"gold reward (of {bound:g})" if bound else "reward"
     rows = [
-        ("gold reward" + (f" (of {bound:g})" if bound else ""), f.get("ref_reward"), f.get("reward"), ""),
+        (name, f.get("ref_reward"), f.get("reward"), ""),
+        ("score of the reward model", f.get("ref_score"), f.get("score"), ""),
         ("win rate against the reference", None, f.get("win_rate"), ""),
         ("held-out preference accuracy", None, f.get("accuracy"), ""),
         ("held-out loss, nats a token", None, f.get("nll"), ""),
@@ -405,12 +470,17 @@ def main(argv=None):
         print(f"π_ref is {o.reference}: π* and the loss's optimum are those of this reference")
     same_world(o.checkpoint, tokenizer, meta, task)
     task.template = meta["template"]
-    aim = (meta["method"], trained)
-    yardstick = choose_yardstick(run, task, tokenizer, block, n, truncate, meta["implicit"], o.seed, aim=aim)
+    aim, reward = (meta["method"], trained), None
+    if not o.task and trained.get("reward", "task") != "task":
+        try:
+            reward = Reward(run, task, tokenizer, trained["reward"], trained["reward_model"])
+        except (CheckpointError, data.DataError) as e:
+            print(f"what it was trained with is left out: {e}")
+    yardstick = choose_yardstick(run, task, tokenizer, block, n, truncate, meta["implicit"], o.seed, aim=aim, reward=reward)
     for note in filter(None, yardstick.notes):
         print(note)
     figures, samples = yardstick.measure(policy, ref, o.prompts)
-    report(f"{meta['method']} on {task.name}", figures, samples, task.bound)
+    report(f"{meta['method']} on {task.name}", figures, samples, reward.bound if reward else task.bound)
 
 
 if __name__ == "__main__":

@@ -249,6 +249,23 @@ class Samples(NamedTuple):
     logp: torch.Tensor  # (B·group, T-1) float32, the log-prob each token was drawn with, 0 off the mask
     finished: torch.Tensor  # (B·group,) bool, the end token was drawn
 
+    @property
+    def stop(self):
+        """(B·group,) int64: tokens of prompt and response"""
+        return self.mask.size(1) - self.mask.int().flip(1).argmax(1)
+
+    def take(self, rows):
+        """-> the samples of these rows, in this order, without the columns that are padding in all of them"""
+        T = int(self.stop[rows].max())
+        return Samples(self.ids[rows, :T], self.mask[rows, :T], self.logp[rows, : T - 1], self.finished[rows])
+
+    @staticmethod
+    def cat(parts):
+        """-> the rows of all parts, padded to the longest"""
+        T = max(s.ids.size(1) for s in parts)
+        padded = [[F.pad(x, (0, T - s.ids.size(1))) for x in s[:3]] + [s.finished] for s in parts]
+        return Samples(*(torch.cat(x) for x in zip(*padded)))
+
 
 @torch.no_grad()
 def sample(model, prompts, max_new_tokens, end_id, temperature=1.0, generator=None, group=1):

@@ -1,5 +1,11 @@
-"""arithmetic:N: sums of two N-digit numbers, checked by exact match. Prompt "47+85=", completion "132", reward 1 or 0."""
+"""arithmetic:N: sums of two N-digit numbers, checked by exact match. Prompt "47+85=", completion "132", reward 1 or 0.
+
+Of the demonstrations 40 % have one digit wrong, as people's answers may: who imitates them samples about 60 % right answers at
+best, and what is left to gain is to be had from the verifier.
+"""
 from data.toy import Toy
+
+WRONG = 0.4
 
 
 class Arithmetic(Toy):
@@ -18,14 +24,15 @@ class Arithmetic(Toy):
         return [(f"{a}+{b}=", {"answer": str(a + b)}) for a, b in pairs]
 
     def respond(self, rng, prompt, columns):
-        return columns["answer"]
+        return self._miss(rng, columns["answer"]) if rng.random() < WRONG else columns["answer"]
 
     def compare(self, rng, prompt, columns):
         """The sum, and the sum with one digit wrong; either may come first."""
-        right = columns["answer"]
+        return rng.sample((columns["answer"], self._miss(rng, columns["answer"])), 2)
+
+    def _miss(self, rng, right):
         i = rng.randrange(len(right))
-        wrong = right[:i] + rng.choice([d for d in "0123456789" if d != right[i]]) + right[i + 1 :]
-        return rng.sample((right, wrong), 2)
+        return right[:i] + rng.choice([d for d in "0123456789" if d != right[i]]) + right[i + 1 :]
 
     def reward(self, prompt, completion, ended=True, answer=None):
         return float(self.correct(prompt, completion, ended, answer))

@@ -1,4 +1,4 @@
-"""From text to tensors: encode, choose a step's rows, pad."""
+"""From text to tensors: encode, choose a step's rows or prompts, pad."""
 import random
 from functools import cache
 from typing import NamedTuple
@@ -37,16 +37,16 @@ def encode(rows, tokenizer, block_size, truncate=False):
     return out, note + (f", {equal} of them dropped because their answers became equal" if equal else "")
 
 
-def encode_prompts(prompts, tokenizer, limit, truncate=False):
+def encode_prompts(prompts, tokenizer, limit, truncate=False, what="test prompts"):
     """Texts -> (lists of at most `limit` token ids, a note): a longer prompt raises DataError, or is cut from its left."""
     out = [tokenizer.encode(prompt) for prompt in prompts]
     long = [len(x) for x in out if len(x) > limit]
     if limit < 1:
         raise DataError("--max-new-tokens leaves no room for a prompt; it must be smaller than the context")
     if long and not truncate:
-        raise DataError(f"{len(long)} of {len(out)} test prompts are longer than the {limit} tokens that --max-new-tokens leaves "
+        raise DataError(f"{len(long)} of {len(out)} {what} are longer than the {limit} tokens that --max-new-tokens leaves "
                         f"of the context (the longest has {max(long)}): lower it, or --truncate")  # fmt: skip
-    note = f"{len(long)} of {len(out)} test prompts are cut to {limit} tokens, which leaves room for the response" if long else ""
+    note = f"{len(long)} of {len(out)} {what} are cut to {limit} tokens, which leaves room for the response" if long else ""
     return [x[-limit:] for x in out], note
 
 
@@ -67,8 +67,11 @@ class Batches:
             self.note = note and f"of a probe, {note}"
         else:
             self.rows, self.note = encode(draw(count, seed), *self.fit)
-            self.batch_size = min(batch_size, len(self.rows))
-            self.per_epoch = len(self.rows) // self.batch_size + (len(self.rows) % self.batch_size > 1)
+            self._cut(batch_size)
+
+    def _cut(self, batch_size):
+        self.batch_size = min(batch_size, len(self.rows))
+        self.per_epoch = len(self.rows) // self.batch_size + (len(self.rows) % self.batch_size > 1)
 
     def __getitem__(self, step):
         if self.rows is None:
@@ -80,6 +83,36 @@ class Batches:
             self.order = (epoch, order)
         stop = len(self.rows) if i == self.per_epoch - 1 else (i + 1) * self.batch_size
         return [self.rows[j] for j in self.order[1][i * self.batch_size : stop]]
+
+
+class Prompts(Batches):
+    """next(prompts) -> the next batch of rows (ids, prompt, columns), shuffled anew each pass over the task's training prompts; and the
+    generator that draws responses and minibatches. How far both have come is part of a run's saved state."""
+
+    def __init__(self, task, batch_size, seed, tokenizer, limit, truncate=False):
+        texts = task.prompts(None, seed)
+        ids, self.note = encode_prompts([prompt for prompt, _ in texts], tokenizer, limit, truncate, "training prompts")
+        self.rows = [(x, *text) for x, text in zip(ids, texts)]
+        self.seed, self.order, self.cursor, self.sampled = seed, (None, None), 0, 0  # sampled: tokens of all responses so far
+        self.generator = torch.Generator().manual_seed(seed)
+        self._cut(batch_size)
+
+    def __next__(self):
+        self.cursor += 1
+        return self[self.cursor - 1]
+
+    def minibatches(self, n, updates, parts):
+        """-> the places of n responses in `parts` shuffled parts, once for each of the updates; as they stand where there is one."""
+        if updates == parts == 1:
+            return [torch.arange(n)]
+        return [part for _ in range(updates) for part in torch.randperm(n, generator=self.generator).tensor_split(parts)]
+
+    def state_dict(self):
+        return {"cursor": self.cursor, "sampled": self.sampled, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        self.cursor, self.sampled = state["cursor"], state["sampled"]
+        self.generator.set_state(state["generator"].cpu())
 
 
 def sides(pairs):

@@ -1,4 +1,5 @@
-"""What each preference loss aims at on `exact`: the minimiser of its population objective over all distributions of the outcomes.
+"""What each method aims at on `exact`: the minimiser of its population objective over all distributions of the outcomes, or for GRPO's
+token by token KL penalties, which are no objective's gradient, the policy at which the mean gradient vanishes.
 
 No model and no sampling: the policy is a table of log-probs (4 prompts, 40 outcomes) in float64, the population the task's own
 tables: `pairs` (x, w, l) and `labels` (x, y, [undesirable, desirable]), each summing to 1. The minimiser is found by descent on the
@@ -11,6 +12,10 @@ their formulas, not taken from the method scripts, so that the two check one ano
     simpo    E[- log σ(β(s_w - s_l) - γ)],         s = log π / n
     orpo     E[- s_w - λ log σ(o_w - o_l)],        o = s - log(1 - e^s)
     kto      E over (x, y, label) of λ_D (1 - σ(β(u - ẑ))) or λ_U (1 - σ(β(ẑ - u)))
+    grpo     at every prefix s, from the last token back, with Q(s, a) = E_π[r | s, a], for advantages that are not divided by std:
+             plain k3   π(a|s) = β π_ref(a|s) / (c - Q(s, a)), c from Σ_a π = 1: k3's gradient is that of KL(π_ref‖π)
+             ρ k3       π(a|s) ∝ π_ref(a|s) exp(Q(s, a)/β): the KL of this token, without that of the later ones
+             KL in the reward (RLOO)  π*, the maximiser of J = E[r] - β KL(π‖π_ref)
 """
 from contextlib import suppress
 from functools import partial
@@ -114,15 +119,51 @@ def kto_limit(log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0):
     return limit, loss(limit)
 
 
+def by_prefix(log_ref, r, outcomes, solve):
+    """-> log-probs (x, y) of the policy that at each prefix s is solve(log π_ref(·|s), Q(s, ·)), both (x, symbols and end), from the last
+    token back: Q(s, a) = E[r | s, a] under that policy itself."""
+    place, longest = {y: i for i, y in enumerate(outcomes)}, max(map(len, outcomes))
+    symbols = sorted({y[-1] for y in outcomes if y})
+    log_mass = {s: log_ref[:, [i for y, i in place.items() if y.startswith(s)]].logsumexp(1) for s in outcomes}
+
+    def below(s):
+        """-> (log π(rest of y | s) of every outcome y that starts with s, E[r | s])"""
+        end = {s: torch.zeros_like(r[:, 0])}, r[:, place[s]]
+        if len(s) == longest:
+            return end
+        branches = [*(below(s + a) for a in symbols), end]
+        q = torch.stack([value for _, value in branches], 1)
+        ref = torch.stack([*(log_mass[s + a] for a in symbols), log_ref[:, place[s]]], 1) - log_mass[s][:, None]
+        log_p = solve(ref, q)
+        tails = {y: log_p[:, a] + rest for a, (branch, _) in enumerate(branches) for y, rest in branch.items()}
+        return tails, (log_p.exp() * q).sum(1)
+
+    tails, _ = below("")
+    return torch.stack([tails[y] for y in outcomes], 1)
+
+
+def k3_point(log_ref, q, beta):
+    """log π of π = β π_ref/(c - q), by bisection on c. log_ref, q: (…, actions). Returns the same shape."""
+    low, high = (q + beta * log_ref.exp()).amax(-1, keepdim=True), q.amax(-1, keepdim=True) + beta  # Σ π ≥ 1 and Σ π ≤ 1
+    for _ in range(100):
+        c = (low + high) / 2
+        more = (beta * log_ref.exp() / (c - q)).sum(-1, keepdim=True) > 1
+        low, high = torch.where(more, c, low), torch.where(more, high, c)
+    return (log_ref - (c - q).log()).log_softmax(-1)
+
+
 def aim(task, log_ref, method, o):
-    """-> (the method's population loss as a function of log-probs (4, 40), the log-probs where it is least), with the options `o`;
-    None for a fixed set of rows, which has another optimum, for what is not written above (robust DPO, made for flipped labels; an
-    added SFT term, KTO at β ≥ 1), where the loss needs a π_ref and `log_ref` is None, and where no minimum is found."""
+    """-> (the method's population loss as a function of log-probs (4, 40), the log-probs where it is least), with the options `o`; the
+    loss is None where there is a point, but none that it is the least value of. None for a fixed set of rows, which has another
+    optimum, for what is not written above (robust DPO, made for flipped labels; an added SFT term, KTO at β ≥ 1, advantages divided
+    by std), where the loss needs a π_ref and `log_ref` is None, and where no minimum is found."""
     with suppress(NoOptimum):
         return _aim(task, log_ref, method, o)
 
 
 def _aim(task, log_ref, method, o):
+    if method == "grpo":
+        return _grpo(task, log_ref, o)
     pairs, labels = torch.from_numpy(task.pairs), torch.from_numpy(task.labels)
     n = torch.tensor([min(len(y) + 1, task.max_new_tokens) for y in task.outcomes])
     if o.get("pairs") or o.get("sft_weight") or o.get("prompt_loss") or log_ref is None and method not in ("simpo", "orpo"):
@@ -143,3 +184,16 @@ def _aim(task, log_ref, method, o):
     else:
         return None
     return loss, minimise(loss, torch.zeros(task.r.shape, dtype=torch.float64) if log_ref is None else log_ref)
+
+
+def _grpo(task, log_ref, o):
+    r, beta, G = torch.from_numpy(task.r), o["beta"], o["group"]
+    even = o["agg"] == "const" or task.max_new_tokens == 1  # each token weighs the same
+    if log_ref is None or o["kl"] == "none" or o["adv_norm"] == "std" or not even or o["reward"] != "task" or o["temperature"] != 1:
+        return None
+    if o["kl"] == "reward":
+        return lambda log_p: (beta * kl(log_p, log_ref) - (log_p.exp() * r).sum(1)).mean(), star(log_ref, r, beta)
+    if o["adv_norm"] == "none":  # r - mean is (G-1)/G of the leave-one-out advantage
+        beta = beta * G / (G - 1)
+    solve = k3_point if o["kl"] == "k3" else star
+    return None, by_prefix(log_ref, r, task.outcomes, partial(solve, beta=beta))

@@ -28,8 +28,9 @@ class Toy:
         return splits
 
     def prompts(self, n, seed, split="train"):
-        """-> n of (prompt, columns): all different while they last. The columns go to `reward` by name."""
+        """-> n of (prompt, columns), None for all: all different while they last. The columns go to `reward` by name."""
         rows, rng = self._splits[split], self._rng("prompts", seed, split)
+        n = n or len(rows)
         return [row for _ in range(-(-n // len(rows))) for row in rng.sample(rows, len(rows))][:n]
 
     def demonstrations(self, n, seed, split="train"):
@@ -60,6 +61,10 @@ class Toy:
         while a == b:
             b = self.respond(rng, prompt, columns)
         return a, b
+
+    def correct(self, prompt, completion, ended=True, **columns):
+        """Whether the response counts as right, where a method needs to know."""
+        return self.reward(prompt, completion, ended, **columns) > 0
 
     def preferred(self, prompt, a, b, columns):
         """-> the probability that a label says a rather than b"""

@@ -28,14 +28,16 @@ def test_rewards_and_win_rate_by_hand(monkeypatch):
         True: ["The plot is superb.", "The plot is dreadful.", "The jokes are never wooden.", ""],
         False: ["The jokes are never wooden.", "The plot is superb.", "The jokes are never wooden.", "The plot is superb."],
     }
-    policy, ref = model(0), model(1)
+    policy, ref, reward = model(0), model(1), data.task("reviews").reward
     yardstick = Yardstick(CPU, data.task("reviews"), TOKENIZER, 64, 4)
 
     def respond(m, n, seed, score=None):
         if score:
             score.kl.append(torch.tensor([1.0, 2.0, 3.0, 6.0]))
             score.entropy = 20.0
-        return texts[m is policy], [True, True, True, m is policy], 40 if m is policy else 80
+        ended = [True, True, True, m is policy]
+        earned = [reward(prompt, text, end) for (_, prompt, _), text, end in zip(yardstick.prompts, texts[m is policy], ended)]
+        return texts[m is policy], ended, 40 if m is policy else 80, {"reward": earned}
 
     monkeypatch.setattr(yardstick, "_respond", respond)
     figures, samples = yardstick.measure(policy, ref)
