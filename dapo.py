@@ -83,14 +83,14 @@ class Options(common.Options):
     overlong_filter: bool = False  # leave responses that did not end out of the loss (in the paper's ablation, not in its best runs)
     temperature: Positive = 1.0  # of the samples and of the log-probs that are trained, those of softmax(logits / temperature)
     updates: Count = 1  # μ: passes over a rollout
-    minibatches: Count = 4  # optimizer steps a pass, over shuffled responses
-    steps: Count = 100  # rollouts (default: %(default)s; of a file: one pass over its prompts)
+    minibatches: Count = 8  # optimizer steps a pass, over shuffled responses
+    steps: Count = 40  # rollouts (default: %(default)s; of a file: one pass over its prompts)
     epochs: Whole = 0  # passes over the training prompts, in place of --steps
     batch_size: Count = 16  # P: prompts a rollout
     micro_batch: Whole = 0  # responses a forward pass: less memory, the same gradient (0: all of an optimizer step's)
     lr: Positive = 2e-4  # AdamW learning rate at its peak; large models take 1e-6 to 3e-6
     warmup: Whole = 20  # rollouts over which the learning rate rises from 0
-    on_arithmetic = dict(steps=200, batch_size=32)
+    on_arithmetic = dict(steps=200, batch_size=32, minibatches=4)
     on_exact = dict(overlong=False, group=64, batch_size=4, steps=1500, lr=3e-4, lr_schedule="linear")
 
 
@@ -146,9 +146,13 @@ def main(argv=None):
     task.template, block_size = meta["template"], context(o, policy)
     if o.reward == "rm":
         o.reward_model = o.reward_model or common.stage("reward_model.py", o, "--reward-model")
+    elif o.reward_model:
+        raise common.UserError("--reward-model is read by --reward rm only; leave one of the two out")
     reward, aim = Reward(run, task, tokenizer, o.reward, o.reward_model), (run.method, vars(o))
     yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, "none", aim=aim, reward=reward)
     longest = yardstick.max_new_tokens
+    if o.overlong_cache > longest * o.overlong:
+        raise common.UserError(f"--overlong-cache {o.overlong_cache} goes with --overlong, and is at most a response's {longest} tokens")
     prompts = data.Prompts(task, o.batch_size, o.seed, tokenizer, block_size - longest, o.truncate)
     for note in filter(None, [*task.notes, prompts.note, *yardstick.notes]):
         run.say(note)

@@ -129,6 +129,8 @@ class Reward:
         self.bound = task.bound if how in ("task", "rm") else None
         if how == "rm":
             self.model = run.frozen(run.prepare(open_reward_model(reward_model, tokenizer)))
+        elif how != "task" and common.is_exact(task.name):
+            raise common.UserError(f"--reward {how}: {task.name} keeps its own rewards, whose optimum is known; give task or rm")
         elif how != "task":
             self.earn = data.user_reward(how, task.prompts(1, 0)[0][1])
         elif task.has_reward:

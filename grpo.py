@@ -139,6 +139,8 @@ def main(argv=None):
     task.template, block_size = meta["template"], context(o, policy)
     if o.reward == "rm":
         o.reward_model = o.reward_model or common.stage("reward_model.py", o, "--reward-model")
+    elif o.reward_model:
+        raise common.UserError("--reward-model is read by --reward rm only; leave one of the two out")
     reward, aim = Reward(run, task, tokenizer, o.reward, o.reward_model), (run.method, vars(o))
     yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, "none", aim=aim, reward=reward)
     longest = yardstick.max_new_tokens

@@ -35,9 +35,33 @@ def threads():
     torch.set_num_threads(min(2, os.cpu_count()))
 
 
+JUDGE = """
+def odd(prompt, completion, **columns):
+    return 1.0 if len(completion) % 2 else -1.0
+
+def constant(prompt, completion):
+    return 0.1
+"""
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with out/reviews/sft.pt, three steps of a tiny model."""
     folder = tmp_path_factory.mktemp("tiny")
     run("sft.py", *TINY, "--n-layer", 2, "--n-head", 2, "--n-embd", 16, cwd=folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def ends(tiny):
+    """`tiny` with ends.pt, the same model with about one end token in five, so that its responses have many lengths; and
+    judge.py, rewards that do not ask for sense."""
+    from gpt import load, save
+
+    model, meta = load(tiny / "out/reviews/sft.pt")
+    with torch.no_grad():
+        model.norm.bias += 1.0
+        model.wte.weight[-1] += 0.32
+    save(model, tiny / "ends.pt", **meta)
+    (tiny / "judge.py").write_text(JUDGE)
+    return tiny

@@ -4,8 +4,10 @@ import math
 import pytest
 import torch
 
+from dapo import dapo_loss, keep_groups, overlong_penalty
 from dpo import dpo_loss, ipo_loss, robust_dpo_loss
 from gpt import GPT, GPTConfig
+from grpo import group_advantages, grpo_loss, k3, sequence_ratio
 from kto import kto_kl, kto_loss
 from orpo import log_odds, odds_ratio_loss, orpo_loss
 from reward_model import bradley_terry_loss
@@ -16,6 +18,7 @@ LOG2 = math.log(2)
 
 
 def t(*x):
+    """A float64 tensor: t(1, 2) is (2,), t([1, 2]) is (1, 2)."""
     return torch.tensor(x, dtype=torch.float64)
 
 
@@ -248,3 +251,104 @@ def test_kto_reference_point():
     z = kto_kl(a, t(2.0, 2.0, 1.0))
     assert z.item() == 2.0 and not z.requires_grad
     assert kto_kl(t(-3.0, -1.0), t(0.0, 0.0)).item() == 0.0 and kto_kl(t(), t()).item() == 0.0
+
+
+# ---- rewards of groups
+
+
+def test_group_advantages_by_hand():
+    """(1, 0, 0, 1): mean ½, unbiased std √(4 · ¼ / 3) = 1/√3; std: ±½ / (1/√3 + 1e-4). Of the others: 1 - 1/3 and 0 - 2/3."""
+    r = t([1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 1.0])
+    a = 0.5 / (1 / math.sqrt(3) + 1e-4)
+    assert group_advantages(r)[0].tolist() == pytest.approx([a, -a, -a, a], abs=1e-12)
+    assert group_advantages(r)[1].tolist() == pytest.approx([1.5 / (1 + 1e-4), *[-0.5 / (1 + 1e-4)] * 3], abs=1e-12)  # std = 1
+    assert group_advantages(r, norm="none").tolist() == [[0.5, -0.5, -0.5, 0.5], [1.5, -0.5, -0.5, -0.5]]
+    assert group_advantages(r, norm="loo").flatten().tolist() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3, 2, -2 / 3, -2 / 3, -2 / 3])
+    assert group_advantages(r, eps=1.0)[1, 0].item() == pytest.approx(1.5 / 2)
+
+
+@pytest.mark.parametrize("norm", ["std", "none", "loo"])
+def test_group_advantages_sum_to_zero_and_equal_rewards_give_zero(norm):
+    r = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    assert group_advantages(r, norm=norm).sum(1).abs().max() < 1e-5
+    equal = group_advantages(torch.tensor([0.1, 1e6 + 0.1, -3.3])[:, None].expand(3, 7), norm=norm)
+    assert (equal == 0).all()  # to the bit: 0.1 has no exact mean
+    assert not group_advantages(r.clone().requires_grad_(), norm=norm).requires_grad
+    with pytest.raises(AssertionError):
+        group_advantages(r[:, :1])
+
+
+def test_k3_by_hand():
+    """π = ½, π_ref = ¼: π_ref/π - log(π_ref/π) - 1 = ½ + log 2 - 1; its gradient in log π is 1 - π_ref/π = ½. Never below 0."""
+    logp = t(math.log(0.5)).requires_grad_()
+    value = k3(logp, t(math.log(0.25)))
+    value.sum().backward()
+    assert value.item() == pytest.approx(math.log(2) - 0.5, abs=1e-12) and logp.grad.item() == pytest.approx(0.5, abs=1e-12)
+    x = torch.linspace(-30, 30, 601, dtype=torch.float64)
+    assert (k3(x, torch.zeros_like(x)) >= 0).all() and k3(t(0.3), t(0.3)).item() == 0.0
+    assert k3(t(-500.0), t(0.0)).item() == pytest.approx(math.exp(20) - 21)  # clamped, finite
+
+
+def token(ratio, adv, loss=grpo_loss, **options):
+    """The loss of one token at a ratio to the old policy, and its gradient in log π."""
+    logp = t([math.log(ratio)]).requires_grad_()
+    args = (logp, t([0.0]), None, t([adv])) if loss is grpo_loss else (logp, t([0.0]), t([adv]))
+    value = loss(*args, **({"beta": 0.0} if loss is grpo_loss else {}), **options)
+    value.sum().backward()
+    return value.item(), logp.grad.item()
+
+
+@pytest.mark.parametrize("ratio, adv, value, gradient", [
+    (1.0, 2.0, -2.0, -2.0), (1.0, -2.0, 2.0, 2.0),      # on-policy: the gradient is -A
+    (1.1, 1.0, -1.1, -1.1), (0.9, -1.0, 0.9, 0.9),      # inside the bounds: -ρA, and d(ρ)/d(log π) = ρ
+    (1.5, 1.0, -1.2, 0.0), (0.5, -1.0, 0.8, 0.0),       # beyond them, where it has risen or fallen enough: clipped, no gradient
+    (1.5, -1.0, 1.5, 1.5), (0.5, 1.0, -0.5, -0.5),      # beyond them on the wrong side: not clipped
+])  # fmt: skip
+def test_grpo_clips_the_ratio(ratio, adv, value, gradient):
+    assert token(ratio, adv) == pytest.approx((value, gradient), abs=1e-12)
+
+
+def test_decoupled_bounds():
+    """ρ = 1.25: with ε = 0.2 clipped at 1.2; DAPO's 1 + 0.28 leaves it; ρ = 1.3 is clipped at 1.28. Below, 0.75 is clipped at 0.8."""
+    assert token(1.25, 1.0) == pytest.approx((-1.2, 0.0))
+    assert token(1.25, 1.0, dapo_loss) == pytest.approx((-1.25, -1.25)) == token(1.25, 1.0, eps_high=0.28)
+    assert token(1.3, 1.0, dapo_loss) == pytest.approx((-1.28, 0.0)) == token(1.3, 1.0, eps_high=0.28)
+    assert token(0.75, -1.0, dapo_loss) == pytest.approx((0.8, 0.0)) and token(0.75, -1.0, dapo_loss, eps_low=0.3)[0] == 0.75
+    x, y, a = (torch.randn(5, 6, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(3))
+    torch.testing.assert_close(dapo_loss(x, y, a[:, :1], 0.2, 0.2), grpo_loss(x, y, None, a[:, :1], 0.2, 0.0))
+
+
+def test_the_two_kl_terms_of_grpo():
+    """π_ref/π = 2, ρ = 1, A = 3, β = ½: k3 = 2 - log 2 - 1. Plain: -3 + ½ k3, gradient -3 + ½ (1 - 2). ρ k3: the gradient has k3 too."""
+    for kl, more in (("k3", 0.0), ("k3-ratio", 0.5 * (1 - math.log(2)))):
+        logp = t([-1.0]).requires_grad_()
+        value = grpo_loss(logp, logp.detach(), t([-1.0 + math.log(2)]), t([3.0]), beta=0.5, kl=kl)
+        value.sum().backward()
+        assert value.item() == pytest.approx(-3 + 0.5 * (1 - math.log(2)), abs=1e-12)
+        assert logp.grad.item() == pytest.approx(-3 - 0.5 + more, abs=1e-12)
+    with pytest.raises(AssertionError):
+        grpo_loss(t([0.0]), t([0.0]), None, t(1.0), beta=0.0)
+
+
+def test_gspo_s_ratio_is_the_geometric_mean():
+    """Log-ratios 0.2, 0.4 and (masked) 9: each token has the ratio e^0.3 and the gradient e^0.3 A; the mean over tokens is counted once."""
+    logp = t([-1.0, -2.0, -3.0]).requires_grad_()
+    old, mask = t([-1.2, -2.4, -12.0]), torch.tensor([[True, True, False]])
+    used = sequence_ratio(logp, old, mask)
+    assert (logp - used).exp()[0, :2].tolist() == pytest.approx([math.exp(0.3)] * 2) and not used.requires_grad
+    losses = grpo_loss(logp, used, None, t([2.0]), 9.0, 0.0)
+    (losses * mask).sum().div(2).backward()
+    assert logp.grad[0].tolist() == pytest.approx([-math.exp(0.3)] * 2 + [0.0])
+    one = torch.tensor([[False, True, False]])  # of a response of one token it is the token's own
+    torch.testing.assert_close(sequence_ratio(logp, old, one)[one], old[one])
+
+
+def test_groups_that_are_kept():
+    correct = torch.tensor([[True, True, True], [False, False, False], [True, False, False], [False, True, True]])
+    assert keep_groups(correct).tolist() == [False, False, True, True]
+
+
+def test_overlong_penalty_at_its_corners():
+    """L_max = 100, L_c = 20: 0 up to 80, -½ at 90, -1 at 100 and beyond."""
+    length = torch.tensor([1, 80, 81, 90, 100, 120])
+    assert overlong_penalty(length, 100, 20).tolist() == pytest.approx([0, 0, -0.05, -0.5, -1, -1])

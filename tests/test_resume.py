@@ -9,10 +9,12 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, TINY, TRAIN, main, run
 
 import common
 
+SCRIPTS = ["sft", "dpo", "reward_model", "simpo", "orpo", "kto", "grpo", "dapo"]
 SHORT = ["--steps", "40", "--batch-size", "4", "--log-every", "1", "--save-every", "3", "--device", "cpu"]
 
 
@@ -28,11 +30,20 @@ def step_lines(path):
     return [line for line in record if "step" in line]
 
 
-@pytest.mark.parametrize("script", ["sft", "dpo", "reward_model", "simpo", "orpo", "kto"])
-def test_resume_gives_the_same_bits(script, tiny, monkeypatch, capsys):
-    monkeypatch.chdir(tiny)
-    tiny_run = TRAIN if script == "reward_model" else TINY
+ROLLOUTS = ["--init", "ends.pt", "--reward", "judge.py:odd", "--group", "4", "--updates", "2", "--minibatches", "2"]
+
+
+def options_of(script):
+    """What makes a run of this script small."""
     small = ["--n-layer", "1", "--n-embd", "16"] if script in ("sft", "orpo") else ["--pairs", "10"]
+    return ROLLOUTS if script in ("grpo", "dapo") else small
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_gives_the_same_bits(script, ends, monkeypatch, capsys):
+    tiny = ends
+    monkeypatch.chdir(tiny)
+    tiny_run, small = TRAIN if script == "reward_model" else TINY, options_of(script)
     assert main(script, *tiny_run, *small, "--out", "whole/x.pt") == 0
     saved = common.Run._save
 
@@ -61,6 +72,28 @@ def test_resume_gives_the_same_bits(script, tiny, monkeypatch, capsys):
     (tiny / "cut/x.state").unlink()
     assert main(script, *tiny_run, *small, "--out", "fresh/x.pt", "--resume") == 0
     assert "starts afresh" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["grpo", "dapo"])
+def test_resume_from_the_middle_of_a_rollout(script, ends, monkeypatch):
+    """Killed between two optimizer steps of the third rollout, after new responses were drawn: the same bits as without."""
+    monkeypatch.chdir(ends)
+    args, calls, update = [*TINY, *ROLLOUTS, "--save-every", 1], [], common.Run.update
+    assert main(script, *args, "--out", "whole/y.pt") == 0
+
+    def die(self, *args, **more):
+        calls.append(1)
+        if len(calls) == 2 * 4 + 3:
+            raise common.Stopped("killed")
+        update(self, *args, **more)
+
+    monkeypatch.setattr(common.Run, "update", die)
+    assert main(script, *args, "--out", "cut/y.pt") == 1
+    monkeypatch.setattr(common.Run, "update", update)
+    assert torch.load("cut/y.state", weights_only=True)["step"] == 2
+    assert main(script, *args, "--out", "cut/y.pt", "--resume") == 0
+    assert digest(ends / "cut/y.pt") == digest(ends / "whole/y.pt")
+    assert step_lines(ends / "cut/y.jsonl") == step_lines(ends / "whole/y.jsonl")
 
 
 def test_ctrl_c_saves_and_tells_how_to_go_on(tiny):
@@ -93,11 +126,13 @@ def test_a_stage_ends_with_its_parent(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["sft", "dpo", "reward_model", "simpo", "orpo", "kto"])
-def test_ten_kills(script, tiny, tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ten_kills(script, ends, tmp_path):
     """kill -9 at ten random moments, each followed by --resume: the checkpoint is that of a run left alone, bit for bit."""
-    shutil.copytree(tiny / "out", tmp_path / "out")
-    args = [*SHORT, *(["--n-layer", "1", "--n-embd", "16"] if script in ("sft", "orpo") else ["--pairs", "30"])]
+    shutil.copytree(ends / "out", tmp_path / "out")
+    for name in ("ends.pt", "judge.py"):
+        shutil.copy(ends / name, tmp_path)
+    args = [*SHORT, *options_of(script)]
     args += ["--max-new-tokens", "4"] * (script != "reward_model")
     start = time.time()
     run(f"{script}.py", *args, "--out", "whole/x.pt", cwd=tmp_path)

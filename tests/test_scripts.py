@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -13,8 +14,10 @@ import torch
 from conftest import ROOT, TINY, TRAIN, main, run
 
 import common
+import dapo
 import data
 import dpo
+import grpo
 import kto
 import orpo
 import reward_model
@@ -22,7 +25,7 @@ import sft
 import simpo
 from gpt import GPT, GPTConfig, ScalarGPT, load, save
 
-METHODS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "simpo": simpo, "orpo": orpo, "kto": kto}
+METHODS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "simpo": simpo, "orpo": orpo, "kto": kto, "grpo": grpo, "dapo": dapo}
 OURS = {p.stem for p in ROOT.glob("*.py")} | {"data"}
 
 
@@ -210,6 +213,33 @@ def test_simpo_orpo_and_kto_end_to_end(name, tiny, tmp_path):
     assert re.search(rf"KL\(π‖π_ref\), nats a response +{final['kl']:.2f} ", again)
 
 
+@pytest.mark.parametrize("name, held", [("grpo", [("policy", True), ("ref", False)]), ("dapo", [("policy", True)])])
+def test_grpo_and_dapo_end_to_end(name, held, ends, tmp_path):
+    """Exit code, documented finite figures, the ledger's models, the step's time by part, a checkpoint that evaluates to the same."""
+    for name_ in ("ends.pt", "judge.py"):
+        shutil.copy(ends / name_, tmp_path)
+    before = snapshot(tmp_path)
+    args = ["--init", "ends.pt", *TINY, "--group", 4, "--eval-every", 2, "--reward", "judge.py:odd"]
+    done = run(f"{name}.py", *args, cwd=tmp_path, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    assert "reward  " in done.stdout and "reference |" in done.stdout and f"models held: {len(held)}" in done.stdout
+    assert all((p.read_bytes() == content) for p, content in before.items()) and not list(tmp_path.rglob("*.tmp"))
+    first, *steps, last = lines(tmp_path / f"out/reviews/{name}.jsonl")
+    final = last["final"]
+    figures = {"reward", "ref_reward", "win_rate", "kl", "kl_se", "length", "entropy", "ended", "step_ms", "flops_per_token",
+               "sampled_tokens", "sample_ms", "logprobs_ms", "update_ms"}  # fmt: skip
+    assert figures <= set(final) and all(math.isfinite(final[k]) for k in figures)
+    assert [(m["role"], m["trainable"]) for m in final["models"]] == held
+    assert final["sample_ms"] + final["logprobs_ms"] + final["update_ms"] < 1.5 * final["step_ms"]
+    readme = (ROOT / "README.md").read_text()
+    for key in {k for line in steps for k in line} | set(final):
+        assert f"`{key}`" in readme, f"{key} is logged but not in the README"
+    log = [line for line in steps if "loss" in line]
+    assert log[0]["sampled_tokens"] < log[1]["sampled_tokens"] < log[2]["sampled_tokens"] == final["sampled_tokens"]
+    assert log[0]["clip_ratio/low_mean"] == 0.0 if name == "grpo" else log[0]["kept_fraction"] > 0
+    again = run("evaluate.py", f"out/reviews/{name}.pt", "--device", "cpu", cwd=tmp_path).stdout
+    assert re.search(rf"KL\(π‖π_ref\), nats a response +{final['kl']:.2f} ", again)
+
+
 def test_kto_s_reference_point_sees_the_whole_batch(tiny, monkeypatch):
     """ẑ is one number for the step, from mismatched pairs of all 64 rows, whatever the micro-batch. Not clamped here, lest all be 0."""
     monkeypatch.chdir(tiny)
@@ -344,23 +374,35 @@ test_prompts.__test__ = False
 
 @pytest.mark.parametrize("script, options", [("sft", []), ("dpo", []), ("dpo", ["--loss", "ipo"]), ("dpo", ["--sft-weight", "0.5"]),
                                              ("reward_model", ["--center-rewards", "0.1"]), ("simpo", ["--sft-weight", "0.5"]),
-                                             ("orpo", ["--lam", "0.5"]), ("orpo", ["--prompt-loss"]), ("kto", [])])  # fmt: skip
-def test_micro_batches_give_the_same_gradient(script, options, tiny, monkeypatch):
-    """64 ragged rows at once and in eights, float64: the gradients agree to 1e-6 of their norm, and so do the metrics."""
-    monkeypatch.chdir(tiny)
-    seen = []
+                                             ("orpo", ["--lam", "0.5"]), ("orpo", ["--prompt-loss"]), ("kto", []),
+                                             ("grpo", ["--agg", "seq_mean"]), ("grpo", ["--agg", "token_mean", "--kl", "k3-ratio"]),
+                                             ("grpo", ["--agg", "const", "--kl", "reward"]), ("grpo", ["--ratio", "seq"]),
+                                             ("dapo", []), ("dapo", ["--overlong-filter"])])  # fmt: skip
+def test_micro_batches_give_the_same_gradient(script, options, ends, monkeypatch):
+    """64 ragged rows at once and in eights, float64: the gradients agree to 1e-6 of their norm, and so do the metrics. Of grpo and dapo
+    the second of two optimizer steps, where the ratio is not 1 and π is not π_ref."""
+    monkeypatch.chdir(ends)
+    seen, step_, late = [], common.Run.update, script in ("grpo", "dapo")
+    if late:
+        options = [*options, "--init", "ends.pt", "--reward", "judge.py:odd", "--group", 4, "--minibatches", 2, "--lr", 0.01,
+                   "--warmup", 0, "--max-new-tokens", 8, "--batch-size", 32]  # fmt: skip
 
-    def update(self, step, model, optimizer):
+    def update(self, step, model, optimizer, share=1.0):
+        if late and not seen[-1:] == ["first"]:
+            seen.append("first")
+            return step_(self, step, model, optimizer, share)
+        if late:
+            seen.pop()
         seen.append((torch.cat([p.grad.flatten() for p in model.parameters()]), {k: float(v) for k, v in self.sums.items()}))
         raise common.Stopped("seen")
 
     monkeypatch.setattr(common.Run, "update", update)
     for micro in (64, 8):
-        code = main(script, "--batch-size", 64, "--micro-batch", micro, "--dtype", "float64", "--out", "micro/x.pt", *options)
+        code = main(script, "--batch-size", 64, *options, "--micro-batch", micro, "--dtype", "float64", "--out", "micro/x.pt")
         assert code == 1
     (a, metrics), (b, again) = seen
     assert a.dtype == torch.float64 and a.norm() > 1e-6 and (a - b).norm() <= 1e-6 * a.norm()
-    assert metrics == pytest.approx(again, rel=1e-9)
+    assert metrics == pytest.approx(again, rel=1e-6 if late else 1e-9)  # counts over tokens are float32
 
 
 def test_bfloat16_on_cpu_and_policy_equals_reference(tiny, monkeypatch):
@@ -430,6 +472,12 @@ def files(folder):
     world = data.task("exact")
     save(GPT(GPTConfig(4, 8, 1, 1, 8)), folder / "exact.pt", **(meta | {"tokenizer": world.tokenizer, "task": "exact"}))
     save(ScalarGPT(small.config), folder / "rm.pt", **meta)
+    save(ScalarGPT(GPTConfig(4, 8, 1, 1, 8)), folder / "exact_rm.pt", **(meta | {"tokenizer": world.tokenizer, "task": "exact"}))
+    (folder / "good.py").write_text("def f(prompt, completion): return 1")
+    (folder / "syntax.py").write_text("def f(:")
+    (folder / "wants.py").write_text("def f(prompt, completion, answer): return 1")
+    (folder / "raises.py").write_text("def f(prompt, completion): raise KeyError('x')")
+    (folder / "returns.py").write_text("def none(p, c): pass\ndef text(p, c): return '1'\ndef infinite(p, c): return float('inf')")
     (folder / "bad.tiktoken").write_text("not a vocabulary")
     (folder / "other.tiktoken").write_text((ROOT / "data/vocab.tiktoken").read_text().rsplit("\n", 2)[0] + "\n")
 
@@ -548,6 +596,47 @@ MISTAKES = [  # script, arguments, what the line must say
     ("reward_model", [*FILE, "broken.jsonl"], "broken.jsonl:17: not JSON"),
     ("reward_model", [*FILE, "same.jsonl"], "no usable row"),
     ("reward_model", [*FILE, "long.jsonl"], "do not fit in 256 tokens"),
+    ("grpo", ["--group", "1"], "--group 1: a response is compared with the others"),
+    ("grpo", ["--minibatches", "7"], "--minibatches 7 does not divide --batch-size 16 × --group 8 = 128 responses"),
+    ("grpo", ["--micro-batch", "7"], "--micro-batch 7 does not divide --batch-size 16 × --group 8 / --minibatches 1 = 128 responses"),
+    ("grpo", ["--kl", "none", "--beta", "0.1"], "--beta is read by --kl k3 or --kl k3-ratio or --kl reward only"),
+    ("grpo", ["--kl", "k2"], "--kl"),
+    ("grpo", ["--temperature", "0"], "--temperature"),
+    ("grpo", ["--eps", "-1"], "--eps"),
+    ("grpo", ["--adv-norm", "mean"], "--adv-norm"),
+    ("grpo", ["--steps", "3", "--epochs", "2"], "--steps and --epochs"),
+    ("grpo", ["--max-new-tokens", "250"], "test prompts are longer than the 6 tokens that --max-new-tokens leaves"),
+    ("grpo", ["--task", "exact", "--init", "exact.pt", "--max-new-tokens", "2"], "--max-new-tokens 2: the responses of exact"),
+    ("grpo", ["--task", "ok.jsonl"], "--init is needed with a file"),
+    ("grpo", [*FILE, "ok.jsonl"], '--reward task: not every row of ok.jsonl has an "answer" to check'),
+    ("grpo", [*FILE, "ok.jsonl", "--reward", "rm"], "--reward-model is needed with a file"),
+    ("grpo", [*FILE, "long.jsonl", "--reward", "good.py:f"], "are longer than the 128 tokens"),
+    ("grpo", [*FILE, "noprompt.jsonl", "--reward", "good.py:f"], "noprompt.jsonl:1: the prompt is empty"),
+    ("grpo", ["--reward", "gold"], "--reward gold: give task, rm, or a function of your own as FILE.py:function"),
+    ("grpo", ["--reward", "none.py:f"], "none.py is no file"),
+    ("grpo", ["--reward", "good.py:g"], "good.py has no function 'g'"),
+    ("grpo", ["--reward", "syntax.py:f"], "syntax.py cannot be run (SyntaxError"),
+    ("grpo", ["--reward", "wants.py:f"], "--reward wants.py:f takes 'answer', which is no column of the rows"),
+    ("grpo", ["--reward", "raises.py:f"], "raised KeyError ('x') at the prompt 'A "),
+    ("grpo", ["--reward", "returns.py:none"], "returned None at the prompt 'A "),
+    ("grpo", ["--reward", "returns.py:text"], "returned '1' at the prompt 'A "),
+    ("grpo", ["--reward", "returns.py:infinite"], "returned inf at the prompt 'A "),
+    ("grpo", ["--reward", "rm", "--reward-model", "none.pt"], "none.pt: no such file"),
+    ("grpo", ["--reward", "rm", "--reward-model", "out/reviews/sft.pt"], "is a language model; give a reward model"),
+    ("grpo", ["--reward", "rm", "--reward-model", "exact_rm.pt"], "has another vocabulary than the policy"),
+    ("grpo", ["--reward-model", "rm.pt"], "--reward-model is read by --reward rm only"),
+    ("grpo", ["--task", "exact", "--init", "exact.pt", "--reward", "good.py:f"], "exact keeps its own rewards"),
+    ("grpo", ["--out", "out/reviews/sft.pt"], "would overwrite out/reviews/sft.pt"),
+    ("grpo", ["--init", "rm.pt"], "rm.pt is a reward model"),
+    ("dapo", ["--group", "1"], "--group 1: a response is compared with the others"),
+    ("dapo", ["--batch-size", "1", "--group", "2"], "--minibatches 8 does not divide --batch-size 1 × --group 2 = 2 responses"),
+    ("dapo", ["--beta", "0.1"], "--beta"),
+    ("dapo", ["--max-rounds", "0"], "--max-rounds"),
+    ("dapo", ["--no-overlong", "--overlong-cache", "4"], "--overlong-cache"),
+    ("dapo", ["--overlong-cache", "97"], "--overlong-cache 97 goes with --overlong, and is at most a response's 96 tokens"),
+    ("dapo", ["--reward", "raises.py:f"], "raised KeyError ('x') at the prompt 'A "),
+    ("dapo", [*FILE, "ok.jsonl"], '--reward task: not every row of ok.jsonl has an "answer" to check'),
+    ("dapo", ["--micro-batch", "5"], "--micro-batch 5 does not divide"),
     ("evaluate", ["exact.pt", "--task", "reviews"], "exact has a vocabulary of its own"),
     ("evaluate", ["exact.pt", "--prompt", "xyz"], "'xyz' in 'xyz'"),
     ("evaluate", ["rm.pt"], "rm.pt is a reward model"),
