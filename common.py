@@ -94,9 +94,10 @@ def parse(cls, argv=None):
     for base in reversed(cls.__mro__[:-1]):
         comments |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M))
     for f in fields(cls):
-        silent = "default" in comments[f.name] or f.type is bool or f.default in ("", MISSING)
-        note = comments[f.name] + ("" if silent else " (default: %(default)s)")
-        note += "".join(f" ({kind}: {own[f.name]})" for kind, own in on_task.items() if f.name in own)
+        silent = "default" in comments[f.name] or f.default in ("", MISSING)
+        word = (lambda x: "on" if x else "off") if f.type is bool else str
+        note = comments[f.name] + ("" if silent else f" (default: {word(f.default)})")
+        note += "".join(f" ({kind}: {word(own[f.name])})" for kind, own in on_task.items() if f.name in own)
         how = {"help": note, "default": argparse.SUPPRESS}
         if f.type is bool:
             how |= {"action": argparse.BooleanOptionalAction}
@@ -193,7 +194,8 @@ def stage(script, o, option="--init"):
     """-> the default checkpoint of an earlier stage of the same task; its script is run first where there is none."""
     path = checkpoint_path(o.task, script.removesuffix(".py"))
     if is_file(o.task):
-        raise UserError(f"{option} is needed with a file as the task: give a checkpoint, such as python {script} --task FILE makes")
+        rows = "prompt, completion" if script == "sft.py" else "prompt, chosen, rejected"
+        raise UserError(f"{option} is needed with a file as the task: a checkpoint such as python {script} --task FILE makes, of {rows}")
     if not os.path.exists(path):
         print(f"{path} does not exist yet: running {script} first (about half a minute on a laptop)", flush=True)
         args = [sys.executable, Path(__file__).with_name(script), "--task", o.task, "--device", o.device, "--dtype", o.dtype]
@@ -345,8 +347,10 @@ class Run(Compute):
         if o.out.endswith((".jsonl", ".state", ".gz", "/")) or os.path.isdir(o.out):
             raise UserError(f"--out {o.out} is no place for a checkpoint; give a path like {checkpoint_path(o.task, method)}")
         init = o.init or ("" if method == "sft" else checkpoint_path(o.task, "sft"))
+        reward = getattr(o, "reward", "task")
+        judge = o.reward_model or checkpoint_path(o.task, "reward_model") if reward == "rm" else reward.rpartition(":")[0]
         written = {os.path.realpath(path) for path in (self.out, self.record_path, self.state_path)}
-        for path in filter(None, (o.task, o.eval_file, o.tokenizer, init)):
+        for path in filter(None, (o.task, o.eval_file, o.tokenizer, init, judge)):
             if os.path.realpath(path) in written:
                 raise UserError(f"--out {o.out} would overwrite {path}, which this run reads; give another path")
         try:
@@ -416,12 +420,20 @@ class Run(Compute):
         bar = tqdm(total=o.steps, initial=self.first, desc=self.method, disable=not sys.stderr.isatty(), dynamic_ncols=True)
         try:
             for step in range(self.first, o.steps):
-                self.started, self.sums, self.spent = time.perf_counter(), {}, {}
-                yield step
+                self.started, self.sums, self.spent, self.elapsed = time.perf_counter(), {}, {}, None
+                self.cursor = {name: x.state_dict() for name, x in self.state.items() if name == "prompts"}
+                try:
+                    yield step
+                except GeneratorExit:  # an error in the loop, in a user's reward say: nothing is lost if no weight has moved since
+                    if self.elapsed is None and step > self.first:
+                        self._save(step, **self.cursor)
+                        self.say(f"step {step} is saved in {self.state_path}" + "; --resume goes on from there" * (step < o.steps))
+                    raise
                 done = step + 1
                 self.times.append(self.elapsed)
                 for name, seconds in self.spent.items():
                     self.parts.setdefault(name, []).append(seconds)
+                self.last = done, self.sums
                 if done % o.log_every == 0 or done == o.steps:
                     line = {"step": done, **{k: float(v) for k, v in self.sums.items()}}
                     self.write(line)
@@ -435,14 +447,15 @@ class Run(Compute):
                     self._save(done)
                 if interrupted:
                     raise KeyboardInterrupt(f"step {done}, in {self.state_path}")
+        finally:
             if self.device.type == "cuda":
                 self.peak = torch.cuda.max_memory_allocated(self.device)
-        finally:
             bar.close()
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGINT, before)
 
-    shown = ("loss", "reward", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "nll_loss", "kl", "entropy", "lr")
+    shown = ("loss", "reward", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "nll_loss", "kl", "entropy",
+             "frac_reward_zero_std", "kept_fraction", "lr")
 
     def add(self, metrics):
         """Adds a micro-batch's shares of the step's metrics: tensors or numbers that are divided by the global count already."""
@@ -465,15 +478,17 @@ class Run(Compute):
     def update(self, step, model, optimizer, share=1.0):
         """An optimizer step: learning rate, clipped gradient, AdamW. Stops at a loss or gradient that is not finite. share: 1 / the
         number of optimizer steps in a step of the run, whose metrics are means over them."""
-        lr = lr_at(step, self.o)
+        lr, self.elapsed = lr_at(step, self.o), 0.0
         for group in optimizer.param_groups:
             group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.o.grad_clip)
         if not torch.isfinite(norm + self.sums["loss"]):
-            if not self.saved and all(torch.isfinite(p).all() for p in model.parameters()):
-                self._save(step)
-            raise Stopped(f"step {step + 1}: the loss is {float(self.sums['loss'])}, the gradient's norm {float(norm)}; the last good "
-                          f"state is kept in {self.state_path}. Start again with a smaller --lr or a longer --warmup")  # fmt: skip
+            first = "grad_norm" not in self.sums  # of this step's updates: no weight has moved since it began
+            if not self.saved and first and all(torch.isfinite(p).all() for p in model.parameters()):
+                self._save(step, **self.cursor)
+            kept = f"the last good state is kept in {self.state_path}" if self.saved else "there is no earlier state"
+            raise Stopped(f"step {step + 1}: the loss is {float(self.sums['loss'])}, the gradient's norm {float(norm)}; {kept}. "
+                          "Start again with a smaller --lr or a longer --warmup")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad()
         self.add({"grad_norm": norm * share})
@@ -485,6 +500,8 @@ class Run(Compute):
         if step == 0:
             raise Stopped(why)
         self.say(f"{why}. The run ends after step {step} of {self.o.steps}, with what it has learned")
+        if step > self.first and step % self.o.log_every:
+            self.write({"step": step, **{k: float(v) for k, v in self.last[1].items()}})
         self.o.steps = step
 
     def evaluated(self, step, figures):
@@ -505,9 +522,10 @@ class Run(Compute):
         self.lines.append(json.dumps(line) + "\n")
         self.record.write(self.lines[-1].encode())
 
-    def _save(self, step):
+    def _save(self, step, **earlier):
+        """earlier: states to save in place of the present ones."""
         state = {"options": self.options, "start": self.start, "step": step, "wall": time.time() - self.wall, "record": self.lines,
-                 "rng": torch.get_rng_state(), **{name: x.state_dict() for name, x in self.state.items()}}  # fmt: skip
+                 "rng": torch.get_rng_state(), **{name: x.state_dict() for name, x in self.state.items()}, **earlier}  # fmt: skip
         temporary = f"{self.state_path}.{os.getpid()}.tmp"
         torch.save(state, temporary)
         os.replace(temporary, self.state_path)

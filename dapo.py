@@ -77,15 +77,15 @@ class Options(common.Options):
     agg: Literal["seq_mean", "token_mean", "const"] = "token_mean"  # 1/S Σ 1/|y| Σ_t, 1/Σ|y| Σ Σ_t (DAPO), or 1/S Σ 1/L_max Σ_t (Dr. GRPO)
     eps_low: NonNegative = 0.2  # ε_low: the ratio is clipped to [1 - ε_low, 1 + ε_high]
     eps_high: NonNegative = 0.28  # ε_high
-    max_rounds: Count = 10  # rounds of --batch-size prompts in which as many groups with mixed answers must be found
+    max_rounds: Count = 10  # rounds of --batch-size prompts in which as many groups with mixed answers must be found (paper: 10)
     overlong: bool = True  # add R_len to the reward
-    overlong_cache: Whole = 0  # L_c, tokens (0: a fifth of L_max, --max-new-tokens)
+    overlong_cache: Whole = 0  # L_c, tokens (0: a fifth of L_max, --max-new-tokens, as in the paper: 4096 of 20480)
     overlong_filter: bool = False  # leave responses that did not end out of the loss (in the paper's ablation, not in its best runs)
     temperature: Positive = 1.0  # of the samples and of the log-probs that are trained, those of softmax(logits / temperature)
     updates: Count = 1  # μ: passes over a rollout
     minibatches: Count = 8  # optimizer steps a pass, over shuffled responses
     steps: Count = 40  # rollouts (default: %(default)s; of a file: one pass over its prompts)
-    epochs: Whole = 0  # passes over the training prompts, in place of --steps
+    epochs: Whole = 0  # as many steps as grpo.py makes in so many passes over the training prompts; the refill takes more prompts
     batch_size: Count = 16  # P: prompts a rollout
     micro_batch: Whole = 0  # responses a forward pass: less memory, the same gradient (0: all of an optimizer step's)
     lr: Positive = 2e-4  # AdamW learning rate at its peak; large models take 1e-6 to 3e-6
@@ -106,18 +106,19 @@ def rollout(policy, prompts, tokenizer, longest, o, run):
 def dynamic_sampling(policy, prompts, reward, tokenizer, longest, o, run):
     """-> the Samples and verdicts (P, G) of the first P groups that are neither all correct nor all wrong, and facts to log. Where
     max_rounds do not find as many: None, None, and why."""
-    parts, verdicts, keep = [], [], torch.zeros(0)
-    while keep.sum() < o.batch_size and len(parts) < o.max_rounds:
+    parts, verdicts, keep, P = [], [], torch.zeros(0), prompts.batch_size
+    while keep.sum() < P and len(parts) < o.max_rounds:
         batch, s = rollout(policy, prompts, tokenizer, longest, o, run)
         parts, verdicts = [*parts, s], [*verdicts, reward.correct(batch, s).view(-1, o.group)]
         correct = torch.cat(verdicts)
         keep = keep_groups(correct)
-    if keep.sum() < o.batch_size:
+    if keep.sum() < P:
         right, wrong = correct.all(1).float().mean(), (~correct).all(1).float().mean()
-        how = "easy: take a harder one, or fewer --steps" if right > wrong else "hard: train sft.py for longer, or take an easier one"
-        return None, None, (f"--max-rounds {o.max_rounds} found {keep.sum()} groups with mixed answers, and {o.batch_size} are needed: of "
-                            f"{len(keep)}, {right:.0%} are all correct, {wrong:.0%} all wrong. The task is too {how}")  # fmt: skip
-    chosen = keep & (keep.cumsum(0) <= o.batch_size)  # the surplus is dropped
+        how = "the task is too easy, take a harder one" if right > wrong else "the task is too hard, take an easier one or a longer SFT"
+        how = how if right + wrong > 0.5 else "allow more rounds"
+        return None, None, (f"--max-rounds {o.max_rounds} found {keep.sum()} groups with mixed answers of the {P} needed; of all groups "
+                            f"{right:.0%} were all correct, {wrong:.0%} all wrong: {how}")  # fmt: skip
+    chosen = keep & (keep.cumsum(0) <= P)  # the surplus is dropped
     facts = {"accuracy": correct.float().mean(), "kept_fraction": keep.float().mean(), "num_gen_batches": len(parts)}
     return s.cat(parts).take(chosen.repeat_interleave(o.group)), correct[chosen], facts
 
@@ -138,21 +139,23 @@ def main(argv=None):
     o = common.parse(Options, argv)
     if o.group == 1:
         raise common.UserError("--group 1: a response is compared with the others to the same prompt; give at least 2")
+    if o.reward_model and o.reward != "rm":
+        raise common.UserError("--reward-model is read by --reward rm only; leave one of the two out")
     task = data.task(o.task, o.eval_file, o.strict)
+    longest = (o.max_new_tokens or task.max_new_tokens) * o.overlong
+    if o.overlong_cache > longest:
+        raise common.UserError(f"--overlong-cache {o.overlong_cache} goes with --overlong, and is at most a response's {longest} tokens")
     run = common.Run(o, "dapo")
+    reward = Reward(run, task, o.reward)
     init = o.init or common.stage("sft.py", o)
     policy, tokenizer, meta = open_checkpoint(init, o.tokenizer, task)
     run.say(f"the policy starts from {init}: {describe(meta)}")
     task.template, block_size = meta["template"], context(o, policy)
     if o.reward == "rm":
         o.reward_model = o.reward_model or common.stage("reward_model.py", o, "--reward-model")
-    elif o.reward_model:
-        raise common.UserError("--reward-model is read by --reward rm only; leave one of the two out")
-    reward, aim = Reward(run, task, tokenizer, o.reward, o.reward_model), (run.method, vars(o))
+    reward, aim = reward.open(tokenizer, o.reward_model, block_size), (run.method, vars(o))
     yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, "none", aim=aim, reward=reward)
     longest = yardstick.max_new_tokens
-    if o.overlong_cache > longest * o.overlong:
-        raise common.UserError(f"--overlong-cache {o.overlong_cache} goes with --overlong, and is at most a response's {longest} tokens")
     prompts = data.Prompts(task, o.batch_size, o.seed, tokenizer, block_size - longest, o.truncate)
     for note in filter(None, [*task.notes, prompts.note, *yardstick.notes]):
         run.say(note)
@@ -162,7 +165,6 @@ def main(argv=None):
     reward.probe(policy, prompts.rows[:4], longest)
     held = [("policy", policy, True)] + [("reward", reward.model, False)] * (o.reward == "rm")
     optimizer = common.adamw(policy, o)
-    k = o.updates * o.minibatches  # optimizer steps a rollout
     run.begin(held, prompts, policy=policy, optimizer=optimizer, prompts=prompts)
 
     for step in run.steps():
@@ -172,17 +174,20 @@ def main(argv=None):
             run.cut_short(step, facts)
             break
         r = 2.0 * correct - 1  # (P, G)
+        parts = prompts.minibatches(len(s.ids), o.updates, o.minibatches)
+        k, length = len(parts), s.mask.sum(1, keepdim=True)  # k optimizer steps on this rollout; (P·G, 1)
         with run.clock("logprobs"):
             old_logp = score(policy, s, o, run) if k > 1 else None
-        R_len = overlong_penalty(s.mask.sum(1), longest, o.overlong_cache or max(1, longest // 5)) * o.overlong
-        R = r + R_len.view_as(r)  # after the filter, so that lengths make no group mixed
-        s = s._replace(mask=s.mask & (s.finished[:, None] | (not o.overlong_filter)))
+        R_len = overlong_penalty(length.view_as(r), longest, o.overlong_cache or max(1, longest // 5))
+        R = r + R_len if o.overlong else r  # after the filter, so that lengths make no group mixed
         adv = group_advantages(R, norm=o.adv_norm).view(-1, 1)  # (P·G, 1)
-        length = s.mask.sum(1, keepdim=True).clamp(min=1)  # (P·G, 1)
+        run.tokens += int(s.stop.sum())
+        if o.overlong_filter:
+            s = s._replace(mask=s.mask & s.finished[:, None])
 
         with run.clock("update"):
-            for i, index in enumerate(prompts.minibatches(len(adv), o.updates, o.minibatches)):
-                n, tokens = run.total(len(index)), run.total(length[index].sum())
+            for i, index in enumerate(parts):
+                n, tokens = run.total(len(index)), run.total(s.mask[index].sum().clamp(min=1))
                 for rows in run.micro_batches(index):
                     ids, mask, *_ = s.take(rows)
                     with run.autocast():
@@ -196,14 +201,13 @@ def main(argv=None):
 
                     ratio = (logp.detach() - old).exp()
                     low, high = (ratio < 1 - o.eps_low) & (A < 0) & mask, (ratio > 1 + o.eps_high) & (A > 0) & mask
-                    run.tokens += int(s.stop[rows].sum())
                     run.add({"loss": loss / k, "entropy": entropy.sum() / tokens / k,
                              "clip_ratio/low_mean": low.sum() / tokens / k, "clip_ratio/high_mean": high.sum() / tokens / k})  # fmt: skip
                 run.update(step, policy, optimizer, share=1 / k)
         run.add({"reward": r.mean(), "reward_std": r.std(1).mean(), "frac_reward_zero_std": (r == r[:, :1]).all(1).float().mean(),
                  "completions/mean_length": length.float().mean(), "completions/clipped_ratio": 1 - s.finished.float().mean(),
                  "sampled_tokens": prompts.sampled})  # fmt: skip
-        run.add(facts | {"overlong": (R_len < 0).float().mean(), "overlong_reward": R_len.mean()})
+        run.add(facts | ({"overlong": (R_len < 0).float().mean(), "overlong_reward": R_len.mean()} if o.overlong else {}))
         if o.eval_every and (step + 1) % o.eval_every == 0:
             run.evaluated(step, yardstick.measure(policy, reopen(run, init), n=128)[0])
 
@@ -211,7 +215,7 @@ def main(argv=None):
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=init, implicit=yardstick.implicit,
          max_new_tokens=longest, reward=final.get("reward"))  # fmt: skip
     report(f"{run.method} on {o.task}", final, samples, reward.bound)
-    passes = 2 * len(held) + 2 * (k > 1) + o.updates * (6 + 2 * o.checkpoint_activations)  # the policy's 2 are the sampling
+    passes = 2 * len(held) + 2 * (o.updates * o.minibatches > 1) + o.updates * (6 + 2 * o.checkpoint_activations)  # 2 are the sampling
     run.finish(final | {"sampled_tokens": prompts.sampled}, flops_per_token=passes * policy.matmul_parameters())
 
 

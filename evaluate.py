@@ -106,7 +106,7 @@ def reopen(run, path):
 
 def describe(meta):
     """One line on a checkpoint, so that a smoke test's two steps are not mistaken for training."""
-    reward = "" if meta["reward"] is None else f", gold reward {meta['reward']:.2f}"
+    reward = "" if meta["reward"] is None else f", reward {meta['reward']:.2f}"
     return f"{meta['method']} on {meta['task']}, {meta['steps']} steps{reward}"
 
 
@@ -121,29 +121,35 @@ def context(o, model):
 
 
 class Reward:
-    """What responses earn. how: "task", the task's own reward; "rm", the score of the reward model at the path `reward_model`; or a
-    user's function, "FILE.py:function" (data/rewards.py)."""
+    """What responses earn. how: "task", the task's own reward; "rm", the score of a reward model; or a user's function,
+    "FILE.py:function" (data/rewards.py). A wrong one is told at once; `open` does the rest, once the tokenizer is known."""
 
-    def __init__(self, run, task, tokenizer, how="task", reward_model=""):
-        self.run, self.task, self.tokenizer, self.how, self.model = run, task, tokenizer, how, None
+    def __init__(self, run, task, how="task"):
+        self.run, self.task, self.how, self.model = run, task, how, None
         self.bound = task.bound if how in ("task", "rm") else None
-        if how == "rm":
-            self.model = run.frozen(run.prepare(open_reward_model(reward_model, tokenizer)))
-        elif how != "task" and common.is_exact(task.name):
-            raise common.UserError(f"--reward {how}: {task.name} keeps its own rewards, whose optimum is known; give task or rm")
-        elif how != "task":
+        if how not in ("task", "rm"):
+            if common.is_exact(task.name):
+                raise common.UserError(f"--reward {how}: {task.name} keeps its own rewards, whose optimum is known; give task or rm")
             self.earn = data.user_reward(how, task.prompts(1, 0)[0][1])
-        elif task.has_reward:
-            self.earn = task.reward
-        else:
+        elif how == "task" and not task.has_reward:
             raise common.UserError(f'--reward task: not every row of {task.name} has an "answer" to check against; give --reward rm, or a '
                                    "function of your own, --reward FILE.py:function")  # fmt: skip
+        elif how == "task":
+            self.earn = task.reward
+
+    def open(self, tokenizer, reward_model="", block_size=0):
+        """reward_model: the path of its checkpoint. block_size: the longest sequence that it will read. -> this reward"""
+        self.tokenizer = tokenizer
+        if self.how == "rm":
+            self.model = self.run.frozen(self.run.prepare(open_reward_model(reward_model, tokenizer, block_size)))
+        return self
 
     def __call__(self, rows, s):
         """rows: P of (ids, prompt, columns). s: the Samples of as many responses to each, in order. -> (B,) rewards"""
         if self.model:
             with torch.no_grad(), self.run.autocast():
-                return self.model.score(s.ids, s.mask)
+                parts = [s.take(rows) for rows in torch.arange(len(s.ids)).split(ROWS)]
+                return torch.cat([self.model.score(part.ids, part.mask) for part in parts])
         return torch.tensor([self.earn(*one, **columns) for one, columns in self._each(rows, s)], device=s.ids.device)
 
     def correct(self, rows, s):
@@ -165,13 +171,16 @@ class Reward:
         self(rows, s)
 
 
-def open_reward_model(path, tokenizer):
-    """-> a ScalarGPT. Raises where it is none, or has another vocabulary than the policy."""
+def open_reward_model(path, tokenizer, block_size=0):
+    """-> a ScalarGPT. Raises where it is none, or has another vocabulary or a shorter context than the policy."""
     model, meta = load(path)
     if not isinstance(model, ScalarGPT):
         raise CheckpointError(f"{path} is a language model; give a reward model, such as reward_model.py writes")
     if meta["tokenizer"] != tokenizer.meta:
         raise CheckpointError(f"{path} has another vocabulary than the policy; give a reward model that started from the same checkpoint")
+    if model.config.block_size < block_size:
+        own = model.config.block_size
+        raise CheckpointError(f"{path} reads at most {own} tokens, and the policy {block_size}; --block-size {own} shortens the policy's")
     return model
 
 
@@ -192,7 +201,7 @@ class Yardstick:
         self.max_new_tokens = max_new_tokens or min(task.max_new_tokens, block_size // 2)
         how, self.rewards = reward.how if reward else "task", {}
         if how in ("task", "rm") and task.has_reward:
-            self.rewards["reward"] = Reward(run, task, tokenizer)
+            self.rewards["reward"] = Reward(run, task).open(tokenizer)
         if how != "task":
             self.rewards["score" if how == "rm" else "reward"] = reward
         self.prompts = task.prompts(PROMPTS, seed, split="test")
@@ -218,6 +227,8 @@ class Yardstick:
             figures["ref_length"] = ref_tokens / len(ref_texts)
         for name in self.rewards:
             figures[name] = statistics.fmean(earned[name])
+            if len(texts) > 1:
+                figures[f"{name}_se"] = statistics.stdev(earned[name]) / len(texts) ** 0.5
             if ref is not None:
                 figures[f"ref_{name}"] = statistics.fmean(ref_earned[name])
         if "reward" in figures and ref is not None:
@@ -235,7 +246,8 @@ class Yardstick:
                 figures["kl_se"] = (kl.std() / len(kl) ** 0.5).item()
         figures |= {"length": tokens / len(texts), "ended": statistics.fmean(ended), "entropy": score.entropy / tokens}
         figures["prompts"] = len(texts)
-        shown = [(self.prompts[i][1], ref_texts[i] if ref is not None else None, texts[i]) for i in range(min(2, len(texts)))]
+        order = sorted(range(len(texts)), key=lambda i: ref is not None and texts[i] == ref_texts[i])  # two that differ, if there are
+        shown = [(self.prompts[i][1], ref_texts[i] if ref is not None else None, texts[i]) for i in order[:2]]
         return figures, shown
 
     def _respond(self, model, n, seed, score=None):
@@ -394,7 +406,7 @@ def report(title, figures, samples, bound=None):
     """Prints the figures, and the samples beside the reference's: people would rather look."""
     f, name = figures, "pass@1" if bound == 1 else f"gold reward (of {bound:g})" if bound else "reward"
     rows = [
-        (name, f.get("ref_reward"), f.get("reward"), ""),
+        (name, f.get("ref_reward"), f.get("reward"), f" ± {f['reward_se']:.2f}" if "reward_se" in f else ""),
         ("score of the reward model", f.get("ref_score"), f.get("score"), ""),
         ("win rate against the reference", None, f.get("win_rate"), ""),
         ("held-out preference accuracy", None, f.get("accuracy"), ""),
@@ -427,6 +439,7 @@ class Options:
     task: str = ""  # the task to evaluate on (default: the one it was trained on)
     eval_file: str = ""  # JSONL file to evaluate on (default: the task's test split)
     reference: str = ""  # checkpoint to compare with (default: the one it started from)
+    reward: str = ""  # what judges a response: task, rm, or FILE.py:function, whose file is run (default: as in its training)
     prompts: Count = PROMPTS  # test prompts, at most 512
     max_new_tokens: Whole = 0  # longest sampled response, in tokens (0: as at the end of the training)
     truncate: bool = False  # cut prompts that do not fit, from their left
@@ -473,11 +486,14 @@ def main(argv=None):
     same_world(o.checkpoint, tokenizer, meta, task)
     task.template = meta["template"]
     aim, reward = (meta["method"], trained), None
-    if not o.task and trained.get("reward", "task") != "task":
+    if o.reward:
+        rm = trained.get("reward_model") or common.checkpoint_path(task.name, "reward_model")
+        reward = Reward(run, task, o.reward).open(tokenizer, rm)
+    elif not o.task and trained.get("reward", "task") != "task":
         try:
-            reward = Reward(run, task, tokenizer, trained["reward"], trained["reward_model"])
+            reward = Reward(run, task, trained["reward"]).open(tokenizer, trained["reward_model"])
         except (CheckpointError, data.DataError) as e:
-            print(f"what it was trained with is left out: {e}")
+            print(f"what it was trained with is left out ({e}); --reward names another")
     yardstick = choose_yardstick(run, task, tokenizer, block, n, truncate, meta["implicit"], o.seed, aim=aim, reward=reward)
     for note in filter(None, yardstick.notes):
         print(note)

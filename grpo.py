@@ -8,11 +8,15 @@
     Dr. GRPO (arXiv:2503.20783)   A_i = r_i - mean r;  1/S Σ_i 1/L_max Σ_t            --adv-norm none --agg const --kl none
     RLOO (arXiv:2402.14740)       A_i = R_i - mean of the other R,                    --adv-norm loo --agg const --kl reward
                                   R_i = r_i - β Σ_t log π_old/π_ref
-    GSPO (arXiv:2507.18071)       ρ_it = (π_θ(y_i|x) / π_old(y_i|x))^(1/|y_i|)          --ratio seq --kl none
+    GSPO (arXiv:2507.18071)       ρ_it = (π_θ(y_i|x) / π_old(y_i|x))^(1/|y_i|)          --ratio seq --kl none --minibatches 4
+
+By default a rollout is one optimizer step: then π_θ is π_old, every ρ is 1, and nothing is clipped. With --updates or --minibatches
+above 1 the log-probs of π_old are kept.
 
     paper               code                         shape
-    G, S                group, n                     responses to a prompt; in an optimizer step
-    r, A                r, adv                       (P, G); (B, 1), the same on every token of a response
+    G                   group                        responses to each of P prompts
+    S                   n                            responses in an optimizer step
+    r, R, A             r, R, adv                    (P, G); R is r, or r less the KL; A (B, 1), the same on every token of a response
     log π_θ, π_old      logp, old_logp               (B, T-1) a token, nats, at the sampling temperature
     log π_ref           ref_logp                     (B, T-1)
     |y|, L_max          length, longest              tokens of a response, end token included; --max-new-tokens
@@ -70,7 +74,7 @@ def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, 
     return loss + beta * k3(logp, ref_logp) * (ratio if kl == "k3-ratio" else 1) if beta else loss
 
 
-def sequence_ratio(logp, old_logp, mask):
+def sequence_old_logp(logp, old_logp, mask):
     """GSPO (arXiv:2507.18071), as its token form: the old log-probs that give every token of a response the ratio (π/π_old)^(1/|y|) of
     the response, with the gradient of its own log-prob. logp, old_logp, mask: (B, T). Returns (B, T), without gradient."""
     mean = ((logp - old_logp) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
@@ -86,7 +90,7 @@ class Options(common.Options):
     agg: Literal["seq_mean", "token_mean", "const"] = "seq_mean"  # 1/S Σ 1/|y| Σ_t, 1/Σ|y| Σ Σ_t (DAPO), or 1/S Σ 1/L_max Σ_t (Dr. GRPO)
     ratio: Literal["token", "seq"] = "token"  # ρ: π_θ/π_old of a token, or of a response to the power 1/|y| (GSPO)
     eps: NonNegative = 0.2  # ε: the ratio is clipped to [1 - ε, 1 + ε_high] (default: 0.2; of --ratio seq: 3e-4)
-    eps_high: NonNegative = 0.0  # ε_high (default: ε; of --ratio seq: 4e-4)
+    eps_high: NonNegative = 0.2  # ε_high (default: ε; of --ratio seq without --eps: 4e-4)
     kl: Literal["k3", "k3-ratio", "reward", "none"] = "k3"  # in the loss β k3 or β ρ k3, in the reward -β Σ_t log π_old/π_ref, or none
     beta: NonNegative = 0.04  # β: strength of the KL penalty; 0 is --kl none
     temperature: Positive = 1.0  # of the samples and of the log-probs that are trained, those of softmax(logits / temperature)
@@ -129,19 +133,22 @@ def main(argv=None):
     if o.group == 1:
         raise common.UserError("--group 1: a response is compared with the others to the same prompt; give at least 2")
     if o.ratio == "seq" and "eps" not in o.given:
-        o.eps, o.eps_high = 3e-4, o.eps_high or 4e-4
-    o.eps_high, o.kl = o.eps_high or o.eps, o.kl if o.beta else "none"
+        o.eps, o.eps_high = 3e-4, o.eps_high if "eps_high" in o.given else 4e-4
+    elif "eps_high" not in o.given:
+        o.eps_high = o.eps
+    o.kl = o.kl if o.beta else "none"
+    if o.reward_model and o.reward != "rm":
+        raise common.UserError("--reward-model is read by --reward rm only; leave one of the two out")
     task = data.task(o.task, o.eval_file, o.strict)
     run = common.Run(o, "grpo")
+    reward = Reward(run, task, o.reward)
     init = o.init or common.stage("sft.py", o)
     policy, tokenizer, meta = open_checkpoint(init, o.tokenizer, task)
     run.say(f"the policy starts from {init}: {describe(meta)}")
     task.template, block_size = meta["template"], context(o, policy)
     if o.reward == "rm":
         o.reward_model = o.reward_model or common.stage("reward_model.py", o, "--reward-model")
-    elif o.reward_model:
-        raise common.UserError("--reward-model is read by --reward rm only; leave one of the two out")
-    reward, aim = Reward(run, task, tokenizer, o.reward, o.reward_model), (run.method, vars(o))
+    reward, aim = reward.open(tokenizer, o.reward_model, block_size), (run.method, vars(o))
     yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, "none", aim=aim, reward=reward)
     longest = yardstick.max_new_tokens
     prompts = data.Prompts(task, o.batch_size, o.seed, tokenizer, block_size - longest, o.truncate)
@@ -155,39 +162,42 @@ def main(argv=None):
     ref = run.frozen(policy) if o.kl != "none" else None
     held += [("ref", ref, False)] * (ref is not None)
     optimizer = common.adamw(policy, o)
-    k = o.updates * o.minibatches  # optimizer steps a rollout
+    beta = o.beta if o.kl in ("k3", "k3-ratio") else 0.0  # of the term in the loss
+    if o.updates == o.minibatches == 1 and o.given & {"ratio", "eps", "eps_high"}:
+        run.say("one optimizer step a rollout: ρ is 1, and --ratio and --eps change nothing; --minibatches 4 gives them something to clip")
     run.begin(held, prompts, policy=policy, optimizer=optimizer, prompts=prompts)
 
     for step in run.steps():
         with run.clock("sample"):
             batch, s = rollout(policy, prompts, tokenizer, longest, o, run)
             r = reward(batch, s).view(-1, o.group)  # (P, G)
+        parts = prompts.minibatches(len(s.ids), o.updates, o.minibatches)
+        k, length = len(parts), s.mask.sum(1, keepdim=True)  # k optimizer steps on this rollout; (P·G, 1)
         with run.clock("logprobs"):
             old_logp = score(policy, s, o, run) if k > 1 else None
             ref_logp = score(ref, s, o, run) if ref else None
         R = r - o.beta * (s.logp - ref_logp).sum(1).view_as(r) if o.kl == "reward" else r
         adv = group_advantages(R, norm=o.adv_norm).view(-1, 1)  # (P·G, 1)
-        length = s.mask.sum(1, keepdim=True).clamp(min=1)  # (P·G, 1)
+        run.tokens += int(s.stop.sum())
 
         with run.clock("update"):
-            for i, index in enumerate(prompts.minibatches(len(adv), o.updates, o.minibatches)):
-                n, tokens = run.total(len(index)), run.total(length[index].sum())
+            for i, index in enumerate(parts):
+                n, tokens = run.total(len(index)), run.total(s.mask[index].sum().clamp(min=1))
                 for rows in run.micro_batches(index):
                     ids, mask, *_ = s.take(rows)
                     with run.autocast():
                         logp, entropy = policy.logprobs(ids, mask, o.temperature, entropy=True)  # (B, T-1)
                     mask, A, T = mask[:, 1:], adv[rows], logp.size(1)
                     old = logp.detach() if i == 0 else old_logp[rows, :T]  # at the first step of a rollout π_θ is π_old
-                    old = sequence_ratio(logp, old, mask) if o.ratio == "seq" else old
+                    old = sequence_old_logp(logp, old, mask) if o.ratio == "seq" else old
                     ref_ = ref_logp[rows, :T] if ref else None
-                    losses = grpo_loss(logp, old, ref_, A, o.eps, o.beta * o.kl.startswith("k3"), o.eps_high, o.kl)
+                    losses = grpo_loss(logp, old, ref_, A, o.eps, beta, o.eps_high, o.kl)
                     weight = {"seq_mean": 1 / (n * length[rows]), "token_mean": 1 / tokens, "const": 1 / (n * longest)}[o.agg]
                     loss = (weight * mask * losses).sum()
                     loss.backward()
 
                     ratio = (logp.detach() - old).exp()
                     low, high = (ratio < 1 - o.eps) & (A < 0) & mask, (ratio > 1 + o.eps_high) & (A > 0) & mask
-                    run.tokens += int(s.stop[rows].sum())
                     run.add({"loss": loss / k, "entropy": entropy.sum() / tokens / k,
                              "clip_ratio/low_mean": low.sum() / tokens / k, "clip_ratio/high_mean": high.sum() / tokens / k})  # fmt: skip
                     run.add({"kl": (k3(logp.detach(), ref_) * mask).sum() / n / k} if ref else {})
@@ -196,13 +206,13 @@ def main(argv=None):
                  "completions/mean_length": length.float().mean(), "completions/clipped_ratio": 1 - s.finished.float().mean(),
                  "sampled_tokens": prompts.sampled})  # fmt: skip
         if o.eval_every and (step + 1) % o.eval_every == 0:
-            run.evaluated(step, yardstick.measure(policy, reopen(run, init), n=128)[0])
+            run.evaluated(step, yardstick.measure(policy, ref or reopen(run, init), n=128)[0])
 
-    final, samples = yardstick.measure(policy, reopen(run, init))
+    final, samples = yardstick.measure(policy, ref or reopen(run, init))
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=init, implicit=yardstick.implicit,
          max_new_tokens=longest, reward=final.get("reward"))  # fmt: skip
     report(f"{run.method} on {o.task}", final, samples, reward.bound)
-    passes = 2 * len(held) + 2 * (k > 1) + o.updates * (6 + 2 * o.checkpoint_activations)  # the policy's 2 are the sampling
+    passes = 2 * len(held) + 2 * (o.updates * o.minibatches > 1) + o.updates * (6 + 2 * o.checkpoint_activations)  # 2 are the sampling
     run.finish(final | {"sampled_tokens": prompts.sampled}, flops_per_token=passes * policy.matmul_parameters())
 
 

@@ -105,7 +105,7 @@ class Prompts(Batches):
         """-> the places of n responses in `parts` shuffled parts, once for each of the updates; as they stand where there is one."""
         if updates == parts == 1:
             return [torch.arange(n)]
-        return [part for _ in range(updates) for part in torch.randperm(n, generator=self.generator).tensor_split(parts)]
+        return [part for _ in range(updates) for part in torch.randperm(n, generator=self.generator).tensor_split(min(parts, n))]
 
     def state_dict(self):
         return {"cursor": self.cursor, "sampled": self.sampled, "generator": self.generator.get_state()}

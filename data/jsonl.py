@@ -35,7 +35,8 @@ class Jsonl:
             self._split(path)
         test = self.lines["test"][0][2]
         self.unpaired = "label" in test and "chosen" not in test
-        self.has_reward = all(isinstance(row.get("answer"), str) for lines in self.lines.values() for _, _, row in lines)
+        answers = [row.get("answer") for lines in self.lines.values() for _, _, row in lines]
+        self.has_reward = all(isinstance(x, str | int | float) and not isinstance(x, bool) for x in answers)
 
     def _split(self, path):
         """Moves the test prompts out of train: those whose hash is low, or the lowest if none is."""
@@ -57,7 +58,9 @@ class Jsonl:
         """-> (prompt, the row's other columns) of each different prompt; a `completion` column is called `reference` there"""
         rows = {}
         for where in self.lines[split]:
-            columns = {"reference" if k == "completion" else k: v for k, v in where[2].items() if k not in ("prompt", "ended")}
+            columns = {k: v for k, v in where[2].items() if k not in ("prompt", "completion", "ended")}
+            if "completion" in where[2]:
+                columns.setdefault("reference", self._answer(*where, "completion").strip())
             rows.setdefault(self._prompt(*where)[0], columns)
         return _some(list(rows.items()), n, seed)
 
@@ -105,7 +108,7 @@ class Jsonl:
         return float(self.correct(prompt, completion, ended, answer))
 
     def correct(self, prompt, completion, ended=True, answer=None, **columns):
-        return ended and completion.strip() == answer.strip()
+        return ended and completion.strip() == str(answer).strip()
 
     # ---- one row
 
@@ -232,7 +235,8 @@ def _number(path, number, row, key, default):
 
 
 def _missing(row, key):
-    script = "kto.py" if "label" in row else "dpo.py, simpo.py or orpo.py" if "chosen" in row else "sft.py" if "completion" in row else ""
+    scripts = {"label": "kto.py", "chosen": "dpo.py, simpo.py or orpo.py", "completion": "sft.py", "prompt": "grpo.py or dapo.py"}
+    script = next((script for column, script in scripts.items() if column in row and column != key), "")
     hint = f"; {script} can read such rows" if script and not (key == "rejected" and "chosen" in row) else ""
     return f'no column "{key}" (it has {", ".join(map(str, row)) or "none"}){hint}'
 

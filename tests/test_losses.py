@@ -7,7 +7,7 @@ import torch
 from dapo import dapo_loss, keep_groups, overlong_penalty
 from dpo import dpo_loss, ipo_loss, robust_dpo_loss
 from gpt import GPT, GPTConfig
-from grpo import group_advantages, grpo_loss, k3, sequence_ratio
+from grpo import group_advantages, grpo_loss, k3, sequence_old_logp
 from kto import kto_kl, kto_loss
 from orpo import log_odds, odds_ratio_loss, orpo_loss
 from reward_model import bradley_terry_loss
@@ -334,13 +334,13 @@ def test_gspo_s_ratio_is_the_geometric_mean():
     """Log-ratios 0.2, 0.4 and (masked) 9: each token has the ratio e^0.3 and the gradient e^0.3 A; the mean over tokens is counted once."""
     logp = t([-1.0, -2.0, -3.0]).requires_grad_()
     old, mask = t([-1.2, -2.4, -12.0]), torch.tensor([[True, True, False]])
-    used = sequence_ratio(logp, old, mask)
+    used = sequence_old_logp(logp, old, mask)
     assert (logp - used).exp()[0, :2].tolist() == pytest.approx([math.exp(0.3)] * 2) and not used.requires_grad
     losses = grpo_loss(logp, used, None, t([2.0]), 9.0, 0.0)
     (losses * mask).sum().div(2).backward()
     assert logp.grad[0].tolist() == pytest.approx([-math.exp(0.3)] * 2 + [0.0])
     one = torch.tensor([[False, True, False]])  # of a response of one token it is the token's own
-    torch.testing.assert_close(sequence_ratio(logp, old, one)[one], old[one])
+    torch.testing.assert_close(sequence_old_logp(logp, old, one)[one], old[one])
 
 
 def test_groups_that_are_kept():

@@ -18,7 +18,7 @@ import evaluate
 import grpo
 from data import oracle
 from evaluate import choose_yardstick
-from gpt import GPT, GPTConfig, Samples, load, sample
+from gpt import GPT, GPTConfig, Samples, ScalarGPT, load, sample, save
 
 WORLD = data.task("exact")
 R, LOG_D = torch.from_numpy(WORLD.r), torch.from_numpy(WORLD.d).log()
@@ -282,7 +282,7 @@ def test_the_first_gradient_is_the_equation_s(agg, ends, monkeypatch):
     found, metrics = first_gradient("grpo", [*ENDS, *BATCH, "--agg", agg], monkeypatch, sample=keep)
     model, s, tokenizer = load("ends.pt")[0].double(), kept[0], data.tokenizer()
     reward = torch.tensor([1.0 if len(tokenizer.decode(i[m].tolist())) % 2 else -1.0 for i, m in zip(s.ids, s.mask)]).double()
-    total, lengths = 0.0, s.mask.sum(1).tolist()
+    total, value, lengths = 0.0, 0.0, s.mask.sum(1).tolist()
     assert len(set(lengths)) > 3
     for i in range(32):
         group = reward[i // 4 * 4 : i // 4 * 4 + 4]
@@ -290,9 +290,9 @@ def test_the_first_gradient_is_the_equation_s(agg, ends, monkeypatch):
         weight = {"seq_mean": 1 / 32 / lengths[i], "token_mean": 1 / sum(lengths), "const": 1 / 32 / 8}[agg]
         row, where = s.ids[i, : s.stop[i]], s.mask[i, 1 : s.stop[i]]
         logp = model(row[None])[0, :-1].log_softmax(-1).gather(1, row[1:, None])[:, 0]
-        total = total - weight * adv * logp[where].sum()
+        total, value = total - weight * adv * logp[where].sum(), value - weight * adv * lengths[i]
     torch.testing.assert_close(found, gradient(total, model), rtol=1e-5, atol=1e-8)
-    assert metrics["kl"] == 0.0
+    assert metrics["kl"] == 0.0 and metrics["loss"] == pytest.approx(value.item(), abs=1e-6)  # each ratio is 1
 
 
 def test_gspo_equals_seq_mean_grpo_on_the_first_update(ends, monkeypatch):
@@ -302,15 +302,32 @@ def test_gspo_equals_seq_mean_grpo_on_the_first_update(ends, monkeypatch):
     assert a.norm() > 1e-3 and (a - b).norm() < 1e-12 and metrics["clip_ratio/low_mean"] == metrics["clip_ratio/high_mean"] == 0.0
 
 
+@pytest.mark.parametrize("given, bounds", [([], (3e-4, 4e-4)), (["--eps", 0.1], (0.1, 0.1)), (["--eps-high", 0.1], (3e-4, 0.1))])
+def test_gspo_has_bounds_of_its_own(given, bounds, ends, monkeypatch):
+    monkeypatch.chdir(ends)
+    assert main("grpo", *ENDS, *BATCH, "--ratio", "seq", *given, "--steps", 1, "--out", "bounds/x.pt") == 0
+    options = lines(ends / "bounds/x.jsonl")[0]["options"]
+    assert (options["eps"], options["eps_high"]) == bounds
+
+
 @pytest.mark.parametrize("script", ["grpo", "dapo"])
 def test_old_log_probs_are_those_before_the_rollout_s_updates(script, ends, monkeypatch):
     """Two passes of two minibatches: the first ratio is exactly 1, and every old log-prob is the starting policy's, whose rows and
-    tokens are met again; later ratios are not 1, and with a large step some are clipped."""
+    tokens are met again; later ratios are not 1, and with a large step some are clipped. What is logged is the mean of the four."""
     monkeypatch.chdir(ends)
-    module, seen = {"grpo": grpo, "dapo": dapo}[script], []
-    name = f"{script}_loss"
+    module, seen, clipped, norms = {"grpo": grpo, "dapo": dapo}[script], [], [], []
+    name, clip = f"{script}_loss", torch.nn.utils.clip_grad_norm_
     loss = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda logp, old, *more: (seen.append((logp.detach(), old)), loss(logp, old, *more))[1])
+
+    def spy(logp, old, *more):
+        seen.append((logp.detach(), old))
+        ratio, adv, high = (logp.detach() - old).exp(), more[script == "grpo"], 1.2 if script == "grpo" else 1.28
+        tokens = (old != 0).sum()
+        clipped.append([((ratio < 0.8) & (adv < 0)).sum() / tokens, ((ratio > high) & (adv > 0)).sum() / tokens])
+        return loss(logp, old, *more)
+
+    monkeypatch.setattr(module, name, spy)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: (norms.append(clip(*a)), norms[-1])[1])
     args = ["--steps", 1, "--updates", 2, "--minibatches", 2, "--warmup", 0, "--lr", 0.01, "--dtype", "float64", "--log-every", 1]
     assert main(script, *ENDS, *BATCH, *args, "--out", "old/x.pt") == 0
     assert len(seen) == 4 and torch.equal(*seen[0])  # ratio 1
@@ -318,7 +335,9 @@ def test_old_log_probs_are_those_before_the_rollout_s_updates(script, ends, monk
     sums = [torch.cat([old.sum(1) for _, old in seen[i : i + 2]]).sort()[0] for i in (0, 2)]
     torch.testing.assert_close(*sums)  # both passes: the same old log-probs, in another order
     line = lines(ends / "old/x.jsonl")[1]
-    assert line["clip_ratio/low_mean"] > 0 and line["clip_ratio/high_mean"] > 0
+    low, high = torch.tensor(clipped).mean(0).tolist()
+    assert line["clip_ratio/low_mean"] == pytest.approx(low) and line["clip_ratio/high_mean"] == pytest.approx(high) and low > 0 < high
+    assert line["grad_norm"] == pytest.approx(sum(norms).item() / 4)
 
 
 def test_equal_rewards_move_nothing(ends, monkeypatch):
@@ -356,6 +375,9 @@ def test_kl_in_the_reward_is_subtracted_before_the_baseline(ends, monkeypatch):
     r = torch.tensor([1.0 if len(tokenizer.decode(i[m].tolist())) % 2 else -1.0 for i, m in zip(s.ids, s.mask)])
     assert kl.abs().max() > 0.1
     torch.testing.assert_close(seen[1].flatten(), r - 0.5 * kl, rtol=0, atol=1e-3)
+    with torch.no_grad():
+        x = ref.logprobs(s.ids, s.mask) - policy.logprobs(s.ids, s.mask)
+    assert lines(ends / "inside/x.jsonl")[2]["kl"] == pytest.approx((x.exp() - x - 1).sum(1).mean().item(), rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +440,7 @@ def test_the_refill_holds_mixed_groups_only_and_drops_the_surplus(monkeypatch):
     """Groups of 2, three needed: round 1 has one mixed, round 2 none, round 3 three, of which two are taken, in order."""
     reward = fake_rollouts(monkeypatch, [[[1, 1], [0, 1], [0, 0]], [[1, 1], [1, 1], [0, 0]], [[1, 0], [1, 0], [0, 1]]])
     o = argparse.Namespace(batch_size=3, max_rounds=5, group=2)
-    s, correct, facts = dapo.dynamic_sampling(None, None, reward, None, 0, o, None)
+    s, correct, facts = dapo.dynamic_sampling(None, o, reward, None, 0, o, None)
     assert s.ids[:, 0].tolist() == [2, 3, 12, 13, 14, 15] and correct.tolist() == [[False, True], [True, False], [True, False]]
     assert facts["num_gen_batches"] == 3 and facts["kept_fraction"] == pytest.approx(4 / 9) and facts["accuracy"] == pytest.approx(10 / 18)
 
@@ -429,17 +451,21 @@ def test_random_refills_never_hold_a_constant_group(monkeypatch):
         rounds = [(torch.rand(4, 3, generator=generator) < 0.8).tolist() for _ in range(30)]
         o = argparse.Namespace(batch_size=5, max_rounds=30, group=3)
         reward = fake_rollouts(monkeypatch, rounds)
-        s, correct, _ = dapo.dynamic_sampling(None, None, reward, None, 0, o, None)
+        s, correct, _ = dapo.dynamic_sampling(None, o, reward, None, 0, o, None)
         flat = torch.tensor(rounds).flatten()
         assert correct.shape == (5, 3) and s.ids.size(0) == 15 and torch.equal(flat[s.ids[:, 0]], correct.flatten())
         assert (correct.any(1) & ~correct.all(1)).all()
 
 
-@pytest.mark.parametrize("verdict, word", [(1, "easy"), (0, "hard")])
-def test_too_easy_and_too_hard(verdict, word, monkeypatch):
-    reward = fake_rollouts(monkeypatch, [[[verdict] * 2] * 3, [[verdict] * 2] * 3])
-    s, correct, why = dapo.dynamic_sampling(None, None, reward, None, 0, argparse.Namespace(batch_size=3, max_rounds=2, group=2), None)
-    assert s is None and correct is None and f"too {word}" in why and "--max-rounds 2" in why and "100%" in why
+EASY, HARD, MIXED = [[1, 1]] * 3, [[0, 0]] * 3, [[1, 0]] + [[1, 1]]
+
+
+@pytest.mark.parametrize("rounds, word", [([EASY, EASY], "too easy"), ([HARD, HARD], "too hard"), ([MIXED, MIXED[:1]], "more rounds")])
+def test_too_easy_and_too_hard(rounds, word, monkeypatch):
+    reward = fake_rollouts(monkeypatch, rounds)
+    o = argparse.Namespace(batch_size=3, max_rounds=2, group=2)  # stands for the prompts too, whose batch_size is asked for
+    s, correct, why = dapo.dynamic_sampling(None, o, reward, None, 0, o, None)
+    assert s is None and correct is None and word in why and "--max-rounds 2" in why and "of the 3 needed" in why
 
 
 def test_a_run_that_finds_no_mixed_groups(ends, monkeypatch, capsys):
@@ -451,10 +477,12 @@ def test_a_run_that_finds_no_mixed_groups(ends, monkeypatch, capsys):
     sampling, calls = dapo.dynamic_sampling, []
     twice = lambda *args: calls.append(1) or sampling(*args) if len(calls) < 2 else (None, None, "too easy")  # noqa: E731
     monkeypatch.setattr(dapo, "dynamic_sampling", twice)
+    args[args.index("--log-every") + 1] = 3
     assert main("dapo", *ENDS, *args, "--reward", "judge.py:odd", "--out", "starved/x.pt") == 0
-    assert "too easy. The run ends after step 2 of 4" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "too easy. The run ends after step 2 of 4" in out and "--resume" not in out
     record = lines(ends / "starved/x.jsonl")
-    assert [line["step"] for line in record[1:-1]] == [1, 2] and "reward" in record[-1]["final"] and load("starved/x.pt")[1]["steps"] == 2
+    assert [line["step"] for line in record[1:-1]] == [2] and "reward" in record[-1]["final"] and load("starved/x.pt")[1]["steps"] == 2
     assert not (ends / "starved/x.state").exists()
 
 
@@ -478,14 +506,29 @@ def test_dapo_s_reward_is_the_verdict_with_the_length_penalty_after_the_filter(e
     assert line["reward"] == pytest.approx((2.0 * correct - 1).mean().item())
 
 
+def test_fewer_prompts_than_a_batch_and_fewer_responses_than_minibatches(ends, tmp_path, monkeypatch):
+    """A file with one training prompt: the batch is the set, for the refill too; 4 responses make at most 4 minibatches."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("ends.pt", "judge.py"):
+        shutil.copy(ends / name, tmp_path)
+    (tmp_path / "two.jsonl").write_text('{"prompt": "Who?"}\n{"prompt": "Why?"}\n')
+    args = ["--task", "two.jsonl", *ENDS, "--steps", 2, "--group", 4, "--minibatches", 64, "--log-every", 1, "--reward", "judge.py:odd"]
+    for script in ("grpo", "dapo"):
+        assert main(script, *args) == 0
+        line = lines(tmp_path / f"out/two/{script}.jsonl")[1]
+        assert 5 < line["entropy"] < math.log(748)  # a nearly random model's
+
+
 def test_overlong_filter_leaves_cut_responses_out_of_the_loss(ends, monkeypatch):
     monkeypatch.chdir(ends)
     seen, loss = [], dapo.dapo_loss
     monkeypatch.setattr(dapo, "dapo_loss", lambda logp, *more: (seen.append((logp != 0).any(1)), loss(logp, *more))[1])
     args = [*ENDS, *BATCH, "--steps", 1, "--log-every", 1, "--minibatches", 1, "--out", "filter/x.pt"]
     assert main("dapo", *args) == 0 and main("dapo", *args, "--overlong-filter") == 0
-    cut = lines(ends / "filter/x.jsonl")[1]["completions/clipped_ratio"]
+    line = lines(ends / "filter/x.jsonl")[1]
+    cut = line["completions/clipped_ratio"]
     assert seen[0].all() and 0 < cut < 1 and seen[1].float().mean() == pytest.approx(1 - cut)
+    assert 5 < line["entropy"] < math.log(748) and line["completions/mean_length"] > 3  # a nearly random model's
 
 
 def test_the_diff_of_the_two_files_is_the_method():
@@ -498,6 +541,21 @@ def test_the_diff_of_the_two_files_is_the_method():
 # ---- rewards
 
 
+def test_each_response_is_judged_with_its_own_prompt(tmp_path):
+    """Prompts 12+34= and 50+50=, two responses each: 46 and 100; 100 without an end, and 100."""
+    (tmp_path / "r.py").write_text("def f(prompt, completion): return len(completion) - 2")
+    task, tokenizer = data.task("arithmetic:2"), data.tokenizer()
+    rows = [(tokenizer.encode(x), x, {"answer": y}) for x, y in (("12+34=", "46"), ("50+50=", "100"))]
+    answers = [tokenizer.answer("46"), tokenizer.answer("100"), tokenizer.answer("100")[:-1], tokenizer.answer("100")]
+    batch = data.pad([(tuple(rows[i // 2][0]), tuple(y)) for i, y in enumerate(answers)])
+    assert len(batch.ids) == 4
+    s = Samples(batch.ids, batch.mask, None, torch.tensor([True, True, False, True]))
+    reward = evaluate.Reward(CPU, task).open(tokenizer)
+    assert reward(rows, s).tolist() == [1.0, 0.0, 0.0, 1.0] and reward.correct(rows, s).tolist() == [True, False, False, True]
+    reward = evaluate.Reward(CPU, task, f"{tmp_path}/r.py:f").open(tokenizer)
+    assert reward(rows, s).tolist() == [0.0, 1.0, 1.0, 1.0] and reward.correct(rows, s).tolist() == [False, True, True, True]
+
+
 def test_a_user_s_function_gets_the_columns_it_names(tmp_path):
     (tmp_path / "r.py").write_text(
         "def named(prompt, completion, answer, weight=1): return weight * (completion == answer)\n"
@@ -507,6 +565,15 @@ def test_a_user_s_function_gets_the_columns_it_names(tmp_path):
     named, every, ended = (data.user_reward(f"{tmp_path}/r.py:{name}", columns) for name in ("named", "all_of_them", "ended"))
     assert named("p", "4", True, **columns) == 1.0 and named("p", "5", True, **columns) == 0.0
     assert named("p", "4", weight=3, **columns) == 3.0
+    (tmp_path / "r.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int = 1\n"
+        "def long(p, c): raise ValueError('a' * 300 + '\\n' + 'b')\ndef big(p, c): return 10**400\ndef wide(p, c): return 1e39\n"
+        "def rest(p, c, *more): return 1\ndef leave(p, c): raise SystemExit(3)\n")  # fmt: skip
+    assert data.user_reward(f"{tmp_path}/r.py:rest", columns)("p", "c", True, **columns) == 1.0
+    for name, words in {"long": "raised ValueError", "big": "returned 1000", "wide": "returned 1e", "leave": "raised SystemExit"}.items():
+        with pytest.raises(data.DataError, match=words) as error:
+            data.user_reward(f"{tmp_path}/r.py:{name}", columns)("p", "c")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
     assert every("p", "4", True, **columns) == 1.0 and (ended("p", "4", True), ended("p", "4", False)) == (1.0, 0.0)
 
 
@@ -518,7 +585,8 @@ def test_a_reward_on_a_file_is_its_mean_on_the_test_prompts(ends, tmp_path, monk
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "r.py").write_text("def check(prompt, completion, reference, size):\n"
                                    "    assert reference == prompt.replace('What', 'It').replace('?', '.')\n"
-                                   "    return size if len(completion) % 2 else 0.0\n")  # fmt: skip
+                                   "    return size if len(completion) % 2 else 0.0\n"
+                                   "def zero(prompt, completion): return 0\n")  # fmt: skip
     args = ["--task", "q.jsonl", "--init", ends / "ends.pt", *TINY, "--group", 4, "--reward", "r.py:check"]
     done = run("grpo.py", *args, cwd=tmp_path)
     final = lines(tmp_path / "out/q/grpo.jsonl")[-1]["final"]
@@ -526,23 +594,32 @@ def test_a_reward_on_a_file_is_its_mean_on_the_test_prompts(ends, tmp_path, monk
     assert final["prompts"] == len(test) and (final["reward"] * len(test) / 2) % 1 == pytest.approx(0) and 0 <= final["ref_reward"] <= 2
     assert "reward  " in done.stdout and "gold" not in done.stdout.split("test prompts")[1]
     again = run("evaluate.py", "out/q/grpo.pt", "--device", "cpu", cwd=tmp_path).stdout
-    assert re.search(rf"^reward +{final['ref_reward']:.2f} +{final['reward']:.2f}$", again, re.M)
+    assert re.search(rf"^reward +{final['ref_reward']:.2f} +{final['reward']:.2f} ± ", again, re.M)
+    other = run("evaluate.py", "out/q/grpo.pt", "--reward", "r.py:zero", "--device", "cpu", cwd=tmp_path).stdout
+    assert re.search(r"^reward +0.00 +0.00", other, re.M)
     (tmp_path / "r.py").unlink()
     assert "r.py is no file" in run("evaluate.py", "out/q/grpo.pt", "--device", "cpu", cwd=tmp_path).stdout
 
 
 def test_a_function_that_fails_later_names_the_prompt(ends, monkeypatch, capsys):
-    """It works on what is tried before the training, and raises or returns nan later: one line with the prompt, exit code 2."""
+    """It works on what is tried before the training, and raises or returns nan later: one line with the prompt, the completion and the
+    function's line, exit code 2; the steps done are saved, and once it is mended --resume ends with the bits of a run that met no error."""
     monkeypatch.chdir(ends)
-    late = "calls = []\ndef late(prompt, completion):\n    calls.append(1)\n    return 1.0 if len(calls) < 9 else "
-    for body, words in (("1 / 0", "raised ZeroDivisionError (division by zero) at"), ("float('nan')", "returned nan at")):
+    late = "calls = []\ndef late(prompt, completion):\n    calls.append(1)\n    return 1.0 if len(calls) < 30 else "
+    args = [*ENDS, *TINY, "--group", 4, "--reward", "late.py:late"]
+    for body, words in (("1 / 0", "raised ZeroDivisionError (division by zero, line 4) at"), ("float('nan')", "returned nan at")):
         (ends / "late.py").write_text(late + body + "\n")
-        assert main("grpo", *ENDS, *TINY, "--group", 4, "--reward", "late.py:late", "--out", "late/x.pt") == 2
-        said = capsys.readouterr().err.strip().splitlines()
-        assert len(said) == 1 and f"{words} the prompt 'A " in said[0] and "late.py:late" in said[0]
+        assert main("grpo", *args, "--out", "late/x.pt") == 2
+        out, said = capsys.readouterr()
+        said = said.strip().splitlines()
+        assert len(said) == 1 and f"{words} the prompt 'A " in said[0] and "late.py:late" in said[0] and "and the completion '" in said[0]
+        assert "step 1 is saved" in out and torch.load("late/x.state", weights_only=True)["step"] == 1
+    (ends / "late.py").write_text("def late(prompt, completion):\n    return 1.0\n")
+    assert main("grpo", *args, "--out", "late/x.pt", "--resume") == 0 and main("grpo", *args, "--out", "late/y.pt") == 0
+    assert all(torch.equal(a, b) for a, b in zip(load("late/x.pt")[0].parameters(), load("late/y.pt")[0].parameters()))
 
 
-def test_a_missing_reward_model_is_made_first(ends, tmp_path, monkeypatch):
+def test_a_missing_reward_model_is_made_first(ends, tmp_path, monkeypatch, capsys):
     """--reward rm starts reward_model.py of the same task; the ledger holds it, and the record has both its score and the gold reward."""
     shutil.copytree(ends / "out", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
@@ -566,11 +643,18 @@ def test_a_missing_reward_model_is_made_first(ends, tmp_path, monkeypatch):
     for figures in (final, evaluation):
         assert {"score", "ref_score", "reward", "ref_reward"} <= set(figures) and figures["reward"] <= 3
     model = load("out/reviews/reward_model.pt")[0]
-    assert main("grpo", *TINY, "--group", 4, "--reward", "rm", "--reward-model", "out/reviews/sft.pt", "--out", "out/x.pt") == 2
+    rm = ["--reward", "rm", "--reward-model"]
+    assert main("grpo", *TINY, "--group", 4, *rm, "out/reviews/sft.pt", "--out", "out/x.pt") == 2
+    assert main("grpo", *TINY, "--group", 4, *rm[:2], "--out", "out/reviews/reward_model.pt") == 2
+    assert "would overwrite out/reviews/reward_model.pt" in capsys.readouterr().err
+    short, meta = load("out/reviews/reward_model.pt")
+    save(ScalarGPT(GPTConfig(short.config.vocab_size, 64, 1, 1, 8)), "short.pt", **meta)
+    assert main("grpo", *TINY, "--group", 4, *rm, "short.pt", "--out", "out/x.pt") == 2
+    assert "short.pt reads at most 64 tokens, and the policy 256" in capsys.readouterr().err
     tokenizer = data.tokenizer()
-    reward = evaluate.Reward(CPU, data.task("reviews"), tokenizer, "rm", "out/reviews/reward_model.pt")
+    reward = evaluate.Reward(CPU, data.task("reviews"), "rm").open(tokenizer, "out/reviews/reward_model.pt")
     x, y = tokenizer.encode("A drama, The Last Road:"), tokenizer.answer(" Skip it.")
     mask = torch.tensor([[False] * len(x) + [True] * len(y) + [False] * 2])
-    s = Samples(torch.tensor([[*x, *y, 5, 5]]), mask, None, torch.tensor([True]))
+    s = Samples(torch.tensor([[*x, *y, 5, 5]]), mask, torch.zeros(1, len(x) + len(y) + 1), torch.tensor([True]))
     expected = model.head(model.trunk.hidden(torch.tensor([[*x, *y]])))[0, -1, 0]  # at the end token
     assert reward([(x, "", {})], s).item() == pytest.approx(expected.item(), abs=1e-5)

@@ -477,7 +477,9 @@ def files(folder):
     (folder / "syntax.py").write_text("def f(:")
     (folder / "wants.py").write_text("def f(prompt, completion, answer): return 1")
     (folder / "raises.py").write_text("def f(prompt, completion): raise KeyError('x')")
-    (folder / "returns.py").write_text("def none(p, c): pass\ndef text(p, c): return '1'\ndef infinite(p, c): return float('inf')")
+    (folder / "returns.py").write_text("def none(p, c): pass\ndef text(p, c): return '1'\ndef infinite(p, c): return float('inf')\n"
+                                        "def one(completion): return 1\n"
+                                        "def swapped(completion, prompt): return 1")  # fmt: skip
     (folder / "bad.tiktoken").write_text("not a vocabulary")
     (folder / "other.tiktoken").write_text((ROOT / "data/vocab.tiktoken").read_text().rsplit("\n", 2)[0] + "\n")
 
@@ -613,11 +615,13 @@ MISTAKES = [  # script, arguments, what the line must say
     ("grpo", [*FILE, "long.jsonl", "--reward", "good.py:f"], "are longer than the 128 tokens"),
     ("grpo", [*FILE, "noprompt.jsonl", "--reward", "good.py:f"], "noprompt.jsonl:1: the prompt is empty"),
     ("grpo", ["--reward", "gold"], "--reward gold: give task, rm, or a function of your own as FILE.py:function"),
+    ("grpo", ["--reward", "returns.py:swapped"], "must take (prompt, completion, …)"),
     ("grpo", ["--reward", "none.py:f"], "none.py is no file"),
     ("grpo", ["--reward", "good.py:g"], "good.py has no function 'g'"),
     ("grpo", ["--reward", "syntax.py:f"], "syntax.py cannot be run (SyntaxError"),
     ("grpo", ["--reward", "wants.py:f"], "--reward wants.py:f takes 'answer', which is no column of the rows"),
-    ("grpo", ["--reward", "raises.py:f"], "raised KeyError ('x') at the prompt 'A "),
+    ("grpo", ["--reward", "raises.py:f"], "raised KeyError ('x', line 1) at the prompt 'A "),
+    ("grpo", ["--reward", "returns.py:one"], "must take (prompt, completion, …)"),
     ("grpo", ["--reward", "returns.py:none"], "returned None at the prompt 'A "),
     ("grpo", ["--reward", "returns.py:text"], "returned '1' at the prompt 'A "),
     ("grpo", ["--reward", "returns.py:infinite"], "returned inf at the prompt 'A "),
@@ -634,7 +638,7 @@ MISTAKES = [  # script, arguments, what the line must say
     ("dapo", ["--max-rounds", "0"], "--max-rounds"),
     ("dapo", ["--no-overlong", "--overlong-cache", "4"], "--overlong-cache"),
     ("dapo", ["--overlong-cache", "97"], "--overlong-cache 97 goes with --overlong, and is at most a response's 96 tokens"),
-    ("dapo", ["--reward", "raises.py:f"], "raised KeyError ('x') at the prompt 'A "),
+    ("dapo", ["--reward", "raises.py:f"], "raised KeyError ('x', line 1) at the prompt 'A "),
     ("dapo", [*FILE, "ok.jsonl"], '--reward task: not every row of ok.jsonl has an "answer" to check'),
     ("dapo", ["--micro-batch", "5"], "--micro-batch 5 does not divide"),
     ("evaluate", ["exact.pt", "--task", "reviews"], "exact has a vocabulary of its own"),
