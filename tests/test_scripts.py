@@ -609,7 +609,7 @@ MISTAKES = [  # script, arguments, what the line must say
     ("grpo", ["--steps", "3", "--epochs", "2"], "--steps and --epochs"),
     ("grpo", ["--max-new-tokens", "250"], "test prompts are longer than the 6 tokens that --max-new-tokens leaves"),
     ("grpo", ["--task", "exact", "--init", "exact.pt", "--max-new-tokens", "2"], "--max-new-tokens 2: the responses of exact"),
-    ("grpo", ["--task", "ok.jsonl"], "--init is needed with a file"),
+    ("grpo", ["--task", "ok.jsonl", "--reward", "good.py:f"], "--init is needed with a file"),
     ("grpo", [*FILE, "ok.jsonl"], '--reward task: not every row of ok.jsonl has an "answer" to check'),
     ("grpo", [*FILE, "ok.jsonl", "--reward", "rm"], "--reward-model is needed with a file"),
     ("grpo", [*FILE, "long.jsonl", "--reward", "good.py:f"], "are longer than the 128 tokens"),
