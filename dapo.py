@@ -90,7 +90,7 @@ class Options(common.Options):
     micro_batch: Whole = 0  # responses a forward pass: less memory, the same gradient (0: all of an optimizer step's)
     lr: Positive = 2e-4  # AdamW learning rate at its peak; large models take 1e-6 to 3e-6
     warmup: Whole = 20  # rollouts over which the learning rate rises from 0
-    on_arithmetic = dict(steps=200, batch_size=32, minibatches=4)
+    on_arithmetic = dict(steps=50, batch_size=32, minibatches=4)
     on_exact = dict(overlong=False, group=64, batch_size=4, steps=1500, lr=3e-4, lr_schedule="linear")
 
 

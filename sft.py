@@ -44,7 +44,7 @@ class Options(common.Options):
     n_head: Count = 4  # attention heads a block, where weights start random
     n_embd: Count = 128  # width, where weights start random
     block_size: Whole = 0  # longest sequence, prompt and response, in tokens (0: the checkpoint's, or 256 at random weights)
-    on_arithmetic = dict(steps=1000, batch_size=64, lr=2e-3)
+    on_arithmetic = dict(steps=1600, batch_size=64, lr=2e-3)
     on_exact = dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear", n_layer=2, n_embd=64, block_size=8)
 
 

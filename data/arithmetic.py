@@ -1,7 +1,7 @@
 """arithmetic:N: sums of two N-digit numbers, checked by exact match. Prompt "47+85=", completion "132", reward 1 or 0.
 
-Of the demonstrations 40 % have one digit wrong, as people's answers may: who imitates them samples about 60 % right answers at
-best, and what is left to gain is to be had from the verifier.
+Of the demonstrations 40 % have one digit wrong, as people's answers may: who imitates them samples about 60 % right answers,
+and what is left to gain is to be had from the verifier.
 """
 from data.toy import Toy
 
