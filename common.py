@@ -433,10 +433,9 @@ class Run(Compute):
                 self.times.append(self.elapsed)
                 for name, seconds in self.spent.items():
                     self.parts.setdefault(name, []).append(seconds)
-                self.last = done, self.sums
+                self.last = self.sums
                 if done % o.log_every == 0 or done == o.steps:
-                    line = {"step": done, **{k: float(v) for k, v in self.sums.items()}}
-                    self.write(line)
+                    line = self._log(done)
                     text = ", ".join(f"{k.split('/')[-1]} {line[k]:.3g}" for k in self.shown if k in line)
                     bar.set_postfix_str(text)
                     tenth = done * 10 // o.steps > (done - o.log_every) * 10 // o.steps
@@ -478,12 +477,11 @@ class Run(Compute):
     def update(self, step, model, optimizer, share=1.0):
         """An optimizer step: learning rate, clipped gradient, AdamW. Stops at a loss or gradient that is not finite. share: 1 / the
         number of optimizer steps in a step of the run, whose metrics are means over them."""
-        lr, self.elapsed = lr_at(step, self.o), 0.0
+        lr, first, self.elapsed = lr_at(step, self.o), self.elapsed is None, 0.0  # first: no weight has moved since the step began
         for group in optimizer.param_groups:
             group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.o.grad_clip)
         if not torch.isfinite(norm + self.sums["loss"]):
-            first = "grad_norm" not in self.sums  # of this step's updates: no weight has moved since it began
             if not self.saved and first and all(torch.isfinite(p).all() for p in model.parameters()):
                 self._save(step, **self.cursor)
             kept = f"the last good state is kept in {self.state_path}" if self.saved else "there is no earlier state"
@@ -495,13 +493,19 @@ class Run(Compute):
         self.sums["lr"] = lr
         self.elapsed = time.perf_counter() - self.started
 
+    def _log(self, step):
+        """Records the step that was done last. -> its line"""
+        line = {"step": step, **{k: float(v) for k, v in self.last.items()}}
+        self.write(line)
+        return line
+
     def cut_short(self, step, why):
         """Ends the training before the step number `step`; where nothing was learned yet, with an error."""
         if step == 0:
             raise Stopped(why)
         self.say(f"{why}. The run ends after step {step} of {self.o.steps}, with what it has learned")
         if step > self.first and step % self.o.log_every:
-            self.write({"step": step, **{k: float(v) for k, v in self.last[1].items()}})
+            self._log(step)
         self.o.steps = step
 
     def evaluated(self, step, figures):

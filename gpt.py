@@ -161,6 +161,11 @@ class GPT(nn.Module):
             return logp, -(log_p.exp() * log_p).sum(-1)
 
 
+def row_lengths(mask):
+    """mask (B, T) bool, of the response tokens -> (B,) int64: tokens of prompt and response, up to the last that is marked"""
+    return mask.size(1) - mask.int().flip(1).argmax(1)
+
+
 class ScalarGPT(nn.Module):
     """A GPT trunk with Linear(C, 1) in place of the vocabulary. A reward model is read at the end token, a critic everywhere."""
 
@@ -179,8 +184,7 @@ class ScalarGPT(nn.Module):
 
     def score(self, ids, mask):
         """ids, mask (B, T) as for `logprobs` -> (B,): the value at each row's last response token, the end token where it has one."""
-        last = mask.size(1) - 1 - mask.int().flip(1).argmax(1)
-        return self._read(self.trunk.hidden(ids)[torch.arange(len(ids), device=ids.device), last])
+        return self._read(self.trunk.hidden(ids)[torch.arange(len(ids), device=ids.device), row_lengths(mask) - 1])
 
     def _read(self, h):
         """h (…, C) -> (…). The head is never below float32: bfloat16 would round scores near 2 to multiples of 0.016."""
@@ -252,12 +256,13 @@ class Samples(NamedTuple):
     @property
     def stop(self):
         """(B·group,) int64: tokens of prompt and response"""
-        return self.mask.size(1) - self.mask.int().flip(1).argmax(1)
+        return row_lengths(self.mask)
 
     def take(self, rows):
         """-> the samples of these rows, in this order, without the columns that are padding in all of them"""
-        T = int(self.stop[rows].max())
-        return Samples(self.ids[rows, :T], self.mask[rows, :T], self.logp[rows, : T - 1], self.finished[rows])
+        mask = self.mask[rows]
+        T = int(row_lengths(mask).max())
+        return Samples(self.ids[rows, :T], mask[:, :T], self.logp[rows, : T - 1], self.finished[rows])
 
     @staticmethod
     def cat(parts):

@@ -1,4 +1,5 @@
 """Shared by the tests: the repository on the path, a working folder per session, and a tiny SFT checkpoint."""
+import json
 import os
 import subprocess
 import sys
@@ -28,6 +29,11 @@ def main(script, *args):
     except SystemExit as e:
         return e.code or 0
     return 0
+
+
+def lines(path):
+    """-> the lines of a record"""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +71,11 @@ def ends(tiny):
     save(model, tiny / "ends.pt", **meta)
     (tiny / "judge.py").write_text(JUDGE)
     return tiny
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with out/exact/sft.pt, 150 steps of the default."""
+    folder = tmp_path_factory.mktemp("world")
+    run("sft.py", "--task", "exact", "--steps", 150, "--device", "cpu", cwd=folder)
+    return folder

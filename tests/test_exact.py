@@ -1,13 +1,12 @@
 """The enumerable world, its exact evaluation and its oracle; that DPO finds π*, and that broken DPO does not."""
 import argparse
 import copy
-import json
 import math
 from collections import Counter
 
 import pytest
 import torch
-from conftest import main, run
+from conftest import lines, main, run
 
 import common
 import data
@@ -28,14 +27,6 @@ CPU = common.Compute(argparse.Namespace(device="cpu", dtype="float32"))
 
 def sigmoid(x):
     return 1 / (1 + math.exp(-x))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with out/exact/sft.pt, 150 steps of the default."""
-    folder = tmp_path_factory.mktemp("world")
-    run("sft.py", "--task", "exact", "--steps", 150, "--device", "cpu", cwd=folder)
-    return folder
 
 
 # ---- the world
@@ -316,16 +307,12 @@ def test_equal_rows_are_scored_once_and_count_as_often_as_they_stand(world):
     assert gradients[0].norm() > 1e-3 and (gradients[0] - gradients[1]).norm() < 1e-9 * gradients[0].norm()
 
 
-def record(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_few_pairs_many_epochs_overfit(world):
     """300 pairs, 200 epochs: the loss falls to the end; KL(π‖π*) falls by 0.2, then rises by 0.3 and more."""
     done = run("dpo.py", "--task", "exact", "--pairs", 300, "--epochs", 200, "--out", "out/few.pt", "--device", "cpu", cwd=world)
-    evals = [line for line in record(world / "out/few.jsonl") if "eval" in line]
+    evals = [line for line in lines(world / "out/few.jsonl") if "eval" in line]
     distance = [line["eval"]["kl_star"] for line in evals]
-    loss = [line["loss"] for line in record(world / "out/few.jsonl") if "loss" in line]
+    loss = [line["loss"] for line in lines(world / "out/few.jsonl") if "loss" in line]
     start = float(open_and_measure(world / "out/exact/sft.pt")["kl_star"])
     assert min(distance) < start - 0.2 and distance[-1] > min(distance) + 0.3 and distance.index(min(distance)) < len(distance) / 2
     assert loss[-1] < loss[len(loss) // 2] < loss[len(loss) // 4] < loss[0]
@@ -342,7 +329,7 @@ def test_evaluate_prints_the_table(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     short = ["--task", "exact", "--steps", 60, "--batch-size", 512, "--warmup", 5, "--device", "cpu"]
     assert main("dpo", *short, "--out", "out/exact/short.pt") == 0
-    final = record(world / "out/exact/short.jsonl")[-1]["final"]
+    final = lines(world / "out/exact/short.jsonl")[-1]["final"]
     assert final["kl_star"] < 1 and final["objective"] > final["ref_reward"] and "kl_se" not in final
     capsys.readouterr()
     assert main("evaluate", "out/exact/short.pt", "--device", "cpu") == 0
@@ -351,14 +338,14 @@ def test_evaluate_prints_the_table(world, monkeypatch, capsys):
         assert words in text
     assert text.count(" -> ") == 5 and text.count("E[r]") == 3
     assert main("dpo", *short, "--loss", "robust", "--dtype", "bfloat16", "--out", "out/exact/robust.pt") == 0
-    assert "kl_optimum" not in record(world / "out/exact/robust.jsonl")[-1]["final"]
+    assert "kl_optimum" not in lines(world / "out/exact/robust.jsonl")[-1]["final"]
 
 
 def test_kto_is_measured_against_its_limit(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     short = ["--task", "exact", "--steps", 60, "--batch-size", 512, "--warmup", 5, "--device", "cpu"]
     assert main("kto", *short, "--out", "out/exact/k.pt") == 0
-    final = record(world / "out/exact/k.jsonl")[-1]["final"]
+    final = lines(world / "out/exact/k.jsonl")[-1]["final"]
     assert 0 < final["loss_gap"] < 0.05 and 0 < final["tv_optimum"] < 0.5 and "kl_optimum" not in final
     policy, ref = (CPU.frozen(load(world / f"out/exact/{name}.pt")[0]) for name in ("k", "sft"))
     yardstick = choose_yardstick(CPU, WORLD, TOKENIZER, 8)
@@ -371,7 +358,7 @@ def test_kto_is_measured_against_its_limit(world, monkeypatch, capsys):
 def test_orpo_without_an_sft_checkpoint_still_shows_its_own_optimum(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main("orpo", "--task", "exact", "--steps", 4, "--batch-size", 64, "--device", "cpu") == 0
-    final = record(tmp_path / "out/exact/orpo.jsonl")[-1]["final"]
+    final = lines(tmp_path / "out/exact/orpo.jsonl")[-1]["final"]
     assert "kl_star" not in final and final["kl_optimum"] > 0
     assert main("evaluate", "out/exact/orpo.pt", "--device", "cpu") == 0
     text = capsys.readouterr().out
@@ -399,7 +386,7 @@ def test_each_method_reaches_its_own_optimum(seed, tmp_path):
     for name, options in rows.items():
         script = name if name in ("simpo", "orpo", "kto") else "dpo"
         run(f"{script}.py", "--task", "exact", "--seed", seed, *options, "--out", f"out/exact/{name}.pt", cwd=tmp_path)
-        final = record(tmp_path / f"out/exact/{name}.jsonl")[-1]["final"]
+        final = lines(tmp_path / f"out/exact/{name}.jsonl")[-1]["final"]
         if name == "kto":
             assert final["loss_gap"] < 0.005 and final["tv_optimum"] < 0.06
         else:
@@ -410,10 +397,10 @@ def test_each_method_reaches_its_own_optimum(seed, tmp_path):
 @pytest.mark.slow
 def test_a_longer_run_comes_nearer(tmp_path):
     run("dpo.py", "--task", "exact", "--steps", 4000, cwd=tmp_path)
-    assert record(tmp_path / "out/exact/dpo.jsonl")[-1]["final"]["kl_star"] < 0.01
+    assert lines(tmp_path / "out/exact/dpo.jsonl")[-1]["final"]["kl_star"] < 0.01
 
 
 @pytest.mark.slow
 def test_the_reward_model_finds_the_rewards(tmp_path):
     run("reward_model.py", "--task", "exact", cwd=tmp_path)
-    assert record(tmp_path / "out/exact/reward_model.jsonl")[-1]["final"]["rms"] < 0.1
+    assert lines(tmp_path / "out/exact/reward_model.jsonl")[-1]["final"]["rms"] < 0.1

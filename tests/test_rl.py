@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, TINY, main, run
+from conftest import ROOT, TINY, lines, main, run
 
 import common
 import dapo
@@ -25,10 +25,6 @@ R, LOG_D = torch.from_numpy(WORLD.r), torch.from_numpy(WORLD.d).log()
 TOKENIZER = data.tokenizer(own=WORLD.tokenizer)
 CPU = common.Compute(argparse.Namespace(device="cpu", dtype="float32"))
 ENDS = ["--init", "ends.pt", "--max-new-tokens", "8", "--device", "cpu"]
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ---- estimators against enumeration, from a fixed policy on `exact`
@@ -378,13 +374,6 @@ def test_kl_in_the_reward_is_subtracted_before_the_baseline(ends, monkeypatch):
     with torch.no_grad():
         x = ref.logprobs(s.ids, s.mask) - policy.logprobs(s.ids, s.mask)
     assert lines(ends / "inside/x.jsonl")[2]["kl"] == pytest.approx((x.exp() - x - 1).sum(1).mean().item(), rel=1e-3)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rl")
-    run("sft.py", "--task", "exact", "--steps", 150, "--device", "cpu", cwd=folder)
-    return folder
 
 
 EXACT = ["--task", "exact", "--adv-norm", "loo", "--agg", "const", "--kl", "reward", "--device", "cpu", "--lr", 1e-3, "--group", 32]

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TRAIN, main, run
+from conftest import ROOT, TINY, TRAIN, lines, main, run
 
 import common
 import dapo
@@ -27,10 +27,6 @@ from gpt import GPT, GPTConfig, ScalarGPT, load, save
 
 METHODS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "simpo": simpo, "orpo": orpo, "kto": kto, "grpo": grpo, "dapo": dapo}
 OURS = {p.stem for p in ROOT.glob("*.py")} | {"data"}
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def snapshot(folder):
