@@ -40,15 +40,17 @@ Count = Annotated[int, lambda x: x >= 1, "a whole number > 0"]
 Whole = Annotated[int, lambda x: x >= 0, "a whole number >= 0"]
 Positive = Annotated[float, lambda x: x > 0, "a number > 0"]
 NonNegative = Annotated[float, lambda x: x >= 0, "a number >= 0"]
+Number = Annotated[float, lambda x: True, "a number"]
 Seed = Annotated[int, lambda x: 0 <= x < 2**62, "a whole number >= 0 and below 2^62"]
 Share = Annotated[float, lambda x: 0 <= x <= 1, "a number in [0, 1]"]
 BelowHalf = Annotated[float, lambda x: 0 <= x < 0.5, "a number in [0, 0.5)"]
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass
 class Options:
-    """The options of every script; a script adds its own, and may give another default to one of these; `on_exact` and
-    `on_arithmetic` hold those of its defaults that are others on that task."""
+    """The options of every script; a script adds its own, and may give another default to one of these; `on_exact`,
+    `on_arithmetic` and `on_file` hold those of its defaults that are others on such a task."""
 
     task: str = "reviews"  # reviews, arithmetic:N (digits), exact (40 outcomes), or the path of a .jsonl or .jsonl.gz file
     init: str = ""  # checkpoint to start from (default: out/<task>/sft.pt, made first where it is missing; a file needs one)
@@ -58,7 +60,7 @@ class Options:
     batch_size: Count = 32  # examples an optimizer step
     micro_batch: Whole = 0  # examples a forward pass: less memory, the same gradient (0: the batch; it must divide it)
     lr: Positive = 1e-3  # AdamW learning rate at its peak; toy models take 10 to 100 times what the papers give large ones
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warmup: stay, fall to 0, or fall to a tenth
+    lr_schedule: Schedule = "cosine"  # after the warmup: stay, fall to 0, or fall to a tenth
     warmup: Whole = 20  # steps over which the learning rate rises from 0
     weight_decay: NonNegative = 0.0  # of the weight matrices
     grad_clip: Positive = 1.0  # largest norm of the gradient
@@ -84,7 +86,7 @@ def parse(cls, argv=None):
     Types come from the annotations, defaults from the fields (on --task exact from `cls.on_exact` first), the help from the
     trailing comments, and the description from the docstring of the module.
     """
-    on_task = {kind: getattr(cls, f"on_{kind}", {}) for kind in ("exact", "arithmetic")}
+    on_task = {kind: getattr(cls, f"on_{kind}", {}) for kind in ("exact", "arithmetic", "file")}
     module = sys.modules[cls.__module__]
     script = os.path.basename(module.__file__)
     positional = "".join(f" {f.name.upper()}" for f in fields(cls) if f.default is MISSING)
@@ -114,7 +116,7 @@ def parse(cls, argv=None):
             parser.add_argument("--" + f.name.replace("_", "-"), **how)
     given = vars(parser.parse_args(argv))
     task = given.get("task", "")
-    kind = "" if is_file(task) else task.partition(":")[0]
+    kind = "file" if is_file(task) else task.partition(":")[0]
     o = cls(**(on_task.get(kind, {}) | given))
     o.given = set(given)
     return o

@@ -124,6 +124,7 @@ class Reward:
 
     def __init__(self, run, task, how="task"):
         self.run, self.task, self.how, self.model = run, task, how, None
+        self.unended = None  # what stands for the score of a response that did not end; None: the reward model's at its last token
         self.bound = task.bound if how in ("task", "rm") else None
         if how not in ("task", "rm"):
             if common.is_exact(task.name):
@@ -147,7 +148,8 @@ class Reward:
         if self.model:
             with torch.no_grad(), self.run.autocast():
                 parts = [s.take(rows) for rows in torch.arange(len(s.ids)).split(ROWS)]
-                return torch.cat([self.model.score(part.ids, part.mask) for part in parts])
+                score = torch.cat([self.model.score(part.ids, part.mask) for part in parts])
+            return score if self.unended is None else torch.where(s.finished, score, self.unended)
         return torch.tensor([self.earn(*one, **columns) for one, columns in self._each(rows, s)], device=s.ids.device)
 
     def correct(self, rows, s):

@@ -164,6 +164,9 @@ def aim(task, log_ref, method, o):
 def _aim(task, log_ref, method, o):
     if method == "grpo":
         return _grpo(task, log_ref, o)
+    if method == "ppo":
+        own = log_ref is not None and o["reward"] == "task" and o["temperature"] == o["gamma"] == 1
+        return _j(log_ref, torch.from_numpy(task.r), o["beta"]) if own and o["beta"] else None
     pairs, labels = torch.from_numpy(task.pairs), torch.from_numpy(task.labels)
     n = torch.tensor([min(len(y) + 1, task.max_new_tokens) for y in task.outcomes])
     if o.get("pairs") or o.get("sft_weight") or o.get("prompt_loss") or log_ref is None and method not in ("simpo", "orpo"):
@@ -186,13 +189,17 @@ def _aim(task, log_ref, method, o):
     return loss, minimise(loss, torch.zeros(task.r.shape, dtype=torch.float64) if log_ref is None else log_ref)
 
 
+def _j(log_ref, r, beta):
+    return lambda log_p: (beta * kl(log_p, log_ref) - (log_p.exp() * r).sum(1)).mean(), star(log_ref, r, beta)
+
+
 def _grpo(task, log_ref, o):
     r, beta, G = torch.from_numpy(task.r), o["beta"], o["group"]
     even = o["agg"] == "const" or task.max_new_tokens == 1  # each token weighs the same
     if log_ref is None or o["kl"] == "none" or o["adv_norm"] == "std" or not even or o["reward"] != "task" or o["temperature"] != 1:
         return None
     if o["kl"] == "reward":
-        return lambda log_p: (beta * kl(log_p, log_ref) - (log_p.exp() * r).sum(1)).mean(), star(log_ref, r, beta)
+        return _j(log_ref, r, beta)
     if o["adv_norm"] == "none":  # r - mean is (G-1)/G of the leave-one-out advantage
         beta = beta * G / (G - 1)
     solve = k3_point if o["kl"] == "k3" else star
