@@ -408,6 +408,7 @@ def main(argv=None):
     elif not o.task and trained.get("reward", "task") != "task":
         try:
             reward = Reward(run, task, trained["reward"]).open(tokenizer, trained["reward_model"])
+            reward.unended = trained.get("missing_end_score")
         except (CheckpointError, data.DataError) as e:
             print(f"what it was trained with is left out ({e}); --reward names another")
     yardstick = choose_yardstick(run, task, tokenizer, block, n, truncate, meta["implicit"], o.seed, aim=aim, reward=reward)

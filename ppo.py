@@ -103,14 +103,14 @@ class Options(common.Options):
     temperature: Positive = 1.0  # of the samples and of the log-probs that are trained, those of softmax(logits / temperature)
     updates: Count = 2  # K: passes over a rollout (InstructGPT: 1, N+: 4)
     minibatches: Count = 4  # optimizer steps a pass, over shuffled responses
-    steps: Count = 100  # rollouts (default: %(default)s; of a file: one pass over its prompts)
+    steps: Count = 60  # rollouts (default: %(default)s; of a file: one pass over its prompts)
     epochs: Whole = 0  # passes over the training prompts, in place of --steps
     batch_size: Count = 128  # prompts a rollout
     micro_batch: Whole = 0  # responses a forward pass: less memory, the same gradient (0: all of an optimizer step's)
     lr: Positive = 2e-4  # AdamW learning rate of both networks at its peak; large models take 1e-6 to 1e-5
     lr_schedule: common.Schedule = "linear"  # after the warmup: stay, fall to 0, or fall to a tenth
-    on_arithmetic = dict(reward="task", batch_size=256)
-    on_exact = dict(reward="task", beta=0.5, batch_size=4, group=32, steps=300, lr=1e-3)
+    on_arithmetic = dict(reward="task", steps=100, batch_size=256)
+    on_exact = dict(reward="task", beta=0.5, group=64, batch_size=4, steps=300, lr=5e-4)
     on_file = dict(reward="task")
 
 
@@ -184,7 +184,8 @@ def main(argv=None):
         reward.unended = o.missing_end_score
         run.say(f"a response that does not end scores {o.missing_end_score:.2f} (--missing-end-score)")
     ref, pair = run.frozen(policy), torch.nn.ModuleDict({"policy": policy, "critic": critic})
-    held = [("policy", policy, True), ("critic", critic, True), ("ref", ref, False)] + [("reward", reward.model, False)] * (o.reward == "rm")
+    held = [("policy", policy, True), ("critic", critic, True), ("ref", ref, False)]
+    held += [("reward", reward.model, False)] * (o.reward == "rm")
     optimizer = common.adamw(pair, o)
     run.begin(held, prompts, policy=policy, critic=critic, optimizer=optimizer, prompts=prompts)
 
@@ -199,7 +200,7 @@ def main(argv=None):
         mask = s.mask[:, 1:]
         rewards = token_rewards(score, old_logp, ref_logp, mask, o.beta)
         adv, returns = gae(rewards, old_values, mask, o.gamma, o.lam)
-        explained = 1 - adv[mask].var() / returns[mask].var()
+        explained = 1 - adv[mask].var(correction=0) / (returns[mask].var(correction=0) + 1e-5)  # of Var(R); R - V is A
         adv = whiten(adv, mask)
         run.tokens += int(s.stop.sum())
 
@@ -215,19 +216,19 @@ def main(argv=None):
                         values = critic.values(ids[:, :-1])
                     m, A, R, old, V = (x[rows, : logp.size(1)] for x in (mask, adv, returns, old_logp, old_values))
                     old = logp.detach() if i == 0 else old  # at the first step of a rollout π_θ is π_old
-                    policy_loss = (m * ppo_loss(logp, old, A, o.eps)).sum() / tokens
-                    critic_loss = (m * value_loss(values, V, R, o.eps_v)).sum() / tokens
+                    losses, errors = ppo_loss(logp, old, A, o.eps), value_loss(values, V, R, o.eps_v)
+                    policy_loss, critic_loss = (m * losses).sum() / tokens, (m * errors).sum() / tokens
                     loss = policy_loss + o.vf_coef * critic_loss
                     loss.backward()
 
                     with torch.no_grad():
-                        x, ratio = logp - old, (logp - old).exp()
-                        clipped = -A * ratio.clamp(1 - o.eps, 1 + o.eps) > -A * ratio
-                        kept = 0.5 * (values - R) ** 2 < value_loss(values, V, R, o.eps_v)
-                    run.add({name: share / k for name, share in {
-                        "loss": loss, "loss/policy_avg": policy_loss, "loss/value_avg": critic_loss, "entropy": entropy.sum() / tokens,
-                        "policy/approxkl_avg": 0.5 * (m * x**2).sum() / tokens, "policy/clipfrac_avg": (m & clipped).sum() / tokens,
-                        "val/clipfrac_avg": (m & kept).sum() / tokens}.items()})  # fmt: skip
+                        x = logp - old
+                        clipped = m & (losses > -A * x.exp())
+                        held_back = m & ((values - V).abs() > o.eps_v) & (errors > 0.5 * (values - R) ** 2)
+                    sums = {"entropy": entropy, "policy/approxkl_avg": 0.5 * m * x**2, "policy/clipfrac_avg": clipped,
+                            "val/clipfrac_avg": held_back}  # fmt: skip
+                    run.add({"loss": loss / k, "loss/policy_avg": policy_loss / k, "loss/value_avg": critic_loss / k})
+                    run.add({name: x.sum() / tokens / k for name, x in sums.items()})
                 run.update(step, pair, optimizer, share=1 / k)
         length = mask.sum(1).float()
         run.add({"reward": score.mean(), "kl": (old_logp - ref_logp).sum(1).mean(), "rlhf_reward": rewards.sum(1).mean(),

@@ -36,6 +36,24 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def first_gradient(script, args, monkeypatch, **patches):
+    """-> the gradient of the first optimizer step, all parameters, and its metrics; `patches` replace names in the script."""
+    import common
+
+    seen = []
+
+    def update(self, step, model, optimizer, share=1.0):
+        seen.append((torch.cat([p.grad.flatten() for p in model.parameters()]), {k: float(v) for k, v in self.sums.items()}))
+        raise common.Stopped("seen")
+
+    with monkeypatch.context() as m:
+        m.setattr(common.Run, "update", update)
+        for name, value in patches.items():
+            m.setattr(f"{script}.{name}", value)
+        assert main(script, *args, "--dtype", "float64", "--out", "grad/x.pt") == 1
+    return seen[0]
+
+
 @pytest.fixture(autouse=True)
 def threads():
     torch.set_num_threads(min(2, os.cpu_count()))
@@ -58,17 +76,22 @@ def tiny(tmp_path_factory):
     return folder
 
 
+ENDS = ["--init", "ends.pt", "--max-new-tokens", "8", "--device", "cpu"]
+BATCH = ["--batch-size", 8, "--group", 4, "--reward", "judge.py:odd"]
+
+
 @pytest.fixture(scope="session")
 def ends(tiny):
-    """`tiny` with ends.pt, the same model with about one end token in five, so that its responses have many lengths; and
-    judge.py, rewards that do not ask for sense."""
-    from gpt import load, save
+    """`tiny` with ends.pt, the same model with about one end token in five, so that its responses have many lengths; judge.py,
+    rewards that do not ask for sense; and judge.pt, a reward model of random weights."""
+    from gpt import ScalarGPT, load, save
 
     model, meta = load(tiny / "out/reviews/sft.pt")
     with torch.no_grad():
         model.norm.bias += 1.0
         model.wte.weight[-1] += 0.32
     save(model, tiny / "ends.pt", **meta)
+    save(ScalarGPT(model.config, seed=3), tiny / "judge.pt", **meta)
     (tiny / "judge.py").write_text(JUDGE)
     return tiny
 

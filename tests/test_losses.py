@@ -10,6 +10,7 @@ from gpt import GPT, GPTConfig
 from grpo import group_advantages, grpo_loss, k3, sequence_old_logp
 from kto import kto_kl, kto_loss
 from orpo import log_odds, odds_ratio_loss, orpo_loss
+from ppo import gae, ppo_loss, token_rewards, value_loss, whiten
 from reward_model import bradley_terry_loss
 from sft import nll
 from simpo import simpo_loss
@@ -352,3 +353,85 @@ def test_overlong_penalty_at_its_corners():
     """L_max = 100, L_c = 20: 0 up to 80, -½ at 90, -1 at 100 and beyond."""
     length = torch.tensor([1, 80, 81, 90, 100, 120])
     assert overlong_penalty(length, 100, 20).tolist() == pytest.approx([0, 0, -0.05, -0.5, -1, -1])
+
+
+# ---- PPO
+
+
+def test_ppo_clips_the_ratio_as_grpo_does():
+    """The table of GRPO's clip, each token with an advantage of its own: the loss and the gradient are those of the tokens alone."""
+    for ratio, adv in ((1.0, 2.0), (1.1, 1.0), (1.5, 1.0), (0.5, -1.0), (1.5, -1.0), (0.5, 1.0)):
+        assert token(ratio, adv, ppo_loss) == pytest.approx(token(ratio, adv), abs=1e-12)
+    assert token(1.25, 1.0, ppo_loss, eps=0.3) == pytest.approx((-1.25, -1.25)) and token(1.25, 1.0, ppo_loss) == pytest.approx((-1.2, 0))
+    logp = t([math.log(1.5), math.log(1.5)]).requires_grad_()
+    value = ppo_loss(logp, t([0.0, 0.0]), t([1.0, -1.0]))
+    value.sum().backward()
+    assert value[0].tolist() == pytest.approx([-1.2, 1.5]) and logp.grad[0].tolist() == pytest.approx([0.0, 1.5])
+    with pytest.raises(AssertionError):
+        ppo_loss(t([0.0, 0.0]), t([0.0, 0.0]), t([1.0]))
+
+
+def test_value_loss_takes_the_larger_error():
+    """V_old = 1, ε_v = 0.2, R = 2. V = 1.5 is nearer than its clip, 1.2: ½ 0.8², no gradient. V = 0.5, clip 0.8: ½ 1.5², gradient -1.5.
+    V = 3.5, clip 1.2: ½ 1.5², gradient 1.5. V = 1.1 is its own clip: ½ 0.9², gradient -0.9."""
+    values = t([1.5, 0.5, 3.5, 1.1]).requires_grad_()
+    loss = value_loss(values, torch.ones_like(values).detach(), t([2.0, 2.0, 2.0, 2.0]))
+    loss.sum().backward()
+    assert loss[0].tolist() == pytest.approx([0.32, 1.125, 1.125, 0.405])
+    assert values.grad[0].tolist() == pytest.approx([0.0, -1.5, 1.5, -0.9])
+    assert value_loss(t([1.5]), t([1.0]), t([2.0]), eps_v=1.0).item() == pytest.approx(0.125)
+    with pytest.raises(AssertionError):
+        value_loss(t([0.0]), t([0.0]), t(0.0))
+
+
+ROW = torch.tensor([[False, True, True, True, False]])  # a prompt token, a response of three, padding
+
+
+@pytest.mark.parametrize("gamma, lam, adv", [
+    (1.0, 1.0, (6.5, 5.0, 2.0)),     # the rewards to come are 7, 6, 4; minus V
+    (1.0, 0.0, (1.5, 3.0, 2.0)),     # one-step errors: 1 + 1 - 0.5, 2 + 2 - 1, 4 - 2
+    (1.0, 0.5, (3.5, 4.0, 2.0)),     # from the end: 2; 3 + ½ 2; 1.5 + ½ 4
+    (0.5, 1.0, (2.5, 3.0, 2.0)),     # 1 + ½ 2 + ¼ 4 - 0.5, 2 + ½ 4 - 1, 4 - 2
+    (0.5, 0.5, (1.625, 2.5, 2.0)),   # δ = 1, 2, 2 at γ = ½; 2; 2 + ¼ 2; 1 + ¼ 2.5
+    (0.0, 0.95, (0.5, 1.0, 2.0)),    # r - V
+])  # fmt: skip
+def test_gae_by_hand(gamma, lam, adv):
+    """r = 1, 2, 4 and V = ½, 1, 2 on the three tokens. What stands at the prompt and in the padding is never seen."""
+    for beside in (0.0, 100.0):
+        rewards, values = t([beside, 1.0, 2.0, 4.0, beside]), t([-beside, 0.5, 1.0, 2.0, beside])
+        found, returns = gae(rewards, values, ROW, gamma, lam)
+        assert found[0].tolist() == pytest.approx([0.0, *adv, 0.0], abs=1e-12)
+        assert returns[0].tolist() == pytest.approx([0.0, adv[0] + 0.5, adv[1] + 1, adv[2] + 2, 0.0], abs=1e-12)
+
+
+def test_gae_of_rows_that_end_elsewhere():
+    """A row alone and among others: the same; a response of one token has r - V."""
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 0], [0, 1, 1, 0]], dtype=torch.bool)
+    r, v = (torch.randn(3, 4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1))
+    adv, returns = gae(r, v, mask, 0.9, 0.8)
+    for i in range(3):
+        later, row = 0.0, mask[i].nonzero()[:, 0].tolist()
+        for t_ in reversed(row):  # the recursion of the equation
+            delta = r[i, t_] + (0.9 * v[i, t_ + 1] if t_ + 1 in row else 0.0) - v[i, t_]
+            later = delta + 0.9 * 0.8 * later
+            assert adv[i, t_].item() == pytest.approx(later.item(), abs=1e-12)
+    assert adv[1, 2].item() == pytest.approx((r - v)[1, 2].item()) and (adv[~mask] == 0).all() and (returns[~mask] == 0).all()
+
+
+def test_token_rewards():
+    """β = ½; log-ratios 1, -2, 4 and a score of 10: -½, 1, -2 + 10. A response of one token gets both at once."""
+    logp, ref = t([7.0, -1.0, -3.0, -1.0, 7.0], [7.0, 7.0, -1.0, 7.0, 7.0]), t([0.0, -2.0, -1.0, -5.0, 0.0], [0.0, 0.0, -2.0, 0.0, 0.0])
+    mask = torch.cat([ROW, torch.tensor([[False, False, True, False, False]])])
+    rewards = token_rewards(t(10.0, 3.0), logp, ref, mask, 0.5)
+    assert rewards.tolist() == [[0.0, -0.5, 1.0, 8.0, 0.0], [0.0, 0.0, 2.5, 0.0, 0.0]]
+    assert token_rewards(t(10.0, 3.0), logp, ref, mask, 0.0).sum(1).tolist() == [10.0, 3.0]
+    with pytest.raises(AssertionError):
+        token_rewards(t([10.0], [3.0]), logp, ref, mask, 0.5)
+
+
+def test_whitening_is_of_valid_tokens():
+    """1, 2 and 6 have the mean 3 and the biased variance (4 + 1 + 9)/3; what stands beside them counts for nothing. Equal ones give 0."""
+    x = t([100.0, 1.0, 2.0, 6.0, -50.0])
+    scale = math.sqrt(14 / 3 + 1e-8)
+    assert whiten(x, ROW)[0].tolist() == pytest.approx([0.0, -2 / scale, -1 / scale, 3 / scale, 0.0], abs=1e-12)
+    assert whiten(t([9.0, 2.0, 2.0, 2.0, 9.0]), ROW)[0].tolist() == [0.0] * 5

@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, TRAIN, main, run
 
 import common
 
-SCRIPTS = ["sft", "dpo", "reward_model", "simpo", "orpo", "kto", "grpo", "dapo"]
+SCRIPTS = ["sft", "dpo", "reward_model", "simpo", "orpo", "kto", "ppo", "grpo", "dapo"]
 SHORT = ["--steps", "40", "--batch-size", "4", "--log-every", "1", "--save-every", "3", "--device", "cpu"]
 
 
@@ -36,6 +36,8 @@ ROLLOUTS = ["--init", "ends.pt", "--reward", "judge.py:odd", "--group", "4", "--
 def options_of(script):
     """What makes a run of this script small."""
     small = ["--n-layer", "1", "--n-embd", "16"] if script in ("sft", "orpo") else ["--pairs", "10"]
+    if script == "ppo":  # with its four models
+        return ["--init", "ends.pt", "--reward-model", "judge.pt", "--group", "4", "--minibatches", "2"]
     return ROLLOUTS if script in ("grpo", "dapo") else small
 
 
@@ -74,7 +76,7 @@ def test_resume_gives_the_same_bits(script, ends, monkeypatch, capsys):
     assert "starts afresh" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", ["grpo", "dapo"])
+@pytest.mark.parametrize("script", ["ppo", "grpo", "dapo"])
 def test_resume_from_the_middle_of_a_rollout(script, ends, monkeypatch):
     """Killed between two optimizer steps of the third rollout, after new responses were drawn: the same bits as without."""
     monkeypatch.chdir(ends)
@@ -130,7 +132,7 @@ def test_a_stage_ends_with_its_parent(tmp_path):
 def test_ten_kills(script, ends, tmp_path):
     """kill -9 at ten random moments, each followed by --resume: the checkpoint is that of a run left alone, bit for bit."""
     shutil.copytree(ends / "out", tmp_path / "out")
-    for name in ("ends.pt", "judge.py"):
+    for name in ("ends.pt", "judge.py", "judge.pt"):
         shutil.copy(ends / name, tmp_path)
     args = [*SHORT, *options_of(script)]
     args += ["--max-new-tokens", "4"] * (script != "reward_model")

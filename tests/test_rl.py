@@ -9,13 +9,14 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, TINY, lines, main, run
+from conftest import BATCH, ENDS, ROOT, TINY, first_gradient, lines, main, run
 
 import common
 import dapo
 import data
 import evaluate
 import grpo
+import ppo
 from data import oracle
 from evaluate import choose_yardstick
 from gpt import GPT, GPTConfig, Samples, ScalarGPT, load, sample, save
@@ -24,7 +25,6 @@ WORLD = data.task("exact")
 R, LOG_D = torch.from_numpy(WORLD.r), torch.from_numpy(WORLD.d).log()
 TOKENIZER = data.tokenizer(own=WORLD.tokenizer)
 CPU = common.Compute(argparse.Namespace(device="cpu", dtype="float32"))
-ENDS = ["--init", "ends.pt", "--max-new-tokens", "8", "--device", "cpu"]
 
 
 # ---- estimators against enumeration, from a fixed policy on `exact`
@@ -89,6 +89,23 @@ def test_kl_in_the_reward_is_the_gradient_of_j(drawn):
     found = gradient(grpo.grpo_loss(logp, logp.detach(), None, adv, beta=0.0).sum() / len(logp), policy)
     assert cosine(found, -gradient(reward - 0.5 * kl, policy)) > 0.99
     assert cosine(found, -gradient(reward, policy)) < 0.99  # the penalty is not small
+
+
+@pytest.mark.parametrize("lam, low, high", [(1.0, 0.99, 1.0), (0.0, -1.0, 0.9)])
+def test_a_wrong_critic_does_not_bias_ppo_at_lambda_1(lam, low, high, drawn):
+    """The mean gradient of 160 rollouts of 128, each whitened by itself, against that of J = E[r] - β KL(π‖π_ref) by enumeration. The
+    critic is a wrong function of the prefix, as large as the rewards: at λ = 1 a baseline, at λ = 0 what the policy is taught."""
+    policy, logp, ref_logp, r, table, log_ref, world_r = drawn
+    mask, total = logp != 0, 0.0
+    wrong = 3 * torch.sin(100 * logp.detach().roll(1, 1) + 7)  # of the token before; of the padding at the first
+    for rows in torch.randperm(len(logp), generator=torch.Generator().manual_seed(0)).split(128):
+        old = logp[rows].detach()
+        rewards = ppo.token_rewards(r.flatten()[rows], old, ref_logp[rows], mask[rows], 0.5)
+        adv, _ = ppo.gae(rewards, wrong[rows], mask[rows], 1.0, lam)
+        losses = ppo.ppo_loss(logp[rows], old, ppo.whiten(adv, mask[rows]))
+        total = total + (losses * mask[rows]).sum() / mask[rows].sum() / 160
+    reward, kl = objectives(table, log_ref, world_r)
+    assert low < cosine(gradient(total, policy), -gradient(reward - 0.5 * kl, policy)) <= high
 
 
 def test_kl_estimators_against_the_exact_kl(drawn):
@@ -178,6 +195,10 @@ def test_what_the_oracle_does_not_know():
     assert loss(point) < loss(LOG_D) and loss(LOG_D).item() == pytest.approx(-(LOG_D.exp() * R).sum(1).mean().item())
     for change in ({"kl": "none"}, {"adv_norm": "std"}, {"agg": "seq_mean"}, {"reward": "rm"}, {"temperature": 0.5}):
         assert oracle.aim(WORLD, LOG_D, "grpo", o | change) is None
+    o |= {"gamma": 1.0}
+    torch.testing.assert_close(oracle.aim(WORLD, LOG_D, "ppo", o)[1], oracle.star(LOG_D, R, 0.5))
+    for change in ({"gamma": 0.9}, {"beta": 0.0}, {"reward": "rm"}, {"temperature": 0.5}):
+        assert oracle.aim(WORLD, LOG_D, "ppo", o | change) is None
     assert oracle.aim(data.task("exact:1"), LOG_D[:, :4], "grpo", o | {"agg": "seq_mean", "kl": "k3"}) is not None
 
 
@@ -224,26 +245,8 @@ def test_minibatches_are_shuffled_partitions():
 # ---- the loop
 
 
-def first_gradient(script, args, monkeypatch, **patches):
-    """-> the gradient of the first optimizer step, by parameter, and its metrics; `patches` replace names in the script."""
-    seen = []
-
-    def update(self, step, model, optimizer, share=1.0):
-        seen.append((torch.cat([p.grad.flatten() for p in model.parameters()]), {k: float(v) for k, v in self.sums.items()}))
-        raise common.Stopped("seen")
-
-    with monkeypatch.context() as m:
-        m.setattr(common.Run, "update", update)
-        for name, value in patches.items():
-            m.setattr({"grpo": grpo, "dapo": dapo}[script], name, value)
-        assert main(script, *args, "--dtype", "float64", "--out", "grad/x.pt") == 1
-    return seen[0]
-
-
-BATCH = ["--batch-size", 8, "--group", 4, "--reward", "judge.py:odd"]
-
-
-def test_padding_is_never_trained_and_the_end_token_is(ends, monkeypatch):
+@pytest.mark.parametrize("script", ["grpo", "ppo"])
+def test_padding_is_never_trained_and_the_end_token_is(script, ends, monkeypatch):
     """Other ids in the padding, and more of it, change no gradient; an end token out of the mask does."""
     monkeypatch.chdir(ends)
     draw = grpo.sample
@@ -259,9 +262,10 @@ def test_padding_is_never_trained_and_the_end_token_is(ends, monkeypatch):
         assert 0.2 < s.finished.float().mean() < 1
         return s._replace(mask=s.mask & ~(s.finished[:, None] & (torch.arange(s.ids.size(1)) == s.stop[:, None] - 1)))
 
-    a, _ = first_gradient("grpo", [*ENDS, *BATCH], monkeypatch)
-    b, _ = first_gradient("grpo", [*ENDS, *BATCH, "--micro-batch", 32], monkeypatch, sample=padded)
-    c, _ = first_gradient("grpo", [*ENDS, *BATCH], monkeypatch, sample=endless)
+    args = [*ENDS, *BATCH, "--minibatches", 1, "--updates", 1]
+    a, _ = first_gradient(script, args, monkeypatch)
+    b, _ = first_gradient(script, [*args, "--micro-batch", 32], monkeypatch, sample=padded)
+    c, _ = first_gradient(script, args, monkeypatch, sample=endless)
     assert a.norm() > 1e-3 and (a - b).norm() < 1e-9 * a.norm() and (a - c).norm() > 1e-2 * a.norm()
 
 

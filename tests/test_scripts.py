@@ -20,12 +20,14 @@ import dpo
 import grpo
 import kto
 import orpo
+import ppo
 import reward_model
 import sft
 import simpo
 from gpt import GPT, GPTConfig, ScalarGPT, load, save
 
-METHODS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "simpo": simpo, "orpo": orpo, "kto": kto, "grpo": grpo, "dapo": dapo}
+METHODS = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo, "simpo": simpo, "orpo": orpo, "kto": kto, "grpo": grpo,
+           "dapo": dapo}  # fmt: skip
 OURS = {p.stem for p in ROOT.glob("*.py")} | {"data"}
 
 
@@ -124,23 +126,25 @@ def test_dpo_end_to_end(tiny, tmp_path):
     assert "A drama, The Last Road:" in answer and "policy |" in answer
 
 
-def test_a_missing_sft_checkpoint_is_made_first(tmp_path, monkeypatch):
-    """dpo.py starts sft.py of the same task itself, passing on the device and precision only."""
+@pytest.mark.parametrize("script, stages", [("dpo", ["sft"]), ("ppo", ["sft", "reward_model"])])
+def test_missing_checkpoints_are_made_first(script, stages, tmp_path, monkeypatch):
+    """dpo.py starts sft.py of the same task itself, and ppo.py reward_model.py too, passing on the device and precision only."""
     monkeypatch.chdir(tmp_path)
     calls = []
 
     class Process:
         def __init__(self, args, **more):
             calls.append([str(a) for a in args[1:]])
-            self.returncode = main("sft", *TINY, "--n-layer", 1, "--n-head", 1, "--n-embd", 8)
+            shape = ["--n-layer", 1, "--n-head", 1, "--n-embd", 8, *TINY] if len(calls) == 1 else TRAIN
+            self.returncode = main(stages[len(calls) - 1], *shape)
 
         def poll(self):
             return self.returncode
 
     monkeypatch.setattr(common, "_commit", lambda: "")
     monkeypatch.setattr(common.subprocess, "Popen", Process)
-    assert main("dpo", *TINY) == 0
-    assert calls == [[str(ROOT / "sft.py"), "--task", "reviews", "--device", "cpu", "--dtype", "auto"]]
+    assert main(script, *TINY) == 0
+    assert calls == [[str(ROOT / f"{stage}.py"), "--task", "reviews", "--device", "cpu", "--dtype", "auto"] for stage in stages]
 
 
 def test_reward_model_end_to_end(tiny, tmp_path):
@@ -209,8 +213,9 @@ def test_simpo_orpo_and_kto_end_to_end(name, tiny, tmp_path):
     assert re.search(rf"KL\(π‖π_ref\), nats a response +{final['kl']:.2f} ", again)
 
 
-@pytest.mark.parametrize("name, held", [("grpo", [("policy", True), ("ref", False)]), ("dapo", [("policy", True)])])
-def test_grpo_and_dapo_end_to_end(name, held, ends, tmp_path):
+@pytest.mark.parametrize("name, held", [("grpo", [("policy", True), ("ref", False)]), ("dapo", [("policy", True)]),
+                                        ("ppo", [("policy", True), ("critic", True), ("ref", False)])])  # fmt: skip
+def test_ppo_grpo_and_dapo_end_to_end(name, held, ends, tmp_path):
     """Exit code, documented finite figures, the ledger's models, the step's time by part, a checkpoint that evaluates to the same."""
     for name_ in ("ends.pt", "judge.py"):
         shutil.copy(ends / name_, tmp_path)
@@ -231,7 +236,9 @@ def test_grpo_and_dapo_end_to_end(name, held, ends, tmp_path):
         assert f"`{key}`" in readme, f"{key} is logged but not in the README"
     log = [line for line in steps if "loss" in line]
     assert log[0]["sampled_tokens"] < log[1]["sampled_tokens"] < log[2]["sampled_tokens"] == final["sampled_tokens"]
-    assert log[0]["clip_ratio/low_mean"] == 0.0 if name == "grpo" else log[0]["kept_fraction"] > 0
+    assert name != "grpo" or log[0]["clip_ratio/low_mean"] == 0.0
+    assert name != "dapo" or log[0]["kept_fraction"] > 0
+    assert name != "ppo" or log[0]["kl"] == 0.0 and log[0]["rlhf_reward"] == pytest.approx(log[0]["reward"])  # π = π_ref
     again = run("evaluate.py", f"out/reviews/{name}.pt", "--device", "cpu", cwd=tmp_path).stdout
     assert re.search(rf"KL\(π‖π_ref\), nats a response +{final['kl']:.2f} ", again)
 
@@ -373,15 +380,15 @@ test_prompts.__test__ = False
                                              ("orpo", ["--lam", "0.5"]), ("orpo", ["--prompt-loss"]), ("kto", []),
                                              ("grpo", ["--agg", "seq_mean"]), ("grpo", ["--agg", "token_mean", "--kl", "k3-ratio"]),
                                              ("grpo", ["--agg", "const", "--kl", "reward"]), ("grpo", ["--ratio", "seq"]),
-                                             ("dapo", []), ("dapo", ["--overlong-filter"])])  # fmt: skip
+                                             ("dapo", []), ("dapo", ["--overlong-filter"]), ("ppo", [])])  # fmt: skip
 def test_micro_batches_give_the_same_gradient(script, options, ends, monkeypatch):
-    """64 ragged rows at once and in eights, float64: the gradients agree to 1e-6 of their norm, and so do the metrics. Of grpo and dapo
-    the second of two optimizer steps, where the ratio is not 1 and π is not π_ref."""
+    """64 ragged rows at once and in eights, float64: the gradients agree to 1e-6 of their norm, and so do the metrics. Of ppo, grpo and
+    dapo the second of two optimizer steps, where the ratio is not 1 and π is not π_ref."""
     monkeypatch.chdir(ends)
-    seen, step_, late = [], common.Run.update, script in ("grpo", "dapo")
+    seen, step_, late = [], common.Run.update, script in ("ppo", "grpo", "dapo")
     if late:
-        options = [*options, "--init", "ends.pt", "--reward", "judge.py:odd", "--group", 4, "--minibatches", 2, "--lr", 0.01,
-                   "--warmup", 0, "--max-new-tokens", 8, "--batch-size", 32]  # fmt: skip
+        options = [*options, "--init", "ends.pt", "--reward", "judge.py:odd", "--group", 4, "--minibatches", 2, "--updates", 1,
+                   "--lr", 0.01, "--warmup", 0, "--max-new-tokens", 8, "--batch-size", 32]  # fmt: skip
 
     def update(self, step, model, optimizer, share=1.0):
         if late and not seen[-1:] == ["first"]:
@@ -628,6 +635,29 @@ MISTAKES = [  # script, arguments, what the line must say
     ("grpo", ["--task", "exact", "--init", "exact.pt", "--reward", "good.py:f"], "exact keeps its own rewards"),
     ("grpo", ["--out", "out/reviews/sft.pt"], "would overwrite out/reviews/sft.pt"),
     ("grpo", ["--init", "rm.pt"], "rm.pt is a reward model"),
+    ("ppo", ["--gamma", "1.5"], "--gamma: must be a number in [0, 1], not '1.5'"),
+    ("ppo", ["--lam", "-1"], "--lam"),
+    ("ppo", ["--group", "0"], "--group"),
+    ("ppo", ["--eps-high", "0.3"], "--eps-high"),
+    ("ppo", ["--missing-end-score", "nan"], "--missing-end-score: must be a number, not 'nan'"),
+    ("ppo", ["--missing-end-score", "-1", "--reward", "task"], "--missing-end-score is read by --reward rm only"),
+    ("ppo", ["--task", "arithmetic:2", "--missing-end-score", "-1"], "--missing-end-score is read by --reward rm only"),
+    ("ppo", ["--task", "exact", "--reward", "rm", "--missing-end-score", "-1"], "a missing end costs nothing on exact"),
+    ("ppo", ["--task", "exact", "--init", "exact.pt", "--reward", "good.py:f"], "exact keeps its own rewards"),
+    ("ppo", ["--reward-model", "rm.pt", "--reward", "task"], "--reward-model is read by --reward rm only"),
+    ("ppo", ["--reward-model", "none.pt"], "none.pt: no such file"),
+    ("ppo", ["--reward-model", "out/reviews/sft.pt"], "is a language model; give a reward model"),
+    ("ppo", ["--reward-model", "exact_rm.pt"], "has another vocabulary than the policy"),
+    ("ppo", ["--minibatches", "7"], "--minibatches 7 does not divide --batch-size 128 × --group 1 = 128 responses"),
+    ("ppo", ["--micro-batch", "7"], "--micro-batch 7 does not divide --batch-size 128 × --group 1 / --minibatches 4 = 32 responses"),
+    ("ppo", ["--steps", "3", "--epochs", "2"], "--steps and --epochs"),
+    ("ppo", ["--reward", "raises.py:f"], "raised KeyError ('x', line 1) at the prompt 'A "),
+    ("ppo", [*FILE, "ok.jsonl"], '--reward task: not every row of ok.jsonl has an "answer" to check'),
+    ("ppo", [*FILE, "ok.jsonl", "--reward", "rm"], "--reward-model is needed with a file"),
+    ("ppo", ["--task", "ok.jsonl", "--reward", "good.py:f"], "--init is needed with a file"),
+    ("ppo", ["--max-new-tokens", "250", "--reward", "task"], "test prompts are longer than the 6 tokens that --max-new-tokens leaves"),
+    ("ppo", ["--out", "out/reviews/reward_model.pt"], "would overwrite out/reviews/reward_model.pt"),
+    ("ppo", ["--init", "rm.pt"], "rm.pt is a reward model"),
     ("dapo", ["--group", "1"], "--group 1: a response is compared with the others"),
     ("dapo", ["--batch-size", "1", "--group", "2"], "--minibatches 8 does not divide --batch-size 1 × --group 2 = 2 responses"),
     ("dapo", ["--beta", "0.1"], "--beta"),
