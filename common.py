@@ -287,11 +287,12 @@ class Compute:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def frozen(self, model):
-        """A frozen copy: no gradient, linear weights in the compute dtype, so that it agrees with the original to the bit."""
+        """A frozen copy: no gradient, linear weights in the compute dtype, so that it agrees with the original to the bit; a scalar
+        head, which reads in float32, stays."""
         model = copy.deepcopy(model).requires_grad_(False).eval()
         if self.dtype == torch.bfloat16:
-            for module in model.modules():
-                if isinstance(module, torch.nn.Linear):
+            for name, module in model.named_modules():
+                if isinstance(module, torch.nn.Linear) and name != "head":
                     module.to(torch.bfloat16)
         return model
 

@@ -140,7 +140,7 @@ def main(argv=None):
     if o.group == 1:
         raise common.UserError("--group 1: a response is compared with the others to the same prompt; give at least 2")
     if o.reward_model and o.reward != "rm":
-        raise common.UserError("--reward-model is read by --reward rm only; leave one of the two out")
+        raise common.UserError(f"--reward-model is read by --reward rm only, not by --reward {o.reward}; leave one of the two out")
     task = data.task(o.task, o.eval_file, o.strict)
     longest = (o.max_new_tokens or task.max_new_tokens) * o.overlong
     if o.overlong_cache > longest:

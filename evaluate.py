@@ -7,7 +7,8 @@ One response is sampled to each test prompt (temperature 1, nothing cut off, a f
 π_ref, the checkpoint that the method started from:
 
     reward       mean gold reward of the responses, where the task has one, or of a user's function; ref_reward: the reference's
-    score        mean score of the reward model that the method was trained with; ref_score: the reference's
+    score        mean score of the reward model that the method was trained with (after ppo.py of a response that did not end
+                 --missing-end-score); ref_score: the reference's
     win_rate     share of prompts where the response has the higher reward of the two, ties half
     kl           KL(π‖π_ref) a response, in nats: mean of Σ_t log π/π_ref over the policy's samples; kl_se, its standard error
     length       tokens a response, its end token counted (ref_length: the reference's); ended: the share that has one
@@ -124,7 +125,7 @@ class Reward:
 
     def __init__(self, run, task, how="task"):
         self.run, self.task, self.how, self.model = run, task, how, None
-        self.unended = None  # what stands for the score of a response that did not end; None: the reward model's at its last token
+        self.unended = None  # the score of a response that did not end (ppo.py); None: the reward model's, at its last token
         self.bound = task.bound if how in ("task", "rm") else None
         if how not in ("task", "rm"):
             if common.is_exact(task.name):
@@ -163,6 +164,12 @@ class Reward:
         texts = completions(self.tokenizer, s)
         rows = [row for row in rows for _ in range(len(texts) // len(rows))]
         return [((prompt, text, end), columns) for (_, prompt, columns), text, end in zip(rows, texts, s.finished.tolist())]
+
+    def state_dict(self):
+        return {"unended": self.unended}
+
+    def load_state_dict(self, state):
+        self.unended = state["unended"]
 
     def probe(self, policy, rows, max_new_tokens):
         """Judges one response to each row: a function that does not work stops the run before anything is written."""
@@ -408,9 +415,10 @@ def main(argv=None):
     elif not o.task and trained.get("reward", "task") != "task":
         try:
             reward = Reward(run, task, trained["reward"]).open(tokenizer, trained["reward_model"])
-            reward.unended = trained.get("missing_end_score")
         except (CheckpointError, data.DataError) as e:
             print(f"what it was trained with is left out ({e}); --reward names another")
+    if reward and reward.model:
+        reward.unended = meta.get("unended")
     yardstick = choose_yardstick(run, task, tokenizer, block, n, truncate, meta["implicit"], o.seed, aim=aim, reward=reward)
     for note in filter(None, yardstick.notes):
         print(note)

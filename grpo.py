@@ -138,7 +138,7 @@ def main(argv=None):
         o.eps_high = o.eps
     o.kl = o.kl if o.beta else "none"
     if o.reward_model and o.reward != "rm":
-        raise common.UserError("--reward-model is read by --reward rm only; leave one of the two out")
+        raise common.UserError(f"--reward-model is read by --reward rm only, not by --reward {o.reward}; leave one of the two out")
     task = data.task(o.task, o.eval_file, o.strict)
     run = common.Run(o, "grpo")
     reward = Reward(run, task, o.reward)

@@ -11,21 +11,21 @@
     paper               code                       shape
     π_θ, π_ref          policy, ref                π_old is `old_logp`, not a model
     V_ψ, V              critic; values, old_values (B, T-1) at the token before y_t: what the rest of the response will earn
-    r_φ                 reward                     (B,) `score`, of a response that did not end --missing-end-score
+    r_φ                 reward                     (B,) `score`; of a response that did not end --missing-end-score
     r_t, A, R           rewards, adv, returns      (B, T-1)
     β, γ, λ             beta, gamma, lam
     ε, ε_v, c_v, K      eps, eps_v, vf_coef, updates
 
 Models in memory: 4 (policy and critic, trained; reference and reward model, frozen). The critic starts from the reward model. With
 --reward task or FILE.py:function 3, and the critic starts from the policy's trunk. Data: prompts, and what judges a response.
-Departures from the papers: 1. the score stands at the end token (N+: one slot later, which has a value and no policy); 2. the score
-of a response that did not end is the reward model's first percentile (N+: -1); 3. no pretraining loss (ptx), no adaptive β, no
+Departures from the papers: 1. the score stands at the end token (N+: one slot later, which has a value and no policy); 2. a response
+that did not end scores the reward model's first percentile (N+: -1); 3. no pretraining loss (ptx), no adaptive β, no
 reward whitening; 4. AdamW at its own ε, gradients of both networks clipped together, a learning rate for toy models.
 
     python ppo.py                                              reviews: sft.py and reward_model.py run first where they have not
-    python ppo.py --beta 0.01 --steps 400 --eval-every 20      score and gold reward side by side: over-optimisation
-    python ppo.py --task exact --reward task --gamma 1 --lam 1          the distance to the known optimum π*
-    python ppo.py --task arithmetic:2 --reward task            three models
+    python ppo.py --beta 0 --steps 150 --eval-every 10         score and gold reward side by side: over-optimisation
+    python ppo.py --task exact --lam 1                         the distance to the known optimum π*
+    python ppo.py --task arithmetic:2                          three models
     python ppo.py --task my.jsonl.gz --init out/my/sft.pt --reward my_rewards.py:exact_match
 
 It ends with the reward before and after, the win rate against the reference, KL(π‖π_ref), and two samples of each.
@@ -92,7 +92,7 @@ def value_loss(values, old_values, returns, eps_v=0.2):
 class Options(common.Options):
     reward: str = "rm"  # what judges a response: rm (a reward model), task, or FILE.py:function
     reward_model: str = ""  # checkpoint for --reward rm (default: out/<task>/reward_model.pt, made first where it is missing)
-    missing_end_score: Number = 0.0  # with --reward rm, of a response that did not end (default: its first percentile on SFT samples)
+    missing_end_score: Number = None  # of a response that does not end, --reward rm (default: the 1st percentile of SFT's scores)
     group: Count = 1  # responses to a prompt; a critic needs no second one
     beta: NonNegative = 0.05  # β: KL penalty a token, in the reward (InstructGPT: 0.02, N+: 0.05)
     gamma: Share = 1.0  # γ: discount a token
@@ -109,6 +109,7 @@ class Options(common.Options):
     micro_batch: Whole = 0  # responses a forward pass: less memory, the same gradient (0: all of an optimizer step's)
     lr: Positive = 2e-4  # AdamW learning rate of both networks at its peak; large models take 1e-6 to 1e-5
     lr_schedule: common.Schedule = "linear"  # after the warmup: stay, fall to 0, or fall to a tenth
+    warmup: Whole = 10  # rollouts over which the learning rate rises from 0
     on_arithmetic = dict(reward="task", steps=100, batch_size=256)
     on_exact = dict(reward="task", beta=0.5, group=64, batch_size=4, steps=300, lr=5e-4)
     on_file = dict(reward="task")
@@ -136,10 +137,11 @@ def whole(s, run, f):
 
 
 def first_percentile(reward, policy, prompts, tokenizer, longest, o, run):
-    """-> the score below which lies a hundredth of the policy's own responses (those that end, if any do) to 512 prompts"""
-    scores, finished = [], []
-    for i in range(0, min(512, len(prompts.rows)), ROWS):
-        rows, generator = prompts.rows[i : i + ROWS], torch.Generator().manual_seed(o.seed + i)
+    """-> the score below which lies a hundredth of the policy's own responses to up to 512 prompts, those that end, if any does"""
+    scores, finished, generator = [], [], torch.Generator().manual_seed(o.seed)
+    chosen = [row for i in range(min(prompts.per_epoch, -(-512 // prompts.batch_size))) for row in prompts[i]][:512]
+    for i in range(0, len(chosen), ROWS):
+        rows = chosen[i : i + ROWS]
         with run.autocast():
             s = sample(policy, [ids for ids, *_ in rows], longest, tokenizer.end_id, o.temperature, generator)
         scores, finished = [*scores, reward(rows, s)], [*finished, s.finished]
@@ -152,7 +154,8 @@ def main(argv=None):
     o = common.parse(Options, argv)
     for name in sorted({"reward_model", "missing_end_score"} & o.given):
         if o.reward != "rm":
-            raise common.UserError(f"--{name.replace('_', '-')} is read by --reward rm only; leave one of the two out")
+            flag = f"--{name.replace('_', '-')}"
+            raise common.UserError(f"{flag} is read by --reward rm only, not by --reward {o.reward}; leave one of the two out")
     if common.is_exact(o.task) and "missing_end_score" in o.given:
         raise common.UserError(f"--missing-end-score: a missing end costs nothing on {o.task}; leave it out")
     task = data.task(o.task, o.eval_file, o.strict)
@@ -179,15 +182,15 @@ def main(argv=None):
     policy.checkpoint_activations = critic.trunk.checkpoint_activations = o.checkpoint_activations
     reward.probe(policy, prompts.rows[:4], longest)
     if o.reward == "rm" and not common.is_exact(o.task):
-        if "missing_end_score" not in o.given:
-            o.missing_end_score = first_percentile(reward, policy, prompts, tokenizer, longest, o, run)
         reward.unended = o.missing_end_score
-        run.say(f"a response that does not end scores {o.missing_end_score:.2f} (--missing-end-score)")
+        if reward.unended is None:
+            reward.unended = first_percentile(reward, policy, prompts, tokenizer, longest, o, run)
+        run.say(f"a response that does not end scores {reward.unended:.2f} (--missing-end-score)")
     ref, pair = run.frozen(policy), torch.nn.ModuleDict({"policy": policy, "critic": critic})
     held = [("policy", policy, True), ("critic", critic, True), ("ref", ref, False)]
     held += [("reward", reward.model, False)] * (o.reward == "rm")
     optimizer = common.adamw(pair, o)
-    run.begin(held, prompts, policy=policy, critic=critic, optimizer=optimizer, prompts=prompts)
+    run.begin(held, prompts, policy=policy, critic=critic, optimizer=optimizer, reward=reward, prompts=prompts)
 
     for step in run.steps():
         with run.clock("sample"):
@@ -239,11 +242,12 @@ def main(argv=None):
 
     final, samples = yardstick.measure(policy, ref)
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=init, implicit=yardstick.implicit,
-         max_new_tokens=longest, reward=final.get("reward"))  # fmt: skip
+         max_new_tokens=longest, unended=reward.unended, reward=final.get("reward"))  # fmt: skip
     report(f"{run.method} on {o.task}", final, samples, reward.bound)
     train = o.updates * (6 + 2 * o.checkpoint_activations)
     flops = (6 + train) * policy.matmul_parameters() + (2 + train + 2 * (o.reward == "rm")) * critic.matmul_parameters()
-    run.finish(final | {"sampled_tokens": prompts.sampled}, flops_per_token=flops)  # 6: sampling, old and reference log-probs
+    final |= {"sampled_tokens": prompts.sampled} | ({} if reward.unended is None else {"missing_end_score": reward.unended})
+    run.finish(final, flops_per_token=flops)  # 6: sampling, old and reference log-probs
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def _number(path, number, row, key, default):
 
 
 def _missing(row, key):
-    scripts = {"label": "kto.py", "chosen": "dpo.py, simpo.py or orpo.py", "completion": "sft.py", "prompt": "grpo.py or dapo.py"}
+    scripts = {"label": "kto.py", "chosen": "dpo.py, simpo.py or orpo.py", "completion": "sft.py", "prompt": "ppo.py, grpo.py or dapo.py"}
     script = next((script for column, script in scripts.items() if column in row and column != key), "")
     hint = f"; {script} can read such rows" if script and not (key == "rejected" and "chosen" in row) else ""
     return f'no column "{key}" (it has {", ".join(map(str, row)) or "none"}){hint}'

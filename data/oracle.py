@@ -16,6 +16,7 @@ their formulas, not taken from the method scripts, so that the two check one ano
              plain k3   π(a|s) = β π_ref(a|s) / (c - Q(s, a)), c from Σ_a π = 1: k3's gradient is that of KL(π_ref‖π)
              ρ k3       π(a|s) ∝ π_ref(a|s) exp(Q(s, a)/β): the KL of this token, without that of the later ones
              KL in the reward (RLOO)  π*, the maximiser of J = E[r] - β KL(π‖π_ref)
+    ppo      π*, at γ = 1: where the critic is right each advantage is 0 there
 """
 from contextlib import suppress
 from functools import partial
@@ -156,7 +157,7 @@ def aim(task, log_ref, method, o):
     """-> (the method's population loss as a function of log-probs (4, 40), the log-probs where it is least), with the options `o`; the
     loss is None where there is a point, but none that it is the least value of. None for a fixed set of rows, which has another
     optimum, for what is not written above (robust DPO, made for flipped labels; an added SFT term, KTO at β ≥ 1, advantages divided
-    by std), where the loss needs a π_ref and `log_ref` is None, and where no minimum is found."""
+    by std, γ below 1), where the loss needs a π_ref and `log_ref` is None, and where no minimum is found."""
     with suppress(NoOptimum):
         return _aim(task, log_ref, method, o)
 

@@ -34,7 +34,8 @@ def test_the_first_gradients_are_the_equations(ends, monkeypatch):
     monkeypatch.chdir(ends)
     kept = []
     spy(monkeypatch, "rollout", kept)
-    found, metrics = first_gradient("ppo", [*RM, *ONE, "--missing-end-score", -5, "--lam", 0.9, "--gamma", 0.8], monkeypatch)
+    args = [*RM, *ONE, "--missing-end-score", -5, "--lam", 0.9, "--gamma", 0.8, "--vf-coef", 0.3]
+    found, metrics = first_gradient("ppo", args, monkeypatch)
     policy, critic, s = load("ends.pt")[0].double(), load("judge.pt")[0].double(), kept[0][1][1]
     assert 0 < s.finished.float().mean() < 1
     tokens = []  # (log π, V with gradient, A, R) of every response token
@@ -54,7 +55,7 @@ def test_the_first_gradients_are_the_equations(ends, monkeypatch):
     loss = sum(-a * logp for (logp, *_), a in zip(tokens, white.tolist())) / len(tokens)
     error = sum(0.5 * (V - R) ** 2 for _, V, _, R in tokens) / len(tokens)
     parameters = [*policy.parameters(), *critic.parameters()]
-    expected = torch.autograd.grad(loss + 0.1 * error, parameters)
+    expected = torch.autograd.grad(loss + 0.3 * error, parameters)
     torch.testing.assert_close(found, torch.cat([g.flatten() for g in expected]), rtol=1e-5, atol=1e-8)
     assert metrics["loss/value_avg"] == pytest.approx(error.item(), rel=1e-6) and metrics["loss/policy_avg"] == pytest.approx(0, abs=1e-6)
     assert metrics["policy/approxkl_avg"] == metrics["policy/clipfrac_avg"] == metrics["val/clipfrac_avg"] == 0.0
@@ -62,13 +63,15 @@ def test_the_first_gradients_are_the_equations(ends, monkeypatch):
 
 def test_what_is_old_is_of_before_the_rollout_s_updates(ends, monkeypatch):
     """Two passes of two minibatches, large steps: the first ratio is exactly 1, later ones are not; both passes meet the same old
-    log-probs, advantages and values, in another order. Advantages are whitened over the rollout, not over a minibatch. What is
-    logged is the mean over the four, over response tokens."""
+    log-probs (those that the tokens were drawn with), advantages and values, in another order. Advantages are whitened over the
+    rollout, not over a minibatch. What is logged is the mean over the four, over response tokens."""
     monkeypatch.chdir(ends)
-    policy, value = [], []
+    policy, value, drawn = [], [], []
     spy(monkeypatch, "ppo_loss", policy)
     spy(monkeypatch, "value_loss", value)
-    args = ["--steps", 1, "--updates", 2, "--minibatches", 2, "--warmup", 0, "--lr", 0.01, "--dtype", "float64", "--log-every", 1]
+    spy(monkeypatch, "rollout", drawn)
+    args = ["--temperature", 0.7, "--eps", 0.1, "--eps-v", 0.15, "--steps", 1, "--updates", 2, "--minibatches", 2, "--warmup", 0,
+            "--lr", 0.01, "--dtype", "float64", "--log-every", 1]  # fmt: skip
     assert main("ppo", *RM, *args, "--missing-end-score", -5, "--out", "old/x.pt") == 0
     assert len(policy) == len(value) == 4 and torch.equal(*policy[0][0][:2])
     masks = [old != 0 for (_, old, *_), _ in policy]
@@ -76,21 +79,24 @@ def test_what_is_old_is_of_before_the_rollout_s_updates(ends, monkeypatch):
     for calls, place in ((policy, 1), (policy, 2), (value, 1), (value, 2)):
         first, second = (torch.cat([args[place][m] for (args, _), m in list(zip(calls, masks))[i : i + 2]]).sort()[0] for i in (0, 2))
         torch.testing.assert_close(first, second)
+    sampled = drawn[0][1][1]
+    first = torch.cat([old[m] for ((_, old, *_), _), m in zip(policy[:2], masks)]).sort()[0]
+    torch.testing.assert_close(first.float(), sampled.logp[sampled.mask[:, 1:]].sort()[0], rtol=0, atol=1e-4)  # at the same temperature
     adv = [args[2][m] for (args, _), m in zip(policy, masks)]
     whole = torch.cat(adv[:2])
     assert whole.mean().abs() < 1e-6 and whole.var(correction=0).item() == pytest.approx(1, abs=1e-6) and adv[0].mean().abs() > 1e-3
     expected = {"policy/clipfrac_avg": [], "val/clipfrac_avg": [], "policy/approxkl_avg": [], "loss/policy_avg": [], "loss/value_avg": []}
     for ((logp, old, A, _), loss), ((V, old_V, R, _), error), m in zip(policy, value, masks):
         ratio = (logp - old).exp()
-        clipped = ((ratio > 1.2) & (A > 0)) | ((ratio < 0.8) & (A < 0))
-        kept = (V - R) ** 2 < ((old_V + (V - old_V).clamp(-0.2, 0.2)) - R) ** 2
+        clipped = ((ratio > 1.1) & (A > 0)) | ((ratio < 0.9) & (A < 0))
+        kept = (V - R) ** 2 < ((old_V + (V - old_V).clamp(-0.15, 0.15)) - R) ** 2
         shares = (clipped, kept, (logp - old) ** 2 / 2, loss, error)
         for name, x in zip(expected, shares):
             expected[name].append(x[m].double().mean().item())
     line = lines(ends / "old/x.jsonl")[1]
     for name, shares in expected.items():
         assert line[name] == pytest.approx(sum(shares) / 4, rel=1e-6), name
-    assert line["policy/clipfrac_avg"] > 0 < line["val/clipfrac_avg"]
+    assert line["policy/clipfrac_avg"] > 0 < line["val/clipfrac_avg"] and line["kl"] == pytest.approx(0, abs=1e-6)  # π = π_ref
     R, V = torch.cat([a[2][m] for (a, _), m in zip(value[:2], masks)]), torch.cat([a[1][m] for (a, _), m in zip(value[:2], masks)])
     assert line["explained_variance"] == pytest.approx(1 - ((R - V).var() / R.var()).item(), abs=1e-4)
 
@@ -126,8 +132,7 @@ def test_four_models_two_of_them_frozen(ends, monkeypatch):
 
 
 def test_each_loss_moves_its_own_network(ends, monkeypatch):
-    """c_v = 0: the critic stays as it was, the policy moves. Advantages of 0 (all rewards equal to what the critic says cannot be had, so
-    the policy's loss is 0 by hand): the policy stays, the critic moves."""
+    """c_v = 0: the critic stays as it was, the policy moves. With a policy loss of 0 the policy stays, and the critic moves."""
     monkeypatch.chdir(ends)
     for patch, moved in (("none", "policy"), ("ppo_loss", "critic")):
         weights, begin = {}, common.Run.begin
@@ -148,8 +153,8 @@ def test_each_loss_moves_its_own_network(ends, monkeypatch):
 
 
 def test_the_score_of_a_response_that_does_not_end(ends, monkeypatch, capsys):
-    """By default the first percentile of the reward model's scores of the policy's own responses that end; printed, kept with the run,
-    given to every unended response in training and in the evaluations, by evaluate.py too; --missing-end-score replaces it."""
+    """By default the first percentile of the reward model's scores of the policy's own responses; printed, in the record, given to
+    every unended response in training and in the evaluations, by evaluate.py too; --missing-end-score replaces it."""
     monkeypatch.chdir(ends)
     kept = []
     spy(monkeypatch, "token_rewards", kept)
@@ -158,7 +163,7 @@ def test_the_score_of_a_response_that_does_not_end(ends, monkeypatch, capsys):
     assert main("ppo", *args, "--out", "end/x.pt") == 0
     said = float(re.search(r"a response that does not end scores (-?[\d.]+)", capsys.readouterr().out)[1])
     record = lines(ends / "end/x.jsonl")
-    chosen = record[0]["options"]["missing_end_score"]
+    chosen = record[-1]["final"]["missing_end_score"]
     assert said == pytest.approx(chosen, abs=0.006)
 
     rm, policy = load("judge.pt")[0], load("ends.pt")[0]
@@ -166,7 +171,7 @@ def test_the_score_of_a_response_that_does_not_end(ends, monkeypatch, capsys):
     s = sample(policy, prompts, 8, TOKENIZER.end_id, generator=torch.Generator().manual_seed(9))
     scores = rm.score(s.ids, s.mask).detach()
     below = (scores[s.finished] < chosen).float().mean()
-    assert 0.0 <= below < 0.04 and s.finished.float().mean() < 0.95  # a hundredth, of another 512
+    assert 0.0 <= below < 0.04  # a hundredth, of another 512
 
     (_, (_, drawn)), ((score, *_), _) = kept
     own = rm.score(drawn.ids, drawn.mask).detach()
@@ -177,9 +182,32 @@ def test_the_score_of_a_response_that_does_not_end(ends, monkeypatch, capsys):
     assert (kept[3][0][0][~kept[2][1][1].finished] == -50).all()
     final = lines(ends / "end/y.jsonl")[-1]["final"]
     assert final["score"] < -50 * (1 - final["ended"]) + 3  # the yardstick's unended count the same
-    capsys.readouterr()
-    assert main("evaluate", "end/y.pt", "--device", "cpu") == 0
-    assert re.search(rf"score of the reward model +{final['ref_score']:.2f} +{final['score']:.2f}", capsys.readouterr().out)
+    for again in ([], ["--reward", "rm"]):
+        capsys.readouterr()
+        assert main("evaluate", "end/y.pt", "--device", "cpu", *again) == 0
+        assert re.search(rf"score of the reward model +{final['ref_score']:.2f} +{final['score']:.2f}", capsys.readouterr().out)
+
+
+def test_the_first_percentile_is_of_what_ends(ends):
+    """A judge that gives -100 to what does not end, and 1, 2, 3 … to what does: of n of these, 1 + (n - 1)/100. Where nothing ends,
+    of all."""
+    policy, run = load(ends / "ends.pt")[0], common.Compute(common.parse(ppo.Options, ["--device", "cpu"]))
+    prompts, seen = data.Prompts(data.task("reviews"), 100, 0, TOKENIZER, 200), []
+
+    def judge(rows, s):
+        assert len(rows) == len(s.ids) and all(s.ids[i, : len(row[0])].tolist() == row[0] for i, row in enumerate(rows))
+        seen.append(s.finished)
+        count = torch.arange(1, int(s.finished.sum()) + 1).float() + sum(int(x.sum()) for x in seen[:-1])
+        return torch.full((len(rows),), -100.0).masked_scatter(s.finished, count)
+
+    o = common.parse(ppo.Options, [])
+    found, cursor = ppo.first_percentile(judge, policy, prompts, TOKENIZER, 8, o, run), prompts.cursor
+    n = int(torch.cat(seen).sum())
+    assert sum(map(len, seen)) == 512 and n < 500 and found == pytest.approx(1 + (n - 1) / 100) and cursor == 0
+    constant = lambda rows, s: torch.full((len(rows),), -7.0)  # noqa: E731
+    with torch.no_grad():
+        policy.wte.weight[TOKENIZER.end_id] -= 100 * policy.norm.bias.sign()
+    assert ppo.first_percentile(constant, policy, prompts, TOKENIZER, 1, o, run) == -7.0
 
 
 def test_score_and_gold_reward_stand_side_by_side(ends, monkeypatch):
@@ -188,7 +216,12 @@ def test_score_and_gold_reward_stand_side_by_side(ends, monkeypatch):
     record = lines(ends / "gold/x.jsonl")
     figures = [line["eval"] for line in record if "eval" in line] + [record[-1]["final"]]
     assert len(figures) == 3 and all({"score", "ref_score", "reward", "ref_reward", "kl"} <= set(f) for f in figures)
-    assert [m["role"] for m in record[-1]["final"]["models"]] == ["policy", "critic", "ref", "reward"]
+    for line in record:
+        assert "kl" not in line or line["rlhf_reward"] == pytest.approx(line["reward"] - 0.05 * line["kl"], abs=1e-5)
+    final = record[-1]["final"]
+    assert [m["role"] for m in final["models"]] == ["policy", "critic", "ref", "reward"]
+    policy, critic = (load(name)[0].matmul_parameters() for name in ("ends.pt", "judge.pt"))  # sampling, old, ref; values, reward; K = 2
+    assert final["flops_per_token"] == (2 + 2 + 2 + 2 * 6) * policy + (2 + 2 + 2 * 6) * critic
     readme = (ROOT / "README.md").read_text()
     for key in {k for line in record[1:-1] for k in line} | set(record[-1]["final"]):
         assert f"`{key}`" in readme, f"{key} is logged but not in the README"

@@ -418,6 +418,17 @@ def test_bfloat16_on_cpu_and_policy_equals_reference(tiny, monkeypatch):
     assert all(p.dtype == torch.float32 for p in load("bf/dpo.pt")[0].parameters())
 
 
+def test_a_frozen_reward_model_scores_as_its_original_in_bfloat16():
+    """Its head stays in float32: bfloat16 would round its weights, and the shift in its bias."""
+    compute = common.Compute(argparse.Namespace(device="cpu", dtype="bfloat16"))
+    model, ids = ScalarGPT(GPTConfig(99, 64, 2, 2, 16), 0), torch.arange(48).view(4, 12)
+    model.head.bias.data.fill_(-1.2345678)
+    frozen = compute.frozen(model)
+    with torch.no_grad(), compute.autocast():
+        assert torch.equal(model.score(ids, ids >= 0), frozen.score(ids, ids >= 0))
+    assert frozen.trunk.blocks[0].up.weight.dtype == torch.bfloat16 and frozen.head.weight.dtype == torch.float32
+
+
 def test_precomputed_reference_changes_no_loss(tiny, monkeypatch):
     monkeypatch.chdir(tiny)
     logs = []
