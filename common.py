@@ -457,7 +457,7 @@ class Run(Compute):
                 signal.signal(signal.SIGINT, before)
 
     shown = ("loss", "reward", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "nll_loss", "kl", "entropy",
-             "frac_reward_zero_std", "kept_fraction", "lr")
+             "explained_variance", "frac_reward_zero_std", "kept_fraction", "lr")
 
     def add(self, metrics):
         """Adds a micro-batch's shares of the step's metrics: tensors or numbers that are divided by the global count already."""
@@ -514,7 +514,7 @@ class Run(Compute):
     def evaluated(self, step, figures):
         """Records and shows an evaluation during the training."""
         self.write({"step": step + 1, "eval": figures})
-        loss, shown = float(self.sums["loss"]), ("reward", "kl", "kl_star", "accuracy", "rms", "nll")
+        loss, shown = float(self.sums["loss"]), ("reward", "score", "kl", "kl_star", "accuracy", "rms", "nll")
         text = ", ".join(f"{k} {figures[k]:.3f}" for k in shown if k in figures)
         self.say(f"{self.method} step {step + 1}/{self.o.steps}: loss {loss:.4f}, {text}")
 
