@@ -17,7 +17,7 @@
     ε, ε_v, c_v, K      eps, eps_v, vf_coef, updates
 
 Models in memory: 4 (policy and critic, trained; reference and reward model, frozen). The critic starts from the reward model. With
---reward task or FILE.py:function 3, and the critic starts from the policy's trunk. Data: prompts, and what judges a response.
+--reward task or FILE.py:function 3, and the critic starts from the policy's trunk, with V = 0. Data: prompts, and what judges a response.
 Departures from the papers: 1. the score stands at the end token (N+: one slot later, which has a value and no policy); 2. a response
 that did not end scores the reward model's first percentile (N+: -1); 3. no pretraining loss (ptx), no adaptive β, no
 reward whitening; 4. AdamW at its own ε, gradients of both networks clipped together, a learning rate for toy models.
@@ -169,8 +169,9 @@ def main(argv=None):
         o.reward_model = o.reward_model or common.stage("reward_model.py", o, "--reward-model")
         critic = open_reward_model(o.reward_model, tokenizer, block_size)
     else:
-        critic = ScalarGPT(policy.config, o.seed)
+        critic = ScalarGPT(policy.config)
         critic.trunk = copy.deepcopy(policy)
+        torch.nn.init.zeros_(critic.head.weight)  # V = 0 until it has learned
     reward, aim = reward.open(tokenizer, o.reward_model, block_size), (run.method, vars(o))
     yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, "none", aim=aim, reward=reward)
     longest = yardstick.max_new_tokens

@@ -129,6 +129,7 @@ def test_four_models_two_of_them_frozen(ends, monkeypatch):
     assert main("ppo", *ENDS, *BATCH, "--steps", 1, "--out", "three/x.pt") == 0
     assert list(held) == ["policy", "critic", "ref"] and isinstance(held["critic"], ScalarGPT)
     assert same({f"trunk.{k}": v for k, v in start["policy"].items()}, start["critic"])
+    assert start["critic"]["head.weight"].abs().sum() == start["critic"]["head.bias"] == 0
 
 
 def test_each_loss_moves_its_own_network(ends, monkeypatch):
@@ -237,7 +238,7 @@ def test_the_first_step_climbs_j_whatever_the_critic_says(world, monkeypatch):
     """The loop's own first gradient from 16,384 samples against that of E[r] by enumeration, with a critic that is wrong by as much as
     rewards vary: at λ = 1 the cosine is above 0.99, at λ = 0 below 0.9. (At the first step π = π_ref, where KL has no gradient.)"""
     monkeypatch.chdir(world)
-    broken = lambda self, ids: torch.sin(self._read(self.trunk.hidden(ids)) * 20 + 7)  # noqa: E731
+    broken = lambda self, ids: torch.sin(self.trunk.hidden(ids).sum(-1) * 20 + 7)  # noqa: E731
     policy = load("out/exact/sft.pt")[0].double()
     task = data.task("exact")
     yardstick = evaluate.choose_yardstick(common.Compute(common.parse(ppo.Options, ["--device", "cpu", "--dtype", "float64"])), task,
