@@ -238,7 +238,7 @@ def test_the_first_step_climbs_j_whatever_the_critic_says(world, monkeypatch):
     """The loop's own first gradient from 16,384 samples against that of E[r] by enumeration, with a critic that is wrong by as much as
     rewards vary: at λ = 1 the cosine is above 0.99, at λ = 0 below 0.9. (At the first step π = π_ref, where KL has no gradient.)"""
     monkeypatch.chdir(world)
-    broken = lambda self, ids: torch.sin(self.trunk.hidden(ids).sum(-1) * 20 + 7)  # noqa: E731
+    broken = lambda self, ids: self._read(h := self.trunk.hidden(ids)) + torch.sin(20 * h[..., 0])  # noqa: E731
     policy = load("out/exact/sft.pt")[0].double()
     task = data.task("exact")
     yardstick = evaluate.choose_yardstick(common.Compute(common.parse(ppo.Options, ["--device", "cpu", "--dtype", "float64"])), task,
