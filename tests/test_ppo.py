@@ -189,6 +189,26 @@ def test_the_score_of_a_response_that_does_not_end(ends, monkeypatch, capsys):
         assert re.search(rf"score of the reward model +{final['ref_score']:.2f} +{final['score']:.2f}", capsys.readouterr().out)
 
 
+def test_the_score_is_part_of_the_saved_state(ends, monkeypatch):
+    """A resumed run goes on with the score that it began with, whatever its first percentile would be now."""
+    monkeypatch.chdir(ends)
+    args, update, calls = [*RM, *ONE, "--steps", 2, "--save-every", 1], common.Run.update, []
+    monkeypatch.setattr(ppo, "first_percentile", lambda *_: -3.0)
+
+    def die(self, *rest, **more):
+        calls.append(1)
+        if len(calls) == 2:
+            raise common.Stopped("killed")
+        update(self, *rest, **more)
+
+    monkeypatch.setattr(common.Run, "update", die)
+    assert main("ppo", *args, "--out", "kept/x.pt") == 1
+    monkeypatch.setattr(common.Run, "update", update)
+    monkeypatch.setattr(ppo, "first_percentile", lambda *_: -4.0)
+    assert main("ppo", *args, "--out", "kept/x.pt", "--resume") == 0
+    assert lines(ends / "kept/x.jsonl")[-1]["final"]["missing_end_score"] == -3.0 == load("kept/x.pt")[1]["unended"]
+
+
 def test_the_first_percentile_is_of_what_ends(ends):
     """A judge that gives -100 to what does not end, and 1, 2, 3 … to what does: of n of these, 1 + (n - 1)/100. Where nothing ends,
     of all."""
