@@ -541,10 +541,16 @@ class Run(Compute):
     def _restore(self):
         """Goes on from the saved state; False, aloud, where there is none. Ends the process where the run had finished."""
         if not os.path.exists(self.state_path):
-            with contextlib.suppress(Exception):  # whatever stands at --out, it is no finished run with these options
-                if torch.load(self.out, map_location="cpu", weights_only=True)["meta"]["options"] == self.options:
-                    self.say(f"--resume: this run has finished, {self.out} is its checkpoint")
-                    sys.exit(0)
+            found = None
+            with contextlib.suppress(Exception):  # whatever stands at --out, it is no finished run
+                meta = torch.load(self.out, map_location="cpu", weights_only=True)["meta"]
+                found = meta["method"], meta["options"]
+            if found == (self.method, self.options):
+                self.say(f"--resume: this run has finished, {self.out} is its checkpoint")
+                sys.exit(0)
+            if found:
+                other = f"with {self._others(found[1])}" if found[0] == self.method else f"of {found[0]}.py"
+                raise UserError(f"--resume: {self.out} is a finished run {other}; start without --resume, or give another --out")
             self.say(f"--resume: there is no {self.state_path} yet, so this run starts afresh")
             return False
         try:
@@ -552,9 +558,8 @@ class Run(Compute):
             saved = state["options"]
         except Exception as e:  # torch raises a zoo of types for a broken file
             raise UserError(f"{self.state_path} is no whole training state ({type(e).__name__}); start without --resume") from None
-        if changed := [k for k in self.options if self.options[k] != saved.get(k)]:
-            words = ", ".join(f"--{k.replace('_', '-')} {saved.get(k)}" for k in changed)
-            raise UserError(f"--resume: the interrupted run had {words}; give the same options, or start without --resume")
+        if saved != self.options:
+            raise UserError(f"--resume: the interrupted run had {self._others(saved)}; give the same options, or start without --resume")
         if state["start"] != self.start:
             raise UserError("--resume: the checkpoint or the data that the run started from has changed; start without --resume")
         for name, x in self.state.items():
@@ -565,6 +570,10 @@ class Run(Compute):
         self.record.write("".join(self.lines).encode())  # cut back to the saved step
         self.say(f"resumed after step {self.first} of {self.o.steps}")
         return True
+
+    def _others(self, saved):
+        """The options of a saved run that are not this one's, as text"""
+        return ", ".join(f"--{k.replace('_', '-')} {saved.get(k)}" for k in self.options if self.options[k] != saved.get(k))
 
     def facts(self):
         """What a checkpoint keeps of the run that made it; nothing in it changes from one run to the same run again."""

@@ -23,7 +23,7 @@ that; 2. std is the unbiased one, + 1e-4; 3. a learning rate for toy models.
     python dapo.py --task arithmetic:2                         makes out/arithmetic-2/sft.pt first where it is missing
     python dapo.py --task arithmetic:2 --eps-high 0.2          without clip-higher; --no-overlong: without part 4
     python dapo.py                                             reviews: correct is a gold reward of at least 1
-    python dapo.py --task my.jsonl.gz --init out/my/sft.pt --reward my_rewards.py:exact_match           correct: more than 0
+    python dapo.py --task my.jsonl.gz --init out/my/sft.pt --reward my_rewards.py:number           correct: more than 0
 
 It ends with the reward before and after, the win rate against the checkpoint it started from, and two samples of each.
 """
@@ -90,6 +90,7 @@ class Options(common.Options):
     micro_batch: Whole = 0  # responses a forward pass: less memory, the same gradient (0: all of an optimizer step's)
     lr: Positive = 2e-4  # AdamW learning rate at its peak; large models take 1e-6 to 3e-6
     warmup: Whole = 20  # rollouts over which the learning rate rises from 0
+    save_every: Count = 20  # rollouts between saved states
     on_arithmetic = dict(steps=50, batch_size=32, minibatches=4)
     on_exact = dict(overlong=False, group=64, batch_size=4, steps=1500, lr=3e-4, lr_schedule="linear")
 

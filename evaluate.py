@@ -141,7 +141,9 @@ class Reward:
         """reward_model: the path of its checkpoint. block_size: the longest sequence that it will read. -> this reward"""
         self.tokenizer = tokenizer
         if self.how == "rm":
-            self.model = self.run.frozen(self.run.prepare(open_reward_model(reward_model, tokenizer, block_size)))
+            model, meta = open_reward_model(reward_model, tokenizer, block_size)
+            self.model = self.run.frozen(self.run.prepare(model))
+            print(f"{reward_model} judges the responses: {describe(meta)}", flush=True)
         return self
 
     def __call__(self, rows, s):
@@ -184,7 +186,7 @@ def completions(tokenizer, s):
 
 
 def open_reward_model(path, tokenizer, block_size=0):
-    """-> a ScalarGPT. Raises where it is none, or has another vocabulary or a shorter context than the policy."""
+    """-> (a ScalarGPT, meta). Raises where it is none, or has another vocabulary or a shorter context than the policy."""
     model, meta = load(path)
     if not isinstance(model, ScalarGPT):
         raise CheckpointError(f"{path} is a language model; give a reward model, such as reward_model.py writes")
@@ -193,7 +195,7 @@ def open_reward_model(path, tokenizer, block_size=0):
     if model.config.block_size < block_size:
         own = model.config.block_size
         raise CheckpointError(f"{path} reads at most {own} tokens, and the policy {block_size}; --block-size {own} shortens the policy's")
-    return model
+    return model, meta
 
 
 def choose_yardstick(run, task, *args, aim=("", {}), reward=None, **more):
@@ -330,7 +332,7 @@ def report(title, figures, samples, bound=None):
     f, name = figures, "pass@1" if bound == 1 else f"gold reward (of {bound:g})" if bound else "reward"
     rows = [
         (name, f.get("ref_reward"), f.get("reward"), f" ± {f['reward_se']:.2f}" if "reward_se" in f else ""),
-        ("score of the reward model", f.get("ref_score"), f.get("score"), ""),
+        ("score of the reward model", f.get("ref_score"), f.get("score"), f" ± {f['score_se']:.2f}" if "score_se" in f else ""),
         ("win rate against the reference", None, f.get("win_rate"), ""),
         ("held-out preference accuracy", None, f.get("accuracy"), ""),
         ("held-out loss, nats a token", None, f.get("nll"), ""),

@@ -30,7 +30,7 @@ one, + 1e-4; 3. the reference stays, the reward model is not trained again; 4. a
     python grpo.py --task arithmetic:2 --updates 2 --minibatches 4
     python grpo.py --task exact --adv-norm loo --agg const --kl reward            RLOO: the distance to the known optimum π*
     python grpo.py --reward rm                                 reviews, by the score of out/reviews/reward_model.pt
-    python grpo.py --task my.jsonl.gz --init out/my/sft.pt --reward my_rewards.py:exact_match
+    python grpo.py --task my.jsonl.gz --init out/my/sft.pt --reward my_rewards.py:number
 
 It ends with the reward before and after, the win rate against the reference, KL(π‖π_ref), and two samples of each.
 """
@@ -102,6 +102,7 @@ class Options(common.Options):
     micro_batch: Whole = 0  # responses a forward pass: less memory, the same gradient (0: all of an optimizer step's)
     lr: Positive = 2e-4  # AdamW learning rate at its peak; large models take 1e-6 to 3e-6
     warmup: Whole = 20  # rollouts over which the learning rate rises from 0
+    save_every: Count = 20  # rollouts between saved states
     on_arithmetic = dict(steps=200, batch_size=32)
     on_exact = dict(beta=0.5, group=64, batch_size=4, steps=1500, lr=3e-4, lr_schedule="linear")
 

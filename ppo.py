@@ -2,10 +2,10 @@
 
     r_t   = - β (log π_old(y_t|s_t) - log π_ref(y_t|s_t)),  + r_φ(x, y) at the last token          s_t = x, y_<t
     δ_t   = r_t + γ V(s_t+1) - V(s_t),  V = 0 after the last token
-    A_t   = δ_t + γλ A_t+1,   R_t = A_t + V(s_t);   then A is whitened over all tokens of the rollout
+    A_t   = δ_t + γλ A_t+1,   R_t = A_t + V(s_t);   then A is whitened over all tokens of the rollout (N+)
     ρ_t   = π_θ(y_t|s_t) / π_old(y_t|s_t)
     L_π   = mean_t max(- A_t ρ_t, - A_t clip(ρ_t, 1-ε, 1+ε))
-    L_V   = mean_t ½ max((V_ψ - R_t)², (clip(V_ψ, V-ε_v, V+ε_v) - R_t)²)
+    L_V   = mean_t ½ max((V_ψ - R_t)², (clip(V_ψ, V-ε_v, V+ε_v) - R_t)²)                                          (N+)
     L     = L_π + c_v L_V                          K passes over the rollout, each in shuffled minibatches; means over their tokens
 
     paper               code                       shape
@@ -19,14 +19,14 @@
 Models in memory: 4 (policy and critic, trained; reference and reward model, frozen). The critic starts from the reward model. With
 --reward task or FILE.py:function 3, and the critic starts from the policy's trunk, with V = 0. Data: prompts, and what judges a response.
 Departures from the papers: 1. the score stands at the end token (N+: one slot later, which has a value and no policy); 2. a response
-that did not end scores the reward model's first percentile (N+: -1); 3. no pretraining loss (ptx), no adaptive β, no
-reward whitening; 4. AdamW at its own ε, gradients of both networks clipped together, a learning rate for toy models.
+that did not end scores the reward model's first percentile over the start's own (N+: -1); 3. no pretraining loss (ptx), entropy bonus,
+adaptive β or reward whitening; 4. AdamW at its own ε, gradients of both networks clipped together, a learning rate for toy models.
 
     python ppo.py                                              reviews: sft.py and reward_model.py run first where they have not
     python ppo.py --beta 0 --steps 150 --eval-every 10         score and gold reward side by side: over-optimisation
     python ppo.py --task exact --lam 1                         the distance to the known optimum π*
     python ppo.py --task arithmetic:2                          three models
-    python ppo.py --task my.jsonl.gz --init out/my/sft.pt --reward my_rewards.py:exact_match
+    python ppo.py --task my.jsonl.gz --init out/my/sft.pt --reward my_rewards.py:number
 
 It ends with the reward before and after, the win rate against the reference, KL(π‖π_ref), and two samples of each.
 """
@@ -92,8 +92,8 @@ def value_loss(values, old_values, returns, eps_v=0.2):
 class Options(common.Options):
     reward: str = "rm"  # what judges a response: rm (a reward model), task, or FILE.py:function
     reward_model: str = ""  # checkpoint for --reward rm (default: out/<task>/reward_model.pt, made first where it is missing)
-    missing_end_score: Number = None  # of a response that does not end, --reward rm (default: the 1st percentile of SFT's scores)
-    group: Count = 1  # responses to a prompt; a critic needs no second one
+    missing_end_score: Number = None  # of a response that does not end, --reward rm (default: first percentile of --init's own)
+    group: Count = 1  # responses to a prompt; a baseline from the critic needs no second
     beta: NonNegative = 0.05  # β: KL penalty a token, in the reward (InstructGPT: 0.02, N+: 0.05)
     gamma: Share = 1.0  # γ: discount a token
     lam: Share = 0.95  # λ of GAE: 1 does not trust the critic, 0 trusts it after one token
@@ -110,6 +110,7 @@ class Options(common.Options):
     lr: Positive = 2e-4  # AdamW learning rate of both networks at its peak; large models take 1e-6 to 1e-5
     lr_schedule: common.Schedule = "linear"  # after the warmup: stay, fall to 0, or fall to a tenth
     warmup: Whole = 10  # rollouts over which the learning rate rises from 0
+    save_every: Count = 20  # rollouts between saved states
     on_arithmetic = dict(reward="task", steps=100, batch_size=256)
     on_exact = dict(reward="task", beta=0.5, group=64, batch_size=4, steps=300, lr=5e-4)
     on_file = dict(reward="task")
@@ -137,7 +138,8 @@ def whole(s, run, f):
 
 
 def first_percentile(reward, policy, prompts, tokenizer, longest, o, run):
-    """-> the score below which lies a hundredth of the policy's own responses to up to 512 prompts, those that end, if any does"""
+    """-> the score below which lies a hundredth of the policy's own responses to up to 512 prompts, those that end, if any does; and how
+    that was found, as text"""
     scores, finished, generator = [], [], torch.Generator().manual_seed(o.seed)
     chosen = [row for i in range(min(prompts.per_epoch, -(-512 // prompts.batch_size))) for row in prompts[i]][:512]
     for i in range(0, len(chosen), ROWS):
@@ -146,7 +148,9 @@ def first_percentile(reward, policy, prompts, tokenizer, longest, o, run):
             s = sample(policy, [ids for ids, *_ in rows], longest, tokenizer.end_id, o.temperature, generator)
         scores, finished = [*scores, reward(rows, s)], [*finished, s.finished]
     scores, finished = torch.cat(scores).float(), torch.cat(finished)
-    return float((scores[finished] if finished.any() else scores).quantile(0.01))
+    n, few = int(finished.sum()), "; that is few, --missing-end-score names another" if finished.sum() < len(finished) / 2 else ""
+    how = f"the first percentile of the reward model over the policy's own, of which {n} of {len(finished)} end{few}"
+    return float((scores[finished] if n else scores).quantile(0.01)), how
 
 
 @common.command(CheckpointError, data.DataError)
@@ -167,7 +171,7 @@ def main(argv=None):
     task.template, block_size = meta["template"], context(o, policy)
     if o.reward == "rm":
         o.reward_model = o.reward_model or common.stage("reward_model.py", o, "--reward-model")
-        critic = open_reward_model(o.reward_model, tokenizer, block_size)
+        critic, _ = open_reward_model(o.reward_model, tokenizer, block_size)
     else:
         critic = ScalarGPT(policy.config)
         critic.trunk = copy.deepcopy(policy)
@@ -183,10 +187,10 @@ def main(argv=None):
     policy.checkpoint_activations = critic.trunk.checkpoint_activations = o.checkpoint_activations
     reward.probe(policy, prompts.rows[:4], longest)
     if o.reward == "rm" and not common.is_exact(o.task):
-        reward.unended = o.missing_end_score
+        reward.unended, how = o.missing_end_score, "--missing-end-score"
         if reward.unended is None:
-            reward.unended = first_percentile(reward, policy, prompts, tokenizer, longest, o, run)
-        run.say(f"a response that does not end scores {reward.unended:.2f} (--missing-end-score)")
+            reward.unended, how = first_percentile(reward, policy, prompts, tokenizer, longest, o, run)
+        run.say(f"a response that does not end scores {reward.unended:.2f} ({how})")
     ref, pair = run.frozen(policy), torch.nn.ModuleDict({"policy": policy, "critic": critic})
     held = [("policy", policy, True), ("critic", critic, True), ("ref", ref, False)]
     held += [("reward", reward.model, False)] * (o.reward == "rm")
@@ -204,7 +208,7 @@ def main(argv=None):
         mask = s.mask[:, 1:]
         rewards = token_rewards(score, old_logp, ref_logp, mask, o.beta)
         adv, returns = gae(rewards, old_values, mask, o.gamma, o.lam)
-        explained = 1 - adv[mask].var(correction=0) / (returns[mask].var(correction=0) + 1e-5)  # of Var(R); R - V is A
+        explained = 1 - adv[mask].var(correction=0) / (returns[mask].var(correction=0) + 1e-5)  # 1 - Var(R - V) / Var(R)
         adv = whiten(adv, mask)
         run.tokens += int(s.stop.sum())
 
@@ -219,7 +223,7 @@ def main(argv=None):
                         logp, entropy = policy.logprobs(ids, m, o.temperature, entropy=True)  # (B, T-1)
                         values = critic.values(ids[:, :-1])
                     m, A, R, old, V = (x[rows, : logp.size(1)] for x in (mask, adv, returns, old_logp, old_values))
-                    old = logp.detach() if i == 0 else old  # at the first step of a rollout π_θ is π_old
+                    old = logp.detach() if i == 0 else old  # π_θ is π_old until the first step: ρ is 1 to the bit
                     losses, errors = ppo_loss(logp, old, A, o.eps), value_loss(values, V, R, o.eps_v)
                     policy_loss, critic_loss = (m * losses).sum() / tokens, (m * errors).sum() / tokens
                     loss = policy_loss + o.vf_coef * critic_loss

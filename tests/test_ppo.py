@@ -193,7 +193,7 @@ def test_the_score_is_part_of_the_saved_state(ends, monkeypatch):
     """A resumed run goes on with the score that it began with, whatever its first percentile would be now."""
     monkeypatch.chdir(ends)
     args, update, calls = [*RM, *ONE, "--steps", 2, "--save-every", 1], common.Run.update, []
-    monkeypatch.setattr(ppo, "first_percentile", lambda *_: -3.0)
+    monkeypatch.setattr(ppo, "first_percentile", lambda *_: (-3.0, "so"))
 
     def die(self, *rest, **more):
         calls.append(1)
@@ -204,7 +204,7 @@ def test_the_score_is_part_of_the_saved_state(ends, monkeypatch):
     monkeypatch.setattr(common.Run, "update", die)
     assert main("ppo", *args, "--out", "kept/x.pt") == 1
     monkeypatch.setattr(common.Run, "update", update)
-    monkeypatch.setattr(ppo, "first_percentile", lambda *_: -4.0)
+    monkeypatch.setattr(ppo, "first_percentile", lambda *_: (-4.0, "so"))
     assert main("ppo", *args, "--out", "kept/x.pt", "--resume") == 0
     assert lines(ends / "kept/x.jsonl")[-1]["final"]["missing_end_score"] == -3.0 == load("kept/x.pt")[1]["unended"]
 
@@ -222,13 +222,15 @@ def test_the_first_percentile_is_of_what_ends(ends):
         return torch.full((len(rows),), -100.0).masked_scatter(s.finished, count)
 
     o = common.parse(ppo.Options, [])
-    found, cursor = ppo.first_percentile(judge, policy, prompts, TOKENIZER, 8, o, run), prompts.cursor
+    found, how = ppo.first_percentile(judge, policy, prompts, TOKENIZER, 8, o, run)
     n = int(torch.cat(seen).sum())
-    assert sum(map(len, seen)) == 512 and n < 500 and found == pytest.approx(1 + (n - 1) / 100) and cursor == 0
+    assert sum(map(len, seen)) == 512 and n < 500 and found == pytest.approx(1 + (n - 1) / 100) and prompts.cursor == 0
+    assert f"{n} of 512 end" in how and "few" not in how
     constant = lambda rows, s: torch.full((len(rows),), -7.0)  # noqa: E731
     with torch.no_grad():
         policy.wte.weight[TOKENIZER.end_id] -= 100 * policy.norm.bias.sign()
-    assert ppo.first_percentile(constant, policy, prompts, TOKENIZER, 1, o, run) == -7.0
+    found, how = ppo.first_percentile(constant, policy, prompts, TOKENIZER, 1, o, run)
+    assert found == -7.0 and "0 of 512 end; that is few, --missing-end-score names another" in how
 
 
 def test_score_and_gold_reward_stand_side_by_side(ends, monkeypatch):

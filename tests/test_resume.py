@@ -67,12 +67,18 @@ def test_resume_gives_the_same_bits(script, ends, monkeypatch, capsys):
     assert a == b and len(a) == 3
     assert main(script, *tiny_run, *small, "--out", "cut/x.pt", "--resume") == 0
     assert "this run has finished" in capsys.readouterr().out
+    before = digest(tiny / "cut/x.pt"), digest(tiny / "cut/x.jsonl")
+    assert main(script, *tiny_run, *small, "--out", "cut/x.pt", "--resume", "--lr", "0.5") == 2
+    assert "cut/x.pt is a finished run with --lr" in capsys.readouterr().err
+    assert main("sft" if script == "dpo" else "dpo", *TINY, "--out", "cut/x.pt", "--resume") == 2
+    assert f"cut/x.pt is a finished run of {script}.py" in capsys.readouterr().err
+    assert before == (digest(tiny / "cut/x.pt"), digest(tiny / "cut/x.jsonl"))
     monkeypatch.setattr(common, "_digest", lambda *_: "another checkpoint")
     shutil.copy(tiny / "state", tiny / "cut/x.state")
     assert main(script, *tiny_run, *small, "--out", "cut/x.pt", "--resume") == 2
     assert "has changed" in capsys.readouterr().err
     (tiny / "cut/x.state").unlink()
-    assert main(script, *tiny_run, *small, "--out", "fresh/x.pt", "--resume") == 0
+    assert main(script, *tiny_run, *small, "--out", f"fresh/{script}.pt", "--resume") == 0
     assert "starts afresh" in capsys.readouterr().out
 
 
