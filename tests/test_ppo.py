@@ -66,7 +66,8 @@ def test_what_is_old_is_of_before_the_rollout_s_updates(ends, monkeypatch):
     log-probs (those that the tokens were drawn with), advantages and values, in another order. Advantages are whitened over the
     rollout, not over a minibatch. What is logged is the mean over the four, over response tokens."""
     monkeypatch.chdir(ends)
-    policy, value, drawn = [], [], []
+    policy, value, drawn, norms, clip = [], [], [], [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: (norms.append(clip(*a)), norms[-1])[1])
     spy(monkeypatch, "ppo_loss", policy)
     spy(monkeypatch, "value_loss", value)
     spy(monkeypatch, "rollout", drawn)
@@ -94,6 +95,7 @@ def test_what_is_old_is_of_before_the_rollout_s_updates(ends, monkeypatch):
         for name, x in zip(expected, shares):
             expected[name].append(x[m].double().mean().item())
     line = lines(ends / "old/x.jsonl")[1]
+    assert line["grad_norm"] == pytest.approx(sum(norms).item() / 4)
     for name, shares in expected.items():
         assert line[name] == pytest.approx(sum(shares) / 4, rel=1e-6), name
     assert line["policy/clipfrac_avg"] > 0 < line["val/clipfrac_avg"] and line["kl"] == pytest.approx(0, abs=1e-6)  # π = π_ref
