@@ -259,10 +259,10 @@ EXACT = ["--task", "exact", "--gamma", 1, "--lam", 1, "--device", "cpu"]
 
 
 def test_the_first_step_climbs_j_whatever_the_critic_says(world, monkeypatch):
-    """The loop's own first gradient from 16,384 samples against that of E[r] by enumeration, with a critic that is wrong by as much as
+    """The loop's own first gradient from 8,192 samples against that of E[r] by enumeration, with a critic that is wrong by half of what
     rewards vary: at λ = 1 the cosine is above 0.99, at λ = 0 below 0.9. (At the first step π = π_ref, where KL has no gradient.)"""
     monkeypatch.chdir(world)
-    broken = lambda self, ids: self._read(h := self.trunk.hidden(ids)) + torch.sin(20 * h[..., 0])  # noqa: E731
+    broken = lambda self, ids: self._read(h := self.trunk.hidden(ids)) + 0.5 * torch.sin(20 * h[..., 0])  # noqa: E731
     policy = load("out/exact/sft.pt")[0].double()
     task = data.task("exact")
     yardstick = evaluate.choose_yardstick(common.Compute(common.parse(ppo.Options, ["--device", "cpu", "--dtype", "float64"])), task,
@@ -274,18 +274,18 @@ def test_the_first_step_climbs_j_whatever_the_critic_says(world, monkeypatch):
     monkeypatch.setattr(ScalarGPT, "values", broken)
     found = {}
     for lam in (1, 0):
-        args = ["--task", "exact", "--lam", lam, "--group", 4096, *ONE, "--device", "cpu"]
+        args = ["--task", "exact", "--lam", lam, "--group", 2048, *ONE, "--device", "cpu"]
         gradient, _ = first_gradient("ppo", args, monkeypatch)
         found[lam] = torch.cosine_similarity(gradient[: len(exact)], exact, dim=0).item()
     assert found[1] > 0.99 and found[0] < 0.9, found
 
 
 def test_ppo_comes_near_the_known_optimum(world, monkeypatch):
-    """100 rollouts at λ = 1: KL(π‖π*) from above 1 to below 0.1; without a penalty the same steps end further than 0.3 away."""
+    """60 rollouts of 128 at λ = 1: KL(π‖π*) from above 1 to below 0.2; without a penalty the same steps end further than 0.3 away."""
     monkeypatch.chdir(world)
     found = []
     for options in ([], ["--beta", 0]):
-        assert main("ppo", *EXACT, "--steps", 100, *options, "--out", "near/x.pt") == 0
+        assert main("ppo", *EXACT, "--steps", 60, "--group", 32, "--eval-every", 0, *options, "--out", "near/x.pt") == 0
         found.append(lines(world / "near/x.jsonl")[-1]["final"])
-    assert found[0]["kl_star"] < 0.1 and found[0]["kl_optimum"] == pytest.approx(found[0]["kl_star"]) and found[1]["kl_star"] > 0.3
+    assert found[0]["kl_star"] < 0.2 and found[0]["kl_optimum"] == pytest.approx(found[0]["kl_star"]) and found[1]["kl_star"] > 0.3
     assert [m["role"] for m in found[0]["models"]] == ["policy", "critic", "ref"] and math.isfinite(found[0]["objective"])
