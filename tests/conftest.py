@@ -36,6 +36,19 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(script, *args, cwd=folder): its main in this process, which must succeed; -> what it printed."""
+
+    def call(script, *args, cwd):
+        monkeypatch.chdir(cwd)
+        code, said = main(script, *args), capsys.readouterr()
+        assert code == 0, said.out + said.err
+        return said.out
+
+    return call
+
+
 def first_gradient(script, args, monkeypatch, **patches):
     """-> the gradient of the first optimizer step, all parameters, and its metrics; `patches` replace names in the script."""
     import common

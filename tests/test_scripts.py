@@ -174,13 +174,13 @@ def test_reward_model_end_to_end(tiny, tmp_path):
     assert refused.returncode == 2 and "is a reward model" in refused.stderr
 
 
-def test_margin_and_soft_label_columns(tiny, tmp_path):
+def test_margin_and_soft_label_columns(tiny, tmp_path, call):
     """Columns `margin` and `p` reach the loss: with p = 0 throughout, the model learns to prefer the rejected answers."""
     shutil.copytree(tiny / "out", tmp_path / "out")
     rows = [{"prompt": f"question {i}", "chosen": "yes yes", "rejected": "no", "p": 0.0, "margin": 0.5} for i in range(60)]
     (tmp_path / "soft.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert data.task(str(tmp_path / "soft.jsonl")).preferences(None, 0, graded=True)[0][3:] == (0.5, 0.0)
-    run("reward_model.py", "--task", "soft.jsonl", "--init", "out/reviews/sft.pt", "--steps", 40, "--warmup", 0, "--lr", 0.01,
+    call("reward_model", "--task", "soft.jsonl", "--init", "out/reviews/sft.pt", "--steps", 40, "--warmup", 0, "--lr", 0.01,
         "--device", "cpu", "--log-every", 1, cwd=tmp_path)  # fmt: skip
     first, *_, final = lines(tmp_path / "out/soft/reward_model.jsonl")[1:]
     assert first["loss"] == pytest.approx(math.log(1 + math.exp(-0.5)), abs=0.2)  # -log σ(m - Δ) at Δ near 0
@@ -290,20 +290,20 @@ def test_the_first_step_s_loss_is_the_equation_s(name, options, tiny, monkeypatc
     assert logged["loss"] == pytest.approx(loss.mean().item(), rel=1e-9)
 
 
-def test_kto_warns_of_imbalance(tiny, tmp_path):
+def test_kto_warns_of_imbalance(tiny, tmp_path, call):
     """λ_D n_D / (λ_U n_U): 40 to 20 is 2, outside [1, 4/3]; with --w-undesirable 1.6 it is 1.25."""
     shutil.copytree(tiny / "out", tmp_path / "out")
     rows = [{"prompt": f"q{i}", "completion": "a b c", "label": i % 3 > 0} for i in range(60)]
     (tmp_path / "l.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     args = ["--task", "l.jsonl", "--init", "out/reviews/sft.pt", "--eval-file", "l.jsonl", *TINY]
-    done = run("kto.py", *args, cwd=tmp_path)
-    assert "warning: 40 desirable and 20 undesirable examples make λ_D n_D / (λ_U n_U) = 2, outside [1, 4/3]" in done.stdout
+    done = call("kto", *args, cwd=tmp_path)
+    assert "warning: 40 desirable and 20 undesirable examples make λ_D n_D / (λ_U n_U) = 2, outside [1, 4/3]" in done
     assert 0 <= lines(tmp_path / "out/l/kto.jsonl")[-1]["final"]["accuracy"] <= 1
-    assert "warning" not in run("kto.py", *args, "--w-undesirable", 1.6, cwd=tmp_path).stdout
-    assert "warning" not in run("kto.py", *TINY, cwd=tmp_path).stdout
+    assert "warning" not in call("kto", *args, "--w-undesirable", 1.6, cwd=tmp_path)
+    assert "warning" not in call("kto", *TINY, cwd=tmp_path)
 
 
-def test_odd_but_legal_feedback(tiny, tmp_path):
+def test_odd_but_legal_feedback(tiny, tmp_path, call):
     """Held-out rows of one label, training rows of one class, a labelled --eval-file for pairs: each runs, and says what is left out."""
     shutil.copytree(tiny / "out", tmp_path / "out")
     rows = [{"prompt": f"q{i}", "completion": f"answer {i}", "label": True} for i in range(30)]
@@ -312,32 +312,32 @@ def test_odd_but_legal_feedback(tiny, tmp_path):
     pairs = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "label": "a column of one's own"} for i in range(30)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in pairs))
     init = ["--init", "out/reviews/sft.pt", *TINY]
-    done = run("kto.py", "--task", "good.jsonl", *init, cwd=tmp_path)
-    assert "accuracy will be left out" in done.stdout and "examples are desirable" in done.stdout
+    done = call("kto", "--task", "good.jsonl", *init, cwd=tmp_path)
+    assert "accuracy will be left out" in done and "examples are desirable" in done
     record = lines(tmp_path / "out/good/kto.jsonl")
     assert "accuracy" not in record[-1]["final"] and "rewards/rejected" not in record[1] and "rewards/chosen" in record[1]
-    done = run("kto.py", "--task", "pairs.jsonl", "--eval-file", "both.jsonl", *init, "--pairs", 8, cwd=tmp_path)
-    assert "4 pairs are split into 8 examples (train split)" in done.stdout and "held-out preference accuracy" in done.stdout
-    run("dpo.py", "--task", "pairs.jsonl", *init, cwd=tmp_path)
-    assert "its desirable answers are the demonstrations" in run("sft.py", "--task", "both.jsonl", *init, cwd=tmp_path).stdout
+    done = call("kto", "--task", "pairs.jsonl", "--eval-file", "both.jsonl", *init, "--pairs", 8, cwd=tmp_path)
+    assert "4 pairs are split into 8 examples (train split)" in done and "held-out preference accuracy" in done
+    call("dpo", "--task", "pairs.jsonl", *init, cwd=tmp_path)
+    assert "its desirable answers are the demonstrations" in call("sft", "--task", "both.jsonl", *init, cwd=tmp_path)
 
 
-def test_files_of_pairs_train_the_whole_family(tiny, tmp_path):
+def test_files_of_pairs_train_the_whole_family(tiny, tmp_path, call):
     """simpo.py, orpo.py and kto.py on one file of pairs, each with a held-out accuracy; KTO says that it splits them."""
     shutil.copytree(tiny / "out", tmp_path / "out")
     rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No idea"} for i in range(60)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for name in HELD:
-        done = run(f"{name}.py", "--task", "p.jsonl", "--init", "out/reviews/sft.pt", *TINY, cwd=tmp_path)
-        assert "held-out preference accuracy" in done.stdout
-        assert ("pairs are split into" in done.stdout) == (name == "kto")
+        done = call(name, "--task", "p.jsonl", "--init", "out/reviews/sft.pt", *TINY, cwd=tmp_path)
+        assert "held-out preference accuracy" in done
+        assert ("pairs are split into" in done) == (name == "kto")
         assert 0 <= lines(tmp_path / f"out/p/{name}.jsonl")[-1]["final"]["accuracy"] <= 1
 
 
-def test_exact_figures_are_documented(tmp_path):
-    run("sft.py", "--task", "exact", "--steps", 3, "--batch-size", 8, "--device", "cpu", cwd=tmp_path)
-    run("dpo.py", "--task", "exact", "--steps", 3, "--batch-size", 8, "--device", "cpu", cwd=tmp_path)
-    run("reward_model.py", "--task", "exact", "--steps", 3, "--batch-size", 8, "--device", "cpu", cwd=tmp_path)
+def test_exact_figures_are_documented(tmp_path, call):
+    call("sft", "--task", "exact", "--steps", 3, "--batch-size", 8, "--device", "cpu", cwd=tmp_path)
+    call("dpo", "--task", "exact", "--steps", 3, "--batch-size", 8, "--device", "cpu", cwd=tmp_path)
+    call("reward_model", "--task", "exact", "--steps", 3, "--batch-size", 8, "--device", "cpu", cwd=tmp_path)
     readme = (ROOT / "README.md").read_text()
     for name, keys in {"dpo": {"kl_star", "tv_star", "kl_optimum", "objective", "kl", "win_rate"}, "reward_model": {"rms"}}.items():
         first, *steps, last = lines(tmp_path / f"out/exact/{name}.jsonl")
@@ -348,21 +348,21 @@ def test_exact_figures_are_documented(tmp_path):
     assert lines(tmp_path / "out/exact/dpo.jsonl")[0]["options"]["beta"] == 0.5
 
 
-def test_real_text(tmp_path):
+def test_real_text(tmp_path, call):
     """sft.py then dpo.py on JSONL files: held-out loss, held-out accuracy, rows cut aloud."""
     rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(60)]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No idea at all" * (1 + i % 9)} for i in range(60)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    done = run("sft.py", "--task", "s.jsonl", *TINY, "--n-layer", 1, "--n-embd", 16, "--block-size", 64, cwd=tmp_path)
-    assert "held-out loss, nats a token" in done.stdout
-    done = run("dpo.py", "--task", "p.jsonl", "--init", "out/s/sft.pt", *TINY, "--truncate", cwd=tmp_path)
-    assert "held-out preference accuracy" in done.stdout and re.search(r"\d+ of \d+ rows are cut to 64 tokens", done.stdout)
+    done = call("sft", "--task", "s.jsonl", *TINY, "--n-layer", 1, "--n-embd", 16, "--block-size", 64, cwd=tmp_path)
+    assert "held-out loss, nats a token" in done
+    done = call("dpo", "--task", "p.jsonl", "--init", "out/s/sft.pt", *TINY, "--truncate", cwd=tmp_path)
+    assert "held-out preference accuracy" in done and re.search(r"\d+ of \d+ rows are cut to 64 tokens", done)
     final = lines(tmp_path / "out/p/dpo.jsonl")[-1]["final"]
     assert 0 <= final["accuracy"] <= 1 and "reward" not in final
-    epoch = run("dpo.py", "--task", "p.jsonl", "--init", "out/s/sft.pt", "--truncate", "--batch-size", 8, "--epochs", 2, "--precompute-ref",
+    epoch = call("dpo", "--task", "p.jsonl", "--init", "out/s/sft.pt", "--truncate", "--batch-size", 8, "--epochs", 2, "--precompute-ref",
                 "--max-new-tokens", 4, "--loss", "ipo", "--out", "out/ipo.pt", cwd=tmp_path)  # fmt: skip
-    assert "models held: 1" in epoch.stdout
+    assert "models held: 1" in epoch
     record = lines(tmp_path / "out/ipo.jsonl")
     n = 60 - len({r["prompt"] for r in rows} & test_prompts(tmp_path / "p.jsonl"))
     assert record[-2]["step"] == 2 * (n // 8 + (n % 8 > 1))
