@@ -139,9 +139,10 @@ def _number(kind, ok, words):
 
 
 def refuse_unread(o, choice, reads):
-    """Stops where an option was given that the chosen variant does not read. reads: variant -> the names that it reads."""
+    """Stops where an option was given that the chosen variant does not read. reads: variant -> the names that it reads, of those that
+    not all read."""
     variant = getattr(o, choice)
-    for name in sorted(o.given & set().union(*reads.values()) - reads[variant]):
+    for name in sorted(o.given & set().union(*reads.values()) - reads.get(variant, set())):
         users = " or ".join(f"--{choice} {v}" for v in reads if name in reads[v])
         raise UserError(f"--{name.replace('_', '-')} is read by {users} only, not by --{choice} {variant}; leave one of the two out")
 
@@ -378,6 +379,17 @@ class Run(Compute):
     def micro_batches(self, rows):
         """The one place where a step's global batch is cut."""
         return [rows[i : i + self.o.micro_batch] for i in range(0, len(rows), self.o.micro_batch)]
+
+    @torch.no_grad()
+    def whole(self, s, f):
+        """-> f(ids, mask), (rows, T-1), of all the samples s, a micro-batch at a time"""
+        parts = []
+        for rows in self.micro_batches(torch.arange(len(s.ids))):
+            ids, mask, *_ = s.take(rows)
+            with self.autocast():
+                x = f(ids, mask)
+            parts.append(torch.nn.functional.pad(x, (0, s.logp.size(1) - x.size(1))))
+        return torch.cat(parts)
 
     def total(self, count):
         """The one place where a count of the global batch (its pairs, its tokens) is summed; a loss is divided by it."""

@@ -124,24 +124,12 @@ def dynamic_sampling(policy, prompts, reward, tokenizer, longest, o, run):
     return s.cat(parts).take(chosen.repeat_interleave(o.group)), correct[chosen], facts
 
 
-@torch.no_grad()
-def score(model, s, o, run):
-    """-> log-probs of the sampled tokens, (P·G, T-1)"""
-    out = torch.zeros_like(s.logp, dtype=model.wte.weight.dtype)
-    for rows in run.micro_batches(torch.arange(len(out))):
-        part = s.take(rows)
-        with run.autocast():
-            out[rows, : part.logp.size(1)] = model.logprobs(part.ids, part.mask, o.temperature).to(out.dtype)
-    return out
-
-
 @common.command(CheckpointError, data.DataError)
 def main(argv=None):
     o = common.parse(Options, argv)
     if o.group == 1:
         raise common.UserError("--group 1: a response is compared with the others to the same prompt; give at least 2")
-    if o.reward_model and o.reward != "rm":
-        raise common.UserError(f"--reward-model is read by --reward rm only, not by --reward {o.reward}; leave one of the two out")
+    common.refuse_unread(o, "reward", {"rm": {"reward_model"}})
     task = data.task(o.task, o.eval_file, o.strict)
     longest = (o.max_new_tokens or task.max_new_tokens) * o.overlong
     if o.overlong_cache > longest:
@@ -178,7 +166,7 @@ def main(argv=None):
         parts = prompts.minibatches(len(s.ids), o.updates, o.minibatches)
         k, length = len(parts), s.mask.sum(1, keepdim=True)  # k optimizer steps on this rollout; (P·G, 1)
         with run.clock("logprobs"):
-            old_logp = score(policy, s, o, run) if k > 1 else None
+            old_logp = run.whole(s, lambda ids, mask: policy.logprobs(ids, mask, o.temperature)) if k > 1 else None
         R_len = overlong_penalty(length.view_as(r), longest, o.overlong_cache or max(1, longest // 5))
         R = r + R_len if o.overlong else r  # after the filter, so that lengths make no group mixed
         adv = group_advantages(R, norm=o.adv_norm).view(-1, 1)  # (P·G, 1)

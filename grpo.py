@@ -116,21 +116,10 @@ def rollout(policy, prompts, tokenizer, longest, o, run):
     return batch, s
 
 
-@torch.no_grad()
-def score(model, s, o, run):
-    """-> log-probs of the sampled tokens, (P·G, T-1)"""
-    out = torch.zeros_like(s.logp, dtype=model.wte.weight.dtype)
-    for rows in run.micro_batches(torch.arange(len(out))):
-        part = s.take(rows)
-        with run.autocast():
-            out[rows, : part.logp.size(1)] = model.logprobs(part.ids, part.mask, o.temperature).to(out.dtype)
-    return out
-
-
 @common.command(CheckpointError, data.DataError)
 def main(argv=None):
     o = common.parse(Options, argv)
-    common.refuse_unread(o, "kl", {"k3": {"beta"}, "k3-ratio": {"beta"}, "reward": {"beta"}, "none": set()})
+    common.refuse_unread(o, "kl", {"k3": {"beta"}, "k3-ratio": {"beta"}, "reward": {"beta"}})
     if o.group == 1:
         raise common.UserError("--group 1: a response is compared with the others to the same prompt; give at least 2")
     if o.ratio == "seq" and "eps" not in o.given:
@@ -138,8 +127,7 @@ def main(argv=None):
     elif "eps_high" not in o.given:
         o.eps_high = o.eps
     o.kl = o.kl if o.beta else "none"
-    if o.reward_model and o.reward != "rm":
-        raise common.UserError(f"--reward-model is read by --reward rm only, not by --reward {o.reward}; leave one of the two out")
+    common.refuse_unread(o, "reward", {"rm": {"reward_model"}})
     task = data.task(o.task, o.eval_file, o.strict)
     run = common.Run(o, "grpo")
     reward = Reward(run, task, o.reward)
@@ -175,8 +163,8 @@ def main(argv=None):
         parts = prompts.minibatches(len(s.ids), o.updates, o.minibatches)
         k, length = len(parts), s.mask.sum(1, keepdim=True)  # k optimizer steps on this rollout; (P·G, 1)
         with run.clock("logprobs"):
-            old_logp = score(policy, s, o, run) if k > 1 else None
-            ref_logp = score(ref, s, o, run) if ref else None
+            old_logp = run.whole(s, lambda ids, mask: policy.logprobs(ids, mask, o.temperature)) if k > 1 else None
+            ref_logp = run.whole(s, lambda ids, mask: ref.logprobs(ids, mask, o.temperature)) if ref else None
         R = r - o.beta * (s.logp - ref_logp).sum(1).view_as(r) if o.kl == "reward" else r
         adv = group_advantages(R, norm=o.adv_norm).view(-1, 1)  # (P·G, 1)
         run.tokens += int(s.stop.sum())

@@ -125,18 +125,6 @@ def rollout(policy, prompts, tokenizer, longest, o, run):
     return batch, s
 
 
-@torch.no_grad()
-def whole(s, run, f):
-    """-> f(ids, mask), (rows, T-1), of all samples, a micro-batch at a time"""
-    parts = []
-    for rows in run.micro_batches(torch.arange(len(s.ids))):
-        ids, mask, *_ = s.take(rows)
-        with run.autocast():
-            x = f(ids, mask)
-        parts.append(F.pad(x, (0, s.logp.size(1) - x.size(1))))
-    return torch.cat(parts)
-
-
 def first_percentile(reward, policy, prompts, tokenizer, longest, o, run):
     """-> the score below which lies a hundredth of the policy's own responses to up to 512 prompts, those that end, if any does; and how
     that was found, as text"""
@@ -156,10 +144,7 @@ def first_percentile(reward, policy, prompts, tokenizer, longest, o, run):
 @common.command(CheckpointError, data.DataError)
 def main(argv=None):
     o = common.parse(Options, argv)
-    for name in sorted({"reward_model", "missing_end_score"} & o.given):
-        if o.reward != "rm":
-            flag = f"--{name.replace('_', '-')}"
-            raise common.UserError(f"{flag} is read by --reward rm only, not by --reward {o.reward}; leave one of the two out")
+    common.refuse_unread(o, "reward", {"rm": {"reward_model", "missing_end_score"}})
     if common.is_exact(o.task) and "missing_end_score" in o.given:
         raise common.UserError(f"--missing-end-score: a missing end costs nothing on {o.task}; leave it out")
     task = data.task(o.task, o.eval_file, o.strict)
@@ -202,9 +187,9 @@ def main(argv=None):
             batch, s = rollout(policy, prompts, tokenizer, longest, o, run)
             score = reward(batch, s)  # (B,)
         with run.clock("logprobs"):
-            old_logp = whole(s, run, lambda ids, mask: policy.logprobs(ids, mask, o.temperature))  # (B, T-1)
-            ref_logp = whole(s, run, lambda ids, mask: ref.logprobs(ids, mask, o.temperature))
-            old_values = whole(s, run, lambda ids, mask: critic.values(ids[:, :-1]))
+            old_logp = run.whole(s, lambda ids, mask: policy.logprobs(ids, mask, o.temperature))  # (B, T-1)
+            ref_logp = run.whole(s, lambda ids, mask: ref.logprobs(ids, mask, o.temperature))
+            old_values = run.whole(s, lambda ids, mask: critic.values(ids[:, :-1]))
         mask = s.mask[:, 1:]
         rewards = token_rewards(score, old_logp, ref_logp, mask, o.beta)
         adv, returns = gae(rewards, old_values, mask, o.gamma, o.lam)

@@ -36,6 +36,30 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def documented(steps, final):
+    """The README names every key of a record's lines and of its final figures."""
+    readme = (ROOT / "README.md").read_text()
+    for key in {key for line in steps for key in line} | set(final):
+        assert f"`{key}`" in readme, f"{key} is logged but not in the README"
+
+
+def killed(at, script, args, monkeypatch):
+    """Runs a script that is killed at its optimizer step number `at`."""
+    import common
+
+    calls, update = [], common.Run.update
+
+    def die(self, *rest, **more):
+        calls.append(1)
+        if len(calls) == at:
+            raise common.Stopped("killed")
+        update(self, *rest, **more)
+
+    with monkeypatch.context() as m:
+        m.setattr(common.Run, "update", die)
+        assert main(script, *args) == 1
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """call(script, *args, cwd=folder): its main in this process, which must succeed; -> what it printed."""

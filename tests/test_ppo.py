@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import BATCH, ENDS, ROOT, TINY, first_gradient, lines, main
+from conftest import BATCH, ENDS, TINY, documented, first_gradient, killed, lines, main
 
 import common
 import data
@@ -21,6 +21,24 @@ def spy(monkeypatch, name, kept, of=ppo):
     """Replaces of.name by itself, which keeps its arguments and what it returns."""
     f = getattr(of, name)
     monkeypatch.setattr(of, name, lambda *args: kept.append((args, f(*args))) or kept[-1][1])
+
+
+def keep_models(monkeypatch):
+    """-> (role -> model, role -> its weights at the start) of the runs that follow"""
+    held, start, begin = {}, {}, common.Run.begin
+
+    def keep(self, models, *args, **state):
+        held.update({role: model for role, model, _ in models})
+        start.update({role: {k: v.clone() for k, v in model.state_dict().items()} for role, model, _ in models})
+        return begin(self, models, *args, **state)
+
+    monkeypatch.setattr(common.Run, "begin", keep)
+    return held, start
+
+
+def same(a, b):
+    """Whether the weights a are those of b, to the bit"""
+    return all(torch.equal(x, b[k]) for k, x in a.items())
 
 
 def plain_values(model, ids):
@@ -107,15 +125,7 @@ def test_four_models_two_of_them_frozen(ends, monkeypatch):
     """The critic starts from the reward model, the policy from --init; after three steps both have changed, and reference and reward
     model are to the bit what they were, without a gradient. With another reward three models, and a critic on the policy's trunk."""
     monkeypatch.chdir(ends)
-    held, start, begin = {}, {}, common.Run.begin
-
-    def keep(self, models, *args, **state):
-        held.update({role: model for role, model, _ in models})
-        start.update({role: {k: v.clone() for k, v in model.state_dict().items()} for role, model, _ in models})
-        return begin(self, models, *args, **state)
-
-    monkeypatch.setattr(common.Run, "begin", keep)
-    same = lambda a, b: all(torch.equal(x, b[k]) for k, x in a.items())  # noqa: E731
+    held, start = keep_models(monkeypatch)
     assert main("ppo", *RM, "--steps", 3, "--beta", 0.1, "--out", "four/x.pt") == 0
     assert list(held) == ["policy", "critic", "ref", "reward"]
     assert same(start["critic"], start["reward"]) and same(start["policy"], start["ref"])
@@ -137,22 +147,12 @@ def test_four_models_two_of_them_frozen(ends, monkeypatch):
 def test_each_loss_moves_its_own_network(ends, monkeypatch):
     """c_v = 0: the critic stays as it was, the policy moves. With a policy loss of 0 the policy stays, and the critic moves."""
     monkeypatch.chdir(ends)
-    for patch, moved in (("none", "policy"), ("ppo_loss", "critic")):
-        weights, begin = {}, common.Run.begin
-
-        def keep(self, models, *args, weights=weights, begin=begin, **state):
-            weights.update({role: (model, [p.detach().clone() for p in model.parameters()]) for role, model, _ in models})
-            return begin(self, models, *args, **state)
-
-        with monkeypatch.context() as m:
-            m.setattr(common.Run, "begin", keep)
-            if patch == "ppo_loss":
-                m.setattr(ppo, "ppo_loss", lambda logp, *_: 0.0 * logp)
-            vf = 0.0 if moved == "policy" else 0.1
-            assert main("ppo", *ENDS, *BATCH, "--steps", 2, "--vf-coef", vf, "--out", "own/x.pt") == 0
+    held, start = keep_models(monkeypatch)
+    for loss, vf, moved in ((ppo.ppo_loss, 0.0, "policy"), (lambda logp, *_: 0.0 * logp, 0.1, "critic")):
+        monkeypatch.setattr(ppo, "ppo_loss", loss)
+        assert main("ppo", *ENDS, *BATCH, "--steps", 2, "--vf-coef", vf, "--out", "own/x.pt") == 0
         for role in ("policy", "critic"):
-            model, before = weights[role]
-            assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before)) == (role == moved), (patch, role)
+            assert same(start[role], held[role].state_dict()) == (role != moved), (moved, role)
 
 
 def test_the_score_of_a_response_that_does_not_end(ends, monkeypatch, capsys):
@@ -194,20 +194,11 @@ def test_the_score_of_a_response_that_does_not_end(ends, monkeypatch, capsys):
 def test_the_score_is_part_of_the_saved_state(ends, monkeypatch):
     """A resumed run goes on with the score that it began with, whatever its first percentile would be now."""
     monkeypatch.chdir(ends)
-    args, update, calls = [*RM, *ONE, "--steps", 2, "--save-every", 1], common.Run.update, []
+    args = [*RM, *ONE, "--steps", 2, "--save-every", 1, "--out", "kept/x.pt"]
     monkeypatch.setattr(ppo, "first_percentile", lambda *_: (-3.0, "so"))
-
-    def die(self, *rest, **more):
-        calls.append(1)
-        if len(calls) == 2:
-            raise common.Stopped("killed")
-        update(self, *rest, **more)
-
-    monkeypatch.setattr(common.Run, "update", die)
-    assert main("ppo", *args, "--out", "kept/x.pt") == 1
-    monkeypatch.setattr(common.Run, "update", update)
+    killed(2, "ppo", args, monkeypatch)
     monkeypatch.setattr(ppo, "first_percentile", lambda *_: (-4.0, "so"))
-    assert main("ppo", *args, "--out", "kept/x.pt", "--resume") == 0
+    assert main("ppo", *args, "--resume") == 0
     assert lines(ends / "kept/x.jsonl")[-1]["final"]["missing_end_score"] == -3.0 == load("kept/x.pt")[1]["unended"]
 
 
@@ -247,9 +238,7 @@ def test_score_and_gold_reward_stand_side_by_side(ends, monkeypatch):
     assert [m["role"] for m in final["models"]] == ["policy", "critic", "ref", "reward"]
     policy, critic = (load(name)[0].matmul_parameters() for name in ("ends.pt", "judge.pt"))  # sampling, old, ref; values, reward; K = 2
     assert final["flops_per_token"] == (2 + 2 + 2 + 2 * 6) * policy + (2 + 2 + 2 * 6) * critic
-    readme = (ROOT / "README.md").read_text()
-    for key in {k for line in record[1:-1] for k in line} | set(record[-1]["final"]):
-        assert f"`{key}`" in readme, f"{key} is logged but not in the README"
+    documented(record[1:-1], final)
 
 
 # ---- exact

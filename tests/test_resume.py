@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TRAIN, main, run
+from conftest import ROOT, TINY, TRAIN, killed, main, run
 
 import common
 
@@ -86,18 +86,9 @@ def test_resume_gives_the_same_bits(script, ends, monkeypatch, capsys):
 def test_resume_from_the_middle_of_a_rollout(script, ends, monkeypatch):
     """Killed between two optimizer steps of the third rollout, after new responses were drawn: the same bits as without."""
     monkeypatch.chdir(ends)
-    args, calls, update = [*TINY, *ROLLOUTS, "--save-every", 1], [], common.Run.update
+    args = [*TINY, *ROLLOUTS, "--save-every", 1]
     assert main(script, *args, "--out", "whole/y.pt") == 0
-
-    def die(self, *args, **more):
-        calls.append(1)
-        if len(calls) == 2 * 4 + 3:
-            raise common.Stopped("killed")
-        update(self, *args, **more)
-
-    monkeypatch.setattr(common.Run, "update", die)
-    assert main(script, *args, "--out", "cut/y.pt") == 1
-    monkeypatch.setattr(common.Run, "update", update)
+    killed(2 * 4 + 3, script, [*args, "--out", "cut/y.pt"], monkeypatch)
     assert torch.load("cut/y.state", weights_only=True)["step"] == 2
     assert main(script, *args, "--out", "cut/y.pt", "--resume") == 0
     assert digest(ends / "cut/y.pt") == digest(ends / "whole/y.pt")

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TRAIN, lines, main, run
+from conftest import ROOT, TINY, TRAIN, documented, lines, main, run
 
 import common
 import dapo
@@ -112,9 +112,7 @@ def test_dpo_end_to_end(tiny, tmp_path):
                "flops_per_token"}  # fmt: skip
     assert figures <= set(final) and all(math.isfinite(final[k]) for k in figures)
     assert [(m["role"], m["trainable"]) for m in final["models"]] == [("policy", True), ("ref", False)]
-    readme = (ROOT / "README.md").read_text()
-    for key in {k for line in steps for k in line} | set(final):
-        assert f"`{key}`" in readme, f"{key} is logged but not in the README"
+    documented(steps, final)
 
     policy, meta = load(folder / "dpo.pt")
     start, _ = load(folder / "sft.pt")
@@ -160,9 +158,7 @@ def test_reward_model_end_to_end(tiny, tmp_path):
     assert names <= set(final) and all(math.isfinite(final[k]) for k in names)
     assert final["min_reward"] < final["mean_reward"] < final["max_reward"]
     assert [(m["role"], m["trainable"]) for m in final["models"]] == [("reward", True)]
-    readme = (ROOT / "README.md").read_text()
-    for key in {k for line in steps for k in line} | set(final):
-        assert f"`{key}`" in readme, f"{key} is logged but not in the README"
+    documented(steps, final)
 
     model, meta = load(tmp_path / "out/reviews/reward_model.pt")
     assert isinstance(model, ScalarGPT) and meta["shift"] == final["shift"] and meta["reference"] == "out/reviews/sft.pt"
@@ -204,9 +200,7 @@ def test_simpo_orpo_and_kto_end_to_end(name, tiny, tmp_path):
     figures = {"reward", "ref_reward", "win_rate", "kl", "kl_se", "length", "entropy", "ended", "step_ms", "flops_per_token"}
     assert figures <= set(final) and all(math.isfinite(final[k]) for k in figures)
     assert [(m["role"], m["trainable"]) for m in final["models"]] == HELD[name]
-    readme = (ROOT / "README.md").read_text()
-    for key in {k for line in steps for k in line} | set(final):
-        assert f"`{key}`" in readme, f"{key} is logged but not in the README"
+    documented(steps, final)
     if name == "kto":  # at step 0 π = π_ref: rewards and ẑ are 0, the loss is λ/2
         assert steps[0]["loss"] == pytest.approx(0.5) and steps[0]["kl"] == 0.0
     again = run("evaluate.py", f"out/reviews/{name}.pt", "--device", "cpu", cwd=tmp_path).stdout
@@ -231,9 +225,7 @@ def test_ppo_grpo_and_dapo_end_to_end(name, held, ends, tmp_path):
     assert figures <= set(final) and all(math.isfinite(final[k]) for k in figures)
     assert [(m["role"], m["trainable"]) for m in final["models"]] == held
     assert final["sample_ms"] + final["logprobs_ms"] + final["update_ms"] < 1.5 * final["step_ms"]
-    readme = (ROOT / "README.md").read_text()
-    for key in {k for line in steps for k in line} | set(final):
-        assert f"`{key}`" in readme, f"{key} is logged but not in the README"
+    documented(steps, final)
     log = [line for line in steps if "loss" in line]
     assert log[0]["sampled_tokens"] < log[1]["sampled_tokens"] < log[2]["sampled_tokens"] == final["sampled_tokens"]
     assert name != "grpo" or log[0]["clip_ratio/low_mean"] == 0.0
@@ -338,12 +330,10 @@ def test_exact_figures_are_documented(tmp_path, call):
     call("sft", "--task", "exact", "--steps", 3, "--batch-size", 8, "--device", "cpu", cwd=tmp_path)
     call("dpo", "--task", "exact", "--steps", 3, "--batch-size", 8, "--device", "cpu", cwd=tmp_path)
     call("reward_model", "--task", "exact", "--steps", 3, "--batch-size", 8, "--device", "cpu", cwd=tmp_path)
-    readme = (ROOT / "README.md").read_text()
     for name, keys in {"dpo": {"kl_star", "tv_star", "kl_optimum", "objective", "kl", "win_rate"}, "reward_model": {"rms"}}.items():
         first, *steps, last = lines(tmp_path / f"out/exact/{name}.jsonl")
         assert keys <= set(last["final"]) and (first["options"]["n_embd"] == 64 if name == "sft" else True)
-        for key in {k for line in steps for k in line} | set(last["final"]):
-            assert f"`{key}`" in readme, f"{key} is logged but not in the README"
+        documented(steps, last["final"])
     assert load(tmp_path / "out/exact/sft.pt")[0].config == GPTConfig(4, 8, 2, 4, 64)
     assert lines(tmp_path / "out/exact/dpo.jsonl")[0]["options"]["beta"] == 0.5
 
