@@ -45,14 +45,18 @@ Seed = Annotated[int, lambda x: 0 <= x < 2**62, "a whole number >= 0 and below 2
 Share = Annotated[float, lambda x: 0 <= x <= 1, "a number in [0, 1]"]
 BelowHalf = Annotated[float, lambda x: 0 <= x < 0.5, "a number in [0, 0.5)"]
 Schedule = Literal["constant", "linear", "cosine"]
+Precision = Literal["auto", "float32", "float64", "bfloat16", "bfloat16-pure"]
+
+SIZES = {"1b": {"n_layer": 24, "n_head": 16, "n_embd": 2048, "vocab_size": 50304},  # 1.3 billion parameters, GPT-3's third model
+         "7b": {"n_layer": 32, "n_head": 32, "n_embd": 4096, "vocab_size": 50304}}  # 6.7 billion, its seventh  # fmt: skip
 
 
 @dataclass
 class Options:
     """The options of every script; a script adds its own, and may give another default to one of these; `on_exact`,
-    `on_arithmetic` and `on_file` hold those of its defaults that are others on such a task."""
+    `on_arithmetic`, `on_file` and `on_predict` hold those of its defaults that are others on such a task or for such a size."""
 
-    task: str = "reviews"  # reviews, arithmetic:N (digits), exact (40 outcomes), or the path of a .jsonl or .jsonl.gz file
+    task: str = "reviews"  # reviews, arithmetic:N (digits), exact (40 outcomes), tokens:P+C (random), or a .jsonl or .jsonl.gz file
     init: str = ""  # checkpoint to start from (default: out/<task>/sft.pt, made first where it is missing; a file needs one)
     out: str = ""  # where the checkpoint goes, the record (.jsonl) beside it (default: out/<task>/<method>.pt)
     steps: Count = 300  # optimizer steps (default: %(default)s; of a file: one epoch)
@@ -71,13 +75,21 @@ class Options:
     tokenizer: str = ""  # vocabulary file or tiktoken name (default: the checkpoint's; at random weights data/vocab.tiktoken)
     seed: Seed = 0  # of weights, data and samples
     device: str = "auto"  # cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)
-    dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"  # bfloat16: autocast, float32 weights (auto: on a GPU with it)
+    dtype: Precision = "auto"  # bfloat16: autocast over float32 weights (auto: on a GPU with it); bfloat16-pure: bfloat16 weights
     checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, a third more time
     resume: bool = False  # go on from the state that an interrupted run left beside --out
     save_every: Count = 100  # steps between saved states
     log_every: Count = 10  # steps between lines of the record
     eval_every: Whole = 0  # steps between evaluations on 128 test prompts (0: at the end only; of exact: twenty in a run)
     eval_file: str = ""  # JSONL file to evaluate on (default: the 5 %% of --task's prompts with the lowest hashes)
+    predict: Literal["", "own", "1b", "7b"] = ""  # print the memory of a step and stop: of the checkpoint's size, or of such a model
+    seq_len: Whole = 0  # tokens of a sequence, half of them prompt, with --predict (0: the task's own rows; of 1b and 7b 2048)
+    n_layer: Whole = 0  # blocks, with --predict (0: the size's)
+    n_head: Whole = 0  # attention heads a block, with --predict (0: the size's)
+    n_embd: Whole = 0  # width, with --predict (0: the size's)
+    vocab_size: Whole = 0  # tokens of the vocabulary, with --predict (0: the size's)
+    force: bool = False  # train although the memory predicted is more than the GPU has free
+    on_predict = {}  # of --predict 1b and 7b: about four sequences a step
 
 
 def parse(cls, argv=None):
@@ -86,7 +98,7 @@ def parse(cls, argv=None):
     Types come from the annotations, defaults from the fields (on --task exact from `cls.on_exact` first), the help from the
     trailing comments, and the description from the docstring of the module.
     """
-    on_task = {kind: getattr(cls, f"on_{kind}", {}) for kind in ("exact", "arithmetic", "file")}
+    on_task = {kind: getattr(cls, f"on_{kind}", {}) for kind in ("exact", "arithmetic", "file", "predict")}
     module = sys.modules[cls.__module__]
     script = os.path.basename(module.__file__)
     positional = "".join(f" {f.name.upper()}" for f in fields(cls) if f.default is MISSING)
@@ -96,7 +108,7 @@ def parse(cls, argv=None):
     for base in reversed(cls.__mro__[:-1]):
         comments |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M))
     for f in fields(cls):
-        silent = "default" in comments[f.name] or f.default in ("", MISSING)
+        silent = "default" in comments[f.name] or f.default in ("", (), MISSING)
         word = (lambda x: "on" if x else "off") if f.type is bool else str
         note = comments[f.name] + ("" if silent else f" (default: {word(f.default)})")
         note += "".join(f" ({kind}: {word(own[f.name])})" for kind, own in on_task.items() if f.name in own)
@@ -108,7 +120,7 @@ def parse(cls, argv=None):
         elif get_origin(f.type) is Annotated:
             how |= {"type": _number(*get_args(f.type)), "metavar": "N" if get_args(f.type)[0] is int else "X"}
         else:
-            how |= {"type": str, "metavar": "S"}
+            how |= {"type": str, "metavar": "S"} | ({"nargs": "+"} if f.type is tuple else {})
         how["help"] = how["help"].replace("%(default)s", str(f.default))
         if f.default is MISSING:
             parser.add_argument(f.name, help=comments[f.name])
@@ -116,10 +128,27 @@ def parse(cls, argv=None):
             parser.add_argument("--" + f.name.replace("_", "-"), **how)
     given = vars(parser.parse_args(argv))
     task = given.get("task", "")
-    kind = "file" if is_file(task) else task.partition(":")[0]
+    size = given.get("predict", "")
+    kind = "predict" if size in SIZES else "file" if is_file(task) else task.partition(":")[0]
     o = cls(**(on_task.get(kind, {}) | given))
     o.given = set(given)
+    if size and issubclass(cls, Options):
+        _predicted(o)
+    elif unread := sorted(o.given & {f.name for f in fields(cls) if issubclass(cls, Options) and "with --predict" in comments[f.name]}):
+        raise UserError(f"--{unread[0].replace('_', '-')} is read with --predict only; leave one of the two out")
     return o
+
+
+def _predicted(o):
+    """The options of --predict: a task that is made up where no rows of its own shape are asked for, and no file that is read."""
+    if o.predict in SIZES or o.seq_len or is_file(o.task):
+        length = o.seq_len or 2048
+        if length < 4:
+            raise UserError(f"--seq-len {length} leaves no room for a prompt and a response; 4 is the least")
+        o.task, o.block_size = f"tokens:{length // 2}+{length - length // 2}", 0
+    o.eval_file = o.tokenizer = ""
+    if getattr(o, "reward", "rm") not in ("rm", "task"):
+        o.reward = "task"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -196,6 +225,8 @@ def is_file(task):
 def stage(script, o, option="--init"):
     """-> the default checkpoint of an earlier stage of the same task; its script is run first where there is none."""
     path = checkpoint_path(o.task, script.removesuffix(".py"))
+    if o.predict:
+        return path
     if is_file(o.task):
         rows = "prompt, completion" if script == "sft.py" else "prompt, chosen, rejected"
         raise UserError(f"{option} is needed with a file as the task: a checkpoint such as python {script} --task FILE makes, of {rows}")
@@ -250,27 +281,6 @@ def lr_at(step, o):
     return o.lr * {"constant": 1.0, "linear": 1 - done, "cosine": 0.55 + 0.45 * math.cos(math.pi * done)}[o.lr_schedule]
 
 
-def ledger(held):
-    """held: (role, model, trainable) each -> a list of plain records, bytes of weights, gradients and AdamW's two moments."""
-    out = []
-    for role, model, trainable in held:
-        parameters = list(model.parameters())
-        size = sum(p.numel() * p.element_size() for p in parameters)
-        parts = {"weight_bytes": size, "gradient_bytes": size * trainable, "optimizer_bytes": 2 * size * trainable}
-        n = sum(p.numel() for p in parameters)
-        out.append({"role": role, "trainable": trainable, "parameters": n, "bytes": sum(parts.values()), **parts})
-    return out
-
-
-def ledger_lines(models):
-    lines = []
-    for m in models:
-        weights, gradients, moments, size = (m[f"{part}bytes"] / 1e6 for part in ("weight_", "gradient_", "optimizer_", ""))
-        line = f"  {m['role']:<8} {'trained' if m['trainable'] else 'frozen':<8} {m['parameters'] / 1e6:.2f} M parameters, {size:.1f} MB"
-        lines.append(line + f" (weights {weights:.1f}, gradients {gradients:.1f}, AdamW {moments:.1f})" * m["trainable"])
-    return [f"models held: {len(models)}", *lines]
-
-
 # ------------------------------------------------------------------------------------------------ a run
 
 
@@ -279,19 +289,24 @@ class Compute:
 
     def __init__(self, o):
         self.device, self.dtype = _device(o)
+        self.pure = o.dtype == "bfloat16-pure"  # the weights themselves are bfloat16
+        self.weights = torch.bfloat16 if self.pure else torch.promote_types(self.dtype, torch.float32)
+        self.predict, self.predicting = getattr(o, "predict", ""), False  # predicting: a step has sizes, but no numbers
 
     def prepare(self, model):
-        """Moves a model to the device, as float32 master weights (float64 with --dtype float64)."""
-        return model.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
+        """Moves a model to the device, as float32 master weights (--dtype float64 and bfloat16-pure: as such)."""
+        if next(model.parameters()).device.type == "meta":  # only its shape is asked for
+            return model.to(self.weights)
+        return model.to(self.device, self.weights)
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16 and not self.pure)
 
     def frozen(self, model):
         """A frozen copy: no gradient, linear weights in the compute dtype, so that it agrees with the original to the bit; a scalar
         head, which reads in float32, stays."""
         model = copy.deepcopy(model).requires_grad_(False).eval()
-        if self.dtype == torch.bfloat16:
+        if self.dtype == torch.bfloat16 and not self.pure:
             for name, module in model.named_modules():
                 if isinstance(module, torch.nn.Linear) and name != "head":
                     module.to(torch.bfloat16)
@@ -300,6 +315,9 @@ class Compute:
 
 def _device(o):
     """-> (device, compute dtype)"""
+    kind = o.dtype.removesuffix("-pure")
+    if getattr(o, "predict", "") in SIZES:
+        return torch.device("cpu"), getattr(torch, "bfloat16" if kind == "auto" else kind)  # as on a GPU; nothing is computed
     name = o.device if o.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
@@ -311,7 +329,7 @@ def _device(o):
     if device.type == "mps" and o.dtype not in ("auto", "float32"):
         raise UserError(f"--dtype {o.dtype}: on mps these scripts run in float32 only")
     modern = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-    return device, getattr(torch, ("bfloat16" if modern else "float32") if o.dtype == "auto" else o.dtype)
+    return device, getattr(torch, ("bfloat16" if modern else "float32") if kind == "auto" else kind)
 
 
 class Run(Compute):
@@ -348,6 +366,9 @@ class Run(Compute):
             raise UserError(f"--epochs counts passes over a fixed set, but {o.task} makes fresh rows every step; give --steps")
         if is_exact(o.task) and o.max_new_tokens:
             raise UserError(f"--max-new-tokens {o.max_new_tokens}: the responses of {o.task} have a length of their own; leave it out")
+        self.tracker = self.peak = self.predicted = None  # who counts bytes; (the peak, the most of each) by category, found and foreseen
+        if o.predict:
+            return
         if o.out.endswith((".jsonl", ".state", ".gz", "/")) or os.path.isdir(o.out):
             raise UserError(f"--out {o.out} is no place for a checkpoint; give a path like {checkpoint_path(o.task, method)}")
         init = o.init or ("" if method == "sft" else checkpoint_path(o.task, "sft"))
@@ -398,23 +419,26 @@ class Run(Compute):
     # ---- the loop
 
     def begin(self, held, batches, **state):
-        """held: the ledger's (role, model, trainable). batches: the data, whose epochs set the steps. state: what is saved
-        beside --out and restored by --resume: name = object with state_dict and load_state_dict."""
-        o, self.state, self.models = self.o, state, ledger(held)
+        """held: the memory.Ledger. batches: the data, whose epochs set the steps. state: what is saved beside --out and restored by
+        --resume: name = object with state_dict and load_state_dict; one is the optimizer."""
+        o, self.state, self.held, self.models = self.o, state, held, held.records()
         if o.epochs or (is_file(o.task) and "steps" not in o.given):
             o.steps = (o.epochs or 1) * batches.per_epoch
         if is_exact(o.task) and "eval_every" not in o.given:
             o.eval_every = max(1, o.steps // 20)
-        self.first, self.wall, self.tokens, self.times, self.lines, self.saved, self.peak = 0, time.time(), 0, [], [], False, None
-        self.parts = {}
-        self.start = _digest([m for _, m, _ in held], batches.rows)
+        self.first, self.wall, self.tokens, self.times, self.lines, self.saved = 0, time.time(), 0, [], [], False
+        self.parts, self.before = {}, 0  # before: tokens until the interruption that this run goes on from
+        if o.predict:
+            return
+        self.start = _digest(held.models.values(), batches.rows)
         self.options = {k: v for k, v in asdict(o).items() if k not in ("resume", "log_every", "save_every", "out", "device")}
         self.options["device"] = self.device.type
         if o.warmup > o.steps:
             last = lr_at(o.steps - 1, o)
             self.say(f"--warmup {o.warmup} outlasts the {o.steps} steps: the learning rate ends at {last:.3g}, not {o.lr:g}")
-        for line in ledger_lines(self.models):
-            self.say(line)
+        self.say(held.text())
+        if self.pure:
+            self.say("bfloat16-pure: an update below 1/256 of a weight is rounded away, as most are at the learning rates of large models")
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         header = {"method": self.method, "task": o.task, "options": asdict(o), "device": str(self.device), "dtype": str(self.dtype)[6:],
                   "commit": _commit(), "versions": versions, "models": self.models}  # fmt: skip
@@ -423,12 +447,13 @@ class Run(Compute):
                 self.say(f"an interrupted run's {self.state_path} will be replaced at the first save; --resume would go on with it")
             self.record = open(self.record_path, "wb", buffering=0)
             self.write(header)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
 
     def steps(self):
         """Yields the number of each step from 0; between two of them the step is recorded, shown and saved."""
         o, interrupted = self.o, []
+        if o.predict or self.device.type == "cuda":
+            yield from self._predict()
+        measured = min(self.first + 1, o.steps - 1)  # AdamW's moments are there
         before = signal.getsignal(signal.SIGINT)
         with contextlib.suppress(ValueError):  # not the main thread: Ctrl-C is somebody else's
             signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1), signal.signal(signal.SIGINT, before)))
@@ -438,7 +463,8 @@ class Run(Compute):
                 self.started, self.sums, self.spent, self.elapsed = time.perf_counter(), {}, {}, None
                 self.cursor = {name: x.state_dict() for name, x in self.state.items() if name == "prompts"}
                 try:
-                    yield step
+                    with self._measured() if step == measured else contextlib.nullcontext():
+                        yield step
                 except GeneratorExit:  # an error in the loop, in a user's reward say: nothing is lost if no weight has moved since
                     if self.elapsed is None and step > self.first:
                         self._save(step, **self.cursor)
@@ -462,11 +488,61 @@ class Run(Compute):
                 if interrupted:
                     raise KeyboardInterrupt(f"step {done}, in {self.state_path}")
         finally:
-            if self.device.type == "cuda":
-                self.peak = torch.cuda.max_memory_allocated(self.device)
             bar.close()
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGINT, before)
+
+    def _predict(self):
+        """Two steps as the script has them, under weights that are fake: the second's peak is what the run will need. Nothing that
+        they touch is left changed. With --predict that is all, and the process ends."""
+        o, batches, device, tokens, every = self.o, self.state.get("prompts"), self.device, self.tokens, self.o.eval_every
+        cursor, rng = batches and batches.state_dict(), torch.get_rng_state()
+        self.device, self.predicting, o.eval_every = torch.device("cpu"), True, 0
+        with self.held.tracked(self.state["optimizer"], shadow=True) as self.tracker:
+            for step in (0, 1):
+                self.started, self.sums, self.spent, self.elapsed = time.perf_counter(), {}, {}, None
+                self.tracker.start()
+                yield step
+        self.predicted, self.peak, self.tracker = self.peak, None, None
+        self.device, self.predicting, o.eval_every, self.tokens = device, False, every, tokens
+        if cursor:
+            batches.load_state_dict(cursor)
+        torch.set_rng_state(rng)
+        if o.predict:
+            self._predicted()
+        self.say(f"predicted peak: {memory_text(*self.predicted)}")
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        need = sum(self.predicted[0].values())
+        if need > free and not o.force:
+            raise UserError(f"a step needs {need / 2**30:.1f} GiB, but {self.device} has {free / 2**30:.1f} GiB free: a smaller "
+                            "--micro-batch or --checkpoint-activations need less, --force goes on")  # fmt: skip
+
+    def _predicted(self):
+        """Ends --predict: the ledger, the peak, and with --out the record."""
+        o = self.o
+        names = [name for name in ("batch_size", "group", "minibatches", "micro_batch") if hasattr(o, name)]
+        shape = " ".join(f"--{name.replace('_', '-')} {getattr(o, name)}" for name in names)
+        autocast = ", bfloat16 autocast" * (self.dtype == torch.bfloat16 and not self.pure)
+        self.say(f"{self.method}, --predict {o.predict}: {o.task}, {shape}, {str(self.weights)[6:]} weights{autocast}"
+                 + ", activations checkpointed" * o.checkpoint_activations)  # fmt: skip
+        self.say(f"{self.held.text()}\npredicted peak: {memory_text(*self.predicted)}")
+        if "out" in o.given:
+            os.makedirs(os.path.dirname(o.out) or ".", exist_ok=True)
+            self.record = open(self.record_path, "wb", buffering=0)
+            self.write({"method": self.method, "task": o.task, "options": asdict(o)})
+            self.write({"final": {"models": self.models, **memory_figures("predicted", self.predicted)}})
+        sys.exit(0)
+
+    @contextlib.contextmanager
+    def _measured(self):
+        """Counts the bytes of one whole step: on a CPU those of its tensors, on a GPU those that its allocator gave out."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with self.held.tracked(self.state["optimizer"]) if self.device.type == "cpu" else contextlib.nullcontext() as self.tracker:
+            yield
+        if self.device.type == "cuda":
+            self.peak = {"all": self.allocated}, {}
+        self.tracker = None
 
     shown = ("loss", "reward", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "nll_loss", "kl", "entropy",
              "explained_variance", "frac_reward_zero_std", "kept_fraction", "lr")
@@ -481,7 +557,11 @@ class Run(Compute):
         """Times a part of the step; the medians of the parts stand in the record as <part>_ms."""
         self._wait()
         start = time.perf_counter()
+        if self.tracker:
+            self.tracker.during("sampling" if part == "sample" else None)
         yield
+        if self.tracker:
+            self.tracker.during(None)
         self._wait()
         self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - start
 
@@ -506,6 +586,10 @@ class Run(Compute):
         optimizer.zero_grad()
         self.add({"grad_norm": norm * share})
         self.sums["lr"] = lr
+        if self.tracker:
+            self.peak = self.tracker.parts, self.tracker.most
+        elif self.device.type == "cuda":
+            self.allocated = torch.cuda.max_memory_allocated(self.device)
         self.elapsed = time.perf_counter() - self.started
 
     def _log(self, step):
@@ -543,8 +627,8 @@ class Run(Compute):
 
     def _save(self, step, **earlier):
         """earlier: states to save in place of the present ones."""
-        state = {"options": self.options, "start": self.start, "step": step, "wall": time.time() - self.wall, "record": self.lines,
-                 "rng": torch.get_rng_state(), **{name: x.state_dict() for name, x in self.state.items()}, **earlier}  # fmt: skip
+        state = {"options": self.options, "start": self.start, "step": step, "tokens": self.tokens, "wall": time.time() - self.wall,
+                 "record": self.lines, "rng": torch.get_rng_state(), **{name: x.state_dict() for name, x in self.state.items()}, **earlier}  # fmt: skip
         temporary = f"{self.state_path}.{os.getpid()}.tmp"
         torch.save(state, temporary)
         os.replace(temporary, self.state_path)
@@ -578,6 +662,7 @@ class Run(Compute):
             x.load_state_dict(state[name])
         torch.set_rng_state(state["rng"].cpu())
         self.first, self.wall, self.lines, self.saved = state["step"], time.time() - state["wall"], state["record"], True
+        self.tokens = self.before = state["tokens"]
         self.record = open(self.record_path, "wb", buffering=0)
         self.record.write("".join(self.lines).encode())  # cut back to the saved step
         self.say(f"resumed after step {self.first} of {self.o.steps}")
@@ -591,24 +676,42 @@ class Run(Compute):
         """What a checkpoint keeps of the run that made it; nothing in it changes from one run to the same run again."""
         return {"method": self.method, "task": self.o.task, "options": self.options, "steps": self.o.steps}
 
-    def finish(self, final, flops_per_token):
-        """Completes the figures of evaluate.py with the run's own, ends the record with them, and drops the state."""
-        final |= {"models": self.models, "flops_per_token": flops_per_token, "wall_s": round(time.time() - self.wall, 2)}
+    def finish(self, final, forward, backward):
+        """Completes the figures of evaluate.py with the run's own, ends the record with them, and drops the state. forward, backward:
+        the passes of each role's model over a token that is trained on."""
+        forward, backward = ({role: passes.get(role, 0) for role in self.held.models} for passes in (forward, backward))
+        final |= {"models": self.models, "forward_passes": sum(forward.values()), "backward_passes": sum(backward.values()),
+                  "flops_per_token": self.held.flops(forward, backward, self.o.checkpoint_activations),
+                  "trained_tokens": self.tokens * getattr(self.o, "updates", 1),
+                  "wall_s": round(time.time() - self.wall, 2)}  # fmt: skip
         if self.times:
-            final |= {"step_ms": 1000 * statistics.median(self.times), "tokens_per_s": self.tokens / sum(self.times)}
+            final |= {"step_ms": 1000 * statistics.median(self.times), "tokens_per_s": (self.tokens - self.before) / sum(self.times)}
             final |= {f"{part}_ms": 1000 * statistics.median(times) for part, times in self.parts.items()}
-        if self.peak:
-            final["peak_bytes"] = self.peak
+        final |= memory_figures("peak", self.peak) | memory_figures("predicted", self.predicted)
         self.write({"final": final})
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.state_path)
-        for line in ledger_lines(self.models):
-            self.say(line)
+        self.say(self.held.text())
         parts = ", ".join(f"{part} {final[f'{part}_ms']:.0f}" for part in self.parts)
         speed = f", {final['step_ms']:.0f} ms a step{f' ({parts})' if parts else ''}" if self.times else ""
         speed += f", {final['tokens_per_s']:,.0f} tokens/s" if self.times else ""
-        peak = f", peak {final['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in final else ""
+        peak = f"\nmemory at a step's peak: {memory_text(*self.peak)}" if self.peak else ""
         self.say(f"time: {final['wall_s']:.0f} s{speed}{peak}\ncheckpoint {self.out}, record {self.record_path}")
+
+
+def memory_text(parts, most):
+    """Bytes by category, at the peak and the most of each -> as text: the sum, the parts above zero, and what is large at another time"""
+    total = sum(parts.values())
+    unit, symbol = (2**30, "GiB") if total >= 2**30 else (1e6, "MB")
+    inner = [f"{name} {size / unit:.1f}" for name, size in parts.items() if size / unit >= 0.05 and name != "all"]
+    more = {name: most[name] for name in ("logits", "sampling") if most.get(name, 0) > parts.get(name, 0)}
+    other = [f"{name} {size / unit:.1f}" for name, size in more.items() if size / unit >= 0.05]
+    return f"{total / unit:.1f} {symbol}" + f" ({', '.join(inner)})" * bool(inner) + f"; at other times {', '.join(other)}" * bool(other)
+
+
+def memory_figures(name, found):
+    """-> the record's figures of a (peak, most) pair, {} for None"""
+    return {f"{name}_bytes": sum(found[0].values()), name: found[0], f"{name}_most": found[1]} if found else {}
 
 
 def _digest(models, rows):

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 
 import common
 import data
+import memory
 from common import BelowHalf, Count, NonNegative, Positive, Whole
 from evaluate import choose_yardstick, context, describe, open_checkpoint, reopen, report
 from gpt import CheckpointError, save
@@ -86,11 +87,14 @@ class Options(common.Options):
     pairs: Whole = 0  # size of the fixed set of preference pairs (0: fresh ones every step; of a file: all)
     lr: Positive = 3e-4  # AdamW learning rate at its peak; large models take 5e-7 to 1e-5
     on_exact = dict(beta=0.5, tau=0.3, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear")
+    on_predict = dict(batch_size=2)
 
 
 @torch.no_grad()
 def with_reference(ref, pairs, run):
     """-> pairs with their reference log-probs: (prompt, chosen, rejected, (ref_logp_w, ref_logp_l))"""
+    if run.predict:
+        return [(*pair, (0.0, 0.0)) for pair in pairs]
     out = []
     for micro in run.micro_batches(pairs):
         batch = data.pad(data.sides(micro), run.device)
@@ -109,7 +113,7 @@ def main(argv=None):
     if o.precompute_ref and fixed == 0:
         raise common.UserError("--precompute-ref needs a fixed set: give --pairs N, or a file as the task")
     init = o.init or common.stage("sft.py", o)
-    policy, tokenizer, meta = open_checkpoint(init, o.tokenizer, task)
+    policy, tokenizer, meta = open_checkpoint(init, o, task)
     run.say(f"π_ref is {init}: {describe(meta)}")
     task.template, block_size, mean = meta["template"], context(o, policy), o.loss == "ipo" and not o.ipo_sum
     batches = data.Batches(task.preferences, fixed, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
@@ -120,16 +124,14 @@ def main(argv=None):
 
     policy = run.prepare(policy)
     policy.checkpoint_activations = o.checkpoint_activations
-    ref, held = run.frozen(policy), [("policy", policy, True)]
+    ref = run.frozen(policy)
     if o.precompute_ref:
         batches.rows, ref = with_reference(ref, batches.rows, run), None
-    else:
-        held.append(("ref", ref, False))
     optimizer = common.adamw(policy, o)
     loss_fn = {"dpo": partial(dpo_loss, beta=o.beta, label_smoothing=o.label_smoothing),
                "robust": partial(robust_dpo_loss, beta=o.beta, flip=o.flip), "ipo": partial(ipo_loss, tau=o.tau)}[o.loss]  # fmt: skip
     scale = o.tau if o.loss == "ipo" else o.beta  # of the implicit reward, scale · log π/π_ref
-    run.begin(held, batches, policy=policy, optimizer=optimizer)
+    run.begin(memory.Ledger(policy=policy, ref=ref), batches, policy=policy, optimizer=optimizer)
 
     for step in run.steps():
         pairs = batches[step]
@@ -167,8 +169,7 @@ def main(argv=None):
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=init, implicit=yardstick.implicit,
          max_new_tokens=yardstick.max_new_tokens, reward=final.get("reward"))  # fmt: skip
     report(f"dpo on {o.task}", final, samples, task.bound)
-    passes = 6 + 2 * (not o.precompute_ref) + 2 * o.checkpoint_activations
-    run.finish(final, flops_per_token=passes * policy.matmul_parameters())
+    run.finish(final, forward={"policy": 1, "ref": int(not o.precompute_ref)}, backward={"policy": 1})
 
 
 if __name__ == "__main__":

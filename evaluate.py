@@ -27,6 +27,7 @@ On `exact` nothing is sampled: each figure is a sum over all outcomes, and the o
 
 For an SFT checkpoint π_ref is itself in these, whatever kl and win_rate compare it with.
 """
+import contextlib
 import os
 import statistics
 from dataclasses import dataclass
@@ -43,9 +44,12 @@ ROWS = 128  # sequences a forward pass
 PROMPTS = 512
 
 
-def open_checkpoint(path, tokenizer="", task=None):
-    """-> (model, tokenizer, meta). Raises where it is no language model, `tokenizer` names another than its own, or the task has
-    a vocabulary of its own."""
+def open_checkpoint(path, o=None, task=None):
+    """-> (model, tokenizer, meta). Raises where it is no language model, o.tokenizer names another than its own, or the task has
+    a vocabulary of its own. With --predict the model is a shape without numbers, and nothing is read but that shape."""
+    if o and o.predict:
+        return outline(path, o, task)
+    tokenizer = o.tokenizer if o else ""
     model, meta = load(path)
     if not isinstance(model, GPT):
         raise CheckpointError(f"{path} is a reward model; give a language model, such as sft.py writes")
@@ -61,6 +65,26 @@ def open_checkpoint(path, tokenizer="", task=None):
     return model, own, meta
 
 
+def outline(path, o, task):
+    """-> (model, tokenizer, meta) of --predict: a model on no device. Its size is that of --predict, of the checkpoint at `path` if there
+    is one, or the toy size; --n-layer and the like change it."""
+    tokenizer, size = data.tokenizer(own=task.tokenizer), dict(common.SIZES.get(o.predict, {}))
+    if o.predict == "own":
+        size = {"n_layer": 2, "n_embd": 64, "block_size": 8} if task.tokenizer else {}
+        with contextlib.suppress(Exception):  # no file, or none of ours
+            size = torch.load(path, map_location="meta", weights_only=True, mmap=True)["config"]
+        size.setdefault("vocab_size", tokenizer.size)
+    size |= {name: getattr(o, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size") if name in o.given and getattr(o, name)}
+    if task.name.startswith("tokens"):
+        size["block_size"] = max(task.prompt + task.max_new_tokens, size.get("block_size", 0))
+    config = GPTConfig(**size)
+    if config.n_embd % config.n_head:
+        raise common.UserError(f"--n-embd {config.n_embd} is not a multiple of --n-head {config.n_head}")
+    with torch.device("meta"):
+        model = GPT(config)
+    return model, tokenizer, {"method": f"--predict {o.predict}", "task": task.name, "steps": 0, "reward": None, "template": data.TEMPLATE}
+
+
 def same_world(path, tokenizer, meta, task):
     """Raises where the task, or the one that the checkpoint was trained on, has a vocabulary of its own that the other lacks."""
     if task.tokenizer != (tokenizer.meta if tokenizer.longest else None):
@@ -71,10 +95,10 @@ def same_world(path, tokenizer, meta, task):
 
 def open_or_make(o, task):
     """-> (policy, tokenizer, template) of a script that needs no earlier stage: from --init, or random weights."""
-    if o.init:
-        if given := sorted(o.given & {"n_layer", "n_head", "n_embd"}):
+    if o.init or o.predict:
+        if given := sorted(o.given & {"n_layer", "n_head", "n_embd"} if not o.predict else ()):
             raise common.UserError(f"--{given[0].replace('_', '-')} shapes random weights; leave it out with --init")
-        policy, tokenizer, meta = open_checkpoint(o.init, o.tokenizer, task)
+        policy, tokenizer, meta = open_checkpoint(o.init, o, task)
         return policy, tokenizer, meta["template"]
     if o.n_embd % o.n_head:
         raise common.UserError(f"--n-embd {o.n_embd} is not a multiple of --n-head {o.n_head}")
@@ -87,6 +111,8 @@ def find_reference(o, run, tokenizer, block_size):
     """-> the path of the checkpoint that such a script's policy is compared with: --init, else an earlier out/<task>/sft.pt; "", aloud,
     without one."""
     path = o.init or common.checkpoint_path(o.task, "sft")
+    if o.predict:
+        return ""
     try:
         ref, ref_tokenizer, _ = open_checkpoint(path)
         if ref_tokenizer.meta == tokenizer.meta and ref.config.block_size >= block_size:
@@ -141,13 +167,16 @@ class Reward:
         """reward_model: the path of its checkpoint. block_size: the longest sequence that it will read. -> this reward"""
         self.tokenizer = tokenizer
         if self.how == "rm":
-            model, meta = open_reward_model(reward_model, tokenizer, block_size)
+            model, meta = open_reward_model(reward_model, tokenizer, block_size, self.run.predict and self.run.o, self.task)
             self.model = self.run.frozen(self.run.prepare(model))
-            print(f"{reward_model} judges the responses: {describe(meta)}", flush=True)
+            if not self.run.predict:
+                print(f"{reward_model} judges the responses: {describe(meta)}", flush=True)
         return self
 
     def __call__(self, rows, s):
         """rows: P of (ids, prompt, columns). s: the Samples of as many responses to each, in order. -> (B,) rewards"""
+        if self.run.predicting and not self.model:
+            return torch.arange(len(s.ids)) % 2.0  # no answer is there to be judged
         if self.model:
             with torch.no_grad(), self.run.autocast():
                 parts = [s.take(rows) for rows in torch.arange(len(s.ids)).split(ROWS)]
@@ -157,6 +186,9 @@ class Reward:
 
     def correct(self, rows, s):
         """-> (B,) bool: what the task calls correct; under another reward, what earns more than 0"""
+        if self.run.predicting:
+            self(rows, s)
+            return torch.arange(len(s.ids)) % 2 > 0  # so that every group is mixed
         if self.how != "task":
             return self(rows, s) > 0
         return torch.tensor([self.task.correct(*one, **columns) for one, columns in self._each(rows, s)], device=s.ids.device)
@@ -175,6 +207,8 @@ class Reward:
 
     def probe(self, policy, rows, max_new_tokens):
         """Judges one response to each row: a function that does not work stops the run before anything is written."""
+        if self.run.predict:
+            return
         with self.run.autocast():
             s = sample(policy, [ids for ids, *_ in rows], max_new_tokens, self.tokenizer.end_id, generator=torch.Generator().manual_seed(0))
         self(rows, s)
@@ -185,8 +219,13 @@ def completions(tokenizer, s):
     return [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(s.ids.cpu(), s.mask.cpu())]
 
 
-def open_reward_model(path, tokenizer, block_size=0):
-    """-> (a ScalarGPT, meta). Raises where it is none, or has another vocabulary or a shorter context than the policy."""
+def open_reward_model(path, tokenizer, block_size=0, o=None, task=None):
+    """-> (a ScalarGPT, meta). Raises where it is none, or has another vocabulary or a shorter context than the policy. With --predict
+    it is a shape as large as the policy."""
+    if o and o.predict:
+        policy, _, meta = outline(o.init or common.stage("sft.py", o), o, task)
+        with torch.device("meta"):
+            return ScalarGPT(policy.config), meta
     model, meta = load(path)
     if not isinstance(model, ScalarGPT):
         raise CheckpointError(f"{path} is a language model; give a reward model, such as reward_model.py writes")

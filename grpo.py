@@ -41,6 +41,7 @@ import torch
 
 import common
 import data
+import memory
 from common import Count, NonNegative, Positive, Whole
 from evaluate import Reward, choose_yardstick, context, describe, open_checkpoint, reopen, report
 from gpt import CheckpointError, sample, save
@@ -105,6 +106,7 @@ class Options(common.Options):
     save_every: Count = 20  # rollouts between saved states
     on_arithmetic = dict(steps=200, batch_size=32)
     on_exact = dict(beta=0.5, group=64, batch_size=4, steps=1500, lr=3e-4, lr_schedule="linear")
+    on_predict = dict(batch_size=1, group=4)
 
 
 def rollout(policy, prompts, tokenizer, longest, o, run):
@@ -132,7 +134,7 @@ def main(argv=None):
     run = common.Run(o, "grpo")
     reward = Reward(run, task, o.reward)
     init = o.init or common.stage("sft.py", o)
-    policy, tokenizer, meta = open_checkpoint(init, o.tokenizer, task)
+    policy, tokenizer, meta = open_checkpoint(init, o, task)
     run.say(f"the policy starts from {init}: {describe(meta)}")
     task.template, block_size = meta["template"], context(o, policy)
     if o.reward == "rm":
@@ -147,9 +149,8 @@ def main(argv=None):
     policy = run.prepare(policy)
     policy.checkpoint_activations = o.checkpoint_activations
     reward.probe(policy, prompts.rows[:4], longest)
-    held = [("policy", policy, True)] + [("reward", reward.model, False)] * (o.reward == "rm")
     ref = run.frozen(policy) if o.kl != "none" else None
-    held += [("ref", ref, False)] * (ref is not None)
+    held = memory.Ledger(policy=policy, ref=ref, reward=reward.model)
     optimizer = common.adamw(policy, o)
     beta = o.beta if o.kl in ("k3", "k3-ratio") else 0.0  # of the term in the loss
     if o.updates == o.minibatches == 1 and o.given & {"ratio", "eps", "eps_high"}:
@@ -201,8 +202,8 @@ def main(argv=None):
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=init, implicit=yardstick.implicit,
          max_new_tokens=longest, reward=final.get("reward"))  # fmt: skip
     report(f"{run.method} on {o.task}", final, samples, reward.bound)
-    passes = 2 * len(held) + 2 * (o.updates * o.minibatches > 1) + o.updates * (6 + 2 * o.checkpoint_activations)  # 2 are the sampling
-    run.finish(final | {"sampled_tokens": prompts.sampled}, flops_per_token=passes * policy.matmul_parameters())
+    forward = {"policy": 1 + (o.updates * o.minibatches > 1) + o.updates, "ref": 1, "reward": 1}  # sampling, log-probs of π_old, training
+    run.finish(final | {"sampled_tokens": prompts.sampled}, forward, backward={"policy": o.updates})
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import torch
 
 import common
 import data
+import memory
 from common import Count, Positive, Whole
 from evaluate import choose_yardstick, context, describe, open_checkpoint, report
 from gpt import CheckpointError, save
@@ -63,6 +64,7 @@ class Options(common.Options):
     pairs: Whole = 0  # size of the fixed set, in examples (0: fresh ones every step; of a file: all)
     lr: Positive = 3e-4  # AdamW learning rate at its peak; large models take 5e-7 to 5e-6
     on_exact = dict(beta=0.5, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear")
+    on_predict = dict(batch_size=4)
 
 
 def imbalance(rows, o, fixed):
@@ -100,7 +102,7 @@ def main(argv=None):
     if o.batch_size == 1:
         raise common.UserError("--batch-size 1: ẑ needs the answer to another prompt, so at least 2 examples a step")
     init = o.init or common.stage("sft.py", o)
-    policy, tokenizer, meta = open_checkpoint(init, o.tokenizer, task)
+    policy, tokenizer, meta = open_checkpoint(init, o, task)
     run.say(f"π_ref is {init}: {describe(meta)}")
     task.template, block_size = meta["template"], context(o, policy)
     batches = data.Batches(task.feedback, fixed, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
@@ -115,7 +117,7 @@ def main(argv=None):
     policy.checkpoint_activations = o.checkpoint_activations
     ref = run.frozen(policy)
     optimizer = common.adamw(policy, o)
-    run.begin([("policy", policy, True), ("ref", ref, False)], batches, policy=policy, optimizer=optimizer)
+    run.begin(memory.Ledger(policy=policy, ref=ref), batches, policy=policy, optimizer=optimizer)
 
     for step in run.steps():
         rows = batches[step]
@@ -150,7 +152,7 @@ def main(argv=None):
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=init, implicit=yardstick.implicit,
          max_new_tokens=yardstick.max_new_tokens, reward=final.get("reward"))  # fmt: skip
     report(f"kto on {o.task}", final, samples, task.bound)
-    run.finish(final, flops_per_token=(12 + 2 * o.checkpoint_activations) * policy.matmul_parameters())
+    run.finish(final, forward={"policy": 2, "ref": 2}, backward={"policy": 1})
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 import common
 import data
+import memory
 from common import Count, NonNegative, Positive, Whole
 from evaluate import choose_yardstick, context, find_reference, open_or_make, reopen, report
 from gpt import CheckpointError, save
@@ -69,6 +70,7 @@ class Options(common.Options):
     n_embd: Count = 128  # width, where weights start random
     block_size: Whole = 0  # longest sequence, prompt and response, in tokens (0: the checkpoint's, or 256 at random weights)
     on_exact = dict(lam=0.25, steps=2000, batch_size=4096, lr=2e-3, lr_schedule="linear", n_layer=2, n_embd=64, block_size=8)
+    on_predict = dict(batch_size=2)
 
 
 @common.command(CheckpointError, data.DataError)
@@ -87,7 +89,7 @@ def main(argv=None):
     policy = run.prepare(policy)
     policy.checkpoint_activations = o.checkpoint_activations
     optimizer = common.adamw(policy, o)
-    run.begin([("policy", policy, True)], batches, policy=policy, optimizer=optimizer)
+    run.begin(memory.Ledger(policy=policy), batches, policy=policy, optimizer=optimizer)
 
     for step in run.steps():
         pairs = batches[step]
@@ -126,7 +128,7 @@ def main(argv=None):
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=reference, implicit=yardstick.implicit,
          max_new_tokens=yardstick.max_new_tokens, reward=final.get("reward"))  # fmt: skip
     report(f"orpo on {o.task}", final, samples, task.bound)
-    run.finish(final, flops_per_token=(6 + 2 * o.checkpoint_activations) * policy.matmul_parameters())
+    run.finish(final, forward={"policy": 1}, backward={"policy": 1})
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 
 import common
 import data
+import memory
 from common import Count, NonNegative, Number, Positive, Share, Whole
 from evaluate import ROWS, Reward, choose_yardstick, context, describe, open_checkpoint, open_reward_model, report
 from gpt import CheckpointError, ScalarGPT, sample, save
@@ -113,6 +114,7 @@ class Options(common.Options):
     save_every: Count = 20  # rollouts between saved states
     on_arithmetic = dict(reward="task", steps=100, batch_size=256)
     on_exact = dict(reward="task", beta=0.5, group=64, batch_size=4, steps=300, lr=5e-4)
+    on_predict = dict(batch_size=4, minibatches=1, updates=1)
     on_file = dict(reward="task")
 
 
@@ -151,15 +153,14 @@ def main(argv=None):
     run = common.Run(o, "ppo")
     reward = Reward(run, task, o.reward)
     init = o.init or common.stage("sft.py", o)
-    policy, tokenizer, meta = open_checkpoint(init, o.tokenizer, task)
+    policy, tokenizer, meta = open_checkpoint(init, o, task)
     run.say(f"the policy starts from {init}: {describe(meta)}")
     task.template, block_size = meta["template"], context(o, policy)
     if o.reward == "rm":
         o.reward_model = o.reward_model or common.stage("reward_model.py", o, "--reward-model")
-        critic, _ = open_reward_model(o.reward_model, tokenizer, block_size)
+        critic, _ = open_reward_model(o.reward_model, tokenizer, block_size, o, task)
     else:
-        critic = ScalarGPT(policy.config)
-        critic.trunk = copy.deepcopy(policy)
+        critic = ScalarGPT(policy.config, trunk=copy.deepcopy(policy))
         torch.nn.init.zeros_(critic.head.weight)  # V = 0 until it has learned
     reward, aim = reward.open(tokenizer, o.reward_model, block_size), (run.method, vars(o))
     yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, "none", aim=aim, reward=reward)
@@ -171,14 +172,13 @@ def main(argv=None):
     policy, critic = run.prepare(policy), run.prepare(critic)
     policy.checkpoint_activations = critic.trunk.checkpoint_activations = o.checkpoint_activations
     reward.probe(policy, prompts.rows[:4], longest)
-    if o.reward == "rm" and not common.is_exact(o.task):
+    if o.reward == "rm" and not (common.is_exact(o.task) or o.predict):
         reward.unended, how = o.missing_end_score, "--missing-end-score"
         if reward.unended is None:
             reward.unended, how = first_percentile(reward, policy, prompts, tokenizer, longest, o, run)
         run.say(f"a response that does not end scores {reward.unended:.2f} ({how})")
     ref, pair = run.frozen(policy), torch.nn.ModuleDict({"policy": policy, "critic": critic})
-    held = [("policy", policy, True), ("critic", critic, True), ("ref", ref, False)]
-    held += [("reward", reward.model, False)] * (o.reward == "rm")
+    held = memory.Ledger(policy=policy, critic=critic, ref=ref, reward=reward.model)
     optimizer = common.adamw(pair, o)
     run.begin(held, prompts, policy=policy, critic=critic, optimizer=optimizer, reward=reward, prompts=prompts)
 
@@ -234,10 +234,9 @@ def main(argv=None):
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=init, implicit=yardstick.implicit,
          max_new_tokens=longest, unended=reward.unended, reward=final.get("reward"))  # fmt: skip
     report(f"{run.method} on {o.task}", final, samples, reward.bound)
-    train = o.updates * (6 + 2 * o.checkpoint_activations)
-    flops = (6 + train) * policy.matmul_parameters() + (2 + train + 2 * (o.reward == "rm")) * critic.matmul_parameters()
+    forward = {"policy": 2 + o.updates, "critic": 1 + o.updates, "ref": 1, "reward": 1}  # sampling, log-probs and values of π_old, training
     final |= {"sampled_tokens": prompts.sampled} | ({} if reward.unended is None else {"missing_end_score": reward.unended})
-    run.finish(final, flops_per_token=flops)  # 6: sampling, old and reference log-probs
+    run.finish(final, forward, backward={"policy": o.updates, "critic": o.updates})
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 import common
 import data
+import memory
 from common import Count, NonNegative, Positive, Whole
 from evaluate import context, describe, open_checkpoint, printable
 from gpt import CheckpointError, ScalarGPT, save
@@ -53,6 +54,7 @@ class Options(common.Options):
     lr: Positive = 1e-3  # AdamW learning rate at its peak; large models take 1e-6 to 1e-5
     max_new_tokens: Whole = 0  # refused: nothing is sampled here
     on_exact = dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear")
+    on_predict = dict(batch_size=2)
 
 
 class HeldOut:
@@ -126,7 +128,7 @@ def main(argv=None):
     if o.max_new_tokens:
         raise common.UserError("--max-new-tokens: a reward model samples nothing; leave it out")
     init = o.init or common.stage("sft.py", o)
-    start, tokenizer, meta = open_checkpoint(init, o.tokenizer, task)
+    start, tokenizer, meta = open_checkpoint(init, o, task)
     run.say(f"the trunk starts from {init}: {describe(meta)}")
     task.template, block_size = meta["template"], context(o, start)
     batches = data.Batches(partial(task.preferences, graded=True), fixed, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
@@ -135,12 +137,10 @@ def main(argv=None):
     for note in filter(None, [*task.notes, batches.note, held_out.note]):
         run.say(note)
 
-    model = ScalarGPT(start.config, o.seed)
-    model.trunk = start
-    model = run.prepare(model)
+    model = run.prepare(ScalarGPT(start.config, o.seed, trunk=start))
     model.trunk.checkpoint_activations = o.checkpoint_activations
     optimizer = common.adamw(model, o)
-    run.begin([("reward", model, True)], batches, model=model, optimizer=optimizer)
+    run.begin(memory.Ledger(reward=model), batches, model=model, optimizer=optimizer)
 
     for step in run.steps():
         pairs = batches[step]
@@ -170,7 +170,7 @@ def main(argv=None):
     final = held_out.measure(model) | {"shift": shift}
     save(model, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=init, shift=shift, reward=None)
     held_out.report(f"reward_model on {o.task}", final, model)
-    run.finish(final, flops_per_token=(6 + 2 * o.checkpoint_activations) * model.matmul_parameters())
+    run.finish(final, forward={"reward": 1}, backward={"reward": 1})
 
 
 if __name__ == "__main__":

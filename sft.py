@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import common
 import data
+import memory
 from common import Count, Positive, Whole
 from evaluate import choose_yardstick, context, find_reference, open_or_make, reopen, report
 from gpt import CheckpointError, save
@@ -46,6 +47,7 @@ class Options(common.Options):
     block_size: Whole = 0  # longest sequence, prompt and response, in tokens (0: the checkpoint's, or 256 at random weights)
     on_arithmetic = dict(steps=1600, batch_size=64, lr=2e-3)
     on_exact = dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear", n_layer=2, n_embd=64, block_size=8)
+    on_predict = dict(batch_size=4)
 
 
 @common.command(CheckpointError, data.DataError)
@@ -65,7 +67,7 @@ def main(argv=None):
     policy = run.prepare(policy)
     policy.checkpoint_activations = o.checkpoint_activations
     optimizer = common.adamw(policy, o)
-    run.begin([("policy", policy, True)], batches, policy=policy, optimizer=optimizer)
+    run.begin(memory.Ledger(policy=policy), batches, policy=policy, optimizer=optimizer)
 
     for step in run.steps():
         rows = batches[step]
@@ -86,7 +88,7 @@ def main(argv=None):
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=o.init, implicit="nll",
          max_new_tokens=yardstick.max_new_tokens, reward=final.get("reward"))  # fmt: skip
     report(f"sft on {o.task}", final, samples, task.bound)
-    run.finish(final, flops_per_token=(6 + 2 * o.checkpoint_activations) * policy.matmul_parameters())
+    run.finish(final, forward={"policy": 1}, backward={"policy": 1})
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 import common
 import data
+import memory
 from common import Count, NonNegative, Positive, Whole
 from evaluate import choose_yardstick, context, describe, open_checkpoint, reopen, report
 from gpt import CheckpointError, save
@@ -49,6 +50,7 @@ class Options(common.Options):
     pairs: Whole = 0  # size of the fixed set of preference pairs (0: fresh ones every step; of a file: all)
     lr: Positive = 3e-4  # AdamW learning rate at its peak; large models take 3e-7 to 1e-6
     on_exact = dict(gamma_beta_ratio=0.25, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear")
+    on_predict = dict(batch_size=2)
 
 
 @common.command(CheckpointError, data.DataError)
@@ -57,7 +59,7 @@ def main(argv=None):
     task, fixed = data.task(o.task, o.eval_file, o.strict), o.pairs or (None if common.is_file(o.task) else 0)
     run = common.Run(o, "simpo")
     init = o.init or common.stage("sft.py", o)
-    policy, tokenizer, meta = open_checkpoint(init, o.tokenizer, task)
+    policy, tokenizer, meta = open_checkpoint(init, o, task)
     gamma = o.gamma_beta_ratio * o.beta
     run.say(f"starts from {init}: {describe(meta)}\nβ = {o.beta:g}, γ = {gamma:g}")
     task.template, block_size = meta["template"], context(o, policy)
@@ -69,7 +71,7 @@ def main(argv=None):
     policy = run.prepare(policy)
     policy.checkpoint_activations = o.checkpoint_activations
     optimizer = common.adamw(policy, o)
-    run.begin([("policy", policy, True)], batches, policy=policy, optimizer=optimizer)
+    run.begin(memory.Ledger(policy=policy), batches, policy=policy, optimizer=optimizer)
 
     for step in run.steps():
         pairs = batches[step]
@@ -101,7 +103,7 @@ def main(argv=None):
     save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=init, implicit=yardstick.implicit,
          max_new_tokens=yardstick.max_new_tokens, reward=final.get("reward"))  # fmt: skip
     report(f"simpo on {o.task}", final, samples, task.bound)
-    run.finish(final, flops_per_token=(6 + 2 * o.checkpoint_activations) * policy.matmul_parameters())
+    run.finish(final, forward={"policy": 1}, backward={"policy": 1})
 
 
 if __name__ == "__main__":

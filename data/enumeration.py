@@ -45,7 +45,7 @@ class Enumeration:
             log_ref = log_p  # after SFT this is π_ref
         if self.found is None:  # π_ref stays as it is, and so does the optimum
             self.found = (oracle.aim(self.task, log_ref, *self.aim),)
-        lines, own = [], {}
+        lines, own, frontier = [], {}, None
         if self.found[0]:
             loss, optimum = self.found[0]
             own = {"KL(·‖own optimum)": oracle.kl(log_p, optimum), "TV(·, own optimum)": oracle.tv(log_p, optimum)}
@@ -61,6 +61,9 @@ class Enumeration:
             values = {(name, of): f(q) for name, f in measures.items() for of, q in tables.items()}
             figures |= {key: values[name, "π"].mean() for key, name in
                         (("objective", "J"), ("kl_star", "KL(·‖π*)"), ("tv_star", "TV(·, π*)"))}  # fmt: skip
+            if n is None:  # (KL, reward) of π* at each β, above which no policy lies
+                stars = [oracle.star(log_ref, self.r, 10 ** (i / 10)) for i in range(-20, 21)]
+                frontier = [[kl_ref(q).mean().item(), reward(q).mean().item()] for q in stars]
             if log_ref is log_p:
                 values = {key: x for key, x in values.items() if key[1] != "π"}
             lines = self._lines(values, log_p, log_ref, log_star)
@@ -71,7 +74,8 @@ class Enumeration:
             lines.append("no optimum of this loss is known for these options (data/oracle.py)")
         keys = {"KL(·‖own optimum)": "kl_optimum", "TV(·, own optimum)": "tv_optimum"}
         figures |= {keys[name]: x.mean() for name, x in own.items()}
-        return {k: float(v) for k, v in figures.items()} | {"prompts": len(log_p), "outcomes": log_p.size(1)}, lines
+        figures = {k: float(v) for k, v in figures.items()} | {"prompts": len(log_p), "outcomes": log_p.size(1)}
+        return figures | ({"frontier": frontier} if frontier else {}), lines
 
     def _alone(self, log_p):
         """What needs no second policy; tokens are averaged over tokens, all else over prompts."""

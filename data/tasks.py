@@ -5,11 +5,12 @@ from data.error import DataError
 from data.exact import Exact
 from data.jsonl import Jsonl
 from data.reviews import Reviews
+from data.tokens import Tokens
 
 
 def task(name, eval_file="", strict=False):
-    """-> the task of that name: "reviews", "arithmetic:2" (digits), "exact", "exact:1", or the path of a JSONL file, which
-    the other arguments are for.
+    """-> the task of that name: "reviews", "arithmetic:2" (digits), "exact", "exact:1", "tokens:32+96" (random ones, of
+    prompt and response), or the path of a JSONL file, which the other arguments are for.
 
     demonstrations(n, seed) -> [(prompt, completion)]          preferences(n, seed) -> [(prompt, chosen, rejected)]
     feedback(n, seed) -> [(prompt, completion, label)]         prompts(n, seed) -> [(prompt, columns)]
@@ -29,5 +30,10 @@ def task(name, eval_file="", strict=False):
         return Arithmetic(int(digits))
     if name in ("exact", "exact:1"):
         return Exact(int(digits or 3))
-    raise DataError(f"--task {name}: no such task; there are reviews, arithmetic:N, exact, exact:1, and the path of a .jsonl or "
-                    ".jsonl.gz file")  # fmt: skip
+    if kind == "tokens":
+        sizes = digits.split("+")
+        if len(sizes) != 2 or not all(n.isdecimal() for n in sizes):
+            raise DataError(f"--task {name}: give the tokens of a prompt and of a response, such as tokens:32+96")
+        return Tokens(*map(int, sizes))
+    raise DataError(f"--task {name}: no such task; there are reviews, arithmetic:N, exact, exact:1, tokens:P+C, and the path of "
+                    "a .jsonl or .jsonl.gz file")  # fmt: skip

@@ -28,7 +28,7 @@ def keep_models(monkeypatch):
     held, start, begin = {}, {}, common.Run.begin
 
     def keep(self, models, *args, **state):
-        held.update({role: model for role, model, _ in models})
+        held.update(models.models)
         start.update({role: {k: v.clone() for k, v in model.state_dict().items()} for role, model, _ in models})
         return begin(self, models, *args, **state)
 

@@ -1,0 +1,428 @@
+"""The methods side by side: models held, memory, passes, time, reward and KL, from one SFT checkpoint with equal budgets.
+
+    python compare.py                                  every method on reviews, one seed; table and pictures in out/compare/reviews
+    python compare.py --seeds 3 --sweep                three seeds, and each method's strength (β, τ, γ, λ) at other values
+    python compare.py --methods dpo simpo --task exact
+    python compare.py --quick                          a smoke pass of all methods, under four minutes
+    python compare.py --task tokens:128+128            sequences of one length: memory and step time alone
+    python compare.py --predict 7b                     the memory of a 7B model's step, predicted without hardware
+
+The budget is a number of response sequences that are trained on: a pair is two, and a sequence that is trained on twice counts
+twice. Each run is a process of its own through its script's own command line. A run that is there with the same command is kept,
+so an interrupted comparison goes on where it stopped; a run that failed is a row that says so, and the exit code is 1.
+"""
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import common
+from common import Count, Seed, Whole
+
+HERE = Path(__file__).parent
+
+# row: (script, what it adds to the command line, the option that is its strength, other values of it)
+ROWS = {
+    "sft": ("sft.py", "", "", ()),
+    "dpo": ("dpo.py", "--beta 0.1", "--beta", (0.03, 0.3, 1.0)),
+    "cdpo": ("dpo.py", "--label-smoothing 0.1", "--beta", (0.03, 0.3, 1.0)),
+    "ipo": ("dpo.py", "--loss ipo", "--tau", (0.3, 3.0, 10.0)),
+    "simpo": ("simpo.py", "", "--beta", (0.5, 5.0, 10.0)),
+    "orpo": ("orpo.py", "--lr 3e-4 --warmup 20", "--lam", (0.03, 0.3, 1.0)),
+    "kto": ("kto.py", "", "--beta", (0.03, 0.3, 1.0)),
+    "ppo": ("ppo.py", "", "--beta", (0.02, 0.2, 0.5)),
+    "grpo": ("grpo.py", "", "--beta", (0.01, 0.16, 0.64)),
+    "rloo": ("grpo.py", "--adv-norm loo --agg const --kl reward", "--beta", (0.01, 0.16, 0.64)),
+    "dapo": ("dapo.py", "", "", ()),  # it has no KL to the reference
+}  # fmt: skip
+MORE = {  # rows to be named with --methods; the prediction has them of itself
+    "reward_model": ("reward_model.py", "", "", ()),
+    "dpo-precomputed": ("dpo.py", "--precompute-ref --pairs 2000", "--beta", ()),
+}
+SAMPLED = ("ppo", "grpo", "rloo", "dapo")
+CARDS = (24, 40, 80, 141)  # GB
+SPARE = 2.0  # GiB that stay free on a card, for the CUDA context, workspaces and fragmentation
+
+
+@dataclass
+class Options:
+    task: str = "reviews"  # reviews, arithmetic:N, exact, tokens:P+C, or a file with --init
+    methods: tuple = ()  # rows of the table, such as dpo simpo (default: all of sft dpo cdpo ipo simpo orpo kto ppo grpo rloo dapo)
+    seeds: Count = 1  # runs of each method, with seeds 0, 1, …; all start from one SFT checkpoint
+    budget: Whole = 0  # response sequences trained on (0: reviews 9600, arithmetic 25600, exact 192000, tokens 192)
+    sweep: bool = False  # each method with other strengths too (β, τ, γ, λ), seed 0
+    quick: bool = False  # a smoke pass: short stages, a budget of 512
+    init: str = ""  # SFT checkpoint that all methods start from (default: made first)
+    out: str = ""  # folder (default: out/compare/<task>)
+    jobs: Count = 1  # runs at a time; with 2 or more the times disturb each other
+    n_layer: Whole = 0  # blocks of the model that is made (0: the task's)
+    n_head: Whole = 0  # its attention heads a block
+    n_embd: Whole = 0  # its width
+    predict: Literal["", "own", "1b", "7b"] = ""  # train nothing: print the memory of a step at that size
+    batch_size: Count = 4  # sequences a step, with --predict; a pair is two
+    micro_batch: Whole = 0  # sequences a forward pass, with --predict (0: all)
+    seq_len: Whole = 0  # tokens of a sequence, with --predict (0: 2048, own: the task's)
+    device: str = "auto"  # cpu, cuda, cuda:1, mps
+    dtype: common.Precision = "auto"  # of the runs
+    seed: Seed = 0  # the first of the seeds
+
+
+# ------------------------------------------------------------------------------------------------ the runs
+
+
+def shape(task, row):
+    """-> (the options that set a step's batch, the response sequences that a step trains on)"""
+    kind = task.partition(":")[0]
+    prompts, group = {"exact": (4, 64), "arithmetic": (32, 8), "tokens": (2, 4)}.get(kind, (16, 8))
+    pairs = {"exact": 128, "tokens": 4}.get(kind, 32)
+    small = " --minibatches 1" * (kind == "tokens")
+    if row == "ppo":
+        prompts, group = (prompts, group) if kind == "exact" else (prompts * group, 1)
+        return f"--batch-size {prompts} --group {group} --updates 2{small}", 2 * prompts * group
+    if row in SAMPLED:
+        return f"--batch-size {prompts} --group {group}{small * (row == 'dapo')}", prompts * group
+    if row in ("sft", "kto"):
+        return f"--batch-size {2 * pairs}", 2 * pairs
+    return f"--batch-size {pairs}", 2 * pairs
+
+
+def plan(o, folder):
+    """-> (the stages, the runs), each a list of (name, row, command), commands without the interpreter"""
+    kind = o.task.partition(":")[0]
+    budget = o.budget or {"arithmetic": 25600, "exact": 192000, "tokens": 192}.get(kind, 9600)
+    budget = o.budget or 512 if o.quick else budget
+    where = ["--task", o.task, "--device", o.device, "--dtype", o.dtype]
+    size = [x for name in ("n_layer", "n_head", "n_embd") if name in o.given for x in (f"--{name.replace('_', '-')}", str(getattr(o, name)))]
+    short = {"sft": " --steps 200", "reward_model": " --steps 30"} if o.quick else {}
+    if kind == "tokens":
+        short = {"sft": " --steps 300 --batch-size 8", "reward_model": " --steps 5 --batch-size 4"}
+
+    def command(row, name, seed, more):
+        script, own, *_ = (ROWS | MORE)[row]
+        return [script, *where, *own.split(), *more, "--seed", str(seed), "--out", str(folder / f"{name}.pt")]
+
+    first = f"sft-{o.seed}"
+    init = o.init or str(folder / f"{first}.pt")
+    stages, runs = [], []
+    if not o.init:
+        stages.append((first, "sft", command("sft", first, o.seed, [*short.get("sft", "").split(), *size])))
+    learned = "ppo" in o.methods and kind not in ("exact", "arithmetic")
+    if learned or "reward_model" in o.methods:
+        name = f"reward_model-{o.seed}"
+        stages.append((name, "reward_model", command("reward_model", name, o.seed, [*short.get("reward_model", "").split(), "--init", init])))
+    for row in o.methods:
+        batch, per_step = shape(o.task, row)
+        steps = max(1, round(budget / per_step))
+        more = [*batch.split(), "--steps", str(steps), "--init", init]
+        more += ["--warmup", str(max(1, steps // 5))] * (o.quick or kind == "tokens")
+        more += ["--reward", "rm", "--reward-model", str(folder / f"reward_model-{o.seed}.pt")] * (row == "ppo" and learned)
+        option, strengths = (ROWS | MORE)[row][2:]
+        for seed in range(o.seed, o.seed + o.seeds):
+            if row == "sft":  # the stage itself, and the same with other seeds
+                if seed > o.seed and not o.init:
+                    runs.append((f"sft-{seed}", row, command(row, f"sft-{seed}", seed, [*short.get("sft", "").split(), *size])))
+            elif row != "reward_model":
+                runs.append((f"{row}-{seed}", row, command(row, f"{row}-{seed}", seed, more)))
+        for x in strengths if o.sweep else ():
+            name = f"{row}{option[1:]}-{x:g}-{o.seed}"
+            runs.append((name, row, command(row, name, o.seed, [*more, option, f"{x:g}"])))
+    return stages, runs
+
+
+def final(folder, name):
+    """-> (options, closing figures) of a record, None where the run has not ended"""
+    try:
+        first, *_, last = (folder / f"{name}.jsonl").read_text().splitlines()
+        return json.loads(first)["options"], json.loads(last)["final"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def run(folder, done, threads, item):
+    """Runs one command, if it has not ended before. done: name -> the command that made it. -> "" or what went wrong"""
+    name, row, command = item
+    if done.get(name) == command and final(folder, name) and (folder / f"{name}.pt").exists():
+        return ""
+    again = ["--resume"] * (done.get(name) == command and (folder / f"{name}.state").exists())
+    done[name] = command
+    write(folder / "commands.json", json.dumps(done, indent=1))
+    env = {**os.environ, "NANOPO_PARENT": str(os.getpid())} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    start = time.time()
+    process = subprocess.run([sys.executable, HERE / command[0], *command[1:], *again], env=env, capture_output=True, text=True)
+    if process.returncode == 130:
+        raise KeyboardInterrupt
+    error = "" if process.returncode == 0 else f"exit code {process.returncode}: " + (process.stderr.strip().splitlines() or ["killed"])[-1]
+    print(f"{name:<24} {time.time() - start:5.0f} s" + f"   failed, {error}" * bool(error), flush=True)
+    return error
+
+
+def write(path, text):
+    path.with_suffix(".tmp").write_text(text)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def run_all(o, folder):
+    """-> name -> what went wrong, of the stages and runs; a run whose stage failed is not begun"""
+    stages, runs = plan(o, folder)
+    try:
+        done = json.loads((folder / "commands.json").read_text())
+    except (OSError, ValueError):
+        done = {}
+    threads = max(1, os.cpu_count() // o.jobs) if o.jobs > 1 else 0
+    errors = {}
+    for item in stages:
+        errors[item[0]] = run(folder, done, 0, item)
+        if errors[item[0]]:
+            raise common.Stopped(f"{item[0]}, which the others start from, failed: {errors[item[0]]}")
+    with ThreadPoolExecutor(o.jobs) as pool:
+        for (name, *_), error in zip(runs, pool.map(partial(run, folder, done, threads), runs)):
+            errors[name] = error
+    return errors, stages + runs
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def predicted(folder, item):
+    """-> what --predict own says to a run's command, or {}"""
+    name, _, (script, *options) = item
+    path = folder / "predicted" / f"{name}.jsonl"
+    drop, kept = {"--out", "--resume", "--steps", "--warmup", "--reward-model"}, []
+    for option, value in zip(*[iter(_paired(options))] * 2):
+        kept += [] if option in drop else [option, *([value] if value is not None else [])]
+    command = [script, *kept, "--predict", "own", "--out", str(path.with_suffix(".pt"))]
+    ended = final(folder / "predicted", name)
+    if not ended:
+        subprocess.run([sys.executable, HERE / command[0], *command[1:]], capture_output=True)
+        ended = final(folder / "predicted", name)
+    return {key: x for key, x in ended[1].items() if key.startswith("predicted")} if ended else {}
+
+
+def _paired(options):
+    """A command line as option, value, option, value …; None for a flag's value"""
+    out = []
+    for i, x in enumerate(options):
+        if x.startswith("--"):
+            follows = options[i + 1] if i + 1 < len(options) and not options[i + 1].startswith("--") else None
+            out += [x, follows]
+    return out
+
+
+MEANS = ("reward", "score", "win_rate", "kl", "length", "entropy", "step_ms", "sample_ms", "logprobs_ms", "update_ms", "wall_s",
+         "trained_tokens", "sampled_tokens", "kl_star", "objective", "accuracy", "nll", "peak_bytes")  # fmt: skip
+
+
+def summary(o, folder, errors, items):
+    """-> the rows of compare.json: one for each method, and one for each strength of the sweep"""
+    out = []
+    for row in o.methods:
+        mine = [item for item in items if item[1] == row]
+        main = [item for item in mine if item[0].removeprefix(row + "-").isdecimal()]
+        for group in [main, *([item] for item in mine if item not in main)]:
+            failed = {name: errors[name] for name, *_ in group if errors.get(name)}
+            ended = [(item, *final(folder, item[0])) for item in group if item[0] not in failed and final(folder, item[0])]
+            line = {"method": row, "runs": len(ended), "command": " ".join(["python", *group[0][2]]) if group else ""}
+            if failed:
+                line["failed"] = failed
+            if ended:
+                options, last = ended[0][1:]
+                strength = (ROWS | MORE)[row][2].removeprefix("--").replace("-", "_")
+                line |= {key: last[key] for key in ("models", "forward_passes", "backward_passes", "flops_per_token", "peak", "peak_most", "frontier") if key in last}
+                line |= {"strength": strength, "value": options.get(strength), "steps": options["steps"], "swept": group is not main,
+                         "parameters": sum(m["parameters"] for m in last["models"]), "updates": options.get("updates", 1)}  # fmt: skip
+                for key in MEANS:
+                    xs = [figures[key] for *_, figures in ended if key in figures]
+                    if len(xs) == len(ended):
+                        line[key] = statistics.fmean(xs)
+                        line[f"{key}_sd"] = statistics.stdev(xs) if len(xs) > 1 else 0.0
+                if group is main:
+                    line |= predicted(folder, group[0])
+                if row in ("grpo", "dapo") and group is main:
+                    line["course"] = course(folder, group[0][0])
+            out.append(line)
+    simpo = next((line for line in out if line["method"] == "simpo" and "step_ms" in line), None)
+    for line in out:
+        if simpo and "step_ms" in line:
+            line["step_over_simpo"] = line["step_ms"] / simpo["step_ms"]
+            line["flops_over_simpo"] = flops_a_step(line) / flops_a_step(simpo)
+    return out
+
+
+def flops_a_step(line):
+    return line["flops_per_token"] * line["trained_tokens"] / line["updates"] / line["steps"]
+
+
+def course(folder, name):
+    """-> entropy and reward of each recorded step: where DAPO logs ±1, the share of correct responses in its place"""
+    lines = [json.loads(text) for text in (folder / f"{name}.jsonl").read_text().splitlines()[1:-1]]
+    return [{key: line[key] for key in ("step", "entropy", "reward", "accuracy") if key in line} for line in lines if "entropy" in line]
+
+
+def pm(line, key, digits=2, scale=1.0):
+    """A mean, ± the standard deviation where there are seeds, as text"""
+    if key not in line:
+        return ""
+    spread = f" ± {line[key + '_sd'] * scale:.{digits}f}" if line["runs"] > 1 else ""
+    return f"{line[key] * scale:.{digits}f}{spread}".replace("-", "−")
+
+
+def table(rows, head):
+    """-> a table in Markdown, whose columns are padded so that it can be read as it is"""
+    cells = [[*head], *[[str(cell) for cell in row] for row in rows]]
+    width = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, width)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+
+
+def tables(lines):
+    """-> the three tables of a comparison, as Markdown"""
+    results, costs, budgets = [], [], []
+    for line in lines:
+        name = line["method"] + (f", {line['strength']} {line['value']:g}" if line.get("swept") else "")
+        if line["runs"] == 0:
+            results.append([name, "failed: " + "; ".join(line.get("failed", {"": "it was not begun"}).values()), *[""] * 6])
+            continue
+        note = f"{len(line['failed'])} run failed" if "failed" in line else ""
+        keys = (("reward", 2), ("win_rate", 2), ("kl", 2), ("length", 1), ("entropy", 2), ("kl_star" if "kl_star" in line else "score", 3))
+        results.append([name, note, *(pm(line, key, digits) for key, digits in keys)])
+        if line.get("swept"):
+            continue
+        models = ", ".join(m["role"] + "*" * m["trainable"] for m in line["models"])
+        ratio = [f"{line[key]:.2f}" if key in line else "" for key in ("step_over_simpo", "flops_over_simpo")]
+        passes = f"{line['forward_passes']} / {line['backward_passes']}"
+        sizes = [f"{line[key] / 1e6:.1f}" if line.get(key) else "" for key in ("predicted_bytes", "peak_bytes")]
+        costs.append([name, models, f"{line['parameters'] / 1e6:.2f}", *sizes, passes, f"{line['flops_per_token'] / 1e6:.2f}",
+                      pm(line, "step_ms", 1), *ratio])  # fmt: skip
+        sampled = f"{line['sampled_tokens'] / 1e3:.0f}" if "sampled_tokens" in line else ""
+        budgets.append([name, line["steps"], f"{line['trained_tokens'] / 1e3:.0f}", sampled, pm(line, "wall_s", 0)])
+    last = "KL(π‖π*)" if any("kl_star" in line for line in lines) else "score of the reward model"
+    return [
+        table(results, ("method", "", "reward", "win rate", "KL, nats", "length", "entropy", last)),
+        table(costs, ("method", "models held (* trained)", "M parameters", "predicted MB", "peak MB", "passes forward / backward",
+                      "MFLOP a token", "step, ms", "step / SimPO", "FLOPs / SimPO")),
+        table(budgets, ("method", "steps", "trained k tokens", "sampled k tokens", "seconds")),
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the prediction
+
+
+def ask(folder, o, row, dtype, recompute):
+    """-> (options, models, bytes at the peak, most bytes), the last two by category, of one step of a row at --predict's size"""
+    n, micro = o.batch_size, o.micro_batch or o.batch_size
+    pairs = row not in ("sft", "kto", *SAMPLED)
+    if pairs and (n % 2 or micro % 2):
+        raise common.UserError(f"--batch-size {n} --micro-batch {micro}: sequences come in pairs; give even numbers")
+    if row in ("grpo", "rloo", "dapo"):
+        batch = ["--batch-size", "1", "--group", str(n)]
+    else:
+        batch = ["--batch-size", str(n // 2 if pairs else n)]
+    batch += ["--minibatches", "1", "--updates", "1"] * (row in SAMPLED) + ["--group", "1", "--reward", "rm"] * (row == "ppo")
+    script, own, *_ = (ROWS | MORE)[row]
+    name = f"{row}-{dtype}{'-checkpointed' * recompute}"
+    command = [script, *own.split(), "--predict", o.predict, *batch, "--micro-batch", str(micro // 2 if pairs else micro), "--dtype", dtype,
+               "--task", o.task, "--out", str(folder / f"{name}.pt"), *["--seq-len", str(o.seq_len)] * bool(o.seq_len),
+               *["--checkpoint-activations"] * recompute]  # fmt: skip
+    size = [x for key in ("n_layer", "n_head", "n_embd") if key in o.given for x in (f"--{key.replace('_', '-')}", str(getattr(o, key)))]
+    env = {**os.environ, "NANOPO_PARENT": str(os.getpid()), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, HERE / command[0], *command[1:], *size], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise common.Stopped(f"{row}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+    options, last = final(folder, name)
+    return options, last["models"], last["predicted"], last["predicted_most"]
+
+
+def fits(size):
+    """GiB -> the smallest card that holds it"""
+    return next((f"{card} GB" for card in CARDS if size + SPARE <= card), "none")
+
+
+def predict(o, folder):
+    """Prints the table of --predict, and writes predicted.json and README.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = [(row, recompute, dtype) for row in o.methods for recompute in (False, True) for dtype in ("bfloat16", "bfloat16-pure")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(settings, pool.map(lambda s: ask(folder, o, s[0], s[2], s[1]), settings)))
+    rows, out = [], []
+    for row in o.methods:
+        for recompute in (False, True):
+            both = [found[row, recompute, dtype] for dtype in ("bfloat16", "bfloat16-pure")]
+            totals = [sum(parts.values()) / 2**30 for *_, parts, _ in both]
+            cells = [" / ".join(f"{found[3 if name in ('logits', 'sampling') else 2].get(name, 0) / 2**30:.1f}" for found in both)
+                     for name in ("weights", "casts", "gradients", "optimizer", "activations", "logits", "sampling")]  # fmt: skip
+            models = " / ".join(", ".join(f"{m['role']} {m['bytes'] / 2**30:.1f}" for m in models) for _, models, *_ in both)
+            rows.append([row, "yes" if recompute else "no", " / ".join(f"{x:.1f}" for x in totals), *cells, models,
+                         " / ".join(fits(x) for x in totals)])  # fmt: skip
+            for dtype, (_, models, parts, most) in zip(("bfloat16", "bfloat16-pure"), both):
+                out.append({"method": row, "dtype": dtype, "checkpoint_activations": recompute, "models": models, "predicted": parts, "predicted_most": most,
+                            "predicted_bytes": sum(parts.values()), "card": fits(sum(parts.values()) / 2**30)})  # fmt: skip
+    task = found[settings[0]][0]["task"]
+    text = (f"Memory of a step at its peak, GiB, predicted: --predict {o.predict}, {task}, {o.batch_size} sequences a step (a pair is two), "
+            f"{o.micro_batch or o.batch_size} a forward pass. In each cell: float32 weights with bfloat16 autocast / bfloat16 weights and moments. "
+            f"Logits and sampling are the most that they take by themselves, before the peak comes. A card fits what leaves it {SPARE:g} GiB.\n\n")  # fmt: skip
+    text += table(rows, ("method", "checkpointed", "peak", "weights", "casts", "gradients", "optimizer", "activations", "logits", "sampling",
+                         "by model", "fits on"))  # fmt: skip
+    print(text)
+    write(folder / "compare.json", json.dumps({"predict": o.predict, "task": task, "methods": out}, indent=1))
+    write(folder / "README.md", f"# {' '.join(['python compare.py', *sys.argv[1:]])}\n\n{text}\n")
+
+
+@common.command()
+def main(argv=None):
+    o = common.parse(Options, argv)
+    known = ROWS | MORE
+    o.methods = list(dict.fromkeys(o.methods)) or [row for row in known if not o.predict or row not in ("cdpo", "ipo", "rloo")]
+    if not o.predict and "methods" not in o.given:
+        o.methods = list(ROWS)
+    if unknown := [row for row in o.methods if row not in known]:
+        raise common.UserError(f"--methods {unknown[0]}: no such row; there are {', '.join(known)}")
+    if unread := sorted(o.given & ({"batch_size", "micro_batch", "seq_len"} if not o.predict else {"seeds", "budget", "sweep", "quick", "init"})):
+        raise common.UserError(f"--{unread[0].replace('_', '-')} is read {'without' if o.predict else 'with'} --predict only; leave one out")
+    if common.is_file(o.task) and not (o.init or o.predict):
+        raise common.UserError("--init is needed with a file as the task: the SFT checkpoint that all methods start from")
+    name = Path(common.checkpoint_path(o.task, "x")).parent.name
+    if o.predict:
+        return predict(o, Path(o.out or f"out/compare/predict-{o.predict}"))
+    folder = Path(o.out or f"out/compare/{name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    errors, items = run_all(o, folder)
+    lines = summary(o, folder, errors, items)
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    command = " ".join(["python compare.py", *(sys.argv[1:] if argv is None else argv)])
+    text = "\n\n".join(tables(lines))
+    print("\n" + text)
+    record = {"command": command, "task": o.task, "machine": machine, "seconds": round(time.time() - start), "methods": lines}
+    write(folder / "compare.json", json.dumps(record, indent=1))
+    pictures = draw(lines, folder)
+    shown = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
+    write(folder / "README.md", f"# {command}\n\n{machine}; {record['seconds']} s.\n\n{text}\n{shown}")
+    print(f"\n{folder}/README.md, compare.json" + "".join(f", {path.name}" for path in pictures))
+    if failed := [name for name, error in errors.items() if error]:
+        raise common.Stopped(f"failed: {', '.join(failed)}")
+
+
+# ------------------------------------------------------------------------------------------------ the pictures
+
+
+def draw(lines, folder):
+    """-> the paths of the pictures; none, with a line that says so, where matplotlib is missing"""
+    try:
+        import matplotlib
+    except ImportError:
+        print("\nno pictures: they need matplotlib (pip install matplotlib)")
+        return []
+    matplotlib.use("Agg")
+    return []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""tokens:P+C: random digits, prompts of P tokens and responses of C with their end token, so that every sequence has the same length.
+
+There is nothing to learn: it is the shape at which memory is predicted (--predict) and at which memory and time are compared. A
+digit is one token of the committed vocabulary. The reward is the share of even digits, and more than half of them is correct.
+"""
+from data.error import DataError
+from data.toy import Toy
+
+DIGITS = bytes(ord("0") + i % 10 for i in range(256))
+
+
+class Tokens(Toy):
+    bound = 1.0
+
+    def __init__(self, prompt, response):
+        if prompt < 1 or response < 2:
+            raise DataError(f"--task tokens:{prompt}+{response}: a prompt has at least one token, a response two, its end token among them")
+        self.name, self.prompt, self.max_new_tokens = f"tokens:{prompt}+{response}", prompt, response
+
+    def all_prompts(self):
+        rng = self._rng("prompts", 0, "all")
+        return [(self._digits(rng, self.prompt), {}) for _ in range(4096)]
+
+    def respond(self, rng, prompt, columns):
+        return self._digits(rng, self.max_new_tokens - 1)
+
+    def reward(self, prompt, completion, ended=True):
+        return sum(c in "02468" for c in completion) / max(1, len(completion))
+
+    def correct(self, prompt, completion, ended=True):
+        return self.reward(prompt, completion) > 0.5
+
+    def _digits(self, rng, n):
+        return rng.randbytes(n).translate(DIGITS).decode()
