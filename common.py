@@ -440,19 +440,19 @@ class Run(Compute):
         if self.pure:
             self.say("bfloat16-pure: an update below 1/256 of a weight is rounded away, as most are at the learning rates of large models")
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        header = {"method": self.method, "task": o.task, "options": asdict(o), "device": str(self.device), "dtype": str(self.dtype)[6:],
-                  "commit": _commit(), "versions": versions, "models": self.models}  # fmt: skip
-        if not (o.resume and self._restore()):
-            if os.path.exists(self.state_path):
-                self.say(f"an interrupted run's {self.state_path} will be replaced at the first save; --resume would go on with it")
-            self.record = open(self.record_path, "wb", buffering=0)
-            self.write(header)
+        self.header = {"method": self.method, "task": o.task, "options": asdict(o), "device": str(self.device),
+                       "dtype": str(self.dtype)[6:], "commit": _commit(), "versions": versions, "models": self.models}  # fmt: skip
 
     def steps(self):
         """Yields the number of each step from 0; between two of them the step is recorded, shown and saved."""
         o, interrupted = self.o, []
-        if o.predict or self.device.type == "cuda":
+        if o.predict or self._free():
             yield from self._predict()
+        if not (o.resume and self._restore()):
+            if os.path.exists(self.state_path):
+                self.say(f"an interrupted run's {self.state_path} will be replaced at the first save; --resume would go on with it")
+            self.record = open(self.record_path, "wb", buffering=0)
+            self.write(self.header)
         measured = min(self.first + 1, o.steps - 1)  # AdamW's moments are there
         before = signal.getsignal(signal.SIGINT)
         with contextlib.suppress(ValueError):  # not the main thread: Ctrl-C is somebody else's
@@ -504,18 +504,23 @@ class Run(Compute):
                 self.tracker.start()
                 yield step
         self.predicted, self.peak, self.tracker = self.peak, None, None
-        self.device, self.predicting, o.eval_every, self.tokens = device, False, every, tokens
+        self.device, self.predicting, o.eval_every, self.tokens, self.parts = device, False, every, tokens, {}
         if cursor:
             batches.load_state_dict(cursor)
         torch.set_rng_state(rng)
         if o.predict:
             self._predicted()
         self.say(f"predicted peak: {memory_text(*self.predicted)}")
-        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
-        need = sum(self.predicted[0].values())
+        need, free = sum(self.predicted[0].values()), self._free()
         if need > free and not o.force:
-            raise UserError(f"a step needs {need / 2**30:.1f} GiB, but {self.device} has {free / 2**30:.1f} GiB free: a smaller "
+            raise UserError(f"a step needs {need / 2**30:.3g} GiB, but {self.device} has {free / 2**30:.3g} GiB free: a smaller "
                             "--micro-batch or --checkpoint-activations need less, --force goes on")  # fmt: skip
+
+    def _free(self):
+        """-> the bytes that this run may take of a GPU, those included that it holds already; 0 on other devices"""
+        if self.device.type != "cuda":
+            return 0
+        return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
 
     def _predicted(self):
         """Ends --predict: the ledger, the peak, and with --out the record."""
@@ -587,7 +592,7 @@ class Run(Compute):
         self.add({"grad_norm": norm * share})
         self.sums["lr"] = lr
         if self.tracker:
-            self.peak = self.tracker.parts, self.tracker.most
+            self.peak = self.tracker.parts, dict(self.tracker.most)
         elif self.device.type == "cuda":
             self.allocated = torch.cuda.max_memory_allocated(self.device)
         self.elapsed = time.perf_counter() - self.started
@@ -628,7 +633,8 @@ class Run(Compute):
     def _save(self, step, **earlier):
         """earlier: states to save in place of the present ones."""
         state = {"options": self.options, "start": self.start, "step": step, "tokens": self.tokens, "wall": time.time() - self.wall,
-                 "record": self.lines, "rng": torch.get_rng_state(), **{name: x.state_dict() for name, x in self.state.items()}, **earlier}  # fmt: skip
+                 "record": self.lines, "rng": torch.get_rng_state()}  # fmt: skip
+        state |= {name: x.state_dict() for name, x in self.state.items()} | earlier
         temporary = f"{self.state_path}.{os.getpid()}.tmp"
         torch.save(state, temporary)
         os.replace(temporary, self.state_path)

@@ -94,13 +94,18 @@ def shape(task, row):
     return f"--batch-size {pairs}", 2 * pairs
 
 
+def model_size(o):
+    """-> the options that give the model's size"""
+    names = [name for name in ("n_layer", "n_head", "n_embd") if name in o.given]
+    return [x for name in names for x in (f"--{name.replace('_', '-')}", str(getattr(o, name)))]
+
+
 def plan(o, folder):
     """-> (the stages, the runs), each a list of (name, row, command), commands without the interpreter"""
     kind = o.task.partition(":")[0]
     budget = o.budget or {"arithmetic": 25600, "exact": 192000, "tokens": 192}.get(kind, 9600)
     budget = o.budget or 512 if o.quick else budget
     where = ["--task", o.task, "--device", o.device, "--dtype", o.dtype]
-    size = [x for name in ("n_layer", "n_head", "n_embd") if name in o.given for x in (f"--{name.replace('_', '-')}", str(getattr(o, name)))]
     short = {"sft": " --steps 200", "reward_model": " --steps 30"} if o.quick else {}
     if kind == "tokens":
         short = {"sft": " --steps 300 --batch-size 8", "reward_model": " --steps 5 --batch-size 4"}
@@ -113,11 +118,11 @@ def plan(o, folder):
     init = o.init or str(folder / f"{first}.pt")
     stages, runs = [], []
     if not o.init:
-        stages.append((first, "sft", command("sft", first, o.seed, [*short.get("sft", "").split(), *size])))
+        stages.append((first, "sft", command("sft", first, o.seed, [*short.get("sft", "").split(), *model_size(o)])))
     learned = "ppo" in o.methods and kind not in ("exact", "arithmetic")
     if learned or "reward_model" in o.methods:
-        name = f"reward_model-{o.seed}"
-        stages.append((name, "reward_model", command("reward_model", name, o.seed, [*short.get("reward_model", "").split(), "--init", init])))
+        name, own = f"reward_model-{o.seed}", short.get("reward_model", "").split()
+        stages.append((name, "reward_model", command("reward_model", name, o.seed, [*own, "--init", init])))
     for row in o.methods:
         batch, per_step = shape(o.task, row)
         steps = max(1, round(budget / per_step))
@@ -128,7 +133,7 @@ def plan(o, folder):
         for seed in range(o.seed, o.seed + o.seeds):
             if row == "sft":  # the stage itself, and the same with other seeds
                 if seed > o.seed and not o.init:
-                    runs.append((f"sft-{seed}", row, command(row, f"sft-{seed}", seed, [*short.get("sft", "").split(), *size])))
+                    runs.append((f"sft-{seed}", row, command(row, f"sft-{seed}", seed, [*short.get("sft", "").split(), *model_size(o)])))
             elif row != "reward_model":
                 runs.append((f"{row}-{seed}", row, command(row, f"{row}-{seed}", seed, more)))
         for x in strengths if o.sweep else ():
@@ -218,6 +223,7 @@ def _paired(options):
 
 MEANS = ("reward", "score", "win_rate", "kl", "length", "entropy", "step_ms", "sample_ms", "logprobs_ms", "update_ms", "wall_s",
          "trained_tokens", "sampled_tokens", "kl_star", "objective", "accuracy", "nll", "peak_bytes")  # fmt: skip
+KEPT = ("models", "forward_passes", "backward_passes", "flops_per_token", "peak", "peak_most", "frontier")
 
 
 def summary(o, folder, errors, items):
@@ -235,7 +241,7 @@ def summary(o, folder, errors, items):
             if ended:
                 options, last = ended[0][1:]
                 strength = (ROWS | MORE)[row][2].removeprefix("--").replace("-", "_")
-                line |= {key: last[key] for key in ("models", "forward_passes", "backward_passes", "flops_per_token", "peak", "peak_most", "frontier") if key in last}
+                line |= {key: last[key] for key in KEPT if key in last}
                 line |= {"strength": strength, "value": options.get(strength), "steps": options["steps"], "swept": group is not main,
                          "parameters": sum(m["parameters"] for m in last["models"]), "updates": options.get("updates", 1)}  # fmt: skip
                 for key in MEANS:
@@ -331,9 +337,8 @@ def ask(folder, o, row, dtype, recompute):
     command = [script, *own.split(), "--predict", o.predict, *batch, "--micro-batch", str(micro // 2 if pairs else micro), "--dtype", dtype,
                "--task", o.task, "--out", str(folder / f"{name}.pt"), *["--seq-len", str(o.seq_len)] * bool(o.seq_len),
                *["--checkpoint-activations"] * recompute]  # fmt: skip
-    size = [x for key in ("n_layer", "n_head", "n_embd") if key in o.given for x in (f"--{key.replace('_', '-')}", str(getattr(o, key)))]
     env = {**os.environ, "NANOPO_PARENT": str(os.getpid()), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, HERE / command[0], *command[1:], *size], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, HERE / command[0], *command[1:], *model_size(o)], env=env, capture_output=True, text=True)
     if done.returncode:
         raise common.Stopped(f"{row}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
     options, last = final(folder, name)
@@ -341,8 +346,8 @@ def ask(folder, o, row, dtype, recompute):
 
 
 def fits(size):
-    """GiB -> the smallest card that holds it"""
-    return next((f"{card} GB" for card in CARDS if size + SPARE <= card), "none")
+    """Bytes -> the smallest card that holds them"""
+    return next((f"{card} GB" for card in CARDS if size / 2**30 + SPARE <= card), "none")
 
 
 def predict(o, folder):
@@ -352,27 +357,34 @@ def predict(o, folder):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(settings, pool.map(lambda s: ask(folder, o, s[0], s[2], s[1]), settings)))
     rows, out = [], []
+    unit, symbol = (2**30, "GiB") if max(sum(found[s][2].values()) for s in settings) >= 2**30 else (1e6, "MB")
     for row in o.methods:
         for recompute in (False, True):
             both = [found[row, recompute, dtype] for dtype in ("bfloat16", "bfloat16-pure")]
-            totals = [sum(parts.values()) / 2**30 for *_, parts, _ in both]
-            cells = [" / ".join(f"{found[3 if name in ('logits', 'sampling') else 2].get(name, 0) / 2**30:.1f}" for found in both)
-                     for name in ("weights", "casts", "gradients", "optimizer", "activations", "logits", "sampling")]  # fmt: skip
-            models = " / ".join(", ".join(f"{m['role']} {m['bytes'] / 2**30:.1f}" for m in models) for _, models, *_ in both)
-            rows.append([row, "yes" if recompute else "no", " / ".join(f"{x:.1f}" for x in totals), *cells, models,
-                         " / ".join(fits(x) for x in totals)])  # fmt: skip
-            for dtype, (_, models, parts, most) in zip(("bfloat16", "bfloat16-pure"), both):
-                out.append({"method": row, "dtype": dtype, "checkpoint_activations": recompute, "models": models, "predicted": parts, "predicted_most": most,
-                            "predicted_bytes": sum(parts.values()), "card": fits(sum(parts.values()) / 2**30)})  # fmt: skip
+            totals = [sum(parts.values()) for *_, parts, _ in both]
+            parts = [{**parts, **{name: most.get(name, 0) for name in ("logits", "sampling")}} for *_, parts, most in both]
+            models = [", ".join(f"{m['role']} {m['bytes'] / unit:.1f}" for m in models) for _, models, *_ in both]
+            cells = [[f"{x.get(name, 0) / unit:.1f}" for x in parts] for name in HATCH]
+            cells = [[f"{x / unit:.1f}" for x in totals], *cells, models, [fits(x) for x in totals]]
+            rows.append([row, "yes" if recompute else "no", *(" / ".join(pair) for pair in cells)])
+            for dtype, (_, models, peak, most) in zip(("bfloat16", "bfloat16-pure"), both):
+                out.append({"method": row, "dtype": dtype, "checkpoint_activations": recompute, "models": models, "predicted": peak,
+                            "predicted_most": most, "predicted_bytes": sum(peak.values()), "card": fits(sum(peak.values()))})  # fmt: skip
     task = found[settings[0]][0]["task"]
-    text = (f"Memory of a step at its peak, GiB, predicted: --predict {o.predict}, {task}, {o.batch_size} sequences a step (a pair is two), "
-            f"{o.micro_batch or o.batch_size} a forward pass. In each cell: float32 weights with bfloat16 autocast / bfloat16 weights and moments. "
-            f"Logits and sampling are the most that they take by themselves, before the peak comes. A card fits what leaves it {SPARE:g} GiB.\n\n")  # fmt: skip
-    text += table(rows, ("method", "checkpointed", "peak", "weights", "casts", "gradients", "optimizer", "activations", "logits", "sampling",
-                         "by model", "fits on"))  # fmt: skip
+    text = (f"Memory of a step at its peak, {symbol}, predicted: --predict {o.predict}, {task}, {o.batch_size} sequences a step (a pair "
+            f"is two), {o.micro_batch or o.batch_size} a forward pass. In each cell: float32 weights with bfloat16 autocast / bfloat16 "
+            "weights and moments. Logits and sampling are the most that they take by themselves, at another time than the peak. A card fits "
+            f"what leaves it {SPARE:g} GiB.\n\n")  # fmt: skip
+    text += table(rows, ("method", "checkpointed", "peak", *HATCH, "by model", "fits on"))
     print(text)
     write(folder / "compare.json", json.dumps({"predict": o.predict, "task": task, "methods": out}, indent=1))
-    write(folder / "README.md", f"# {' '.join(['python compare.py', *sys.argv[1:]])}\n\n{text}\n")
+    chosen = [line for line in out if line["checkpoint_activations"]]
+    if plt := plots():
+        names = {"bfloat16": "autocast", "bfloat16-pure": "pure bf16"}
+        bars(plt, [(f"{line['method']}, {names[line['dtype']]}", line["predicted"]) for line in chosen], unit,
+             f"{symbol}, predicted, activations checkpointed", folder / "memory.png", CARDS if symbol == "GiB" else ())  # fmt: skip
+    command = " ".join(["python compare.py", *sys.argv[1:]])
+    write(folder / "README.md", f"# {command}\n\n{text}\n" + "\n![memory](memory.png)\n" * bool(plt))
 
 
 @common.command()
@@ -384,8 +396,10 @@ def main(argv=None):
         o.methods = list(ROWS)
     if unknown := [row for row in o.methods if row not in known]:
         raise common.UserError(f"--methods {unknown[0]}: no such row; there are {', '.join(known)}")
-    if unread := sorted(o.given & ({"batch_size", "micro_batch", "seq_len"} if not o.predict else {"seeds", "budget", "sweep", "quick", "init"})):
-        raise common.UserError(f"--{unread[0].replace('_', '-')} is read {'without' if o.predict else 'with'} --predict only; leave one out")
+    unread = {"seeds", "budget", "sweep", "quick", "init"} if o.predict else {"batch_size", "micro_batch", "seq_len"}
+    if unread := sorted(o.given & unread):
+        word = "without" if o.predict else "with"
+        raise common.UserError(f"--{unread[0].replace('_', '-')} is read {word} --predict only; leave one of the two out")
     if common.is_file(o.task) and not (o.init or o.predict):
         raise common.UserError("--init is needed with a file as the task: the SFT checkpoint that all methods start from")
     name = Path(common.checkpoint_path(o.task, "x")).parent.name
@@ -402,7 +416,7 @@ def main(argv=None):
     print("\n" + text)
     record = {"command": command, "task": o.task, "machine": machine, "seconds": round(time.time() - start), "methods": lines}
     write(folder / "compare.json", json.dumps(record, indent=1))
-    pictures = draw(lines, folder)
+    pictures = draw(o, lines, folder)
     shown = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
     write(folder / "README.md", f"# {command}\n\n{machine}; {record['seconds']} s.\n\n{text}\n{shown}")
     print(f"\n{folder}/README.md, compare.json" + "".join(f", {path.name}" for path in pictures))
@@ -412,16 +426,110 @@ def main(argv=None):
 
 # ------------------------------------------------------------------------------------------------ the pictures
 
+STYLE = {row: (f"C{i % 10}", marker) for i, (row, marker) in enumerate(zip(ROWS | MORE, "*osD^v<>PXhdp"))}  # a colour and a marker each
+HATCH = {"weights": "", "casts": "xx", "gradients": "//", "optimizer": "..", "activations": "\\\\", "logits": "++", "sampling": "oo"}
 
-def draw(lines, folder):
-    """-> the paths of the pictures; none, with a line that says so, where matplotlib is missing"""
+
+def plots():
+    """-> matplotlib.pyplot, or None with a line that says so"""
     try:
-        import matplotlib
+        import matplotlib.pyplot as plt
     except ImportError:
         print("\nno pictures: they need matplotlib (pip install matplotlib)")
+        return None
+    plt.switch_backend("Agg")
+    plt.rcParams.update({"font.size": 12, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def draw(o, lines, folder):
+    """-> the paths of the pictures"""
+    plt = plots()
+    if not plt:
         return []
-    matplotlib.use("Agg")
-    return []
+    ended = [line for line in lines if line["runs"]]
+    found = [scatter(plt, o, ended, folder / "frontier.png", "kl", "KL(π‖π_ref), nats a response"),
+             scatter(plt, o, ended, folder / "length.png", "length", "length, tokens a response"),
+             bars(plt, [(line["method"], line["peak"]) for line in ended if "peak" in line], 1e6, "MB, measured over one step",
+                  folder / "memory.png"),
+             courses(plt, ended, folder / "entropy.png")]  # fmt: skip
+    return [path for path in found if path]
+
+
+def scatter(plt, o, lines, path, x, name):
+    """Reward against x, a point for each strength of each method, joined in their order, and the main one's spread over seeds."""
+    figure, axes = plt.subplots(figsize=(7, 5))
+    if x == "kl" and (bound := next((line["frontier"] for line in lines if "frontier" in line), None)):
+        axes.plot(*zip(*bound), color="black", linewidth=1)
+        axes.annotate("π*, for every β: no policy lies above", bound[len(bound) // 3], (0.35, 0.95), textcoords="axes fraction")
+    some = False
+    for row in dict.fromkeys(line["method"] for line in lines):
+        mine = [line for line in lines if line["method"] == row and x in line and "reward" in line]
+        mine.sort(key=lambda line: line["value"] or 0)
+        if not mine:
+            continue
+        some, (colour, marker) = True, STYLE[row]
+        axes.plot([line[x] for line in mine], [line["reward"] for line in mine], color=colour, linewidth=0.8, marker=marker, markersize=5)
+        main = next((line for line in mine if not line["swept"]), mine[0])
+        axes.errorbar(main[x], main["reward"], xerr=main[f"{x}_sd"], yerr=main["reward_sd"], color=colour, marker=marker, markersize=11,
+                      markeredgecolor="black", linestyle="", label=row)  # fmt: skip
+        axes.annotate(row, (main[x], main["reward"]), (7, 7), textcoords="offset points", fontsize=10)
+    if not some:
+        plt.close(figure)
+        return None
+    axes.set(xlabel=name, ylabel="reward", title=f"{o.task}: large points are the defaults, small ones other strengths")
+    axes.title.set_size(11)
+    if x == "kl":
+        axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
+    axes.legend(fontsize=9, ncols=2, loc="lower right")
+    return saved(plt, figure, path)
+
+
+def bars(plt, rows, unit, name, path, marks=()):
+    """rows: (label, bytes by category): a stacked bar each. marks: sizes to draw a line at."""
+    if not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.36 * len(rows)))
+    left = [0.0] * len(rows)
+    for i, (category, hatch) in enumerate(HATCH.items()):
+        sizes = [parts.get(category, 0) / unit for _, parts in rows]
+        if any(sizes):
+            axes.barh([label for label, _ in rows], sizes, left=left, color=f"C{i}", hatch=hatch, edgecolor="white", label=category)
+            left = [a + b for a, b in zip(left, sizes)]
+    for i, size in enumerate(left):
+        axes.text(size, i, f" {size:.1f}", va="center", fontsize=9)
+    for mark in marks:
+        axes.axvline(mark, color="black", linewidth=0.8, linestyle="--")
+        axes.text(mark, -0.9, f"{mark} GB", ha="center", fontsize=9)
+    axes.set(xlabel=name, xlim=(0, 1.1 * max(left)))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=9, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return saved(plt, figure, path)
+
+
+def courses(plt, lines, path):
+    """Reward against entropy over the steps of GRPO and DAPO."""
+    mine = [line for line in lines if line.get("course")]
+    if not mine:
+        return None
+    figure, axes = plt.subplots(figsize=(7, 5))
+    for line in mine:
+        colour, marker = STYLE[line["method"]]
+        xs, ys = [step["entropy"] for step in line["course"]], [step.get("accuracy", step["reward"]) for step in line["course"]]
+        name = line["method"] + (", share of correct responses" if "accuracy" in line["course"][0] else ", reward")
+        axes.plot(xs, ys, color=colour, marker=marker, label=name)
+        axes.annotate("start", (xs[0], ys[0]), (5, 5), textcoords="offset points", fontsize=10)
+        axes.annotate("end", (xs[-1], ys[-1]), (5, 5), textcoords="offset points", fontsize=10)
+    axes.set(xlabel="entropy, nats a token", ylabel="of the rollout's responses")
+    axes.legend(fontsize=10)
+    return saved(plt, figure, path)
+
+
+def saved(plt, figure, path):
+    figure.savefig(path, dpi=160, bbox_inches="tight")
+    plt.close(figure)
+    return path
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ class Ledger:
             unit, name = (2**30, "GiB") if m["bytes"] >= 2**30 else (1e6, "MB")
             weights, gradients, moments, size = (m[f"{part}bytes"] / unit for part in ("weight_", "gradient_", "optimizer_", ""))
             line = f"  {m['role']:<8} {'trained' if m['trainable'] else 'frozen':<8} {m['parameters'] / 1e6:,.2f} M parameters"
-            lines.append(f"{line}, {size:.1f} {name}" + f" (weights {weights:.1f}, gradients {gradients:.1f}, AdamW {moments:.1f})" * m["trainable"])
+            parts = f" (weights {weights:.1f}, gradients {gradients:.1f}, AdamW {moments:.1f})" * m["trainable"]
+            lines.append(f"{line}, {size:.1f} {name}{parts}")
         return "\n".join(lines)
 
     def flops(self, forward, backward, recompute=False):

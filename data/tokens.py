@@ -1,7 +1,7 @@
 """tokens:P+C: random digits, prompts of P tokens and responses of C with their end token, so that every sequence has the same length.
 
 There is nothing to learn: it is the shape at which memory is predicted (--predict) and at which memory and time are compared. A
-digit is one token of the committed vocabulary. The reward is the share of even digits, and more than half of them is correct.
+digit is one token of the committed vocabulary. The reward is the share of even ones, and more than half is correct.
 """
 from data.error import DataError
 from data.toy import Toy
@@ -25,7 +25,7 @@ class Tokens(Toy):
         return self._digits(rng, self.max_new_tokens - 1)
 
     def reward(self, prompt, completion, ended=True):
-        return sum(c in "02468" for c in completion) / max(1, len(completion))
+        return sum(ord(c) % 2 == 0 for c in completion) / max(1, len(completion))
 
     def correct(self, prompt, completion, ended=True):
         return self.reward(prompt, completion) > 0.5

@@ -29,7 +29,7 @@ def keep_models(monkeypatch):
 
     def keep(self, models, *args, **state):
         held.update(models.models)
-        start.update({role: {k: v.clone() for k, v in model.state_dict().items()} for role, model, _ in models})
+        start.update({role: {k: v.clone() for k, v in model.state_dict().items()} for role, model in models.models.items()})
         return begin(self, models, *args, **state)
 
     monkeypatch.setattr(common.Run, "begin", keep)
