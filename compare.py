@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 # row: (script, what it adds to the command line, the option that is its strength, other values of it)
 ROWS = {
     "sft": ("sft.py", "", "", ()),
-    "dpo": ("dpo.py", "--beta 0.1", "--beta", (0.03, 0.3, 1.0)),
+    "dpo": ("dpo.py", "", "--beta", (0.03, 0.3, 1.0)),
     "cdpo": ("dpo.py", "--label-smoothing 0.1", "--beta", (0.03, 0.3, 1.0)),
     "ipo": ("dpo.py", "--loss ipo", "--tau", (0.3, 3.0, 10.0)),
     "simpo": ("simpo.py", "", "--beta", (0.5, 5.0, 10.0)),
@@ -222,8 +222,8 @@ def _paired(options):
 
 
 MEANS = ("reward", "score", "win_rate", "kl", "length", "entropy", "step_ms", "sample_ms", "logprobs_ms", "update_ms", "wall_s",
-         "trained_tokens", "sampled_tokens", "kl_star", "objective", "accuracy", "nll", "peak_bytes")  # fmt: skip
-KEPT = ("models", "forward_passes", "backward_passes", "flops_per_token", "peak", "peak_most", "frontier")
+         "trained_tokens", "sampled_tokens", "kl_star", "objective", "accuracy", "nll")  # fmt: skip
+KEPT = ("models", "forward_passes", "backward_passes", "flops_per_token", "peak_bytes", "peak", "peak_most", "frontier")
 
 
 def summary(o, folder, errors, items):
@@ -242,8 +242,10 @@ def summary(o, folder, errors, items):
                 options, last = ended[0][1:]
                 strength = (ROWS | MORE)[row][2].removeprefix("--").replace("-", "_")
                 line |= {key: last[key] for key in KEPT if key in last}
-                line |= {"strength": strength, "value": options.get(strength), "steps": options["steps"], "swept": group is not main,
-                         "parameters": sum(m["parameters"] for m in last["models"]), "updates": options.get("updates", 1)}  # fmt: skip
+                steps = last_step(folder, ended[0][0][0]) or options["steps"]
+                line |= {"strength": strength, "value": options.get(strength), "swept": group is not main, "steps": steps,
+                         "planned": options["steps"], "updates": options.get("updates", 1),
+                         "parameters": sum(m["parameters"] for m in last["models"])}  # fmt: skip
                 for key in MEANS:
                     xs = [figures[key] for *_, figures in ended if key in figures]
                     if len(xs) == len(ended):
@@ -260,6 +262,12 @@ def summary(o, folder, errors, items):
             line["step_over_simpo"] = line["step_ms"] / simpo["step_ms"]
             line["flops_over_simpo"] = flops_a_step(line) / flops_a_step(simpo)
     return out
+
+
+def last_step(folder, name):
+    """-> the last step that a record holds: DAPO ends where it finds no mixed groups any more"""
+    lines = [json.loads(text) for text in (folder / f"{name}.jsonl").read_text().splitlines()]
+    return max((line.get("step", 0) for line in lines), default=0)
 
 
 def flops_a_step(line):
@@ -296,7 +304,8 @@ def tables(lines):
         if line["runs"] == 0:
             results.append([name, "failed: " + "; ".join(line.get("failed", {"": "it was not begun"}).values()), *[""] * 6])
             continue
-        note = f"{len(line['failed'])} run failed" if "failed" in line else ""
+        note = f"ended after {line['steps']} of {line['planned']} steps" if line["steps"] < line["planned"] else ""
+        note = f"of {line['runs'] + len(line['failed'])} runs {len(line['failed'])} failed" if "failed" in line else note
         keys = (("reward", 2), ("win_rate", 2), ("kl", 2), ("length", 1), ("entropy", 2), ("kl_star" if "kl_star" in line else "score", 3))
         results.append([name, note, *(pm(line, key, digits) for key, digits in keys)])
         if line.get("swept"):
@@ -373,8 +382,8 @@ def predict(o, folder):
     task = found[settings[0]][0]["task"]
     text = (f"Memory of a step at its peak, {symbol}, predicted: --predict {o.predict}, {task}, {o.batch_size} sequences a step (a pair "
             f"is two), {o.micro_batch or o.batch_size} a forward pass. In each cell: float32 weights with bfloat16 autocast / bfloat16 "
-            "weights and moments. Logits and sampling are the most that they take by themselves, at another time than the peak. A card fits "
-            f"what leaves it {SPARE:g} GiB.\n\n")  # fmt: skip
+            "weights and moments. Logits and sampling are the most that they take by themselves, at another time than the peak. "
+            f"A card fits what leaves it {SPARE:g} GiB.\n\n")  # fmt: skip
     text += table(rows, ("method", "checkpointed", "peak", *HATCH, "by model", "fits on"))
     print(text)
     write(folder / "compare.json", json.dumps({"predict": o.predict, "task": task, "methods": out}, indent=1))
@@ -462,7 +471,7 @@ def scatter(plt, o, lines, path, x, name):
     if x == "kl" and (bound := next((line["frontier"] for line in lines if "frontier" in line), None)):
         axes.plot(*zip(*bound), color="black", linewidth=1)
         axes.annotate("π*, for every β: no policy lies above", bound[len(bound) // 3], (0.35, 0.95), textcoords="axes fraction")
-    some = False
+    some, places = False, []
     for row in dict.fromkeys(line["method"] for line in lines):
         mine = [line for line in lines if line["method"] == row and x in line and "reward" in line]
         mine.sort(key=lambda line: line["value"] or 0)
@@ -473,7 +482,7 @@ def scatter(plt, o, lines, path, x, name):
         main = next((line for line in mine if not line["swept"]), mine[0])
         axes.errorbar(main[x], main["reward"], xerr=main[f"{x}_sd"], yerr=main["reward_sd"], color=colour, marker=marker, markersize=11,
                       markeredgecolor="black", linestyle="", label=row)  # fmt: skip
-        axes.annotate(row, (main[x], main["reward"]), (7, 7), textcoords="offset points", fontsize=10)
+        places.append((row, main[x], main["reward"]))
     if not some:
         plt.close(figure)
         return None
@@ -481,8 +490,22 @@ def scatter(plt, o, lines, path, x, name):
     axes.title.set_size(11)
     if x == "kl":
         axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
+    label(figure, axes, places)
     axes.legend(fontsize=9, ncols=2, loc="lower right")
     return saved(plt, figure, path)
+
+
+def label(figure, axes, places):
+    """Writes each name beside its point, where no earlier name stands."""
+    boxes = []
+    for name, x, y in places:
+        for dx, dy in ((8, 6), (8, -15), (-8 - 7 * len(name), 6), (-8 - 7 * len(name), -15), (8, 20), (8, -29), (-8 - 7 * len(name), 20)):
+            text = axes.annotate(name, (x, y), (dx, dy), textcoords="offset points", fontsize=10)
+            box = text.get_window_extent(figure.canvas.get_renderer())
+            if not any(box.overlaps(other) for other in boxes):
+                break
+            text.remove()
+        boxes.append(box)
 
 
 def bars(plt, rows, unit, name, path, marks=()):
@@ -500,11 +523,11 @@ def bars(plt, rows, unit, name, path, marks=()):
         axes.text(size, i, f" {size:.1f}", va="center", fontsize=9)
     for mark in marks:
         axes.axvline(mark, color="black", linewidth=0.8, linestyle="--")
-        axes.text(mark, -0.9, f"{mark} GB", ha="center", fontsize=9)
+        axes.text(mark, -0.8, f"{mark} GB", ha="center", va="bottom", fontsize=9)
     axes.set(xlabel=name, xlim=(0, 1.1 * max(left)))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    figure.legend(*axes.get_legend_handles_labels(), fontsize=9, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(fontsize=9, ncols=4, loc="lower center", bbox_to_anchor=(0.45, 1.1 if marks else 1.0))
     return saved(plt, figure, path)
 
 
@@ -513,16 +536,16 @@ def courses(plt, lines, path):
     mine = [line for line in lines if line.get("course")]
     if not mine:
         return None
-    figure, axes = plt.subplots(figsize=(7, 5))
-    for line in mine:
+    figure, panels = plt.subplots(1, len(mine), figsize=(1 + 4 * len(mine), 4), squeeze=False, sharex=True)
+    for line, axes in zip(mine, panels[0]):
         colour, marker = STYLE[line["method"]]
         xs, ys = [step["entropy"] for step in line["course"]], [step.get("accuracy", step["reward"]) for step in line["course"]]
-        name = line["method"] + (", share of correct responses" if "accuracy" in line["course"][0] else ", reward")
-        axes.plot(xs, ys, color=colour, marker=marker, label=name)
+        axes.plot(xs, ys, color=colour, marker=marker)
         axes.annotate("start", (xs[0], ys[0]), (5, 5), textcoords="offset points", fontsize=10)
         axes.annotate("end", (xs[-1], ys[-1]), (5, 5), textcoords="offset points", fontsize=10)
-    axes.set(xlabel="entropy, nats a token", ylabel="of the rollout's responses")
-    axes.legend(fontsize=10)
+        what = "share of correct responses" if "accuracy" in line["course"][0] else "mean reward"
+        axes.set(title=line["method"], xlabel="entropy, nats a token", ylabel=f"{what} of a rollout")
+    figure.tight_layout()
     return saved(plt, figure, path)
 
 
