@@ -470,7 +470,7 @@ def scatter(plt, o, lines, path, x, name):
     figure, axes = plt.subplots(figsize=(7, 5))
     if x == "kl" and (bound := next((line["frontier"] for line in lines if "frontier" in line), None)):
         axes.plot(*zip(*bound), color="black", linewidth=1)
-        axes.annotate("π*, for every β: no policy lies above", bound[len(bound) // 3], (0.35, 0.95), textcoords="axes fraction")
+        axes.text(0.6, 0.6, "black line: π* of every β;\nno policy lies above it", transform=axes.transAxes, fontsize=10)
     some, places = False, []
     for row in dict.fromkeys(line["method"] for line in lines):
         mine = [line for line in lines if line["method"] == row and x in line and "reward" in line]

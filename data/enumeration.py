@@ -62,7 +62,7 @@ class Enumeration:
             figures |= {key: values[name, "π"].mean() for key, name in
                         (("objective", "J"), ("kl_star", "KL(·‖π*)"), ("tv_star", "TV(·, π*)"))}  # fmt: skip
             if n is None:  # (KL, reward) of π* at each β, above which no policy lies
-                stars = [oracle.star(log_ref, self.r, 10 ** (i / 10)) for i in range(-20, 21)]
+                stars = [oracle.star(log_ref, self.r, 10 ** (i / 20)) for i in range(-40, 41)]
                 frontier = [[kl_ref(q).mean().item(), reward(q).mean().item()] for q in stars]
             if log_ref is log_p:
                 values = {key: x for key, x in values.items() if key[1] != "π"}
