@@ -63,7 +63,7 @@ def test_the_committed_vocabulary_is_what_its_script_makes(tmp_path):
 # ---- the toy tasks
 
 
-@pytest.mark.parametrize("name", ["reviews", "arithmetic:1", "arithmetic:2", "arithmetic:3"])
+@pytest.mark.parametrize("name", ["reviews", "arithmetic:1", "arithmetic:2", "arithmetic:3", "tokens:6+10"])
 def test_splits_are_disjoint_and_draws_are_the_seed_s(name):
     task = data.task(name)
     train, test = ({p for p, _ in task.prompts(5000, 0, split=split)} for split in ("train", "test"))
@@ -73,6 +73,17 @@ def test_splits_are_disjoint_and_draws_are_the_seed_s(name):
         assert len(draw(20, 7)) == 20
         assert {row[0] for row in draw(200, 1, split="test")} <= test
     assert all(w != l for _, w, l in task.preferences(200, 0))
+
+
+def test_tokens_have_one_length():
+    """Every prompt P tokens, every response C with its end token, on which the committed vocabulary agrees."""
+    task = data.task("tokens:6+10")
+    rows, note = data.encode(task.preferences(50, 0), TOKENIZER, 16)
+    assert not note and {tuple(map(len, row)) for row in rows} == {(6, 10, 10)}
+    assert task.reward("", "2468") == 1.0 and task.reward("", "12") == 0.5 and not task.correct("", "12") and task.correct("", "224")
+    for name, said in (("tokens:6", "such as tokens:32+96"), ("tokens:0+4", "at least one token"), ("tokens:4+1", "at least one token")):
+        with pytest.raises(data.DataError, match=said.replace("+", r"\+")):
+            data.task(name)
 
 
 def test_reviews_have_enough_test_prompts_and_variety():

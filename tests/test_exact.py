@@ -341,6 +341,23 @@ def test_evaluate_prints_the_table(world, monkeypatch, capsys):
     assert "kl_optimum" not in lines(world / "out/exact/robust.jsonl")[-1]["final"]
 
 
+def test_no_policy_lies_above_the_frontier(world):
+    """The record's curve of (KL, E[r]) is π*'s: of 500 policies none lies above a line that touches it, and it has the slope β."""
+    curve = torch.tensor(open_and_measure(world / "out/exact/sft.pt")["frontier"], dtype=torch.float64)
+    beta = 10 ** (torch.arange(-40, 41) / 20)
+    slope = curve.diff(dim=0)[:, 1] / curve.diff(dim=0)[:, 0]
+    assert ((slope >= beta[:-1]) & (slope <= beta[1:])).all() and (curve.diff(dim=0) < 0).all()
+    policy, tokenizer, _ = open_checkpoint(str(world / "out/exact/sft.pt"))
+    log_ref, r = choose_yardstick(CPU, WORLD, tokenizer, 8).table(policy), torch.from_numpy(WORLD.r)
+    best = (curve[:, 1] - beta * curve[:, 0])[:, None]  # J of π* at each β
+    generator = torch.Generator().manual_seed(0)
+    for strength in torch.linspace(0.1, 10, 500):
+        tilt = r * torch.rand(1, generator=generator) + torch.randn(r.shape, generator=generator, dtype=torch.float64)
+        log_q = (log_ref + strength * tilt).log_softmax(1)
+        kl, reward = (log_q.exp() * (log_q - log_ref)).sum(1).mean(), (log_q.exp() * r).sum(1).mean()
+        assert (reward - beta * kl <= best.squeeze(1) + 1e-9).all()
+
+
 def test_kto_is_measured_against_its_limit(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     short = ["--task", "exact", "--steps", 60, "--batch-size", 512, "--warmup", 5, "--device", "cpu"]
