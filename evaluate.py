@@ -68,12 +68,13 @@ def open_checkpoint(path, o=None, task=None):
 def outline(path, o, task):
     """-> (model, tokenizer, meta) of --predict: a model on no device. Its size is that of --predict, of the checkpoint at `path` if there
     is one, or the toy size; --n-layer and the like change it."""
-    tokenizer, size = data.tokenizer(own=task.tokenizer), dict(common.SIZES.get(o.predict, {}))
+    tokenizer, size, source = data.tokenizer(own=task.tokenizer), dict(common.SIZES.get(o.predict, {})), "not read; in its place:"
     if o.predict == "own":
         size = {"n_layer": 2, "n_embd": 64, "block_size": 8} if task.tokenizer else {}
         with contextlib.suppress(Exception):  # no file, or none of ours
             size = torch.load(path, map_location="meta", weights_only=True, mmap=True)["config"]
-        size.setdefault("vocab_size", tokenizer.size)
+            source = "of it only the shape is read:"
+        size = {"vocab_size": tokenizer.size, "block_size": GPTConfig.block_size} | size
     size |= {name: getattr(o, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size") if name in o.given and getattr(o, name)}
     if task.name.startswith("tokens"):
         size["block_size"] = max(task.prompt + task.max_new_tokens, size.get("block_size", 0))
@@ -82,7 +83,8 @@ def outline(path, o, task):
         raise common.UserError(f"--n-embd {config.n_embd} is not a multiple of --n-head {config.n_head}")
     with torch.device("meta"):
         model = GPT(config)
-    return model, tokenizer, {"method": f"--predict {o.predict}", "task": task.name, "steps": 0, "reward": None, "template": data.TEMPLATE}
+    shape = f"{source} {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, vocabulary {config.vocab_size}"
+    return model, tokenizer, {"shape": shape, "task": task.name, "template": data.TEMPLATE}
 
 
 def same_world(path, tokenizer, meta, task):
@@ -131,6 +133,8 @@ def reopen(run, path):
 
 def describe(meta):
     """One line on a checkpoint, so that a smoke test's two steps are not mistaken for training."""
+    if "shape" in meta:
+        return meta["shape"]
     reward = "" if meta["reward"] is None else f", reward {meta['reward']:.2f}"
     return f"{meta['method']} on {meta['task']}, {meta['steps']} steps{reward}"
 
