@@ -83,7 +83,7 @@ class Options:
     eval_every: Whole = 0  # steps between evaluations on 128 test prompts (0: at the end only; of exact: twenty in a run)
     eval_file: str = ""  # JSONL file to evaluate on (default: the 5 %% of --task's prompts with the lowest hashes)
     predict: Literal["", "own", "1b", "7b"] = ""  # print the memory of a step and stop: of the checkpoint's size, or of such a model
-    seq_len: Whole = 0  # tokens of a sequence, half of them prompt, with --predict (0: the task's own rows; of 1b and 7b 2048)
+    seq_len: Whole = 0  # tokens of a sequence, half of them prompt, with --predict (0: the task's own rows; 1b, 7b or a file: 2048)
     n_layer: Whole = 0  # blocks, with --predict (0: the size's)
     n_head: Whole = 0  # attention heads a block, with --predict (0: the size's)
     n_embd: Whole = 0  # width, with --predict (0: the size's)
@@ -141,11 +141,13 @@ def parse(cls, argv=None):
 
 def _predicted(o):
     """The options of --predict: a task that is made up where no rows of its own shape are asked for, and no file that is read."""
+    if not type(o).n_layer:  # not one that may start from random weights
+        o.init = o.init or checkpoint_path(o.task, "sft")
     if o.predict in SIZES or o.seq_len or is_file(o.task):
         length = o.seq_len or 2048
         if length < 4:
             raise UserError(f"--seq-len {length} leaves no room for a prompt and a response; 4 is the least")
-        o.task, o.block_size = f"tokens:{length // 2}+{length - length // 2}", 0
+        o.task, o.block_size = f"tokens:{length - length // 2}+{length // 2}", 0
     o.eval_file = o.tokenizer = ""
     if getattr(o, "reward", "rm") not in ("rm", "task"):
         o.reward = "task"
@@ -395,6 +397,12 @@ class Run(Compute):
                 except ProcessLookupError:
                     path.unlink(missing_ok=True)
 
+    def prepare(self, model):
+        size = sum(p.numel() for p in model.parameters()) * self.weights.itemsize
+        if self._free() and size > self._free() and not self.o.force:
+            raise UserError(f"a model of {size / 2**30:.1f} GiB does not fit on {self.device}; --predict own prints what the run needs")
+        return super().prepare(model)
+
     # ---- the global batch
 
     def micro_batches(self, rows):
@@ -427,7 +435,7 @@ class Run(Compute):
         if is_exact(o.task) and "eval_every" not in o.given:
             o.eval_every = max(1, o.steps // 20)
         self.first, self.wall, self.tokens, self.times, self.lines, self.saved = 0, time.time(), 0, [], [], False
-        self.parts, self.before = {}, 0  # before: tokens until the interruption that this run goes on from
+        self.parts, self.before, self.steps_done = {}, 0, 0  # before: tokens until the interruption that this run goes on from
         if o.predict:
             return
         self.start = _digest(held.models.values(), batches.rows)
@@ -470,8 +478,9 @@ class Run(Compute):
                         self._save(step, **self.cursor)
                         self.say(f"step {step} is saved in {self.state_path}" + "; --resume goes on from there" * (step < o.steps))
                     raise
-                done = step + 1
-                self.times.append(self.elapsed)
+                done, self.steps_done = step + 1, self.steps_done + 1
+                if step != measured or done == o.steps:  # counting takes time
+                    self.times.append(self.elapsed)
                 for name, seconds in self.spent.items():
                     self.parts.setdefault(name, []).append(seconds)
                 self.last = self.sums
@@ -532,8 +541,12 @@ class Run(Compute):
                  + ", activations checkpointed" * o.checkpoint_activations)  # fmt: skip
         self.say(f"{self.held.text()}\npredicted peak: {memory_text(*self.predicted)}")
         if "out" in o.given:
-            os.makedirs(os.path.dirname(o.out) or ".", exist_ok=True)
-            self.record = open(self.record_path, "wb", buffering=0)
+            path = f"{o.out.removesuffix('.pt')}.predicted.jsonl"
+            try:
+                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+                self.record = open(path, "wb", buffering=0)
+            except OSError as e:
+                raise UserError(f"{path} cannot be written ({e.strerror}); give another --out") from None
             self.write({"method": self.method, "task": o.task, "options": asdict(o)})
             self.write({"final": {"models": self.models, **memory_figures("predicted", self.predicted)}})
         sys.exit(0)
@@ -691,7 +704,8 @@ class Run(Compute):
                   "trained_tokens": self.tokens * getattr(self.o, "updates", 1),
                   "wall_s": round(time.time() - self.wall, 2)}  # fmt: skip
         if self.times:
-            final |= {"step_ms": 1000 * statistics.median(self.times), "tokens_per_s": (self.tokens - self.before) / sum(self.times)}
+            tokens = (self.tokens - self.before) / self.steps_done  # a step
+            final |= {"step_ms": 1000 * statistics.median(self.times), "tokens_per_s": tokens / statistics.fmean(self.times)}
             final |= {f"{part}_ms": 1000 * statistics.median(times) for part, times in self.parts.items()}
         final |= memory_figures("peak", self.peak) | memory_figures("predicted", self.predicted)
         self.write({"final": final})

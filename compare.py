@@ -11,12 +11,17 @@ The budget is a number of response sequences that are trained on: a pair is two,
 twice. Each run is a process of its own through its script's own command line. A run that is there with the same command is kept,
 so an interrupted comparison goes on where it stopped; a run that failed is a row that says so, and the exit code is 1.
 """
+import contextlib
+import hashlib
 import json
 import os
 import platform
+import re
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +32,7 @@ from typing import Literal
 import common
 from common import Count, Seed, Whole
 
-HERE = Path(__file__).parent
+HERE, LOCK = Path(__file__).parent, threading.Lock()
 
 # row: (script, what it adds to the command line, the option that is its strength, other values of it)
 ROWS = {
@@ -49,6 +54,7 @@ MORE = {  # rows to be named with --methods; the prediction has them of itself
 }
 SAMPLED = ("ppo", "grpo", "rloo", "dapo")
 CARDS = (24, 40, 80, 141)  # GB
+DTYPES = {"bfloat16": "autocast", "bfloat16-pure": "pure bf16"}  # of --predict
 SPARE = 2.0  # GiB that stay free on a card, for the CUDA context, workspaces and fragmentation
 
 
@@ -57,9 +63,9 @@ class Options:
     task: str = "reviews"  # reviews, arithmetic:N, exact, tokens:P+C, or a file with --init
     methods: tuple = ()  # rows of the table, such as dpo simpo (default: all of sft dpo cdpo ipo simpo orpo kto ppo grpo rloo dapo)
     seeds: Count = 1  # runs of each method, with seeds 0, 1, …; all start from one SFT checkpoint
-    budget: Whole = 0  # response sequences trained on (0: reviews 9600, arithmetic 25600, exact 192000, tokens 192)
+    budget: Whole = 0  # response sequences trained on (0: reviews 9600, arithmetic 25600, exact 192000, tokens 192; quick 1920 or 16)
     sweep: bool = False  # each method with other strengths too (β, τ, γ, λ), seed 0
-    quick: bool = False  # a smoke pass: short stages, a budget of 512
+    quick: bool = False  # a smoke pass: short stages, a small budget
     init: str = ""  # SFT checkpoint that all methods start from (default: made first)
     out: str = ""  # folder (default: out/compare/<task>)
     jobs: Count = 1  # runs at a time; with 2 or more the times disturb each other
@@ -85,7 +91,7 @@ def shape(task, row):
     pairs = {"exact": 128, "tokens": 4}.get(kind, 32)
     small = " --minibatches 1" * (kind == "tokens")
     if row == "ppo":
-        prompts, group = (prompts, group) if kind == "exact" else (prompts * group, 1)
+        prompts, group = {"exact": (4, 64), "arithmetic": (256, 1), "tokens": (8, 1)}.get(kind, (120, 1))
         return f"--batch-size {prompts} --group {group} --updates 2{small}", 2 * prompts * group
     if row in SAMPLED:
         return f"--batch-size {prompts} --group {group}{small * (row == 'dapo')}", prompts * group
@@ -103,12 +109,14 @@ def model_size(o):
 def plan(o, folder):
     """-> (the stages, the runs), each a list of (name, row, command), commands without the interpreter"""
     kind = o.task.partition(":")[0]
-    budget = o.budget or {"arithmetic": 25600, "exact": 192000, "tokens": 192}.get(kind, 9600)
-    budget = o.budget or 512 if o.quick else budget
+    budget = {"arithmetic": 25600, "exact": 192000, "tokens": 192}.get(kind, 9600)
+    budget = o.budget or ({"arithmetic": 2048, "exact": 2048, "tokens": 16}.get(kind, 1920) if o.quick else budget)
     where = ["--task", o.task, "--device", o.device, "--dtype", o.dtype]
     short = {"sft": " --steps 200", "reward_model": " --steps 30"} if o.quick else {}
     if kind == "tokens":
-        short = {"sft": " --steps 300 --batch-size 8", "reward_model": " --steps 5 --batch-size 4"}
+        room = re.fullmatch(r"tokens:(\d+)\+(\d+)", o.task)  # the longest response is half of the context, unless it is given
+        room = max(256, int(room[1]) + int(room[2]), 2 * int(room[2])) if room else 256
+        short = {"sft": f" --steps 300 --batch-size 8 --block-size {room}", "reward_model": " --steps 5 --batch-size 4"}
 
     def command(row, name, seed, more):
         script, own, *_ = (ROWS | MORE)[row]
@@ -126,6 +134,8 @@ def plan(o, folder):
     for row in o.methods:
         batch, per_step = shape(o.task, row)
         steps = max(1, round(budget / per_step))
+        if steps * per_step != budget:
+            print(f"{row}: {steps} steps of {per_step} make {steps * per_step} response sequences, not {budget}")
         more = [*batch.split(), "--steps", str(steps), "--init", init]
         more += ["--warmup", str(max(1, steps // 5))] * (o.quick or kind == "tokens")
         more += ["--reward", "rm", "--reward-model", str(folder / f"reward_model-{o.seed}.pt")] * (row == "ppo" and learned)
@@ -151,22 +161,41 @@ def final(folder, name):
         return None
 
 
-def run(folder, done, threads, item):
-    """Runs one command, if it has not ended before. done: name -> the command that made it. -> "" or what went wrong"""
-    name, row, command = item
-    if done.get(name) == command and final(folder, name) and (folder / f"{name}.pt").exists():
-        return ""
-    again = ["--resume"] * (done.get(name) == command and (folder / f"{name}.state").exists())
-    done[name] = command
-    write(folder / "commands.json", json.dumps(done, indent=1))
+def child(command, threads=0):
+    """Runs a script. -> (its exit code, the last line of its errors). Ctrl-C reaches it too: it saves and ends first."""
     env = {**os.environ, "NANOPO_PARENT": str(os.getpid())} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    start = time.time()
-    process = subprocess.run([sys.executable, HERE / command[0], *command[1:], *again], env=env, capture_output=True, text=True)
-    if process.returncode == 130:
+    process = subprocess.Popen([sys.executable, HERE / command[0], *command[1:]], env=env, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    errors = process.communicate()[1].strip().splitlines()
+    if process.returncode in (130, -signal.SIGINT):
         raise KeyboardInterrupt
-    error = "" if process.returncode == 0 else f"exit code {process.returncode}: " + (process.stderr.strip().splitlines() or ["killed"])[-1]
-    print(f"{name:<24} {time.time() - start:5.0f} s" + f"   failed, {error}" * bool(error), flush=True)
-    return error
+    return process.returncode, (errors or ["killed"])[-1]
+
+
+def inputs(command):
+    """-> a digest of the checkpoints that a command reads"""
+    given = [Path(path) for option, path in zip(command, command[1:]) if option in ("--init", "--reward-model")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in given if path.exists())).hexdigest()
+
+
+def run(folder, done, threads, item):
+    """Runs one command, if it has not ended before. done: name -> what made it, kept in commands.json. -> (exit code, what went wrong)"""
+    name, _, command = item
+    made = {"command": command, "inputs": inputs(command)}
+    files = [folder / f"{name}{end}" for end in (".pt", ".jsonl", ".state")]
+    with LOCK:
+        if done.get(name) != made:  # what stands there is another run's
+            for path in files[1:]:
+                path.unlink(missing_ok=True)
+            done[name] = made
+            write(folder / "commands.json", json.dumps(done, indent=1))
+    if final(folder, name) and files[0].exists():
+        return 0, ""
+    start = time.time()
+    code, error = child([*command, *["--resume"] * files[2].exists()], threads)
+    error = f"exit code {code}: {error}" if code else ""
+    print(f"{name:<24} {time.time() - start:5.0f} s" + f"   failed, {error}" * bool(code), flush=True)
+    return code, error
 
 
 def write(path, text):
@@ -175,20 +204,22 @@ def write(path, text):
 
 
 def run_all(o, folder):
-    """-> name -> what went wrong, of the stages and runs; a run whose stage failed is not begun"""
+    """-> (name -> what went wrong, the stages and runs)"""
     stages, runs = plan(o, folder)
     try:
         done = json.loads((folder / "commands.json").read_text())
     except (OSError, ValueError):
         done = {}
-    threads = max(1, os.cpu_count() // o.jobs) if o.jobs > 1 else 0
-    errors = {}
-    for item in stages:
-        errors[item[0]] = run(folder, done, 0, item)
-        if errors[item[0]]:
-            raise common.Stopped(f"{item[0]}, which the others start from, failed: {errors[item[0]]}")
+    threads, errors, missing = max(1, os.cpu_count() // o.jobs) if o.jobs > 1 else 0, {}, set()
     with ThreadPoolExecutor(o.jobs) as pool:
-        for (name, *_), error in zip(runs, pool.map(partial(run, folder, done, threads), runs)):
+        for item in stages:
+            code, errors[item[0]] = pool.submit(run, folder, done, 0, item).result()
+            if code and item[1] == "sft":
+                raise (common.UserError if code == 2 else common.Stopped)(f"{item[0]}, from which all start: {errors[item[0]]}")
+            missing |= {str(folder / f"{item[0]}.pt")} if code else set()
+        begun = [item for item in runs if not missing & set(item[2])]
+        errors |= {name: "its reward model failed" for name, *_ in runs}
+        for (name, *_), (_, error) in zip(begun, pool.map(partial(run, folder, done, threads), begun)):
             errors[name] = error
     return errors, stages + runs
 
@@ -198,27 +229,18 @@ def run_all(o, folder):
 
 def predicted(folder, item):
     """-> what --predict own says to a run's command, or {}"""
-    name, _, (script, *options) = item
-    path = folder / "predicted" / f"{name}.jsonl"
-    drop, kept = {"--out", "--resume", "--steps", "--warmup", "--reward-model"}, []
-    for option, value in zip(*[iter(_paired(options))] * 2):
-        kept += [] if option in drop else [option, *([value] if value is not None else [])]
-    command = [script, *kept, "--predict", "own", "--out", str(path.with_suffix(".pt"))]
-    ended = final(folder / "predicted", name)
-    if not ended:
-        subprocess.run([sys.executable, HERE / command[0], *command[1:]], capture_output=True)
-        ended = final(folder / "predicted", name)
-    return {key: x for key, x in ended[1].items() if key.startswith("predicted")} if ended else {}
-
-
-def _paired(options):
-    """A command line as option, value, option, value …; None for a flag's value"""
-    out = []
-    for i, x in enumerate(options):
-        if x.startswith("--"):
-            follows = options[i + 1] if i + 1 < len(options) and not options[i + 1].startswith("--") else None
-            out += [x, follows]
-    return out
+    name, _, command = item
+    made = {"command": command, "inputs": inputs(command)}
+    path = folder / "predicted" / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError):
+        if (known := json.loads(path.read_text()))["made"] == made:
+            return known["figures"]
+    child([*command, "--predict", "own", "--out", str(path.with_suffix(".pt"))])
+    ended = final(path.parent, f"{name}.predicted")
+    figures = {key: x for key, x in ended[1].items() if key.startswith("predicted")} if ended else {}
+    if figures:
+        write(path, json.dumps({"made": made, "figures": figures}))
+    return figures
 
 
 MEANS = ("reward", "score", "win_rate", "kl", "length", "entropy", "step_ms", "sample_ms", "logprobs_ms", "update_ms", "wall_s",
@@ -251,7 +273,7 @@ def summary(o, folder, errors, items):
                     if len(xs) == len(ended):
                         line[key] = statistics.fmean(xs)
                         line[f"{key}_sd"] = statistics.stdev(xs) if len(xs) > 1 else 0.0
-                if group is main:
+                if group is main and not common.is_file(o.task):  # of a file --predict knows no row
                     line |= predicted(folder, group[0])
                 if row in ("grpo", "dapo") and group is main:
                     line["course"] = course(folder, group[0][0])
@@ -331,7 +353,8 @@ def tables(lines):
 
 
 def ask(folder, o, row, dtype, recompute):
-    """-> (options, models, bytes at the peak, most bytes), the last two by category, of one step of a row at --predict's size"""
+    """-> (options, models, bytes at the peak, most bytes) of one step of a row at --predict's size, the last two by category; as text what
+    went wrong"""
     n, micro = o.batch_size, o.micro_batch or o.batch_size
     pairs = row not in ("sft", "kto", *SAMPLED)
     if pairs and (n % 2 or micro % 2):
@@ -346,11 +369,10 @@ def ask(folder, o, row, dtype, recompute):
     command = [script, *own.split(), "--predict", o.predict, *batch, "--micro-batch", str(micro // 2 if pairs else micro), "--dtype", dtype,
                "--task", o.task, "--out", str(folder / f"{name}.pt"), *["--seq-len", str(o.seq_len)] * bool(o.seq_len),
                *["--checkpoint-activations"] * recompute]  # fmt: skip
-    env = {**os.environ, "NANOPO_PARENT": str(os.getpid()), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, HERE / command[0], *command[1:], *model_size(o)], env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise common.Stopped(f"{row}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
-    options, last = final(folder, name)
+    code, error = child([*command, *model_size(o)], threads=1)
+    if code:
+        return error
+    options, last = final(folder, f"{name}.predicted")
     return options, last["models"], last["predicted"], last["predicted_most"]
 
 
@@ -360,76 +382,92 @@ def fits(size):
 
 
 def predict(o, folder):
-    """Prints the table of --predict, and writes predicted.json and README.md."""
+    """Prints the table of --predict, and writes it to README.md and compare.json. -> the rows that failed"""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = [(row, recompute, dtype) for row in o.methods for recompute in (False, True) for dtype in ("bfloat16", "bfloat16-pure")]
+    settings = [(row, recompute, dtype) for row in o.methods for recompute in (False, True) for dtype in DTYPES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(settings, pool.map(lambda s: ask(folder, o, s[0], s[2], s[1]), settings)))
-    rows, out = [], []
-    unit, symbol = (2**30, "GiB") if max(sum(found[s][2].values()) for s in settings) >= 2**30 else (1e6, "MB")
-    for row in o.methods:
-        for recompute in (False, True):
-            both = [found[row, recompute, dtype] for dtype in ("bfloat16", "bfloat16-pure")]
-            totals = [sum(parts.values()) for *_, parts, _ in both]
-            parts = [{**parts, **{name: most.get(name, 0) for name in ("logits", "sampling")}} for *_, parts, most in both]
-            models = [", ".join(f"{m['role']} {m['bytes'] / unit:.1f}" for m in models) for _, models, *_ in both]
-            cells = [[f"{x.get(name, 0) / unit:.1f}" for x in parts] for name in HATCH]
-            cells = [[f"{x / unit:.1f}" for x in totals], *cells, models, [fits(x) for x in totals]]
-            rows.append([row, "yes" if recompute else "no", *(" / ".join(pair) for pair in cells)])
-            for dtype, (_, models, peak, most) in zip(("bfloat16", "bfloat16-pure"), both):
-                out.append({"method": row, "dtype": dtype, "checkpoint_activations": recompute, "models": models, "predicted": peak,
-                            "predicted_most": most, "predicted_bytes": sum(peak.values()), "card": fits(sum(peak.values()))})  # fmt: skip
-    task = found[settings[0]][0]["task"]
+    failed = {row: answer for (row, *_), answer in found.items() if isinstance(answer, str)}
+    asked = {setting: answer for setting, answer in found.items() if setting[0] not in failed}
+    rows, out = [[row, "", f"failed: {why}", *[""] * (len(HATCH) + 2)] for row, why in failed.items()], []
+    unit, symbol = (2**30, "GiB") if max((sum(x[2].values()) for x in asked.values()), default=0) >= 2**30 else (1e6, "MB")
+    for row, recompute, _ in list(asked)[:: len(DTYPES)]:
+        both = [asked[row, recompute, dtype] for dtype in DTYPES]
+        totals = [sum(peak.values()) for _, _, peak, _ in both]
+        parts = [{**peak, **{name: most.get(name, 0) for name in ("logits", "sampling")}} for _, _, peak, most in both]
+        models = [", ".join(f"{m['role']} {m['bytes'] / unit:.1f}" for m in models) for _, models, _, _ in both]
+        cells = [[f"{x.get(name, 0) / unit:.1f}" for x in parts] for name in HATCH]
+        cells = [[f"{x / unit:.1f}" for x in totals], *cells, models, [fits(x) for x in totals]]
+        rows.append([row, "yes" if recompute else "no", *(" / ".join(pair) for pair in cells)])
+        for dtype, (_, models, peak, most) in zip(DTYPES, both):
+            out.append({"method": row, "dtype": dtype, "checkpoint_activations": recompute, "models": models, "predicted": peak,
+                        "predicted_most": most, "predicted_bytes": sum(peak.values()), "card": fits(sum(peak.values()))})  # fmt: skip
+    task = next((options["task"] for options, *_ in asked.values()), "")
     text = (f"Memory of a step at its peak, {symbol}, predicted: --predict {o.predict}, {task}, {o.batch_size} sequences a step (a pair "
             f"is two), {o.micro_batch or o.batch_size} a forward pass. In each cell: float32 weights with bfloat16 autocast / bfloat16 "
-            "weights and moments. Logits and sampling are the most that they take by themselves, at another time than the peak. "
-            f"A card fits what leaves it {SPARE:g} GiB.\n\n")  # fmt: skip
+            "weights and moments. Logits and sampling are the most that they take by themselves, which may be at another time than the "
+            f"peak, so the cells of a row need not add up. A card fits what leaves it {SPARE:g} GiB.\n\n")  # fmt: skip
     text += table(rows, ("method", "checkpointed", "peak", *HATCH, "by model", "fits on"))
     print(text)
-    write(folder / "compare.json", json.dumps({"predict": o.predict, "task": task, "methods": out}, indent=1))
-    chosen = [line for line in out if line["checkpoint_activations"]]
-    if plt := plots():
-        names = {"bfloat16": "autocast", "bfloat16-pure": "pure bf16"}
-        bars(plt, [(f"{line['method']}, {names[line['dtype']]}", line["predicted"]) for line in chosen], unit,
-             f"{symbol}, predicted, activations checkpointed", folder / "memory.png", CARDS if symbol == "GiB" else ())  # fmt: skip
-    command = " ".join(["python compare.py", *sys.argv[1:]])
-    write(folder / "README.md", f"# {command}\n\n{text}\n" + "\n![memory](memory.png)\n" * bool(plt))
+    write(folder / "compare.json", json.dumps({"predict": o.predict, "task": task, "methods": out, "failed": failed}, indent=1))
+    plt = plots()
+    if plt:
+        shown = [(f"{x['method']}, {DTYPES[x['dtype']]}", x["predicted"]) for x in out if x["checkpoint_activations"]]
+        marks = CARDS if symbol == "GiB" else ()
+        bars(plt, shown, unit, f"{symbol}, predicted, activations checkpointed", folder / "memory.png", marks)
+    write(folder / "README.md", f"# {o.line}\n\n{text}\n" + "\n![memory](memory.png)\n" * bool(plt))
+    return list(failed)
 
 
-@common.command()
-def main(argv=None):
-    o = common.parse(Options, argv)
-    known = ROWS | MORE
-    o.methods = list(dict.fromkeys(o.methods)) or [row for row in known if not o.predict or row not in ("cdpo", "ipo", "rloo")]
-    if not o.predict and "methods" not in o.given:
-        o.methods = list(ROWS)
-    if unknown := [row for row in o.methods if row not in known]:
-        raise common.UserError(f"--methods {unknown[0]}: no such row; there are {', '.join(known)}")
-    unread = {"seeds", "budget", "sweep", "quick", "init"} if o.predict else {"batch_size", "micro_batch", "seq_len"}
-    if unread := sorted(o.given & unread):
-        word = "without" if o.predict else "with"
-        raise common.UserError(f"--{unread[0].replace('_', '-')} is read {word} --predict only; leave one of the two out")
-    if common.is_file(o.task) and not (o.init or o.predict):
-        raise common.UserError("--init is needed with a file as the task: the SFT checkpoint that all methods start from")
-    name = Path(common.checkpoint_path(o.task, "x")).parent.name
-    if o.predict:
-        return predict(o, Path(o.out or f"out/compare/predict-{o.predict}"))
-    folder = Path(o.out or f"out/compare/{name}")
+def compare(o, folder):
+    """Runs what has not been run, prints the tables, and writes README.md, compare.json and the pictures. -> the runs that failed"""
     folder.mkdir(parents=True, exist_ok=True)
     start = time.time()
     errors, items = run_all(o, folder)
     lines = summary(o, folder, errors, items)
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    command = " ".join(["python compare.py", *(sys.argv[1:] if argv is None else argv)])
     text = "\n\n".join(tables(lines))
     print("\n" + text)
-    record = {"command": command, "task": o.task, "machine": machine, "seconds": round(time.time() - start), "methods": lines}
+    record = {"command": o.line, "task": o.task, "machine": machine, "seconds": round(time.time() - start), "methods": lines}
     write(folder / "compare.json", json.dumps(record, indent=1))
     pictures = draw(o, lines, folder)
     shown = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
-    write(folder / "README.md", f"# {command}\n\n{machine}; {record['seconds']} s.\n\n{text}\n{shown}")
+    write(folder / "README.md", f"# {o.line}\n\n{machine}; {record['seconds']} s.\n\n{text}\n{shown}")
     print(f"\n{folder}/README.md, compare.json" + "".join(f", {path.name}" for path in pictures))
-    if failed := [name for name, error in errors.items() if error]:
+    return [name for name, error in errors.items() if error]
+
+
+UNREAD = {True: {"seeds", "budget", "sweep", "quick", "init", "jobs", "device", "dtype", "seed"},
+          False: {"batch_size", "micro_batch", "seq_len"}}  # fmt: skip
+
+
+@common.command()
+def main(argv=None):
+    o, known = common.parse(Options, argv), ROWS | MORE
+    o.line = " ".join(["python compare.py", *(sys.argv[1:] if argv is None else argv)])
+    every = [row for row in known if row not in ("cdpo", "ipo", "rloo")] if o.predict else list(ROWS)  # those three hold what others hold
+    o.methods = list(dict.fromkeys(o.methods or every))
+    if unknown := [row for row in o.methods if row not in known]:
+        raise common.UserError(f"--methods {unknown[0]}: no such row; there are {', '.join(known)}")
+    if unread := sorted(o.given & UNREAD[bool(o.predict)]):
+        word = "without" if o.predict else "with"
+        raise common.UserError(f"--{unread[0].replace('_', '-')} is read {word} --predict only; leave one of the two out")
+    if o.init and not os.path.isfile(o.init):
+        raise common.UserError(f"--init {o.init}: no such file; leave it out to make one")
+    if o.init:
+        o.methods = [row for row in o.methods if row != "sft"]
+    if common.is_file(o.task) and not (o.init or o.predict):
+        raise common.UserError("--init is needed with a file as the task: the SFT checkpoint that all methods start from")
+    name = f"predict-{o.predict}" if o.predict else Path(common.checkpoint_path(o.task, "x")).parent.name
+    folder = Path(o.out or f"out/compare/{name}")
+    if folder.exists() and not folder.is_dir():
+        raise common.UserError(f"--out {o.out} is a file; give a folder")
+    try:
+        failed = (predict if o.predict else compare)(o, folder)
+    except KeyboardInterrupt:
+        print("\nthe same command goes on where this one stopped", file=sys.stderr)
+        raise
+    if failed:
         raise common.Stopped(f"failed: {', '.join(failed)}")
 
 

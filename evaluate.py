@@ -74,7 +74,7 @@ def outline(path, o, task):
         with contextlib.suppress(Exception):  # no file, or none of ours
             size = torch.load(path, map_location="meta", weights_only=True, mmap=True)["config"]
             source = "of it only the shape is read:"
-        size = {"vocab_size": tokenizer.size, "block_size": GPTConfig.block_size} | size
+        size = {"vocab_size": tokenizer.size, "block_size": (not path and o.block_size) or GPTConfig.block_size} | size
     size |= {name: getattr(o, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size") if name in o.given and getattr(o, name)}
     if task.name.startswith("tokens"):
         size["block_size"] = max(task.prompt + task.max_new_tokens, size.get("block_size", 0))

@@ -300,6 +300,11 @@ def sample(model, prompts, max_new_tokens, end_id, temperature=1.0, generator=No
     p_drawn = torch.ones(R, max_new_tokens, device=device)
     rows = torch.arange(B, device=device).repeat_interleave(group)
 
+    outline = hasattr(weight, "fake_mode")  # sizes alone (memory.py): the first token and the last tell all, and the last is the end
+    stride = max(1, max_new_tokens - 1) if outline else 1
+    if outline:
+        drawn[:, -1] = end_id
+
     with torch.inference_mode():
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
@@ -309,7 +314,6 @@ def sample(model, prompts, max_new_tokens, end_id, temperature=1.0, generator=No
         if group > 1:
             cache.take(rows)
         alive, tokens, probs = torch.arange(R, device=device), [], []  # the rows still drawn, and their last few draws
-        stride = max(1, max_new_tokens - 1) if hasattr(weight, "fake_mode") else 1  # of sizes alone: the first token and the last
         for t in range(0, max_new_tokens, stride):
             p = (F.linear(h, weight).float() / temperature).softmax(-1)  # (alive, V)
             cdf = p.cumsum(-1)

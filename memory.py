@@ -12,7 +12,7 @@ What a tracker counts is the bytes of live storages, each once however many view
     gradients     .grad of the parameters
     optimizer     AdamW's two moments
     logits        what has the vocabulary as its last axis: logits, softmax and their gradients
-    sampling      all that sampling makes: the KV cache, the uniforms, the next-token distributions
+    sampling      all that sampling makes: the KV cache, the uniforms, the next-token distributions; and what judges the samples
     activations   the rest: what the backward pass keeps and makes, log-probs, the batch
 """
 import weakref

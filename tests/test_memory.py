@@ -143,7 +143,7 @@ def both(script, folder, tmp_path, monkeypatch, capsys, *more):
     own = ["--reward-model", "endless-judge.pt"] if script == "ppo" else []
     for name, extra in (("run", own), ("predicted", ["--predict", "own"])):
         assert main(script, *args, *extra, "--device", "cpu", "--out", tmp_path / f"{name}.pt") == 0, capsys.readouterr()
-    return lines(tmp_path / "run.jsonl")[-1]["final"], lines(tmp_path / "predicted.jsonl")[-1]["final"]
+    return lines(tmp_path / "run.jsonl")[-1]["final"], lines(tmp_path / "predicted.predicted.jsonl")[-1]["final"]
 
 
 @pytest.mark.parametrize("script", METHODS)
@@ -241,7 +241,7 @@ models = [{"role": "policy", "trainable": True, "parameters": 10, "bytes": 160}]
 steps = int(options.get("--steps", 100))
 final = {"models": models, "forward_passes": 1, "backward_passes": 1, "flops_per_token": 60, "trained_tokens": 100 * steps,
          "reward": 1.0 + int(options["--seed"]), "step_ms": 5.0 if name == "simpo.py" else 10.0, "wall_s": 1, "kl": 2.0}
-open(out, "w").write("x")
+open(out, "w").write(" ".join(sys.argv))
 with open(out[:-3] + ".jsonl", "w") as f:
     f.write(json.dumps({"options": {"steps": steps, "beta": 0.1}}) + "\\n" + json.dumps({"final": final}) + "\\n")
 """
@@ -275,6 +275,47 @@ def test_a_killed_method_is_a_row_and_the_rest_is_kept(stubs, capsys):
     dpo, simpo = json.loads((folder / "compare.json").read_text())["methods"]
     assert dpo["runs"] == 2 and dpo["step_over_simpo"] == 2.0 and dpo["flops_over_simpo"] == 1.0
     assert "1.50 ± 0.71" in (folder / "README.md").read_text()
+
+
+def test_another_start_runs_anew_and_a_failure_is_not_taken_for_the_run_before(stubs, capsys):
+    """The stage's checkpoint changes, so what started from it is run again; killed, it has no figures, though older ones were there."""
+    simpo = ["--methods", "simpo", "--task", "exact"]
+    compare.main(simpo)
+    calls = stubs / "out/compare/exact/calls"
+    calls.write_text("")
+    compare.main(simpo)
+    assert "simpo.py" not in calls.read_text()
+    compare.main([*simpo, "--n-layer", "1"])
+    assert calls.read_text().split()[:2] == ["sft.py", "simpo.py"]
+    (stubs / "mended").touch()
+    compare.main(["--methods", "dpo", "--task", "exact", "--budget", "256"])
+    (stubs / "mended").unlink()
+    for _ in range(2):
+        assert main("compare", "--methods", "dpo", "--task", "exact", "--budget", "512") == 1
+        assert "| dpo    | failed: exit code -9: killed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--methods", "dpo", "ddpo"], "--methods ddpo: no such row"), (["--batch-size", "8"], "--batch-size is read with --predict only"),
+    (["--predict", "7b", "--jobs", "2"], "--jobs is read without --predict only"), (["--init", "missing.pt"], "missing.pt: no such file"),
+    (["--task", "my.jsonl"], "--init is needed with a file"), (["--out", "sft.py"], "--out sft.py is a file; give a folder"),
+])  # fmt: skip
+def test_mistakes_of_a_comparison(args, said, stubs, capsys):
+    before = sorted(stubs.iterdir())
+    assert main("compare", *args) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert sorted(stubs.iterdir()) == before
+
+
+def test_plan_spends_the_budget(tmp_path):
+    """Every row trains on 9,600 response sequences of reviews, the default, and on 1,920 with --quick."""
+    for quick, budget in ((False, 9600), (True, 1920)):
+        o = compare.Options(methods=list(compare.ROWS), quick=quick)
+        o.given = set()
+        for _, row, command in compare.plan(o, tmp_path)[1]:
+            steps = int(command[command.index("--steps") + 1])
+            assert steps * compare.shape("reviews", row)[1] == budget, row
 
 
 def test_other_options_run_anew(stubs):
