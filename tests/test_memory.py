@@ -122,6 +122,27 @@ def test_ledger_and_flops_by_hand():
 # ------------------------------------------------------------------------------------------------ the prediction
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_shadow_computes_sizes_and_leaves_all_as_it_was(device):
+    """Within it weights are fake and AdamW is fused, whatever device they came from; whole numbers and masks are real."""
+    with torch.device(device):
+        model = GPT(GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=1, n_embd=16))
+    before, optimizer = dict(model.named_parameters()), torch.optim.AdamW(model.parameters())
+    groups = [dict(group) for group in optimizer.param_groups]
+    ids, mask = torch.zeros(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.bool)
+    with Ledger(policy=model).tracked(optimizer, shadow=True) as t:
+        assert optimizer.param_groups[0]["fused"] and all(p.device.type == "cpu" for p in model.parameters())
+        logp = model.logprobs(ids, mask)
+        assert logp.shape == (2, 7) and float(logp.detach().sum()) == 1.0 and logp[mask[:, 1:]].shape == (14,)
+        assert int(mask.sum()) == 16 and torch.zeros(3, dtype=torch.int64).tolist() == [0, 0, 0]
+        logp.sum().backward()
+        optimizer.step()
+        moments = 2 * sum(4 * p.numel() for p in before.values())
+        assert t.now["gradients"] == moments / 2 and t.now["optimizer"] == moments + 4 * len(before)
+    assert all(p is before[name] and p.grad is None for name, p in model.named_parameters())
+    assert optimizer.param_groups == groups and not optimizer.state
+
+
 @pytest.fixture(scope="session")
 def endless(tiny):
     """`tiny` with endless.pt, a policy that never draws the end token, and judge.pt, a reward model."""
