@@ -505,7 +505,7 @@ class Run(Compute):
         """Two steps as the script has them, under weights that are fake: the second's peak is what the run will need. Nothing that
         they touch is left changed. With --predict that is all, and the process ends."""
         o, batches, device, tokens, every = self.o, self.state.get("prompts"), self.device, self.tokens, self.o.eval_every
-        cursor, rng = batches and batches.state_dict(), torch.get_rng_state()
+        cursor = batches and batches.state_dict()
         self.device, self.predicting, o.eval_every = torch.device("cpu"), True, 0
         with self.held.tracked(self.state["optimizer"], shadow=True) as self.tracker:
             for step in (0, 1):
@@ -516,7 +516,6 @@ class Run(Compute):
         self.device, self.predicting, o.eval_every, self.tokens, self.parts = device, False, every, tokens, {}
         if cursor:
             batches.load_state_dict(cursor)
-        torch.set_rng_state(rng)
         if o.predict:
             self._predicted()
         self.say(f"predicted peak: {memory_text(*self.predicted)}")

@@ -161,8 +161,6 @@ class Tracker(TorchDispatchMode):
                 return func(*args, **kwargs)
         elif func is aten._local_scalar_dense.default:
             return torch.ones((), dtype=args[0].dtype).item()
-        elif func._schema.is_mutable and isinstance(args[0], torch.Tensor) and not isinstance(args[0], FakeTensor):
-            return args[0]  # numbers that are not known, written into ones that are: these stay
         elif func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._unsafe_index.Tensor):
             places = []
             for x in args[1]:  # a mask selects what it marks

@@ -9,7 +9,7 @@ from conftest import lines, main, run
 
 import common
 import compare
-from gpt import GPT, GPTConfig, ScalarGPT, load, save
+from gpt import GPT, GPTConfig, KVCache, ScalarGPT, load, sample, save
 from memory import Ledger, Tracker
 
 METHODS = ["sft", "reward_model", "dpo", "simpo", "orpo", "kto", "ppo", "grpo", "dapo"]
@@ -123,7 +123,7 @@ def test_ledger_and_flops_by_hand():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_shadow_computes_sizes_and_leaves_all_as_it_was(device):
+def test_a_shadow_computes_sizes_and_leaves_all_as_it_was(device, monkeypatch):
     """Within it weights are fake and AdamW is fused, whatever device they came from; whole numbers and masks are real."""
     with torch.device(device):
         model = GPT(GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=1, n_embd=16))
@@ -139,6 +139,10 @@ def test_a_shadow_computes_sizes_and_leaves_all_as_it_was(device):
         optimizer.step()
         moments = 2 * sum(4 * p.numel() for p in before.values())
         assert t.now["gradients"] == moments / 2 and t.now["optimizer"] == moments + 4 * len(before)
+        widths, advance = [], KVCache.advance
+        monkeypatch.setattr(KVCache, "advance", lambda self, T: (advance(self, T), widths.append(self.width))[0])
+        s = sample(model, [[1], [2, 3]], 5, end_id=63, group=2)  # as long as it can be, read in two steps
+        assert widths == [2, 2 + 5 - 1] and s.mask.sum(1).tolist() == [5] * 4 and s.finished.all() and s.stop.tolist() == [6, 6, 7, 7]
     assert all(p is before[name] and p.grad is None for name, p in model.named_parameters())
     assert optimizer.param_groups == groups and not optimizer.state
 
@@ -228,7 +232,7 @@ def test_mistakes_with_predict(args, said, tmp_path, monkeypatch, capsys):
 def test_too_little_free_memory_stops_before_anything_is_lost(tiny, tmp_path, monkeypatch, capsys):
     """On a GPU, here one that is made up: exit code 2 and the old files untouched; --force goes on to the same bits as without."""
     monkeypatch.chdir(tiny)
-    monkeypatch.setattr("evaluate.PROMPTS", 8)
+    monkeypatch.setattr("evaluate.PROMPTS", 100)
     args = ["--steps", 3, "--batch-size", 4, "--warmup", 1, "--eval-every", 1, "--device", "cpu", "--out", tmp_path / "grpo.pt"]
     args += ["--max-new-tokens", 4, "--group", 4, "--minibatches", 2]
     assert main("grpo", *args) == 0
@@ -242,6 +246,8 @@ def test_too_little_free_memory_stops_before_anything_is_lost(tiny, tmp_path, mo
     final = lines(tmp_path / "grpo.jsonl")[-1]["final"]
     assert all(torch.equal(x, weights[k]) for k, x in load(tmp_path / "grpo.pt")[0].state_dict().items())
     assert final["predicted_bytes"] == pytest.approx(final["peak_bytes"], rel=0.05)
+    assert final["predicted_most"]["logits"] == pytest.approx(final["peak_most"]["logits"], rel=0.1)  # not those of the evaluations
+    assert sum("eval" in line for line in lines(tmp_path / "grpo.jsonl")) == 3
     before = json.loads(record.splitlines()[-1])["final"]
     assert all(final[key] == before[key] for key in ("reward", "kl", "sampled_tokens", "trained_tokens", "peak_bytes"))
 
