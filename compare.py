@@ -529,7 +529,7 @@ def scatter(plt, o, lines, path, x, name):
     if x == "kl":
         axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
     label(figure, axes, places)
-    axes.legend(fontsize=9, ncols=2, loc="lower right")
+    axes.legend(fontsize=9, ncols=2)
     return saved(plt, figure, path)
 
 
@@ -561,11 +561,11 @@ def bars(plt, rows, unit, name, path, marks=()):
         axes.text(size, i, f" {size:.1f}", va="center", fontsize=9)
     for mark in marks:
         axes.axvline(mark, color="black", linewidth=0.8, linestyle="--")
-        axes.text(mark, -0.8, f"{mark} GB", ha="center", va="bottom", fontsize=9)
-    axes.set(xlabel=name, xlim=(0, 1.1 * max(left)))
+        axes.text(mark, -0.7, mark, ha="center", va="bottom", fontsize=9, backgroundcolor="white")
+    axes.set(xlabel=name + f"; dashed: cards of {', '.join(map(str, marks))} GB" * bool(marks), xlim=(0, 1.1 * max(left)))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.legend(fontsize=9, ncols=4, loc="lower center", bbox_to_anchor=(0.45, 1.1 if marks else 1.0))
+    axes.legend(fontsize=9, ncols=4, loc="lower center", bbox_to_anchor=(0.45, 1.0))
     return saved(plt, figure, path)
 
 
