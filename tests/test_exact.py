@@ -307,6 +307,7 @@ def test_equal_rows_are_scored_once_and_count_as_often_as_they_stand(world):
     assert gradients[0].norm() > 1e-3 and (gradients[0] - gradients[1]).norm() < 1e-9 * gradients[0].norm()
 
 
+@pytest.mark.slow
 def test_few_pairs_many_epochs_overfit(world):
     """300 pairs, 200 epochs: the loss falls to the end; KL(π‖π*) falls by 0.2, then rises by 0.3 and more."""
     done = run("dpo.py", "--task", "exact", "--pairs", 300, "--epochs", 200, "--out", "out/few.pt", "--device", "cpu", cwd=world)

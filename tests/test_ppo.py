@@ -269,6 +269,7 @@ def test_the_first_step_climbs_j_whatever_the_critic_says(world, monkeypatch):
     assert found[1] > 0.99 and found[0] < 0.9, found
 
 
+@pytest.mark.slow
 def test_ppo_comes_near_the_known_optimum(world, monkeypatch):
     """60 rollouts of 128 at λ = 1: KL(π‖π*) from above 1 to below 0.2; without a penalty the same steps end further than 0.3 away."""
     monkeypatch.chdir(world)

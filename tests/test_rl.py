@@ -400,6 +400,7 @@ def test_shuffled_rewards_do_not_learn(world, monkeypatch):
     assert gains[0] > 0.8 and abs(gains[1]) < 0.3, gains
 
 
+@pytest.mark.slow
 def test_rloo_comes_near_the_known_optimum(world, monkeypatch):
     """300 short steps: KL(π‖π*) from above 1 to below 0.1; without a penalty the same steps end further than 0.3 away."""
     monkeypatch.chdir(world)
