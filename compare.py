@@ -68,7 +68,7 @@ class Options:
     quick: bool = False  # a smoke pass: short stages, a small budget
     init: str = ""  # SFT checkpoint that all methods start from (default: made first)
     out: str = ""  # folder (default: out/compare/<task>)
-    jobs: Count = 1  # runs at a time; with 2 or more the times disturb each other
+    jobs: Count = 1  # runs at a time, each with its share of the threads; two or more disturb each other's times (default: 1; quick: 2)
     n_layer: Whole = 0  # blocks of the model that is made (0: the task's)
     n_head: Whole = 0  # its attention heads a block
     n_embd: Whole = 0  # its width
@@ -235,7 +235,7 @@ def predicted(folder, item):
     with contextlib.suppress(OSError, ValueError):
         if (known := json.loads(path.read_text()))["made"] == made:
             return known["figures"]
-    child([*command, "--predict", "own", "--out", str(path.with_suffix(".pt"))])
+    child([*command, "--predict", "own", "--out", str(path.with_suffix(".pt"))], threads=1)
     ended = final(path.parent, f"{name}.predicted")
     figures = {key: x for key, x in ended[1].items() if key.startswith("predicted")} if ended else {}
     if figures:
@@ -424,6 +424,9 @@ def compare(o, folder):
     folder.mkdir(parents=True, exist_ok=True)
     start = time.time()
     errors, items = run_all(o, folder)
+    if not common.is_file(o.task):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # summary finds them there
+            list(pool.map(partial(predicted, folder), [item for item in items if item[0] == f"{item[1]}-{o.seed}" and item[1] in o.methods]))
     lines = summary(o, folder, errors, items)
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     text = "\n\n".join(tables(lines))
@@ -454,6 +457,8 @@ def main(argv=None):
         raise common.UserError(f"--{unread[0].replace('_', '-')} is read {word} --predict only; leave one of the two out")
     if o.init and not os.path.isfile(o.init):
         raise common.UserError(f"--init {o.init}: no such file; leave it out to make one")
+    if o.quick and "jobs" not in o.given:
+        o.jobs = 2
     if o.init:
         o.methods = [row for row in o.methods if row != "sft"]
     if common.is_file(o.task) and not (o.init or o.predict):
