@@ -425,8 +425,9 @@ def compare(o, folder):
     start = time.time()
     errors, items = run_all(o, folder)
     if not common.is_file(o.task):
+        first = [item for item in items if item[0] == f"{item[1]}-{o.seed}" and item[1] in o.methods]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # summary finds them there
-            list(pool.map(partial(predicted, folder), [item for item in items if item[0] == f"{item[1]}-{o.seed}" and item[1] in o.methods]))
+            list(pool.map(partial(predicted, folder), first))
     lines = summary(o, folder, errors, items)
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     text = "\n\n".join(tables(lines))
