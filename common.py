@@ -518,7 +518,7 @@ class Run(Compute):
             batches.load_state_dict(cursor)
         if o.predict:
             self._predicted()
-        self.say(f"predicted peak: {memory_text(*self.predicted)}")
+        self.say(f"predicted peak: {self.held.peak_text(*self.predicted)}")
         need, free = sum(self.predicted[0].values()), self._free()
         if need > free and not o.force:
             raise UserError(f"a step needs {need / 2**30:.3g} GiB, but {self.device} has {free / 2**30:.3g} GiB free: a smaller "
@@ -538,7 +538,7 @@ class Run(Compute):
         autocast = ", bfloat16 autocast" * (self.dtype == torch.bfloat16 and not self.pure)
         self.say(f"{self.method}, --predict {o.predict}: {o.task}, {shape}, {str(self.weights)[6:]} weights{autocast}"
                  + ", activations checkpointed" * o.checkpoint_activations)  # fmt: skip
-        self.say(f"{self.held.text()}\npredicted peak: {memory_text(*self.predicted)}")
+        self.say(f"{self.held.text()}\npredicted peak: {self.held.peak_text(*self.predicted)}")
         if "out" in o.given:
             path = f"{o.out.removesuffix('.pt')}.predicted.jsonl"
             try:
@@ -547,7 +547,7 @@ class Run(Compute):
             except OSError as e:
                 raise UserError(f"{path} cannot be written ({e.strerror}); give another --out") from None
             self.write({"method": self.method, "task": o.task, "options": asdict(o)})
-            self.write({"final": {"models": self.models, **memory_figures("predicted", self.predicted)}})
+            self.write({"final": {"models": self.models, **self.held.peak_figures("predicted", self.predicted)}})
         sys.exit(0)
 
     @contextlib.contextmanager
@@ -706,7 +706,7 @@ class Run(Compute):
             tokens = (self.tokens - self.before) / self.steps_done  # a step
             final |= {"step_ms": 1000 * statistics.median(self.times), "tokens_per_s": tokens / statistics.fmean(self.times)}
             final |= {f"{part}_ms": 1000 * statistics.median(times) for part, times in self.parts.items()}
-        final |= memory_figures("peak", self.peak) | memory_figures("predicted", self.predicted)
+        final |= self.held.peak_figures("peak", self.peak) | self.held.peak_figures("predicted", self.predicted)
         self.write({"final": final})
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.state_path)
@@ -714,23 +714,8 @@ class Run(Compute):
         parts = ", ".join(f"{part} {final[f'{part}_ms']:.0f}" for part in self.parts)
         speed = f", {final['step_ms']:.0f} ms a step{f' ({parts})' if parts else ''}" if self.times else ""
         speed += f", {final['tokens_per_s']:,.0f} tokens/s" if self.times else ""
-        peak = f"\nmemory at a step's peak: {memory_text(*self.peak)}" if self.peak else ""
+        peak = f"\nmemory at a step's peak: {self.held.peak_text(*self.peak)}" if self.peak else ""
         self.say(f"time: {final['wall_s']:.0f} s{speed}{peak}\ncheckpoint {self.out}, record {self.record_path}")
-
-
-def memory_text(parts, most):
-    """Bytes by category, at the peak and the most of each -> as text: the sum, the parts above zero, and what is large at another time"""
-    total = sum(parts.values())
-    unit, symbol = (2**30, "GiB") if total >= 2**30 else (1e6, "MB")
-    inner = [f"{name} {size / unit:.1f}" for name, size in parts.items() if size / unit >= 0.05 and name != "all"]
-    more = {name: most[name] for name in ("logits", "sampling") if most.get(name, 0) > parts.get(name, 0)}
-    other = [f"{name} {size / unit:.1f}" for name, size in more.items() if size / unit >= 0.05]
-    return f"{total / unit:.1f} {symbol}" + f" ({', '.join(inner)})" * bool(inner) + f"; at other times {', '.join(other)}" * bool(other)
-
-
-def memory_figures(name, found):
-    """-> the record's figures of a (peak, most) pair, {} for None"""
-    return {f"{name}_bytes": sum(found[0].values()), name: found[0], f"{name}_most": found[1]} if found else {}
 
 
 def _digest(models, rows):

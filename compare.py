@@ -264,7 +264,8 @@ def summary(o, folder, errors, items):
                 options, last = ended[0][1:]
                 strength = (ROWS | MORE)[row][2].removeprefix("--").replace("-", "_")
                 line |= {key: last[key] for key in KEPT if key in last}
-                steps = last_step(folder, ended[0][0][0]) or options["steps"]
+                logged = steps_of(folder, ended[0][0][0])
+                steps = max((x["step"] for x in logged), default=options["steps"])  # DAPO ends where it finds no mixed groups any more
                 line |= {"strength": strength, "value": options.get(strength), "swept": group is not main, "steps": steps,
                          "planned": options["steps"], "updates": options.get("updates", 1),
                          "parameters": sum(m["parameters"] for m in last["models"])}  # fmt: skip
@@ -276,7 +277,7 @@ def summary(o, folder, errors, items):
                 if group is main and not common.is_file(o.task):  # of a file --predict knows no row
                     line |= predicted(folder, group[0])
                 if row in ("grpo", "dapo") and group is main:
-                    line["course"] = course(folder, group[0][0])
+                    line["course"] = course(logged)
             out.append(line)
     simpo = next((line for line in out if line["method"] == "simpo" and "step_ms" in line), None)
     for line in out:
@@ -286,28 +287,26 @@ def summary(o, folder, errors, items):
     return out
 
 
-def last_step(folder, name):
-    """-> the last step that a record holds: DAPO ends where it finds no mixed groups any more"""
-    lines = [json.loads(text) for text in (folder / f"{name}.jsonl").read_text().splitlines()]
-    return max((line.get("step", 0) for line in lines), default=0)
+def steps_of(folder, name):
+    """-> the lines of a record between its first and its last"""
+    return [json.loads(text) for text in (folder / f"{name}.jsonl").read_text().splitlines()[1:-1]]
 
 
 def flops_a_step(line):
     return line["flops_per_token"] * line["trained_tokens"] / line["updates"] / line["steps"]
 
 
-def course(folder, name):
+def course(lines):
     """-> entropy and reward of each recorded step: where DAPO logs ±1, the share of correct responses in its place"""
-    lines = [json.loads(text) for text in (folder / f"{name}.jsonl").read_text().splitlines()[1:-1]]
     return [{key: line[key] for key in ("step", "entropy", "reward", "accuracy") if key in line} for line in lines if "entropy" in line]
 
 
-def pm(line, key, digits=2, scale=1.0):
+def pm(line, key, digits=2):
     """A mean, ± the standard deviation where there are seeds, as text"""
     if key not in line:
         return ""
-    spread = f" ± {line[key + '_sd'] * scale:.{digits}f}" if line["runs"] > 1 else ""
-    return f"{line[key] * scale:.{digits}f}{spread}".replace("-", "−")
+    spread = f" ± {line[key + '_sd']:.{digits}f}" if line["runs"] > 1 else ""
+    return f"{line[key]:.{digits}f}{spread}".replace("-", "−")
 
 
 def table(rows, head):

@@ -2,7 +2,7 @@
 
     Ledger     the models that a script holds, by role: parameters, bytes of weights, gradients and AdamW's moments
     Tracker    while it is on, every tensor storage is counted from its making to its end, and the greatest sum is kept
-    Shadow     a Tracker under which the models' weights are fake: a step runs as it is written, and has sizes but no numbers
+    a shadow   a Tracker under which the models' weights are fake: a step runs as it is written, and has sizes but no numbers
 
 What a tracker counts is the bytes of live storages, each once however many views it has. On a CUDA device add the context (about
 0.5 GB), the workspaces of its libraries and rounding. Categories, of the peak:
@@ -17,13 +17,12 @@ What a tracker counts is the bytes of live storages, each once however many view
 """
 import weakref
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CATEGORIES = ("weights", "casts", "gradients", "optimizer", "activations", "logits", "sampling")
 aten = torch.ops.aten
 
 
@@ -48,12 +47,28 @@ class Ledger:
         """-> the ledger as lines to read"""
         lines = [f"models held: {len(self.models)}"]
         for m in self.records():
-            unit, name = (2**30, "GiB") if m["bytes"] >= 2**30 else (1e6, "MB")
+            unit, name = _unit(m["bytes"])
             weights, gradients, moments, size = (m[f"{part}bytes"] / unit for part in ("weight_", "gradient_", "optimizer_", ""))
             line = f"  {m['role']:<8} {'trained' if m['trainable'] else 'frozen':<8} {m['parameters'] / 1e6:,.2f} M parameters"
             parts = f" (weights {weights:.1f}, gradients {gradients:.1f}, AdamW {moments:.1f})" * m["trainable"]
             lines.append(f"{line}, {size:.1f} {name}{parts}")
         return "\n".join(lines)
+
+    @staticmethod
+    def peak_text(parts, most):
+        """Bytes by category, at the peak and the most of each -> as text: the sum, the parts above zero, what is large at another time"""
+        total = sum(parts.values())
+        unit, symbol = _unit(total)
+        inner = [f"{name} {size / unit:.1f}" for name, size in parts.items() if size / unit >= 0.05 and name != "all"]
+        more = {name: most[name] for name in ("logits", "sampling") if most.get(name, 0) > parts.get(name, 0)}
+        other = [f"{name} {size / unit:.1f}" for name, size in more.items() if size / unit >= 0.05]
+        text = f"{total / unit:.1f} {symbol}" + f" ({', '.join(inner)})" * bool(inner)
+        return text + f"; at other times {', '.join(other)}" * bool(other)
+
+    @staticmethod
+    def peak_figures(name, found):
+        """-> the record's figures of a (peak, most) pair, {} for None"""
+        return {f"{name}_bytes": sum(found[0].values()), name: found[0], f"{name}_most": found[1]} if found else {}
 
     def flops(self, forward, backward, recompute=False):
         """FLOPs a token, without attention: 2N for each forward pass and 4N for each backward pass, 6N with the recomputation of
@@ -63,8 +78,8 @@ class Ledger:
 
     @contextmanager
     def tracked(self, optimizer, shadow=False):
-        """-> the Tracker that counts what happens inside, from weights and moments that are there; a Shadow, if asked for."""
-        with _fake_weights(self.models.values(), optimizer) if shadow else _as_they_are() as fake:
+        """-> the Tracker that counts what happens inside, from weights and moments that are there, or in their shadow."""
+        with _fake_weights(self.models.values(), optimizer) if shadow else nullcontext() as fake:
             vocabulary = {model.config.vocab_size for model in self.models.values()}
             tracker, hooks = Tracker(vocabulary, fake), []
             for model in self.models.values():
@@ -170,6 +185,11 @@ class Tracker(TorchDispatchMode):
         return self.fake.__torch_dispatch__(func, types, args, kwargs)
 
 
+def _unit(size):
+    """Bytes -> (the unit to tell them in, its name)"""
+    return (2**30, "GiB") if size >= 2**30 else (1e6, "MB")
+
+
 def _makes_floats(func, args, kwargs):
     """Whether an operation without tensors, such as zeros or arange, makes floating-point numbers."""
     if kwargs.get("dtype") is not None:
@@ -178,11 +198,6 @@ def _makes_floats(func, args, kwargs):
     if name.startswith(("arange", "full", "scalar_tensor", "randint", "randperm")):
         return any(isinstance(x, float) for x in tree_leaves(args))
     return True
-
-
-@contextmanager
-def _as_they_are():
-    yield None
 
 
 @contextmanager
