@@ -364,7 +364,7 @@ class Run(Compute):
         o.micro_batch = o.micro_batch or whole
         if whole % o.micro_batch:
             raise UserError(f"--micro-batch {o.micro_batch} does not divide {words}")
-        if o.epochs and not (is_file(o.task) or sampled or getattr(o, "pairs", 0)):
+        if o.epochs and not (is_file(o.task) or hasattr(o, "reward") or getattr(o, "pairs", 0)):
             raise UserError(f"--epochs counts passes over a fixed set, but {o.task} makes fresh rows every step; give --steps")
         if is_exact(o.task) and o.max_new_tokens:
             raise UserError(f"--max-new-tokens {o.max_new_tokens}: the responses of {o.task} have a length of their own; leave it out")
@@ -469,7 +469,7 @@ class Run(Compute):
         try:
             for step in range(self.first, o.steps):
                 self.started, self.sums, self.spent, self.elapsed = time.perf_counter(), {}, {}, None
-                self.cursor = {name: x.state_dict() for name, x in self.state.items() if name == "prompts"}
+                self.cursor = self._drawn()
                 try:
                     with self._measured() if step == measured else contextlib.nullcontext():
                         yield step
@@ -504,8 +504,7 @@ class Run(Compute):
     def _predict(self):
         """Two steps as the script has them, under weights that are fake: the second's peak is what the run will need. Nothing that
         they touch is left changed. With --predict that is all, and the process ends."""
-        o, batches, device, tokens, every = self.o, self.state.get("prompts"), self.device, self.tokens, self.o.eval_every
-        cursor = batches and batches.state_dict()
+        o, device, tokens, every, drawn = self.o, self.device, self.tokens, self.o.eval_every, self._drawn()
         self.device, self.predicting, o.eval_every = torch.device("cpu"), True, 0
         with self.held.tracked(self.state["optimizer"], shadow=True) as self.tracker:
             for step in (0, 1):
@@ -514,8 +513,8 @@ class Run(Compute):
                 yield step
         self.predicted, self.peak, self.tracker = self.peak, None, None
         self.device, self.predicting, o.eval_every, self.tokens, self.parts = device, False, every, tokens, {}
-        if cursor:
-            batches.load_state_dict(cursor)
+        for name, state in drawn.items():
+            self.state[name].load_state_dict(state)
         if o.predict:
             self._predicted()
         self.say(f"predicted peak: {self.held.peak_text(*self.predicted)}")
@@ -523,6 +522,10 @@ class Run(Compute):
         if need > free and not o.force:
             raise UserError(f"a step needs {need / 2**30:.3g} GiB, but {self.device} has {free / 2**30:.3g} GiB free: a smaller "
                             "--micro-batch or --checkpoint-activations need less, --force goes on")  # fmt: skip
+
+    def _drawn(self):
+        """-> the states that a step moves before any weight has moved"""
+        return {name: x.state_dict() for name, x in self.state.items() if name in ("prompts", "round")}
 
     def _free(self):
         """-> the bytes that this run may take of a GPU, those included that it holds already; 0 on other devices"""

@@ -38,7 +38,7 @@ import torch
 import common
 import data
 from common import Count, Whole
-from gpt import GPT, CheckpointError, GPTConfig, ScalarGPT, load, sample
+from gpt import GPT, CheckpointError, GPTConfig, Samples, ScalarGPT, load, sample
 
 ROWS = 128  # sequences a forward pass
 PROMPTS = 512
@@ -155,6 +155,7 @@ class Reward:
 
     def __init__(self, run, task, how="task"):
         self.run, self.task, self.how, self.model = run, task, how, None
+        self.reads = None  # the vocabulary of a judge, which reads text
         self.unended = None  # the score of a response that did not end (ppo.py); None: the reward model's, at its last token
         self.bound = task.bound if how in ("task", "rm") else None
         if how not in ("task", "rm"):
@@ -167,13 +168,18 @@ class Reward:
         elif how == "task":
             self.earn = task.reward
 
-    def open(self, tokenizer, reward_model="", block_size=0):
-        """reward_model: the path of its checkpoint. block_size: the longest sequence that it will read. -> this reward"""
+    def open(self, tokenizer, reward_model="", block_size=0, judge=False):
+        """reward_model: the path of its checkpoint. block_size: the longest sequence that it will read. judge: it was trained elsewhere,
+        and reads text; where that is longer than its context, the prompt loses its beginning. -> this reward"""
         self.tokenizer = tokenizer
         if self.how == "rm":
-            model, meta = open_reward_model(reward_model, tokenizer, block_size, self.run.predict and self.run.o, self.task)
+            o = self.run.o if self.run.predict else None
+            model, meta = open_reward_model(reward_model, None if judge else tokenizer, 0 if judge else block_size, o, self.task)
             self.model = self.run.frozen(self.run.prepare(model))
-            if not self.run.predict:
+            if judge and not o:
+                self.reads = data.Tokenizer(meta["tokenizer"])
+                same_world(reward_model, self.reads, meta, self.task)
+            if not o:
                 print(f"{reward_model} judges the responses: {describe(meta)}", flush=True)
         return self
 
@@ -184,7 +190,7 @@ class Reward:
         if self.model:
             with torch.no_grad(), self.run.autocast():
                 parts = [s.take(rows) for rows in torch.arange(len(s.ids)).split(ROWS)]
-                score = torch.cat([self.model.score(part.ids, part.mask) for part in parts])
+                score = torch.cat([self.model.score(part.ids, part.mask) for part in (self._read(rows, s) if self.reads else parts)])
             return score if self.unended is None else torch.where(s.finished, score, self.unended)
         return torch.tensor([self.earn(*one, **columns) for one, columns in self._each(rows, s)], device=s.ids.device)
 
@@ -202,6 +208,13 @@ class Reward:
         texts = completions(self.tokenizer, s)
         rows = [row for row in rows for _ in range(len(texts) // len(rows))]
         return [((prompt, text, end), columns) for (_, prompt, columns), text, end in zip(rows, texts, s.finished.tolist())]
+
+    def _read(self, rows, s):
+        """-> what a judge reads: the texts, encoded by its own vocabulary, ROWS at a time"""
+        texts = [(prompt, text if end else tuple(self.reads.encode(text))) for (prompt, text, end), _ in self._each(rows, s)]
+        texts, _ = data.encode(texts, self.reads, self.model.config.block_size, truncate=True)
+        batches = [data.pad(texts[i : i + ROWS], s.ids.device) for i in range(0, len(texts), ROWS)]
+        return [Samples(batch.spread(batch.ids), batch.spread(batch.mask), None, None) for batch in batches]
 
     def state_dict(self):
         return {"unended": self.unended}
@@ -224,8 +237,8 @@ def completions(tokenizer, s):
 
 
 def open_reward_model(path, tokenizer, block_size=0, o=None, task=None):
-    """-> (a ScalarGPT, meta). Raises where it is none, or has another vocabulary or a shorter context than the policy. With --predict
-    it is a shape as large as the policy."""
+    """-> (a ScalarGPT, meta). Raises where it is none, or has another vocabulary than `tokenizer` (None: any will do) or a shorter
+    context than the policy. With --predict it is a shape as large as the policy."""
     if o and o.predict:
         policy, _, meta = outline(o.init or common.stage("sft.py", o), o, task)
         with torch.device("meta"):
@@ -233,7 +246,7 @@ def open_reward_model(path, tokenizer, block_size=0, o=None, task=None):
     model, meta = load(path)
     if not isinstance(model, ScalarGPT):
         raise CheckpointError(f"{path} is a language model; give a reward model, such as reward_model.py writes")
-    if meta["tokenizer"] != tokenizer.meta:
+    if tokenizer and meta["tokenizer"] != tokenizer.meta:
         raise CheckpointError(f"{path} has another vocabulary than the policy; give a reward model that started from the same checkpoint")
     if model.config.block_size < block_size:
         own = model.config.block_size
@@ -459,7 +472,8 @@ def main(argv=None):
         reward = Reward(run, task, o.reward).open(tokenizer, rm)
     elif not o.task and trained.get("reward", "task") != "task":
         try:
-            reward = Reward(run, task, trained["reward"]).open(tokenizer, trained["reward_model"])
+            judge = bool(trained.get("judge"))
+            reward = Reward(run, task, trained["reward"]).open(tokenizer, trained["reward_model"], judge=judge)
         except (CheckpointError, data.DataError) as e:
             print(f"what it was trained with is left out ({e}); --reward names another")
     if reward and reward.model:
