@@ -3,6 +3,7 @@
     python compare.py                                  every method on reviews, one seed; table and pictures in out/compare/reviews
     python compare.py --seeds 3 --sweep                three seeds, and each method's strength (β, τ, γ, λ) at other values
     python compare.py --methods dpo simpo --task exact
+    python compare.py --methods dpo-few dpo iterative_dpo online_dpo --course        how reward, KL and loss move over the training
     python compare.py --quick                          a smoke pass of all methods, under four minutes
     python compare.py --task tokens:128+128            sequences of one length: memory and step time alone
     python compare.py --predict 7b                     the memory of a 7B model's step, predicted without hardware
@@ -43,15 +44,19 @@ ROWS = {
     "simpo": ("simpo.py", "", "--beta", (0.5, 5.0, 10.0)),
     "orpo": ("orpo.py", "--lr 3e-4 --warmup 20", "--lam", (0.03, 0.3, 1.0)),
     "kto": ("kto.py", "", "--beta", (0.03, 0.3, 1.0)),
+    "online_dpo": ("online_dpo.py", "", "--beta", (0.03, 0.3, 1.0)),
     "ppo": ("ppo.py", "", "--beta", (0.02, 0.2, 0.5)),
     "grpo": ("grpo.py", "", "--beta", (0.01, 0.16, 0.64)),
     "rloo": ("grpo.py", "--adv-norm loo --agg const --kl reward", "--beta", (0.01, 0.16, 0.64)),
     "dapo": ("dapo.py", "", "", ()),  # it has no KL to the reference
 }  # fmt: skip
-MORE = {  # rows to be named with --methods; the prediction has them of itself
+MORE = {  # rows to be named with --methods; the prediction has the first two of itself
     "reward_model": ("reward_model.py", "", "", ()),
     "dpo-precomputed": ("dpo.py", "--precompute-ref --pairs 2000", "--beta", ()),
+    "dpo-few": ("dpo.py", "--pairs 256", "--beta", ()),
+    "iterative_dpo": ("online_dpo.py", "--rounds 3", "--beta", ()),
 }
+SAME = ("cdpo", "ipo", "rloo", "dpo-few", "iterative_dpo")  # rows that hold what another one holds
 SAMPLED = ("ppo", "grpo", "rloo", "dapo")
 CARDS = (24, 40, 80, 141)  # GB
 DTYPES = {"bfloat16": "autocast", "bfloat16-pure": "pure bf16"}  # of --predict
@@ -61,10 +66,11 @@ SPARE = 2.0  # GiB that stay free on a card, for the CUDA context, workspaces an
 @dataclass
 class Options:
     task: str = "reviews"  # reviews, arithmetic:N, exact, tokens:P+C, or a file with --init
-    methods: tuple = ()  # rows of the table, such as dpo simpo (default: all of sft dpo cdpo ipo simpo orpo kto ppo grpo rloo dapo)
+    methods: tuple = ()  # rows of the table, such as dpo simpo (default: all but reward_model, dpo-precomputed, dpo-few, iterative_dpo)
     seeds: Count = 1  # runs of each method, with seeds 0, 1, …; all start from one SFT checkpoint
     budget: Whole = 0  # response sequences trained on (0: reviews 9600, arithmetic 25600, exact 192000, tokens 192; quick 1920 or 16)
     sweep: bool = False  # each method with other strengths too (β, τ, γ, λ), seed 0
+    course: bool = False  # evaluate every run twenty times: a table and a picture of reward, KL and loss over the training
     quick: bool = False  # a smoke pass: short stages, a small budget
     init: str = ""  # SFT checkpoint that all methods start from (default: made first)
     out: str = ""  # folder (default: out/compare/<task>)
@@ -139,6 +145,7 @@ def plan(o, folder):
         more = [*batch.split(), "--steps", str(steps), "--init", init]
         more += ["--warmup", str(max(1, steps // 5))] * (o.quick or kind == "tokens")
         more += ["--reward", "rm", "--reward-model", str(folder / f"reward_model-{o.seed}.pt")] * (row == "ppo" and learned)
+        more += ["--eval-every", str(max(1, steps // 20)), "--log-every", "1"] * o.course
         option, strengths = (ROWS | MORE)[row][2:]
         for seed in range(o.seed, o.seed + o.seeds):
             if row == "sft":  # the stage itself, and the same with other seeds
@@ -243,6 +250,7 @@ def predicted(folder, item):
     return figures
 
 
+COURSE = ("loss", "reward", "kl", "kl_star")  # of the evaluations during the training
 MEANS = ("reward", "score", "win_rate", "kl", "length", "entropy", "step_ms", "sample_ms", "logprobs_ms", "update_ms", "wall_s",
          "trained_tokens", "sampled_tokens", "kl_star", "objective", "accuracy", "nll")  # fmt: skip
 KEPT = ("models", "forward_passes", "backward_passes", "flops_per_token", "peak_bytes", "peak", "peak_most", "frontier")
@@ -267,7 +275,7 @@ def summary(o, folder, errors, items):
                 logged = steps_of(folder, ended[0][0][0])
                 steps = max((x["step"] for x in logged), default=options["steps"])  # DAPO ends where it finds no mixed groups any more
                 line |= {"strength": strength, "value": options.get(strength), "swept": group is not main, "steps": steps,
-                         "planned": options["steps"], "updates": options.get("updates", 1),
+                         "planned": options["steps"], "labels": labels(row, options, last), "updates": options.get("updates", 1),
                          "parameters": sum(m["parameters"] for m in last["models"])}  # fmt: skip
                 for key in MEANS:
                     xs = [figures[key] for *_, figures in ended if key in figures]
@@ -276,6 +284,8 @@ def summary(o, folder, errors, items):
                         line[f"{key}_sd"] = statistics.stdev(xs) if len(xs) > 1 else 0.0
                 if group is main and not common.is_file(o.task):  # of a file --predict knows no row
                     line |= predicted(folder, group[0])
+                if o.course and group is main:
+                    line["evals"] = evaluations([steps_of(folder, item[0]) for item, *_ in ended], shape(o.task, row)[1])
                 if row in ("grpo", "dapo") and group is main:
                     line["course"] = course(logged)
             out.append(line)
@@ -301,12 +311,41 @@ def course(lines):
     return [{key: line[key] for key in ("step", "entropy", "reward", "accuracy") if key in line} for line in lines if "entropy" in line]
 
 
+def evaluations(runs, per_step):
+    """runs: the lines of a row's records. -> its evaluations during the training, each figure a list, one of each run; the loss is the mean
+    of the steps since the evaluation before"""
+    out = {}
+    for lines in runs:
+        losses = []
+        for x in lines:
+            losses += [x["loss"]] if "loss" in x else []
+            if "eval" in x and losses:
+                figures = {"loss": statistics.fmean(losses)} | {key: x["eval"][key] for key in COURSE if key in x["eval"]}
+                one, losses = out.setdefault(x["step"], {"step": x["step"], "sequences": x["step"] * per_step}), []
+                for key, value in figures.items():
+                    one.setdefault(key, []).append(value)
+    return list(out.values())
+
+
+def labels(row, options, last):
+    """-> how many labels of pairs or answers a run has asked for; None where a reward is computed for every response"""
+    if row == "sft" or row in SAMPLED:
+        return None
+    asked = options["steps"] * options["batch_size"]
+    return last.get("labels", min(options.get("pairs") or asked, asked))
+
+
 def pm(line, key, digits=2):
     """A mean, ± the standard deviation where there are seeds, as text"""
     if key not in line:
         return ""
     spread = f" ± {line[key + '_sd']:.{digits}f}" if line["runs"] > 1 else ""
     return f"{line[key]:.{digits}f}{spread}".replace("-", "−")
+
+
+def thousands(n):
+    """A count in thousands, as text, to three digits where it is small; "" for none"""
+    return "" if n is None else f"{n / 1e3:.0f}" if n >= 1e5 else f"{n / 1e3:.3g}"
 
 
 def table(rows, head):
@@ -337,15 +376,30 @@ def tables(lines):
         sizes = [f"{line[key] / 1e6:.1f}" if line.get(key) else "" for key in ("predicted_bytes", "peak_bytes")]
         costs.append([name, models, f"{line['parameters'] / 1e6:.2f}", *sizes, passes, f"{line['flops_per_token'] / 1e6:.2f}",
                       pm(line, "step_ms", 1), *ratio])  # fmt: skip
-        sampled = f"{line['sampled_tokens'] / 1e3:.0f}" if "sampled_tokens" in line else ""
-        budgets.append([name, line["steps"], f"{line['trained_tokens'] / 1e3:.0f}", sampled, pm(line, "wall_s", 0)])
+        counts = [thousands(line.get(key)) for key in ("trained_tokens", "sampled_tokens", "labels")]
+        budgets.append([name, line["steps"], *counts, pm(line, "wall_s", 0)])
     last = "KL(π‖π*)" if any("kl_star" in line for line in lines) else "score of the reward model"
     return [
         table(results, ("method", "", "reward", "win rate", "KL, nats", "length", "entropy", last)),
         table(costs, ("method", "models held (* trained)", "M parameters", "predicted MB", "peak MB", "passes forward / backward",
                       "MFLOP a token", "step, ms", "step / SimPO", "FLOPs / SimPO")),
-        table(budgets, ("method", "steps", "trained k tokens", "sampled k tokens", "seconds")),
+        table(budgets, ("method", "steps", "trained k tokens", "sampled k tokens", "k labels", "seconds")),
+        *([course_table(lines)] if any("evals" in line for line in lines) else []),
     ]  # fmt: skip
+
+
+def course_table(lines):
+    """-> loss / reward / KL after a tenth, a quarter … of each row's training, means over its runs, as Markdown"""
+    rows, star = [], any("kl_star" in x for line in lines for x in line.get("evals", ()))
+    for line in lines:
+        evals = line.get("evals", [])
+        last = max((x["step"] for x in evals), default=0)
+        shown = [min(evals, key=lambda x: abs(x["step"] - share * last)) for share in (0.1, 0.25, 0.5, 0.75, 1) if evals]
+        cells = [" / ".join(f"{statistics.fmean(x[key]):.2f}" for key in COURSE if key in x) for x in shown]
+        if cells:
+            rows.append([line["method"], thousands(line.get("labels")), *(x.replace("-", "−") for x in cells)])
+    what = f"loss / reward / KL{', KL(π‖π*)' * star} after"
+    return table(rows, ("method", "k labels", f"{what} 10 %", "25 %", "50 %", "75 %", "100 %"))
 
 
 # ------------------------------------------------------------------------------------------------ the prediction
@@ -440,7 +494,7 @@ def compare(o, folder):
     return [name for name, error in errors.items() if error]
 
 
-UNREAD = {True: {"seeds", "budget", "sweep", "quick", "init", "jobs", "device", "dtype", "seed"},
+UNREAD = {True: {"seeds", "budget", "sweep", "course", "quick", "init", "jobs", "device", "dtype", "seed"},
           False: {"batch_size", "micro_batch", "seq_len"}}  # fmt: skip
 
 
@@ -448,7 +502,7 @@ UNREAD = {True: {"seeds", "budget", "sweep", "quick", "init", "jobs", "device", 
 def main(argv=None):
     o, known = common.parse(Options, argv), ROWS | MORE
     o.line = " ".join(["python compare.py", *(sys.argv[1:] if argv is None else argv)])
-    every = [row for row in known if row not in ("cdpo", "ipo", "rloo")] if o.predict else list(ROWS)  # those three hold what others hold
+    every = [row for row in known if row not in SAME] if o.predict else list(ROWS)
     o.methods = list(dict.fromkeys(o.methods or every))
     if unknown := [row for row in o.methods if row not in known]:
         raise common.UserError(f"--methods {unknown[0]}: no such row; there are {', '.join(known)}")
@@ -478,7 +532,7 @@ def main(argv=None):
 
 # ------------------------------------------------------------------------------------------------ the pictures
 
-STYLE = {row: (f"C{i % 10}", marker) for i, (row, marker) in enumerate(zip(ROWS | MORE, "*osD^v<>PXhdp"))}  # a colour and a marker each
+STYLE = {row: (f"C{i % 10}", marker) for i, (row, marker) in enumerate(zip(ROWS | MORE, "*osD^v<p>PXhd8HsD"))}  # a colour and a marker each
 HATCH = {"weights": "", "casts": "xx", "gradients": "//", "optimizer": "..", "activations": "\\\\", "logits": "++", "sampling": "oo"}
 
 
@@ -504,7 +558,7 @@ def draw(o, lines, folder):
              scatter(plt, o, ended, folder / "length.png", "length", "length, tokens a response"),
              bars(plt, [(line["method"], line["peak"]) for line in ended if "peak" in line], 1e6, "MB, measured over one step",
                   folder / "memory.png"),
-             courses(plt, ended, folder / "entropy.png")]  # fmt: skip
+             courses(plt, ended, folder / "entropy.png"), trends(plt, ended, folder / "course.png")]  # fmt: skip
     return [path for path in found if path]
 
 
@@ -588,6 +642,27 @@ def courses(plt, lines, path):
         axes.annotate("end", (xs[-1], ys[-1]), (5, 5), textcoords="offset points", fontsize=10)
         what = "share of correct responses" if "accuracy" in line["course"][0] else "mean reward"
         axes.set(title=line["method"], xlabel="entropy, nats a token", ylabel=f"{what} of a rollout")
+    figure.tight_layout()
+    return saved(plt, figure, path)
+
+
+def trends(plt, lines, path):
+    """Loss, reward and KL over the sequences trained on: means over seeds, and the spread between the least and the greatest."""
+    mine = [line for line in lines if line.get("evals")]
+    keys = [key for key in COURSE if any(key in x for line in mine for x in line["evals"])]
+    if not mine:
+        return None
+    names = {"loss": "loss on what is trained on", "reward": "reward", "kl": "KL(π‖π_ref), nats", "kl_star": "KL(π‖π*), nats"}
+    figure, panels = plt.subplots(1, len(keys), figsize=(4.2 * len(keys), 4), squeeze=False)
+    for key, axes in zip(keys, panels[0]):
+        for line in mine:
+            colour, marker = STYLE[line["method"]]
+            evals = [x for x in line["evals"] if key in x]
+            xs = [x["sequences"] / 1000 for x in evals]
+            axes.plot(xs, [statistics.fmean(x[key]) for x in evals], color=colour, marker=marker, markersize=5, label=line["method"])
+            axes.fill_between(xs, [min(x[key]) for x in evals], [max(x[key]) for x in evals], color=colour, alpha=0.15, linewidth=0)
+        axes.set(xlabel="thousand sequences trained on", title=names[key])
+    panels[0][0].legend(fontsize=9)
     figure.tight_layout()
     return saved(plt, figure, path)
 

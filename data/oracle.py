@@ -17,6 +17,8 @@ their formulas, not taken from the method scripts, so that the two check one ano
              ρ k3       π(a|s) ∝ π_ref(a|s) exp(Q(s, a)/β): the KL of this token, without that of the later ones
              KL in the reward (RLOO)  π*, the maximiser of J = E[r] - β KL(π‖π_ref)
     ppo      π*, at γ = 1: where the critic is right each advantage is 0 there
+    online_dpo   with the labels of Bradley–Terry π*, whatever pairs it draws; ipo: the policy that minimises the loss over pairs of
+                 its own samples. With n = 1: π ∝ π_ref exp(P(y beats a sample of π)/τ), where no policy beats it by more than its KL
 """
 from contextlib import suppress
 from functools import partial
@@ -153,6 +155,18 @@ def k3_point(log_ref, q, beta):
     return (log_ref - (c - q).log()).log_softmax(-1)
 
 
+def own_minimum(loss, beats, log_p, rounds=200):
+    """-> the log-probs (x, y) of the policy that minimises loss(log_p, pairs=pairs) over pairs of its own samples: round after round the
+    minimum over those of the last, from log_p. beats: (x, y, y'), P(y beats y')."""
+    for _ in range(rounds):
+        p = log_p.exp()
+        pairs = 2 * p[:, :, None] * p[:, None, :] * beats / len(p)
+        last, log_p = log_p, minimise(partial(loss, pairs=pairs), log_p)
+        if kl(last, log_p).max() < 1e-9:
+            return log_p
+    raise NoOptimum(f"after {rounds} rounds the policy still moves by {kl(last, log_p).max()} nats")
+
+
 def aim(task, log_ref, method, o):
     """-> (the method's population loss as a function of log-probs (4, 40), the log-probs where it is least), with the options `o`; the
     loss is None where there is a point, but none that it is the least value of. None for a fixed set of rows, which has another
@@ -165,11 +179,13 @@ def aim(task, log_ref, method, o):
 def _aim(task, log_ref, method, o):
     if method == "grpo":
         return _grpo(task, log_ref, o)
+    if method == "online_dpo":
+        return _online_dpo(task, log_ref, o)
     if method == "ppo":
         own = log_ref is not None and o["reward"] == "task" and o["temperature"] == o["gamma"] == 1
         return _j(log_ref, torch.from_numpy(task.r), o["beta"]) if own and o["beta"] else None
     pairs, labels = torch.from_numpy(task.pairs), torch.from_numpy(task.labels)
-    n = torch.tensor([min(len(y) + 1, task.max_new_tokens) for y in task.outcomes])
+    n = _lengths(task)
     if o.get("pairs") or o.get("sft_weight") or o.get("prompt_loss") or log_ref is None and method not in ("simpo", "orpo"):
         return None
     if method == "dpo" and o["loss"] == "dpo":
@@ -188,6 +204,23 @@ def _aim(task, log_ref, method, o):
     else:
         return None
     return loss, minimise(loss, torch.zeros(task.r.shape, dtype=torch.float64) if log_ref is None else log_ref)
+
+
+def _lengths(task):
+    """-> (40,) tokens of each outcome"""
+    return torch.tensor([min(len(y) + 1, task.max_new_tokens) for y in task.outcomes])
+
+
+def _online_dpo(task, log_ref, o):
+    if log_ref is None or o["label"] == "argmax" or o["ref_update"] == "per-round" or o["reward"] != "task":
+        return None
+    if o["loss"] == "dpo":
+        return None, star(log_ref, torch.from_numpy(task.r), o["beta"])
+    if o["samples_per_prompt"] > 2 or o["temperature"] != 1 or o["rounds"]:
+        return None
+    n = _lengths(task)
+    loss = partial(ipo, log_ref=log_ref, n=torch.ones_like(n) if o["ipo_sum"] else n, tau=o["tau"])
+    return None, own_minimum(loss, torch.from_numpy(task.beats), log_ref)
 
 
 def _j(log_ref, r, beta):
