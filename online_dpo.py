@@ -201,6 +201,8 @@ def main(argv=None):
                 end = starts[starts.index(step) + 1]
                 pairs.fill(step, [collect(policy, prompts, reward, tokenizer, longest, o, run) for _ in range(step, end)])
         s, counts, figures = pairs[step]
+        run.tokens += int(s.stop.sum())
+        run.add(figures | {"labels": pairs.labels, "sampled_tokens": prompts.sampled})
         n, P = run.total(counts.sum().clamp(min=1)), len(counts)
         with run.clock("update"):
             for rows in run.micro_batches(torch.arange(P)):
@@ -225,8 +227,6 @@ def main(argv=None):
                     "kl": (logp.detach() - ref_logp).sum() / run.total(2 * P),
                 })  # fmt: skip
             run.update(step, policy, optimizer)
-        run.tokens += int(s.stop.sum())
-        run.add(figures | {"labels": pairs.labels, "sampled_tokens": prompts.sampled})
         if o.eval_every and (step + 1) % o.eval_every == 0:
             run.evaluated(step, yardstick.measure(policy, start or reopen(run, init), n=128)[0])
 
