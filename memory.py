@@ -167,7 +167,7 @@ class Tracker(TorchDispatchMode):
 
     def _shadow(self, func, types, args, kwargs):
         """`func` where weights are fake: whole numbers and masks stay real, so that shapes may depend on them; what has been computed
-        from weights is fake, and a number read from it is 1."""
+        from weights is fake, a number read from it is 1, and a place that it names is the first."""
         from torch._subclasses.fake_tensor import FakeTensor
 
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -179,9 +179,12 @@ class Tracker(TorchDispatchMode):
         elif func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._unsafe_index.Tensor):
             places = []
             for x in args[1]:  # a mask selects what it marks
-                mask = isinstance(x, torch.Tensor) and x.dtype == torch.bool and not isinstance(x, FakeTensor)
-                places += x.nonzero().unbind(1) if mask else [x]
+                unknown = isinstance(x, FakeTensor)
+                mask = isinstance(x, torch.Tensor) and x.dtype == torch.bool and not unknown
+                places += x.nonzero().unbind(1) if mask else [torch.zeros(x.shape, dtype=x.dtype) if unknown else x]
             args = (args[0], places, *args[2:])
+            if func in (aten.index.Tensor, aten._unsafe_index.Tensor) and not isinstance(args[0], FakeTensor):
+                return func(*args)
         return self.fake.__torch_dispatch__(func, types, args, kwargs)
 
 

@@ -12,8 +12,9 @@ import compare
 from gpt import GPT, GPTConfig, KVCache, ScalarGPT, load, sample, save
 from memory import Ledger, Tracker
 
-METHODS = ["sft", "reward_model", "dpo", "simpo", "orpo", "kto", "ppo", "grpo", "dapo"]
-SAMPLED = {"ppo": ["--group", 1, "--minibatches", 2], "grpo": ["--group", 4], "dapo": ["--group", 4, "--minibatches", 2]}
+METHODS = ["sft", "reward_model", "dpo", "simpo", "orpo", "kto", "online_dpo", "ppo", "grpo", "dapo"]
+SAMPLED = {"ppo": ["--group", 1, "--minibatches", 2], "grpo": ["--group", 4], "dapo": ["--group", 4, "--minibatches", 2],
+           "online_dpo": ["--samples-per-prompt", 3]}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the tracker, by hand
@@ -360,7 +361,8 @@ def test_budgets_are_equal(row, task):
     """What a step trains on, counted from its options: pairs twice, passes times."""
     words, n = compare.shape(task, row)
     o = dict(zip(words.split()[::2], map(int, words.split()[1::2])))
-    rows = o["--batch-size"] * o.get("--group", 2 if row in ("dpo", "cdpo", "ipo", "simpo", "orpo") else 1) * o.get("--updates", 1)
+    answers = 2 if row in ("dpo", "cdpo", "ipo", "simpo", "orpo", "online_dpo") else 1
+    rows = o["--batch-size"] * o.get("--group", answers) * o.get("--updates", 1)
     assert rows == n and o["--batch-size"] * o.get("--group", 1) % o.get("--minibatches", 1) == 0
 
 
@@ -377,9 +379,39 @@ def test_pictures(tmp_path):
     line = {"method": "dpo", "runs": 3, "swept": False, "value": 0.1, "reward": 1.0, "reward_sd": 0.1, "kl": 2.0, "kl_sd": 0.2,
             "length": 9.0, "length_sd": 1.0, "peak": {"weights": 10, "logits": 5}, "frontier": [[0.0, 0.0], [1.0, 1.0], [2.0, 1.2]]}
     grpo = line | {"method": "grpo", "course": [{"step": 1, "entropy": 1.0, "reward": 0.1}, {"step": 2, "entropy": 0.5, "reward": 0.4}]}
-    paths = compare.draw(SimpleNamespace(task="exact"), [line, grpo, {"method": "kto", "runs": 0, "failed": {}}], tmp_path)
-    assert [path.name for path in paths] == ["frontier.png", "length.png", "memory.png", "entropy.png"]
+    evals = [{"step": i, "sequences": 64 * i, "loss": [0.7, 0.6], "reward": [0.1 * i, 0.2], "kl": [0.1, 0.2 * i]} for i in (1, 2)]
+    online = line | {"method": "online_dpo", "evals": evals}
+    lines = [line, grpo, online, {"method": "kto", "runs": 0, "failed": {}}]
+    paths = compare.draw(SimpleNamespace(task="exact"), lines, tmp_path)
+    assert [path.name for path in paths] == ["frontier.png", "length.png", "memory.png", "entropy.png", "course.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_a_course_is_the_evaluations_and_the_loss_between_them():
+    """Of two runs: each figure a list, the loss a mean since the evaluation before; in the table means over runs, nearest to a share."""
+    def record(seed):
+        out = []
+        for step in (1, 2, 3, 4):
+            out.append({"step": step, "loss": step + 10.0 * seed})
+            if step % 2 == 0:
+                out.append({"step": step, "eval": {"reward": -step - seed, "kl": 0.5, "length": 3.0}})
+        return out
+
+    evals = compare.evaluations([record(0), record(1)], 64)
+    assert evals == [{"step": 2, "sequences": 128, "loss": [1.5, 11.5], "reward": [-2, -3], "kl": [0.5, 0.5]},
+                     {"step": 4, "sequences": 256, "loss": [3.5, 13.5], "reward": [-4, -5], "kl": [0.5, 0.5]}]  # fmt: skip
+    text = compare.course_table([{"method": "dpo", "labels": 4800, "evals": evals}, {"method": "kto"}]).splitlines()
+    assert len(text) == 3 and text[0].split(" | ")[2].startswith("loss / reward / KL after 10 %")
+    cells = ["6.50 / −2.50 / 0.50"] * 4 + ["8.50 / −4.50 / 0.50"]  # at 75 % the two are equally near
+    assert [x.strip() for x in text[2].split("|")[1:-1]] == ["dpo", "4.8", *cells]
+
+
+def test_labels_that_were_asked_for():
+    """A pair a row and step, of few fixed pairs each once, of one's own pairs as many as were not equal; none for rewards."""
+    options = {"steps": 100, "batch_size": 32}
+    assert compare.labels("dpo", options | {"pairs": 0}, {}) == 3200 and compare.labels("dpo-few", options | {"pairs": 256}, {}) == 256
+    assert compare.labels("kto", options, {}) == 3200 and compare.labels("online_dpo", options, {"labels": 3111}) == 3111
+    assert compare.labels("grpo", options, {}) is None and compare.labels("sft", options, {}) is None
 
 
 @pytest.mark.slow
@@ -390,7 +422,7 @@ def test_quick_end_to_end(tmp_path):
     assert [line["method"] for line in found] == list(compare.ROWS) and all(line["runs"] == 1 for line in found)
     held = {line["method"]: [m["role"] for m in line["models"]] for line in found}
     assert held["ppo"] == ["policy", "critic", "ref", "reward"] and held["simpo"] == held["orpo"] == held["dapo"] == ["policy"]
-    assert held["dpo"] == held["kto"] == held["grpo"] == ["policy", "ref"]
+    assert held["dpo"] == held["kto"] == held["online_dpo"] == held["grpo"] == ["policy", "ref"]
     trained = {line["method"]: line["trained_tokens"] for line in found if line["method"] != "sft"}
     assert max(trained.values()) < 3 * min(trained.values())
     assert all(line["peak_bytes"] > 0 and line["predicted_bytes"] > 0 for line in found)

@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, TRAIN, killed, main, run
 
 import common
 
-SCRIPTS = ["sft", "dpo", "reward_model", "simpo", "orpo", "kto", "ppo", "grpo", "dapo"]
+SCRIPTS = ["sft", "dpo", "reward_model", "simpo", "orpo", "kto", "online_dpo", "ppo", "grpo", "dapo"]
 SHORT = ["--steps", "40", "--batch-size", "4", "--log-every", "1", "--save-every", "3", "--device", "cpu"]
 
 
@@ -38,6 +38,8 @@ def options_of(script):
     small = ["--n-layer", "1", "--n-embd", "16"] if script in ("sft", "orpo") else ["--pairs", "10"]
     if script == "ppo":  # with its four models
         return ["--init", "ends.pt", "--reward-model", "judge.pt", "--group", "4", "--minibatches", "2"]
+    if script == "online_dpo":  # the second of two rounds has the steps 2 and 3 of three: a state after step 2 holds its pairs
+        return ["--init", "ends.pt", "--reward", "judge.py:odd", "--rounds", "2", "--ref-update", "per-round", "--samples-per-prompt", "3"]
     return ROLLOUTS if script in ("grpo", "dapo") else small
 
 
@@ -93,6 +95,20 @@ def test_resume_from_the_middle_of_a_rollout(script, ends, monkeypatch):
     assert main(script, *args, "--out", "cut/y.pt", "--resume") == 0
     assert digest(ends / "cut/y.pt") == digest(ends / "whole/y.pt")
     assert step_lines(ends / "cut/y.jsonl") == step_lines(ends / "whole/y.jsonl")
+
+
+def test_resume_from_the_middle_of_a_round(ends, monkeypatch, capsys):
+    """Killed in the second step of a round, after the round's pairs were drawn; and in its first, whose state is that before the draw."""
+    monkeypatch.chdir(ends)
+    args = [*TINY, *options_of("online_dpo"), "--steps", 6, "--warmup", 0, "--save-every", 1]
+    assert main("online_dpo", *args, "--out", "whole/z.pt") == 0
+    for at in (5, 4):
+        killed(at, "online_dpo", [*args, "--out", f"cut{at}/z.pt"], monkeypatch)
+        state = torch.load(f"cut{at}/z.state", weights_only=True)
+        assert state["step"] == at - 1 and state["round"]["first"] == (3 if at == 5 else 0)
+        assert main("online_dpo", *args, "--out", f"cut{at}/z.pt", "--resume") == 0
+        assert digest(ends / f"cut{at}/z.pt") == digest(ends / "whole/z.pt")
+        assert step_lines(ends / f"cut{at}/z.jsonl") == step_lines(ends / "whole/z.jsonl")
 
 
 def test_ctrl_c_saves_and_tells_how_to_go_on(tiny):

@@ -19,6 +19,7 @@ import data
 import dpo
 import grpo
 import kto
+import online_dpo
 import orpo
 import ppo
 import reward_model
@@ -26,8 +27,8 @@ import sft
 import simpo
 from gpt import GPT, GPTConfig, ScalarGPT, load, save
 
-METHODS = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo, "simpo": simpo, "orpo": orpo, "kto": kto, "grpo": grpo,
-           "dapo": dapo}  # fmt: skip
+METHODS = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo, "simpo": simpo, "orpo": orpo, "kto": kto,
+           "online_dpo": online_dpo, "grpo": grpo, "dapo": dapo}  # fmt: skip
 OURS = {p.stem for p in ROOT.glob("*.py")} | {"data"}
 
 
@@ -370,12 +371,15 @@ test_prompts.__test__ = False
                                              ("orpo", ["--lam", "0.5"]), ("orpo", ["--prompt-loss"]), ("kto", []),
                                              ("grpo", ["--agg", "seq_mean"]), ("grpo", ["--agg", "token_mean", "--kl", "k3-ratio"]),
                                              ("grpo", ["--agg", "const", "--kl", "reward"]), ("grpo", ["--ratio", "seq"]),
-                                             ("dapo", []), ("dapo", ["--overlong-filter"]), ("ppo", [])])  # fmt: skip
+                                             ("dapo", []), ("dapo", ["--overlong-filter"]), ("ppo", []),
+                                             ("online_dpo", ["--label", "argmax"]), ("online_dpo", ["--loss", "ipo"])])  # fmt: skip
 def test_micro_batches_give_the_same_gradient(script, options, ends, monkeypatch):
     """64 ragged rows at once and in eights, float64: the gradients agree to 1e-6 of their norm, and so do the metrics. Of ppo, grpo and
     dapo the second of two optimizer steps, where the ratio is not 1 and π is not π_ref."""
     monkeypatch.chdir(ends)
     seen, step_, late = [], common.Run.update, script in ("ppo", "grpo", "dapo")
+    if script == "online_dpo":
+        options = [*options, "--init", "ends.pt", "--reward", "judge.py:odd", "--max-new-tokens", 8]
     if late:
         options = [*options, "--init", "ends.pt", "--reward", "judge.py:odd", "--group", 4, "--minibatches", 2, "--updates", 1,
                    "--lr", 0.01, "--warmup", 0, "--max-new-tokens", 8, "--batch-size", 32]  # fmt: skip
@@ -668,6 +672,28 @@ MISTAKES = [  # script, arguments, what the line must say
     ("dapo", ["--reward", "raises.py:f"], "raised KeyError ('x', line 1) at the prompt 'A "),
     ("dapo", [*FILE, "ok.jsonl"], '--reward task: not every row of ok.jsonl has an "answer" to check'),
     ("dapo", ["--micro-batch", "5"], "--micro-batch 5 does not divide"),
+    ("online_dpo", ["--samples-per-prompt", "1"], "--samples-per-prompt 1: a response is compared with another"),
+    ("online_dpo", ["--ref-update", "per-round"], "--ref-update per-round goes with --rounds N"),
+    ("online_dpo", ["--rounds", "11", "--steps", "10", "--reward", "good.py:f"], "--rounds 11 are more than the 10 steps"),
+    ("online_dpo", ["--judge", "rm.pt", "--reward", "task"], "--judge and --reward both say what judges"),
+    ("online_dpo", ["--judge", "none.pt"], "none.pt: no such file"),
+    ("online_dpo", ["--judge", "out/reviews/sft.pt"], "is a language model; give a reward model"),
+    ("online_dpo", ["--judge", "exact_rm.pt"], "exact has a vocabulary of its own"),
+    ("online_dpo", ["--task", "exact", "--init", "exact.pt", "--judge", "rm.pt"], "exact has a vocabulary of its own"),
+    ("online_dpo", ["--reward-model", "rm.pt"], "--reward-model is read by --reward rm only"),
+    ("online_dpo", ["--missing-eos-penalty", "2"], "--missing-eos-penalty is read by --reward rm only"),
+    ("online_dpo", ["--tau", "0.2"], "--tau is read by --loss ipo only"),
+    ("online_dpo", ["--loss", "ipo", "--beta", "0.2"], "--beta is read by --loss dpo only"),
+    ("online_dpo", ["--label", "hard"], "--label"),
+    ("online_dpo", ["--pairs", "9"], "--pairs"),
+    ("online_dpo", ["--micro-batch", "5"], "--micro-batch 5 does not divide --batch-size 32"),
+    ("online_dpo", ["--reward", "raises.py:f"], "raised KeyError ('x', line 1) at the prompt 'A "),
+    ("online_dpo", ["--max-new-tokens", "250"], "test prompts are longer than the 6 tokens that --max-new-tokens leaves"),
+    ("online_dpo", ["--task", "exact", "--init", "exact.pt", "--reward", "good.py:f"], "exact keeps its own rewards"),
+    ("online_dpo", [*FILE, "ok.jsonl"], '--reward task: not every row of ok.jsonl has an "answer" to check'),
+    ("online_dpo", ["--task", "ok.jsonl", "--reward", "good.py:f"], "--init is needed with a file"),
+    ("online_dpo", ["--out", "out/reviews/sft.pt"], "would overwrite out/reviews/sft.pt"),
+    ("online_dpo", ["--init", "rm.pt"], "rm.pt is a reward model"),
     ("evaluate", ["exact.pt", "--task", "reviews"], "exact has a vocabulary of its own"),
     ("evaluate", ["exact.pt", "--prompt", "xyz"], "'xyz' in 'xyz'"),
     ("evaluate", ["rm.pt"], "rm.pt is a reward model"),
