@@ -53,16 +53,22 @@ def open_checkpoint(path, o=None, task=None):
     model, meta = load(path)
     if not isinstance(model, GPT):
         raise CheckpointError(f"{path} is a reward model; give a language model, such as sft.py writes")
-    if "tokenizer" not in meta:
-        raise CheckpointError(f"{path} does not say which tokenizer it was trained with; train it again")
-    own = data.Tokenizer(meta["tokenizer"])
-    if own.size != model.config.vocab_size:
-        raise CheckpointError(f"{path} has a vocabulary of {model.config.vocab_size}, but its tokenizer {own.size}; train it again")
+    own = vocabulary(path, model, meta)
     if tokenizer and data.tokenizer(tokenizer).meta != own.meta:
         raise CheckpointError(f"--tokenizer {tokenizer} is not that of {path} ({own.meta['name']}); leave it out, or run sft.py with it")
     if task:
         same_world(path, own, meta, task)
     return model, own, meta
+
+
+def vocabulary(path, model, meta):
+    """-> the tokenizer that a checkpoint was trained with"""
+    if "tokenizer" not in meta:
+        raise CheckpointError(f"{path} does not say which tokenizer it was trained with; train it again")
+    own = data.Tokenizer(meta["tokenizer"])
+    if own.size != model.config.vocab_size:
+        raise CheckpointError(f"{path} has a vocabulary of {model.config.vocab_size}, but its tokenizer {own.size}; train it again")
+    return own
 
 
 def outline(path, o, task):
@@ -170,14 +176,14 @@ class Reward:
 
     def open(self, tokenizer, reward_model="", block_size=0, judge=False):
         """reward_model: the path of its checkpoint. block_size: the longest sequence that it will read. judge: it was trained elsewhere,
-        and reads text; where that is longer than its context, the prompt loses its beginning. -> this reward"""
+        and reads text; what is longer than its context loses the prompt's beginning, then the response's end. -> this reward"""
         self.tokenizer = tokenizer
         if self.how == "rm":
             o = self.run.o if self.run.predict else None
             model, meta = open_reward_model(reward_model, None if judge else tokenizer, 0 if judge else block_size, o, self.task)
             self.model = self.run.frozen(self.run.prepare(model))
             if judge and not o:
-                self.reads = data.Tokenizer(meta["tokenizer"])
+                self.reads = vocabulary(reward_model, model, meta)
                 same_world(reward_model, self.reads, meta, self.task)
             if not o:
                 print(f"{reward_model} judges the responses: {describe(meta)}", flush=True)
@@ -469,7 +475,7 @@ def main(argv=None):
     aim, reward = (meta["method"], trained), None
     if o.reward:
         rm = trained.get("reward_model") or common.checkpoint_path(task.name, "reward_model")
-        reward = Reward(run, task, o.reward).open(tokenizer, rm)
+        reward = Reward(run, task, o.reward).open(tokenizer, rm, judge=bool(trained.get("judge")))
     elif not o.task and trained.get("reward", "task") != "task":
         try:
             judge = bool(trained.get("judge"))

@@ -7,21 +7,21 @@
 
 Online: a pair is trained on once, at once. Iterative, --rounds N: a round of pairs is sampled and labelled, trained on for one
 epoch, and the next round comes from what the policy has become; --ref-update per-round makes that the new π_ref too.
-With the labels of Bradley–Terry the optimum is π* ∝ π_ref exp(r/β), however pairs are chosen, since σ(r_a - r_b) is what βh
-has to predict; with argmax h grows without bound, and what is left is the single best answer.
+For DPO with a fixed π_ref and the labels of Bradley–Terry the optimum is π* ∝ π_ref exp(r/β), however pairs are chosen, since
+σ(r_a - r_b) is what σ(βh) has to predict; with argmax h grows without bound, and what is left is the single best answer.
 
     paper                        code                        shape
     y_w, y_l                     chosen, rejected            (P,) which of the n samples; then rows of the step's Samples
     r(x, y)                      r                           (P, n) of --reward or --judge
-    log π_θ(y|x)                 logp                        (2B,) sums over response tokens, nats; the chosen ones first
+    log π_θ(y|x)                 logp                        (2B,) sums over response tokens, nats; B pairs, the chosen ones first
     log π_ref(y|x)               ref_logp                    (2B,)
                                  counts                      (P,) False: the two are equal (argmax: or equally good), and weigh nothing
     β, τ                         beta, tau
 
 Models in memory: 2 (the policy, trained; the reference, frozen), with --reward rm or --judge a third. Data: prompts, and what
 judges a response. Departures from OAIF: 1. labels drawn by Bradley–Terry by default, from a reward, where an LLM was asked and its
-choice taken; 2. equal answers weigh nothing; 3. IPO takes h of log-probs averaged over the response (--ipo-sum: of sums); 4. AdamW
-for Adafactor, a learning rate for toy models.
+choice taken; 2. equal answers weigh nothing, and the mean is over the other pairs; 3. IPO takes h of log-probs averaged over the
+response (--ipo-sum: of sums); 4. AdamW for Adafactor, a learning rate for toy models.
 
     python online_dpo.py                                       reviews; makes out/reviews/sft.pt first where it is missing
     python online_dpo.py --task exact                          the distance to the known optimum π*; --label argmax has another
@@ -116,7 +116,7 @@ class Round:
 
     def fill(self, first, steps):
         self.first, self.steps = first, steps
-        self.labels += sum(int(counts.sum()) for _, counts, _ in steps)
+        self.labels += sum(int(figures["labels"]) for *_, figures in steps)
 
     def state_dict(self):
         return {"first": self.first, "labels": self.labels, "steps": [(tuple(s), *more) for s, *more in self.steps]}
@@ -142,7 +142,7 @@ def collect(policy, prompts, reward, tokenizer, longest, o, run):
     equal = ~torch.ne(*pairs.ids.chunk(2)).any(1) & ~torch.ne(*pairs.mask.chunk(2)).any(1)  # (P,)
     gap = r[row, chosen] - r[row, rejected]
     figures = {"reward": r.mean(), "reward_margin": gap.mean(), "equal_fraction": equal.float().mean(),
-               "tie_fraction": (gap == 0).float().mean(), "completions/mean_length": s.mask.sum(1).float().mean(),
+               "tie_fraction": (gap == 0).float().mean(), "labels": (~equal).sum(), "completions/mean_length": s.mask.sum(1).float().mean(),
                "completions/clipped_ratio": 1 - s.finished.float().mean()}  # fmt: skip
     return pairs, ~equal & (gap != 0) if o.label == "argmax" else ~equal, {name: float(x) for name, x in figures.items()}
 
@@ -153,7 +153,7 @@ def main(argv=None):
     common.refuse_unread(o, "loss", READS)
     if o.judge:
         if o.given & {"reward", "reward_model"}:
-            raise common.UserError("--judge and --reward both say what judges a response; give one of them")
+            raise common.UserError("--judge and --reward, --reward-model both say what judges a response; give one of them")
         o.reward, o.reward_model = "rm", o.judge
     common.refuse_unread(o, "reward", {"rm": {"reward_model", "missing_eos_penalty"}})
     if o.samples_per_prompt == 1:
@@ -194,11 +194,11 @@ def main(argv=None):
     starts = [i * o.steps // rounds for i in range(rounds + 1)]
 
     for step in run.steps():
-        if step in starts:  # a new round
+        if step in starts or run.predicting:  # a new round
             if o.ref_update == "per-round" and step > 0:
                 ref.load_state_dict(policy.state_dict())
             with run.clock("sample"):
-                end = starts[starts.index(step) + 1]
+                end = step + 1 if run.predicting else starts[starts.index(step) + 1]
                 pairs.fill(step, [collect(policy, prompts, reward, tokenizer, longest, o, run) for _ in range(step, end)])
         s, counts, figures = pairs[step]
         run.tokens += int(s.stop.sum())

@@ -18,7 +18,8 @@ their formulas, not taken from the method scripts, so that the two check one ano
              KL in the reward (RLOO)  π*, the maximiser of J = E[r] - β KL(π‖π_ref)
     ppo      π*, at γ = 1: where the critic is right each advantage is 0 there
     online_dpo   with the labels of Bradley–Terry π*, whatever pairs it draws; ipo: the policy that minimises the loss over pairs of
-                 its own samples. With n = 1: π ∝ π_ref exp(P(y beats a sample of π)/τ), where no policy beats it by more than its KL
+                 its own samples. With n = 1: π ∝ π_ref exp(P(y beats a sample of π)/τ), where no policy beats it by more than
+                 τ times what its KL to π_ref is larger
 """
 from contextlib import suppress
 from functools import partial

@@ -200,6 +200,16 @@ def test_predicted_is_measured_in_other_settings(script, more, endless, tmp_path
         assert next(iter(load(tmp_path / "run.pt")[0].parameters())).dtype == torch.bfloat16
 
 
+def test_prediction_of_rounds_samples_too(tmp_path, monkeypatch, capsys):
+    """Whether a round lasts one step or all of them, and with a single step: the peak is that of sampling 64 responses a prompt."""
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for more in ([], ["--rounds", 3], ["--steps", 1], ["--reward", "rm", "--label", "argmax"]):
+        assert main("online_dpo", "--predict", "own", "--batch-size", 4, "--samples-per-prompt", 64, *more) == 0
+        found.append(capsys.readouterr().out.split("sampling ")[1].split(",")[0])
+    assert len(set(found)) == 1 and float(found[0]) > 100, found
+
+
 def test_predict_reads_writes_and_allocates_nothing(tmp_path, monkeypatch, capsys):
     """A 7B model's step in an empty folder: the ledger by hand, and less memory than one of its matrices takes."""
     import resource

@@ -103,7 +103,7 @@ def test_ipo_on_own_pairs_ends_where_no_policy_wins():
 # ---- the loop
 
 
-@pytest.mark.parametrize("loss, label", [("dpo", "argmax"), ("dpo", "bt"), ("ipo", "argmax")])
+@pytest.mark.parametrize("loss, label", [("dpo", "argmax"), ("dpo", "bt"), ("ipo", "argmax"), ("ipo", "bt")])
 def test_the_first_gradient_is_the_equation_s(loss, label, ends, monkeypatch):
     """π = π_ref, so h = 0: -β/2 mean(∇log π(y_w) - ∇log π(y_l)) over the pairs that count; IPO: -1/τ of the means over tokens. The pairs
     are told by a plain loop from the samples, and from uniforms that draw the better one always."""
@@ -115,7 +115,7 @@ def test_the_first_gradient_is_the_equation_s(loss, label, ends, monkeypatch):
         kept.append(sample(*args))
         return kept[-1]
 
-    args = [*PAIRS, "--samples-per-prompt", 3, "--loss", loss, "--label", label]
+    args = [*PAIRS, "--samples-per-prompt", 3, "--loss", loss, "--label", label, "--seed", 3]
     found, metrics = first_gradient("online_dpo", args, monkeypatch, sample=keep)
     model, s, tokenizer = load("ends.pt")[0].double(), kept[0], data.tokenizer()
     texts = [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(s.ids, s.mask)]
@@ -131,8 +131,31 @@ def test_the_first_gradient_is_the_equation_s(loss, label, ends, monkeypatch):
         total, n = total + logp[odd[-1]] / scale[0] - logp[even[0]] / scale[1], n + 1
     value = -(1.0 if loss == "ipo" else 0.05) * total / n
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
-    assert 2 < n and (found - expected).norm() < 1e-6 * expected.norm()
+    assert 2 < n < (8 if label == "argmax" else 9) and (found - expected).norm() < 1e-6 * expected.norm()
     assert metrics["loss"] == pytest.approx(0.25 if loss == "ipo" else math.log(2)) and metrics["kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_second_step_is_drawn_at_the_temperature_and_its_kl_is_that_of_its_samples(ends, monkeypatch):
+    """kl: mean over the step's responses of log π - log π_ref, of the policy after one step; sampled_tokens: all of them, once."""
+    monkeypatch.chdir(ends)
+    kept, weights = [], []
+
+    def keep(model, prompts, longest, end_id, temperature, *more):
+        weights.append({k: v.clone() for k, v in model.state_dict().items()})
+        kept.append((sample(model, prompts, longest, end_id, temperature, *more), temperature))
+        return kept[-1][0]
+
+    monkeypatch.setattr(online_dpo, "sample", keep)
+    args = [*PAIRS, "--temperature", 0.7, "--steps", 2, "--warmup", 0, "--lr", 0.01, "--log-every", 1, "--dtype", "float64"]
+    assert main("online_dpo", *args, "--out", "second/x.pt") == 0
+    first, _, second, last = lines(ends / "second/x.jsonl")
+    assert [t for _, t in kept] == [0.7, 0.7]
+    s, policy, ref = kept[1][0], load("ends.pt")[0].double(), load("ends.pt")[0].double()
+    policy.load_state_dict(weights[1])
+    with torch.no_grad():
+        kl = sum((1 - 2 * i) * model.logprobs(s.ids, s.mask).sum().item() for i, model in enumerate((policy, ref))) / len(s.ids)
+    assert abs(kl) > 1e-3 and second["kl"] == pytest.approx(kl, rel=1e-6)
+    assert second["sampled_tokens"] == last["final"]["sampled_tokens"] == sum(int(s.mask.sum()) for s, _ in kept)
 
 
 def twins(*args):
@@ -196,7 +219,7 @@ def test_padding_is_never_trained_and_the_end_token_is(ends, monkeypatch):
 
 
 def watched(args, monkeypatch):
-    """-> (the weights of the policy before each step and after the last, the reference's before each step)"""
+    """-> the weights of the policy before each optimizer step, and the reference's"""
     held, policies, refs, update, ledger = {}, [], [], common.Run.update, online_dpo.memory.Ledger
 
     def keep(**models):
@@ -308,14 +331,18 @@ def test_a_judge_reads_text_with_its_own_vocabulary(ends, tmp_path, monkeypatch,
     assert reward([(rows[0][0], long, {})], s.take(torch.tensor([0]))).item() == pytest.approx(
         judge.values(torch.tensor(cut))[0, -1].item(), rel=1e-5)  # fmt: skip
     args = [*ENDS, *TINY, "--judge", "elsewhere.pt"]
-    seen, look = [], online_dpo.choose
+    seen, kept, look = [], [], online_dpo.choose
     monkeypatch.setattr(online_dpo, "choose", lambda r, u=None: (seen.append(r), look(r, u))[1])
+    monkeypatch.setattr(online_dpo, "sample", lambda *more: (kept.append(sample(*more)), kept[-1])[1])
     for penalty in (0.0, 5.0):
         assert main("online_dpo", *args, "--missing-eos-penalty", penalty, "--steps", 1) == 0
-    assert sorted(set((seen[0] - seen[1]).flatten().round(decimals=3).tolist())) == [0.0, 5.0]
+    missing = ~kept[0].finished
+    assert 0 < missing.sum() < len(missing) and torch.equal(kept[0].ids, kept[1].ids)
+    assert (seen[0] - seen[1]).flatten().tolist() == pytest.approx((5.0 * missing).tolist(), abs=1e-4)
     assert capsys.readouterr().out.count("elsewhere.pt judges the responses") == 3
-    assert main("evaluate", "out/reviews/online_dpo.pt", "--device", "cpu") == 0
-    assert "score of the reward model" in capsys.readouterr().out
+    for more in ([], ["--reward", "rm"]):
+        assert main("evaluate", "out/reviews/online_dpo.pt", "--device", "cpu", *more) == 0
+        assert "score of the reward model" in capsys.readouterr().out
     assert main("grpo", *ENDS, "--reward", "rm", "--reward-model", "elsewhere.pt") == 2  # no judge: it started from the same checkpoint
     save(ScalarGPT(GPTConfig(4, 8, 1, 1, 8)), "world.pt", method="reward_model", task="exact", tokenizer=WORLD.tokenizer)
     assert main("online_dpo", *ENDS, "--judge", "world.pt") == 2
@@ -343,7 +370,7 @@ def test_on_exact_each_prompt_is_asked_as_often(world, monkeypatch):
     monkeypatch.setattr(online_dpo, "sample", lambda model, prompts, *more: (seen.append(prompts), sample(model, prompts, *more))[1])
     args = ["--task", "exact", "--batch-size", 64, "--steps", 60, "--warmup", 5, "--eval-every", 30, "--lr", 1e-3, "--device", "cpu"]
     assert main("online_dpo", *args, "--out", "near.pt") == 0
-    assert all({len(ids): 0 for ids in prompts} and [prompts.count(x) for x in prompts] == [16] * 64 for prompts in seen[-60:])
+    assert all([prompts.count(x) for x in prompts] == [16] * 64 for prompts in seen[-60:])
     evals = [line["eval"] for line in lines(world / "near.jsonl") if "eval" in line]
     assert evals[-1]["kl_star"] < 1.0 and evals[-1]["kl_optimum"] == pytest.approx(evals[-1]["kl_star"])
 
