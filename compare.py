@@ -532,7 +532,8 @@ def main(argv=None):
 
 # ------------------------------------------------------------------------------------------------ the pictures
 
-STYLE = {row: (f"C{i % 10}", marker) for i, (row, marker) in enumerate(zip(ROWS | MORE, "*osD^v<p>PXhd8HsD"))}  # a colour and a marker each
+COLOURS = [*(f"C{i}" for i in range(10)), "navy", "crimson", "teal", "gold", "indigo", "black"]
+STYLE = {row: style for row, *style in zip(ROWS | MORE, COLOURS, "*osD^v<p>PXhd8Hs", strict=True)}  # a colour and a marker each
 HATCH = {"weights": "", "casts": "xx", "gradients": "//", "optimizer": "..", "activations": "\\\\", "logits": "++", "sampling": "oo"}
 
 
