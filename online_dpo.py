@@ -11,7 +11,7 @@ For DPO with a fixed π_ref and the labels of Bradley–Terry the optimum is π*
 σ(r_a - r_b) is what σ(βh) has to predict; with argmax h grows without bound, and what is left is the single best answer.
 
     paper                        code                        shape
-    y_w, y_l                     chosen, rejected            (P,) which of the n samples; then rows of the step's Samples
+    y_w, y_l                     chosen, rejected            (P,) which of the n samples; rows i and P + i of the pairs' Samples
     r(x, y)                      r                           (P, n) of --reward or --judge
     log π_θ(y|x)                 logp                        (2B,) sums over response tokens, nats; B pairs, the chosen ones first
     log π_ref(y|x)               ref_logp                    (2B,)
@@ -126,7 +126,8 @@ class Round:
 
 
 def collect(policy, prompts, reward, tokenizer, longest, o, run):
-    """-> a step's pairs, from the policy as it is now: n samples to each of P prompts, their best and worst, and which of them wins"""
+    """n samples to each of P prompts, from the policy as it is now; their best and worst, and which of them wins.
+    -> (Samples of 2P rows, the chosen ones first; counts (P,); figures of all samples)"""
     batch, n = next(prompts), o.samples_per_prompt
     with run.autocast():
         s = sample(policy, [ids for ids, *_ in batch], longest, tokenizer.end_id, o.temperature, prompts.generator, n)
@@ -144,7 +145,8 @@ def collect(policy, prompts, reward, tokenizer, longest, o, run):
     figures = {"reward": r.mean(), "reward_margin": gap.mean(), "equal_fraction": equal.float().mean(),
                "tie_fraction": (gap == 0).float().mean(), "labels": (~equal).sum(), "completions/mean_length": s.mask.sum(1).float().mean(),
                "completions/clipped_ratio": 1 - s.finished.float().mean()}  # fmt: skip
-    return pairs, ~equal & (gap != 0) if o.label == "argmax" else ~equal, {name: float(x) for name, x in figures.items()}
+    counts = ~equal & (gap != 0) if o.label == "argmax" else ~equal
+    return pairs, counts, {name: float(x) for name, x in figures.items()}
 
 
 @common.command(CheckpointError, data.DataError)
@@ -203,7 +205,7 @@ def main(argv=None):
         s, counts, figures = pairs[step]
         run.tokens += int(s.stop.sum())
         run.add(figures | {"labels": pairs.labels, "sampled_tokens": prompts.sampled})
-        n, P = run.total(counts.sum().clamp(min=1)), len(counts)
+        counted, P = run.total(counts.sum().clamp(min=1)), len(counts)
         with run.clock("update"):
             for rows in run.micro_batches(torch.arange(P)):
                 ids, mask, *_ = s.take(torch.cat([rows, rows + P]))
@@ -214,7 +216,7 @@ def main(argv=None):
                 size = mask.sum(1)  # (2B,) response tokens, end tokens included
                 used, ref_used = (logp / size, ref_logp / size) if mean else (logp, ref_logp)
                 losses = loss_fn(*used.chunk(2), *ref_used.chunk(2))  # (B,)
-                weight = counts[rows] / n  # mean over the step's pairs that count
+                weight = counts[rows] / counted  # mean over the step's pairs that count
                 loss = (weight * losses).sum()
                 loss.backward()
 

@@ -281,7 +281,7 @@ final = {"models": models, "forward_passes": 1, "backward_passes": 1, "flops_per
          "reward": 1.0 + int(options["--seed"]), "step_ms": 5.0 if name == "simpo.py" else 10.0, "wall_s": 1, "kl": 2.0}
 open(out, "w").write(" ".join(sys.argv))
 with open(out[:-3] + ".jsonl", "w") as f:
-    f.write(json.dumps({"options": {"steps": steps, "beta": 0.1}}) + "\\n" + json.dumps({"final": final}) + "\\n")
+    f.write(json.dumps({"options": {"steps": steps, "beta": 0.1, "batch_size": 32}}) + "\\n" + json.dumps({"final": final}) + "\\n")
 """
 
 

@@ -364,7 +364,7 @@ def test_online_dpo_ends_near_the_optimum(world, monkeypatch, capsys):
 
 
 def test_on_exact_each_prompt_is_asked_as_often(world, monkeypatch):
-    """A batch of 64 prompts has each of the four as often; the policy comes nearer to π*, of which the record says how near."""
+    """A batch of 64 prompts has each of the four as often; the policy comes nearer to π* than 1.5 nats, where it starts."""
     monkeypatch.chdir(world)
     seen = []
     monkeypatch.setattr(online_dpo, "sample", lambda model, prompts, *more: (seen.append(prompts), sample(model, prompts, *more))[1])
@@ -372,7 +372,7 @@ def test_on_exact_each_prompt_is_asked_as_often(world, monkeypatch):
     assert main("online_dpo", *args, "--out", "near.pt") == 0
     assert all([prompts.count(x) for x in prompts] == [16] * 64 for prompts in seen[-60:])
     evals = [line["eval"] for line in lines(world / "near.jsonl") if "eval" in line]
-    assert evals[-1]["kl_star"] < 1.0 and evals[-1]["kl_optimum"] == pytest.approx(evals[-1]["kl_star"])
+    assert evals[-1]["kl_star"] < 1.2 and evals[-1]["kl_optimum"] == pytest.approx(evals[-1]["kl_star"])
 
 
 def test_a_policy_of_one_answer_learns_nothing(ends, monkeypatch, capsys):
