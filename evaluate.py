@@ -195,8 +195,8 @@ class Reward:
             return torch.arange(len(s.ids)) % 2.0  # no answer is there to be judged
         if self.model:
             with torch.no_grad(), self.run.autocast():
-                parts = [s.take(rows) for rows in torch.arange(len(s.ids)).split(ROWS)]
-                score = torch.cat([self.model.score(part.ids, part.mask) for part in (self._read(rows, s) if self.reads else parts)])
+                parts = self._read(rows, s) if self.reads else [s.take(rows) for rows in torch.arange(len(s.ids)).split(ROWS)]
+                score = torch.cat([self.model.score(part.ids, part.mask) for part in parts])
             return score if self.unended is None else torch.where(s.finished, score, self.unended)
         return torch.tensor([self.earn(*one, **columns) for one, columns in self._each(rows, s)], device=s.ids.device)
 
@@ -472,13 +472,12 @@ def main(argv=None):
         print(f"π_ref is {o.reference}: π* and the loss's optimum are those of this reference")
     same_world(o.checkpoint, tokenizer, meta, task)
     task.template = meta["template"]
-    aim, reward = (meta["method"], trained), None
+    aim, reward, judge = (meta["method"], trained), None, bool(trained.get("judge"))
     if o.reward:
         rm = trained.get("reward_model") or common.checkpoint_path(task.name, "reward_model")
-        reward = Reward(run, task, o.reward).open(tokenizer, rm, judge=bool(trained.get("judge")))
+        reward = Reward(run, task, o.reward).open(tokenizer, rm, judge=judge)
     elif not o.task and trained.get("reward", "task") != "task":
         try:
-            judge = bool(trained.get("judge"))
             reward = Reward(run, task, trained["reward"]).open(tokenizer, trained["reward_model"], judge=judge)
         except (CheckpointError, data.DataError) as e:
             print(f"what it was trained with is left out ({e}); --reward names another")

@@ -162,7 +162,7 @@ def main(argv=None):
         raise common.UserError("--samples-per-prompt 1: a response is compared with another to the same prompt; give at least 2")
     if o.ref_update == "per-round" and not o.rounds:
         raise common.UserError("--ref-update per-round goes with --rounds N, the rounds of iterative DPO")
-    task, exact = data.task(o.task, o.eval_file, o.strict), common.is_exact(o.task)
+    task = data.task(o.task, o.eval_file, o.strict)
     run = common.Run(o, "online_dpo")
     reward = Reward(run, task, o.reward)
     init = o.init or common.stage("sft.py", o)
@@ -174,7 +174,7 @@ def main(argv=None):
     reward, aim = reward.open(tokenizer, o.reward_model, block_size, judge=bool(o.judge)), (run.method, vars(o))
     yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, "none", aim=aim, reward=reward)
     longest = yardstick.max_new_tokens
-    count = o.batch_size if exact else None  # its four prompts again and again
+    count = o.batch_size if common.is_exact(o.task) else None  # its four prompts again and again
     prompts = data.Prompts(task, o.batch_size, o.seed, tokenizer, block_size - longest, o.truncate, count)
     for note in filter(None, [*task.notes, prompts.note, *yardstick.notes]):
         run.say(note)
@@ -194,13 +194,14 @@ def main(argv=None):
     if rounds > o.steps:
         raise common.UserError(f"--rounds {rounds} are more than the {o.steps} steps; a round has at least one")
     starts = [i * o.steps // rounds for i in range(rounds + 1)]
+    ends = dict(zip(starts, starts[1:]))  # where a round begins -> where it ends
 
     for step in run.steps():
-        if step in starts or run.predicting:  # a new round
+        end = step + 1 if run.predicting else ends.get(step)
+        if end:  # a new round
             if o.ref_update == "per-round" and step > 0:
                 ref.load_state_dict(policy.state_dict())
             with run.clock("sample"):
-                end = step + 1 if run.predicting else starts[starts.index(step) + 1]
                 pairs.fill(step, [collect(policy, prompts, reward, tokenizer, longest, o, run) for _ in range(step, end)])
         s, counts, figures = pairs[step]
         run.tokens += int(s.stop.sum())
