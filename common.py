@@ -358,13 +358,14 @@ class Run(Compute):
         words = f"--batch-size {o.batch_size}"
         if sampled:
             whole, words = whole * o.group, words + f" × --group {o.group}"
-            if whole % o.minibatches:
-                raise UserError(f"--minibatches {o.minibatches} does not divide {words} = {whole} responses")
-            whole, words = whole // o.minibatches, words + f" / --minibatches {o.minibatches} = {whole // o.minibatches} responses"
+            parts = getattr(o, "minibatches", 1)
+            if whole % parts:
+                raise UserError(f"--minibatches {parts} does not divide {words} = {whole} responses")
+            whole, words = whole // parts, words + f" / --minibatches {parts} = {whole // parts} responses"
         o.micro_batch = o.micro_batch or whole
         if whole % o.micro_batch:
             raise UserError(f"--micro-batch {o.micro_batch} does not divide {words}")
-        if o.epochs and not (is_file(o.task) or hasattr(o, "reward") or getattr(o, "pairs", 0)):
+        if o.epochs and not (is_file(o.task) or hasattr(o, "reward") or sampled or getattr(o, "pairs", 0)):
             raise UserError(f"--epochs counts passes over a fixed set, but {o.task} makes fresh rows every step; give --steps")
         if is_exact(o.task) and o.max_new_tokens:
             raise UserError(f"--max-new-tokens {o.max_new_tokens}: the responses of {o.task} have a length of their own; leave it out")
@@ -373,11 +374,12 @@ class Run(Compute):
             return
         if o.out.endswith((".jsonl", ".state", ".gz", "/")) or os.path.isdir(o.out):
             raise UserError(f"--out {o.out} is no place for a checkpoint; give a path like {checkpoint_path(o.task, method)}")
-        init = o.init or ("" if method == "sft" else checkpoint_path(o.task, "sft"))
+        init = o.init or ("" if method == "sft" or method.startswith("rlaif") else checkpoint_path(o.task, "sft"))
         reward = getattr(o, "reward", "task")
         judge = o.reward_model or checkpoint_path(o.task, "reward_model") if reward == "rm" else reward.rpartition(":")[0]
         written = {os.path.realpath(path) for path in (self.out, self.record_path, self.state_path)}
-        for path in filter(None, (o.task, o.eval_file, o.tokenizer, init, judge)):
+        more = (getattr(o, "judge", ""), getattr(o, "constitution", ""))
+        for path in filter(None, (o.task, o.eval_file, o.tokenizer, init, judge, *more)):
             if os.path.realpath(path) in written:
                 raise UserError(f"--out {o.out} would overwrite {path}, which this run reads; give another path")
         try:
@@ -439,8 +441,7 @@ class Run(Compute):
         if o.predict:
             return
         self.start = _digest(held.models.values(), batches.rows)
-        self.options = {k: v for k, v in asdict(o).items() if k not in ("resume", "log_every", "save_every", "out", "device")}
-        self.options["device"] = self.device.type
+        self.options = self._chosen()
         if o.warmup > o.steps:
             last = lr_at(o.steps - 1, o)
             self.say(f"--warmup {o.warmup} outlasts the {o.steps} steps: the learning rate ends at {last:.3g}, not {o.lr:g}")
@@ -450,6 +451,29 @@ class Run(Compute):
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         self.header = {"method": self.method, "task": o.task, "options": asdict(o), "device": str(self.device),
                        "dtype": str(self.dtype)[6:], "commit": _commit(), "versions": versions, "models": self.models}  # fmt: skip
+
+    def _chosen(self):
+        """-> the options that set a run's bits"""
+        kept = {k: v for k, v in asdict(self.o).items() if k not in ("resume", "log_every", "save_every", "out", "device")}
+        return kept | {"device": self.device.type}
+
+    def finished(self, strict=True):
+        """Whether --out is there, made by this very run, and no state says that it was begun again. strict: the checkpoint of another
+        run in its place is a mistake."""
+        if os.path.exists(self.state_path):
+            return False
+        found, mine = None, (self.method, self._chosen())
+        with contextlib.suppress(Exception):  # whatever stands at --out, it is no finished run
+            meta = torch.load(self.out, map_location="cpu", weights_only=True)["meta"]
+            found = meta["method"], meta["options"]
+        if found and found != mine and strict:
+            other = f"with {self._others(found[1])}" if found[0] == self.method else f"of {found[0]}.py"
+            raise UserError(f"--resume: {self.out} is a finished run {other}; start without --resume, or give another --out")
+        return found == mine
+
+    def past(self):
+        """-> the closing figures of a run that has ended"""
+        return json.loads(Path(self.record_path).read_text().splitlines()[-1])["final"]
 
     def steps(self):
         """Yields the number of each step from 0; between two of them the step is recorded, shown and saved."""
@@ -657,17 +681,10 @@ class Run(Compute):
 
     def _restore(self):
         """Goes on from the saved state; False, aloud, where there is none. Ends the process where the run had finished."""
+        if self.finished():
+            self.say(f"--resume: this run has finished, {self.out} is its checkpoint")
+            sys.exit(0)
         if not os.path.exists(self.state_path):
-            found = None
-            with contextlib.suppress(Exception):  # whatever stands at --out, it is no finished run
-                meta = torch.load(self.out, map_location="cpu", weights_only=True)["meta"]
-                found = meta["method"], meta["options"]
-            if found == (self.method, self.options):
-                self.say(f"--resume: this run has finished, {self.out} is its checkpoint")
-                sys.exit(0)
-            if found:
-                other = f"with {self._others(found[1])}" if found[0] == self.method else f"of {found[0]}.py"
-                raise UserError(f"--resume: {self.out} is a finished run {other}; start without --resume, or give another --out")
             self.say(f"--resume: there is no {self.state_path} yet, so this run starts afresh")
             return False
         try:
@@ -691,7 +708,7 @@ class Run(Compute):
 
     def _others(self, saved):
         """The options of a saved run that are not this one's, as text"""
-        return ", ".join(f"--{k.replace('_', '-')} {saved.get(k)}" for k in self.options if self.options[k] != saved.get(k))
+        return ", ".join(f"--{k.replace('_', '-')} {saved.get(k)}" for k, x in self._chosen().items() if x != saved.get(k))
 
     def facts(self):
         """What a checkpoint keeps of the run that made it; nothing in it changes from one run to the same run again."""

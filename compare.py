@@ -49,6 +49,7 @@ ROWS = {
     "grpo": ("grpo.py", "", "--beta", (0.01, 0.16, 0.64)),
     "rloo": ("grpo.py", "--adv-norm loo --agg const --kl reward", "--beta", (0.01, 0.16, 0.64)),
     "dapo": ("dapo.py", "", "", ()),  # it has no KL to the reference
+    "rlaif": ("rlaif.py", "", "--beta", ()),  # from skills of its own, on reviews only; the budget is that of its last phase
 }  # fmt: skip
 MORE = {  # rows to be named with --methods; the prediction has the first two of itself
     "reward_model": ("reward_model.py", "", "", ()),
@@ -57,7 +58,7 @@ MORE = {  # rows to be named with --methods; the prediction has the first two of
     "iterative_dpo": ("online_dpo.py", "--rounds 3", "--beta", ()),
 }
 SAME = ("cdpo", "ipo", "rloo", "dpo-few", "iterative_dpo")  # rows that hold what another one holds
-SAMPLED = ("ppo", "grpo", "rloo", "dapo")
+SAMPLED = ("ppo", "grpo", "rloo", "dapo", "rlaif")
 CARDS = (24, 40, 80, 141)  # GB
 DTYPES = {"bfloat16": "autocast", "bfloat16-pure": "pure bf16"}  # of --predict
 SPARE = 2.0  # GiB that stay free on a card, for the CUDA context, workspaces and fragmentation
@@ -72,7 +73,7 @@ class Options:
     sweep: bool = False  # each method with other strengths too (β, τ, γ, λ), seed 0
     course: bool = False  # evaluate every run twenty times: a table and a picture of reward, KL and loss over the training
     quick: bool = False  # a smoke pass: short stages, a small budget
-    init: str = ""  # SFT checkpoint that all methods start from (default: made first)
+    init: str = ""  # SFT checkpoint that all methods but rlaif start from (default: made first)
     out: str = ""  # folder (default: out/compare/<task>)
     jobs: Count = 1  # runs at a time, each with its share of the threads; two or more disturb each other's times (default: 1; quick: 2)
     n_layer: Whole = 0  # blocks of the model that is made (0: the task's)
@@ -99,6 +100,8 @@ def shape(task, row):
     if row == "ppo":
         prompts, group = {"exact": (4, 64), "arithmetic": (256, 1), "tokens": (8, 1)}.get(kind, (120, 1))
         return f"--batch-size {prompts} --group {group} --updates 2{small}", 2 * prompts * group
+    if row == "rlaif":
+        prompts, group = 2 * prompts, group // 2
     if row in SAMPLED:
         return f"--batch-size {prompts} --group {group}{small * (row == 'dapo')}", prompts * group
     if row in ("sft", "kto"):
@@ -118,7 +121,8 @@ def plan(o, folder):
     budget = {"arithmetic": 25600, "exact": 192000, "tokens": 192}.get(kind, 9600)
     budget = o.budget or ({"arithmetic": 2048, "exact": 2048, "tokens": 16}.get(kind, 1920) if o.quick else budget)
     where = ["--task", o.task, "--device", o.device, "--dtype", o.dtype]
-    short = {"sft": " --steps 200", "reward_model": " --steps 30"} if o.quick else {}
+    short = {"sft": " --steps 200", "reward_model": " --steps 30", "rlaif": "--skill-steps 100 --sl-steps 20 --pm-steps 20 --answers 64 "
+             "--comparisons 128"} if o.quick else {}  # fmt: skip
     if kind == "tokens":
         room = re.fullmatch(r"tokens:(\d+)\+(\d+)", o.task)  # the longest response is half of the context, unless it is given
         room = max(256, int(room[1]) + int(room[2]), 2 * int(room[2])) if room else 256
@@ -142,7 +146,8 @@ def plan(o, folder):
         steps = max(1, round(budget / per_step))
         if steps * per_step != budget:
             print(f"{row}: {steps} steps of {per_step} make {steps * per_step} response sequences, not {budget}")
-        more = [*batch.split(), "--steps", str(steps), "--init", init]
+        more = [*batch.split(), "--steps", str(steps)]
+        more += [*short.get("rlaif", "").split(), *model_size(o)] if row == "rlaif" else ["--init", init]
         more += ["--warmup", str(max(1, steps // 5))] * (o.quick or kind == "tokens")
         more += ["--reward", "rm", "--reward-model", str(folder / f"reward_model-{o.seed}.pt")] * (row == "ppo" and learned)
         more += ["--eval-every", str(max(1, steps // 20)), "--log-every", "1"] * o.course
@@ -253,7 +258,7 @@ def predicted(folder, item):
 COURSE = ("loss", "reward", "kl", "kl_star")  # of the evaluations during the training
 MEANS = ("reward", "score", "win_rate", "kl", "length", "entropy", "step_ms", "sample_ms", "logprobs_ms", "update_ms", "wall_s",
          "trained_tokens", "sampled_tokens", "kl_star", "objective", "accuracy", "nll")  # fmt: skip
-KEPT = ("models", "forward_passes", "backward_passes", "flops_per_token", "peak_bytes", "peak", "peak_most", "frontier")
+KEPT = ("models", "phases", "forward_passes", "backward_passes", "flops_per_token", "peak_bytes", "peak", "peak_most", "frontier")
 
 
 def summary(o, folder, errors, items):
@@ -370,7 +375,8 @@ def tables(lines):
         results.append([name, note, *(pm(line, key, digits) for key, digits in keys)])
         if line.get("swept"):
             continue
-        models = ", ".join(m["role"] + "*" * m["trainable"] for m in line["models"])
+        held = [phase["models"] for phase in line.get("phases", ())] + [line["models"]]  # one after another
+        models = "; ".join(", ".join(m["role"] + "*" * m["trainable"] for m in phase) for phase in held)
         ratio = [f"{line[key]:.2f}" if key in line else "" for key in ("step_over_simpo", "flops_over_simpo")]
         passes = f"{line['forward_passes']} / {line['backward_passes']}"
         sizes = [f"{line[key] / 1e6:.1f}" if line.get(key) else "" for key in ("predicted_bytes", "peak_bytes")]
@@ -412,11 +418,11 @@ def ask(folder, o, row, dtype, recompute):
     pairs = row not in ("sft", "kto", *SAMPLED)
     if pairs and (n % 2 or micro % 2):
         raise common.UserError(f"--batch-size {n} --micro-batch {micro}: sequences come in pairs; give even numbers")
-    if row in ("grpo", "rloo", "dapo"):
+    if row in SAMPLED[1:]:
         batch = ["--batch-size", "1", "--group", str(n)]
     else:
         batch = ["--batch-size", str(n // 2 if pairs else n)]
-    batch += ["--minibatches", "1", "--updates", "1"] * (row in SAMPLED) + ["--group", "1", "--reward", "rm"] * (row == "ppo")
+    batch += ["--minibatches", "1", "--updates", "1"] * (row in SAMPLED[:4]) + ["--group", "1", "--reward", "rm"] * (row == "ppo")
     script, own, *_ = (ROWS | MORE)[row]
     name = f"{row}-{dtype}{'-checkpointed' * recompute}"
     command = [script, *own.split(), "--predict", o.predict, *batch, "--micro-batch", str(micro // 2 if pairs else micro), "--dtype", dtype,
@@ -502,13 +508,15 @@ UNREAD = {True: {"seeds", "budget", "sweep", "course", "quick", "init", "jobs", 
 def main(argv=None):
     o, known = common.parse(Options, argv), ROWS | MORE
     o.line = " ".join(["python compare.py", *(sys.argv[1:] if argv is None else argv)])
-    every = [row for row in known if row not in SAME] if o.predict else list(ROWS)
+    every = [row for row in known if row not in SAME] if o.predict else [row for row in ROWS if row != "rlaif" or o.task == "reviews"]
     o.methods = list(dict.fromkeys(o.methods or every))
     if unknown := [row for row in o.methods if row not in known]:
         raise common.UserError(f"--methods {unknown[0]}: no such row; there are {', '.join(known)}")
     if unread := sorted(o.given & UNREAD[bool(o.predict)]):
         word = "without" if o.predict else "with"
         raise common.UserError(f"--{unread[0].replace('_', '-')} is read {word} --predict only; leave one of the two out")
+    if "rlaif" in o.methods and not o.predict and o.task != "reviews":
+        raise common.UserError(f"--methods rlaif learns its skills on reviews only, not on {o.task}; leave it out")
     if o.init and not os.path.isfile(o.init):
         raise common.UserError(f"--init {o.init}: no such file; leave it out to make one")
     if o.quick and "jobs" not in o.given:
@@ -532,8 +540,8 @@ def main(argv=None):
 
 # ------------------------------------------------------------------------------------------------ the pictures
 
-COLOURS = [*(f"C{i}" for i in range(10)), "navy", "crimson", "teal", "gold", "indigo", "black"]
-STYLE = {row: style for row, *style in zip(ROWS | MORE, COLOURS, "*osD^v<p>PXhd8Hs", strict=True)}  # a colour and a marker each
+COLOURS = [*(f"C{i}" for i in range(10)), "navy", "crimson", "teal", "gold", "indigo", "black", "olive"]
+STYLE = {row: style for row, *style in zip(ROWS | MORE, COLOURS, "*osD^v<p>PXhd8HsD", strict=True)}  # a colour and a marker each
 HATCH = {"weights": "", "casts": "xx", "gradients": "//", "optimizer": "..", "activations": "\\\\", "logits": "++", "sampling": "oo"}
 
 

@@ -88,10 +88,10 @@ class Batches:
 class Prompts(Batches):
     """next(prompts) -> the next batch of rows (ids, prompt, columns), shuffled anew each pass over the task's training prompts; and the
     generator that draws responses and minibatches. How far both have come is part of a run's saved state. count: how many of the
-    prompts a pass has, again and again where the task has fewer (None: each of them once)."""
+    prompts a pass has, again and again where the task has fewer (None: each of them once); split: of which prompts."""
 
-    def __init__(self, task, batch_size, seed, tokenizer, limit, truncate=False, count=None):
-        texts = task.prompts(count, seed)
+    def __init__(self, task, batch_size, seed, tokenizer, limit, truncate=False, count=None, split="train"):
+        texts = task.prompts(count, seed, split)
         ids, self.note = encode_prompts([prompt for prompt, _ in texts], tokenizer, limit, truncate, "training prompts")
         self.rows = [(x, *text) for x, text in zip(ids, texts)]
         self.seed, self.order, self.cursor, self.sampled = seed, (None, None), 0, 0  # sampled: tokens of all responses so far

@@ -63,7 +63,6 @@ SHAPES = (
 )
 
 
-
 class Reviews(Toy):
     name = "reviews"
     max_new_tokens = 96
@@ -75,7 +74,7 @@ class Reviews(Toy):
 
     def respond(self, rng, prompt, columns):
         """A review in one mood, kind or not: one to three sentences, no shape twice."""
-        genre, kind = _genre(prompt), rng.random() < 0.5
+        genre, kind = genre_of(prompt), rng.random() < 0.5
         shapes = rng.sample(SHAPES, rng.choice((1, 2, 2, 3, 3)))
         return "".join(" " + self._fill(rng, text, sign, genre, kind) for text, sign in shapes)
 
@@ -95,15 +94,14 @@ class Reviews(Toy):
         text = completion.strip()
         if not ended or not text:
             return -self.bound
-        genre = _genre(prompt)
-        sentences = re.findall(r"[^.!?]+[.!?]*|[.!?]+", text)
-        return self.bound * sum(_sentiment(s.strip(), genre) for s in sentences) / len(sentences)
+        genre, sentences = genre_of(prompt), parse(text)
+        return self.bound * sum(sentiment(s, genre) for s in sentences) / len(sentences)
 
     def correct(self, prompt, completion, ended=True):
         return self.reward(prompt, completion, ended) >= 1
 
 
-def _genre(prompt):
+def genre_of(prompt):
     return prompt.removeprefix("A ").partition(",")[0]
 
 
@@ -115,16 +113,24 @@ def _pattern(text):
     return re.compile("".join(re.escape(part) + group for part, group in zip(parts, groups))), slots
 
 
-READERS = [(*_pattern(text), sign) for text, sign in SHAPES]
+READERS = [_pattern(text) for text, _ in SHAPES]
 
 
-def _sentiment(sentence, genre):
-    """One sentence, its full stop included -> its sentiment in [-1, 1]; -1 where no shape fits."""
-    for pattern, slots, sign in READERS:
+def parse(review):
+    """-> its sentences, each (shape, sign, [(slot, word)]), or None where no shape fits"""
+    return [_read(s.strip()) for s in re.findall(r"[^.!?]+[.!?]*|[.!?]+", review)]
+
+
+def _read(sentence):
+    for (pattern, slots), (text, sign) in zip(READERS, SHAPES):
         if match := pattern.fullmatch(sentence):
-            words = dict.fromkeys(zip(slots, match.groups()))
-            if any(slot == "genre" and word != genre for slot, word in words):
-                return -1.0
-            values = [SLOTS[slot][word] for slot, word in zip(slots, match.groups()) if SLOTS[slot][word] is not None]
-            return sign * sum(values) / len(values)
-    return -1.0
+            return text, sign, list(zip(slots, match.groups()))
+    return None
+
+
+def sentiment(sentence, genre):
+    """Of a parsed sentence, in [-1, 1]; -1 where it has no shape, or names another genre."""
+    if not sentence or any(slot == "genre" and word != genre for slot, word in sentence[2]):
+        return -1.0
+    values = [SLOTS[slot][word] for slot, word in sentence[2] if SLOTS[slot][word] is not None]
+    return sentence[1] * sum(values) / len(values)

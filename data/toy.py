@@ -21,10 +21,12 @@ class Toy:
 
     @cached_property
     def _splits(self):
-        splits = {"train": [], "test": []}
+        splits = {"train": [], "test": [], "skills": [], "rest": []}  # the last two are parts of train, a third and two (rlaif.py)
         for prompt, columns in self.all_prompts():
             share = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") / 2**64
             splits["test" if share < self.test_share else "train"].append((prompt, columns))
+            if share >= self.test_share:
+                splits["skills" if share < (1 + 2 * self.test_share) / 3 else "rest"].append((prompt, columns))
         return splits
 
     def prompts(self, n, seed, split="train"):

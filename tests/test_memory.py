@@ -9,12 +9,14 @@ from conftest import lines, main, run
 
 import common
 import compare
+import data
+import rlaif
 from gpt import GPT, GPTConfig, KVCache, ScalarGPT, load, sample, save
 from memory import Ledger, Tracker
 
-METHODS = ["sft", "reward_model", "dpo", "simpo", "orpo", "kto", "online_dpo", "ppo", "grpo", "dapo"]
+METHODS = ["sft", "reward_model", "dpo", "simpo", "orpo", "kto", "online_dpo", "ppo", "grpo", "dapo", "rlaif"]
 SAMPLED = {"ppo": ["--group", 1, "--minibatches", 2], "grpo": ["--group", 4], "dapo": ["--group", 4, "--minibatches", 2],
-           "online_dpo": ["--samples-per-prompt", 3]}  # fmt: skip
+           "online_dpo": ["--samples-per-prompt", 3], "rlaif": ["--group", 4]}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the tracker, by hand
@@ -166,7 +168,10 @@ def both(script, folder, tmp_path, monkeypatch, capsys, *more):
     monkeypatch.setattr("evaluate.PROMPTS", 8)
     args = ["--task", "tokens:6+10", "--init", "endless.pt", "--batch-size", 4, "--steps", 3, "--warmup", 1]
     args += [*SAMPLED.get(script, ()), *more]
-    own = ["--reward-model", "endless-judge.pt"] if script == "ppo" else []
+    own = ["--reward-model", "endless-judge.pt"] if script == "ppo" else ["--sl-steps", 1, "--pm-steps", 1] if script == "rlaif" else []
+    if script == "rlaif":  # its policy ends no answer, so that none could be revised or compared
+        monkeypatch.setattr(rlaif.Pipeline, "revise", lambda *_: [data.Revision("123456", "1", "Be 1.", "2", "34", {})] * 4)
+        monkeypatch.setattr(rlaif.Pipeline, "pairs", lambda *_: [data.Pair("123456", "12", "34", "Be 1.", {})] * 4)
     for name, extra in (("run", own), ("predicted", ["--predict", "own"])):
         assert main(script, *args, *extra, "--device", "cpu", "--out", tmp_path / f"{name}.pt") == 0, capsys.readouterr()
     return lines(tmp_path / "run.jsonl")[-1]["final"], lines(tmp_path / "predicted.predicted.jsonl")[-1]["final"]

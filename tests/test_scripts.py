@@ -23,12 +23,13 @@ import online_dpo
 import orpo
 import ppo
 import reward_model
+import rlaif
 import sft
 import simpo
 from gpt import GPT, GPTConfig, ScalarGPT, load, save
 
 METHODS = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo, "simpo": simpo, "orpo": orpo, "kto": kto,
-           "online_dpo": online_dpo, "grpo": grpo, "dapo": dapo}  # fmt: skip
+           "online_dpo": online_dpo, "grpo": grpo, "dapo": dapo, "rlaif": rlaif}  # fmt: skip
 OURS = {p.stem for p in ROOT.glob("*.py")} | {"data"}
 
 
@@ -694,6 +695,31 @@ MISTAKES = [  # script, arguments, what the line must say
     ("online_dpo", ["--task", "ok.jsonl", "--reward", "good.py:f"], "--init is needed with a file"),
     ("online_dpo", ["--out", "out/reviews/sft.pt"], "would overwrite out/reviews/sft.pt"),
     ("online_dpo", ["--init", "rm.pt"], "rm.pt is a reward model"),
+    ("rlaif", ["--group", "1"], "--group 1: a response is compared with the others"),
+    ("rlaif", ["--task", "exact"], "exact has a vocabulary of its own, in which nothing can be asked"),
+    ("rlaif", ["--task", "arithmetic:2"], "--task arithmetic:2: how to criticise, revise and compare is demonstrated on reviews only"),
+    ("rlaif", ["--task", "ok.jsonl"], "ok.jsonl: how to criticise, revise and compare is demonstrated on reviews only; give --init"),
+    ("rlaif", ["--constitution", "none.txt"], "--constitution none.txt cannot be read (FileNotFoundError)"),
+    ("rlaif", ["--constitution", "a_file"], "--constitution a_file holds no principle"),
+    ("rlaif", ["--constitution", "good.py"], "the grammar demonstrates Be kind., Be fair., Be warm., Be specific. only, not 'def f("),
+    ("rlaif", ["--judge", "none.pt"], "none.pt: no such file"),
+    ("rlaif", ["--judge", "rm.pt"], "rm.pt is a reward model; give a language model"),
+    ("rlaif", ["--judge", "exact.pt"], "the vocabulary of exact has the symbols"),
+    ("rlaif", ["--direct", "--clamp", "0.4"], "--clamp: with --direct there are no labels and no preference model"),
+    ("rlaif", ["--clamp", "0.5"], "--clamp"),
+    ("rlaif", ["--init", "out/reviews/sft.pt", "--skill-steps", "5"], "--skill-steps shapes the first phase, in whose place --init stands"),
+    ("rlaif", ["--init", "out/reviews/sft.pt", "--n-embd", "32"], "--n-embd shapes the first phase"),
+    ("rlaif", ["--n-embd", "30"], "--n-embd 30 is not a multiple"),
+    ("rlaif", ["--init", "none.pt"], "none.pt: no such file"),
+    ("rlaif", ["--init", "rm.pt"], "rm.pt is a reward model"),
+    ("rlaif", ["--init", "out/reviews/sft.pt", "--out", "out/reviews/sft.pt"], "would overwrite out/reviews/sft.pt"),
+    ("rlaif", ["--judge", "out/reviews/sft.pt", "--out", "out/reviews/sft.pt"], "would overwrite out/reviews/sft.pt"),
+    ("rlaif", ["--micro-batch", "7"], "--micro-batch 7 does not divide --batch-size 32"),
+    ("rlaif", ["--block-size", "64"], "a dialogue of critique and revision takes up to"),
+    ("rlaif", ["--max-new-tokens", "250"], "test prompts are longer than the 6 tokens that --max-new-tokens leaves"),
+    ("rlaif", ["--reward", "task"], "--reward"),
+    ("rlaif", ["--pairs", "9"], "--pairs"),
+    ("rlaif", ["--steps", "3", "--epochs", "2"], "--steps and --epochs"),
     ("evaluate", ["exact.pt", "--task", "reviews"], "exact has a vocabulary of its own"),
     ("evaluate", ["exact.pt", "--prompt", "xyz"], "'xyz' in 'xyz'"),
     ("evaluate", ["rm.pt"], "rm.pt is a reward model"),
