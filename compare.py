@@ -121,8 +121,8 @@ def plan(o, folder):
     budget = {"arithmetic": 25600, "exact": 192000, "tokens": 192}.get(kind, 9600)
     budget = o.budget or ({"arithmetic": 2048, "exact": 2048, "tokens": 16}.get(kind, 1920) if o.quick else budget)
     where = ["--task", o.task, "--device", o.device, "--dtype", o.dtype]
-    short = {"sft": " --steps 200", "reward_model": " --steps 30", "rlaif": "--skill-steps 100 --sl-steps 20 --pm-steps 20 --answers 64 "
-             "--comparisons 128"} if o.quick else {}  # fmt: skip
+    short = {"sft": " --steps 200", "reward_model": " --steps 30", "rlaif": "--skill-steps 40 --sl-steps 10 --pm-steps 10 --answers 64 "
+             "--comparisons 128 --max-new-tokens 32"} if o.quick else {}  # fmt: skip
     if kind == "tokens":
         room = re.fullmatch(r"tokens:(\d+)\+(\d+)", o.task)  # the longest response is half of the context, unless it is given
         room = max(256, int(room[1]) + int(room[2]), 2 * int(room[2])) if room else 256
