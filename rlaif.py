@@ -209,7 +209,7 @@ class Pipeline:
     def ask(self, model, questions, generator):
         """One turn of the model's in reply to each question, drawn at temperature 1 -> (texts, whether each has ended). A question that
         leaves no room loses its beginning, and the reply does not count as ended."""
-        texts, ended, room = [], [], model.config.block_size - self.longest
+        texts, ended, room = [], [], self.block_size - self.longest
         ids = [data.spell(question, self.tokenizer)[0] for question in questions]
         for i in range(0, len(ids), ROWS):
             part = ids[i : i + ROWS]
