@@ -198,7 +198,7 @@ def command(*errors):
             except KeyboardInterrupt as e:
                 again = shlex.join(["python", sys.argv[0], *argv] + ["--resume"] * ("--resume" not in argv))
                 resumes = hasattr(main.__globals__["Options"], "resume")
-                code, message = 130, "interrupted" + f"; this goes on from {e or 'the last saved step'}: {again}" * resumes
+                code, message = 130, "interrupted" + f"; this goes on from {str(e) or 'the last saved step'}: {again}" * resumes
             print(f"{script}: {message}", file=sys.stderr)
             sys.exit(code)
 
