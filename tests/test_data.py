@@ -122,7 +122,7 @@ def test_demonstrations_are_grammatical_and_their_mean_reward_is_0():
     from data.reviews import READERS
 
     sentences = [s.strip() + end for _, c in task.demonstrations(500, 1) for s, end in split_sentences(c)]
-    assert all(any(pattern.fullmatch(s) for pattern, _, _ in READERS) for s in sentences)
+    assert all(any(pattern.fullmatch(s) for pattern, _ in READERS) for s in sentences)
 
 
 def split_sentences(text):
