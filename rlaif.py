@@ -21,7 +21,8 @@ A principle is drawn at random from the constitution for each critique, each com
 
 Models in memory: skills 1 (policy); critiques and revisions 1 frozen; SL-CAI 1; labels 2 frozen (π_SL, judge); PM 1; RL-CAI 3 (policy,
 π_SL, PM; --direct: policy, π_SL, judge). Data: prompts and a constitution. After the first phase no reward and no label but the
-model's own is read in training; the gold reward is for the figures. Each phase leaves a checkpoint beside --out.
+model's own is read in training; the gold reward is for the figures. Each phase leaves a checkpoint beside --out. Not counted:
+the model with the skills, which stays for the figures as every yardstick's reference does, and the judge once its labels are made.
 The paper's: the phases, soft labels from option probabilities, a principle drawn at random. The toy's: 1. a small model cannot criticise
 unasked, so it is shown how (data/skills.py), and the same model judges; 2. p averages both orders (RLAIF); 3. no
 helpfulness data beside; 4. SL-CAI starts from the model with the skills; 5. a leave-one-out baseline (RLOO) for the paper's PPO.
@@ -107,7 +108,7 @@ class Options(common.Options):
     steps: Count = 60  # rollouts of RL-CAI, each an optimizer step (default: %(default)s; of a file: one pass over its prompts)
     epochs: Whole = 0  # passes over the prompts of RL-CAI, in place of --steps
     batch_size: Count = 32  # an optimizer step: dialogues, revisions, pairs; prompts of RL-CAI
-    micro_batch: Whole = 0  # rows a forward pass: less memory, the same gradient (0: all of a step's; of dialogues half)
+    micro_batch: Whole = 0  # rows a forward pass: less memory, the same gradient (0: all of a step's)
     lr: Positive = 2e-4  # AdamW learning rate of RL-CAI at its peak
     n_layer: Count = 4  # blocks, where weights start random
     n_head: Count = 4  # attention heads a block, where weights start random
@@ -167,7 +168,7 @@ class Pipeline:
     def phase(self, name, steps, lr):
         """-> the Run of a phase before the last: its own steps and learning rate, its checkpoint beside --out"""
         n, out = self.o.batch_size, f"{self.o.out.removesuffix('.pt')}-{name}.pt"
-        micro = min(self.o.micro_batch, n) or (n // 2 if name == "skills" and n % 2 == 0 else n)
+        micro = min(self.o.micro_batch, n)
         o = dataclasses.replace(self.o, steps=steps, lr=lr, out=out, micro_batch=micro, group=1, epochs=0)
         o.given = self.o.given - {"epochs"} | {"steps"}
         return common.Run(o, f"rlaif-{name}")
@@ -184,6 +185,7 @@ class Pipeline:
                 run.say(f"--resume: {run.method} has not begun, so it starts afresh")
             run.o.resume, self.resume = self.resume and begun, False
             learn(self, run, run.o, *args)
+            self.began -= run.past()["wall_s"] - (time.time() - self.since)
         self.ended[name] = run.past()
 
     def know(self, model, tokenizer, template):

@@ -1,4 +1,4 @@
-"""What AI feedback is worth, by the gold reward where a task has one: the figures of rlaif.py, which itself reads none."""
+"""What AI feedback is worth, by the gold reward where a task has one: the figures of rlaif.py, read after its phases and never in them."""
 from collections import namedtuple
 from statistics import fmean
 

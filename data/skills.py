@@ -8,7 +8,8 @@ the revision puts other words in their places, and leaves the rest as it is:
     Be warm.        the share of its judging words that praise strongly          each word praises strongly (1)
     Be specific.    the share of its sentences that name a part of the film      a sentence that names none is written anew
 
-None of this is the gold reward, which the first comes near and the last has nothing to do with.
+The first is the gold reward itself, put on [0, 1], so that a quarter of the verdicts demonstrated are its own; the last has nothing to do
+with it. After the demonstrations no measure is read any more.
 """
 import random
 import re
