@@ -1,29 +1,28 @@
-"""The model that every script shares: a nanoGPT-style transformer, its KV cache, sampling, log-probs and files.
+"""The model that every script shares: a nanoGPT-style transformer, sampling, log-probs, files.
 
-    GPT          ids (B, T) -> hidden states (B, T, C), logits (B, T, V), or log-probs of the response tokens (B, T-1)
-    ScalarGPT    the same trunk with one number per position (B, T): a reward model or a critic
-    sample       prompts of mixed length -> responses, each with the log-probs it was drawn with
+    GPT          ids (B, T) -> hidden states (B, T, C), logits (B, T, V), or log-probs (B, T)
+    ScalarGPT    the same trunk with one number a position (B, T): a reward model or a critic
+    sample       prompts of mixed length -> a Rollout of responses to them
     save, load   a checkpoint: weights, config, and the plain facts that a later stage needs
 
-Shapes: B sequences, T tokens, V vocabulary, C width, H heads, D = C / H. Rows are padded on the right with id 0; under
-causal attention the padding changes nothing before it, so there is no attention mask, only the mask of what is trained.
+Shapes: B sequences, T tokens, V vocabulary, C width, H heads, D = C / H. Rows are padded on the
+right with id 0. Under causal attention the padding changes nothing before it, so there is no
+attention mask, only the mask of what is trained. Entry t of a (B, T) table of log-probs is
+log π(ids[t] | ids[<t]); column 0 is 0.
 There is no dropout: log-probs of the same text must agree between sampling, scoring and training.
 """
+
 import math
 import os
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_BYTES = 2**28  # of logits, softmax and gradient held for a backward pass; above it, chunks that are computed again
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the message is one line and says what to do."""
+LOGITS_BYTES = 2**28  # of logits, softmax and gradient held; above it, chunks computed again
 
 
 @dataclass
@@ -35,11 +34,11 @@ class GPTConfig:
     n_embd: int = 128
 
 
-# ------------------------------------------------------------------------------------------------ the transformer
+# ---- the transformer
 
 
 class Linear(nn.Linear):
-    __call__ = nn.Linear.forward  # straight to the operation: the hooks of a module call cost a fifth of a small product
+    __call__ = nn.Linear.forward  # no hooks: they cost a fifth of a small product
 
 
 class LayerNorm(nn.LayerNorm):
@@ -75,18 +74,20 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None, layer=0):
         x = x + self.attention(self.norm_1(x), cache, layer)
-        return x + self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh"))  # one kernel, where the exact form is many
+        h = F.gelu(self.up(self.norm_2(x)), approximate="tanh")  # one kernel; the exact form: many
+        return x + self.down(h)
 
 
 class GPT(nn.Module):
-    """A language model whose head is its token embedding (tied). Weights come from `seed` and are drawn on the CPU, so
-    that every machine starts from the same ones: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer))."""
+    """A language model whose head is its token embedding (tied). Weights come from `seed` and are
+    drawn on the CPU, so that every machine starts from the same ones: N(0, 0.02), residual
+    projections N(0, 0.02 / sqrt(2 n_layer))."""
 
     def __init__(self, config, seed=0):
         super().__init__()
-        assert config.n_embd % config.n_head == 0, f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}"
+        assert config.n_embd % config.n_head == 0, f"n_embd {config.n_embd}, n_head {config.n_head}"
         self.config = config
-        self.checkpoint_activations = False  # True: recompute each block in the backward pass instead of keeping its activations
+        self.checkpoint_activations = False  # True: recompute each block in the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -97,13 +98,15 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
             elif p.dim() == 2:
                 residual = name.endswith(("proj.weight", "down.weight"))
-                nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02, generator=generator)
+                std = 0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02
+                nn.init.normal_(p, 0.0, std, generator=generator)
 
     def hidden(self, ids, cache=None):
-        """ids (B, T) int64 -> (B, T, C), after the final norm. With a cache, ids continue what it holds, and are added to it."""
-        T = ids.size(1)
-        assert T <= self.config.block_size, f"{T} tokens, but the context is {self.config.block_size}"
-        position = torch.arange(T, device=ids.device) if cache is None else cache.advance(T)
+        """ids (B, T) int64 -> (B, T, C), after the final norm. With a cache, ids continue what it
+        holds, and are added to it."""
+        T, limit = ids.size(1), self.config.block_size
+        assert T <= limit, f"{T} tokens, but the context is {limit}"
+        position = cache.advance(T) if cache else torch.arange(T, device=ids.device)
         x = self.wte(ids) + self.wpe(position)
         for layer, block in enumerate(self.blocks):
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -117,39 +120,36 @@ class GPT(nn.Module):
         return F.linear(self.hidden(ids, cache), self.wte.weight)
 
     def matmul_parameters(self):
-        """N of the FLOP counts: the weights that multiply every token, the tied head among them. A forward pass is 2N a token."""
-        return sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and name != "wpe.weight")
+        """N of the FLOP counts: the weights that multiply every token, the tied head among them.
+        A forward pass is 2N a token."""
+        matrices = (p for name, p in self.named_parameters() if name != "wpe.weight")
+        return sum(p.numel() for p in matrices if p.dim() == 2)
 
     def logprobs(self, ids, mask, temperature=1.0, index=None, entropy=False):
         """Log-probs in nats of the tokens that `mask` marks, each given all that stands before it.
 
-        ids (B, T) int64; mask (B, T) bool, True = a response token, end token included. Returns (B, T-1): entry t is
-        log π(ids[t+1] | ids[≤t]) where mask[:, t+1], else 0; float32, or float64 for a float64 model. `index`, if given,
-        is mask[:, 1:].flatten().nonzero() as (N,) int64, so that no shape depends on a tensor's values. With
-        `entropy=True` also the entropy of each of these distributions, (B, T-1), nats, without gradient.
-        The head runs on those N positions alone; where (N, V) logits would not fit LOGITS_BYTES, in chunks that the
-        backward pass computes again.
+        ids (B, T) int64; mask (B, T) bool, True = a response token, end token included. Returns
+        (B, T), 0 off the mask, float32 (float64 for a float64 model). With `entropy=True` also the
+        entropies of these distributions, (B, T), nats, without gradient. `index`, if given, is
+        `places(mask)`, so that no shape depends on a tensor's values.
+        The head runs on the N marked positions alone; where (N, V) logits would not fit
+        LOGITS_BYTES, in chunks that the backward pass computes again.
         """
-        B, T = ids.shape
-        assert mask.shape == ids.shape and mask.dtype == torch.bool, f"mask {tuple(mask.shape)} {mask.dtype} for ids {(B, T)}"
-        if index is None:
-            index = mask[:, 1:].flatten().nonzero().squeeze(1)
+        assert mask.shape == ids.shape and mask.dtype == torch.bool, "a bool mask for every id"
+        index = places(mask) if index is None else index
         h = self.hidden(ids[:, :-1]).flatten(0, 1).index_select(0, index)  # (N, C)
         target = ids[:, 1:].flatten().index_select(0, index)  # (N,)
-        rows = max(1, LOGITS_BYTES // (12 * self.config.vocab_size))  # logits, softmax and their gradient at 4 bytes
+        rows = max(1, LOGITS_BYTES // (12 * self.config.vocab_size))  # of 3 tables, 4 bytes each
         parts = list(zip(h.split(rows), target.split(rows)))
-        if len(parts) > 1 and torch.is_grad_enabled():
-            scored = [checkpoint(self._score, *part, temperature, entropy, use_reentrant=False) for part in parts]
-        else:
-            scored = [self._score(*part, temperature, entropy) for part in parts]
-        out = []
-        for x in zip(*scored):
-            x = torch.cat(x)
-            out.append(x.new_zeros(B * (T - 1)).index_copy(0, index, x).view(B, T - 1))
-        return tuple(out) if entropy else out[0]
+        again = len(parts) > 1 and torch.is_grad_enabled()
+        score = partial(checkpoint, self._score, use_reentrant=False) if again else self._score
+        scored = [score(*part, temperature, entropy) for part in parts]
+        tables = [_scatter(torch.cat(x), index, ids.shape) for x in zip(*scored)]
+        return tuple(tables) if entropy else tables[0]
 
     def _score(self, h, target, temperature, entropy):
-        """h (N, C), target (N,) -> log-probs (N,), and with `entropy` the entropies (N,). The softmax is never below float32."""
+        """h (N, C), target (N,) -> log-probs (N,), and with `entropy` the entropies (N,). The
+        softmax is never below float32."""
         logits = F.linear(h, self.wte.weight)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         logits = logits if temperature == 1.0 else logits / temperature
@@ -161,13 +161,46 @@ class GPT(nn.Module):
             return logp, -(log_p.exp() * log_p).sum(-1)
 
 
+def places(mask):
+    """mask (B, T) bool -> (N,) int64: where mask[:, 1:].flatten() is True"""
+    return mask[:, 1:].flatten().nonzero().squeeze(1)
+
+
+def _scatter(x, index, shape):
+    """x (N,) -> a (B, T) table that holds it at the places `index`, and 0 elsewhere"""
+    B, T = shape
+    return F.pad(x.new_zeros(B * (T - 1)).index_copy(0, index, x).view(B, T - 1), (1, 0))
+
+
+def token_logprobs(model, batch, mask=None):
+    """-> (rows, T) log-probs of a data.Batch's response tokens, or of those that `mask` marks"""
+    index = batch.index if mask is None else None
+    return batch.spread(
+        model.logprobs(batch.ids, batch.mask if mask is None else mask, index=index)
+    )
+
+
+def response_logprobs(model, batch, mean=False):
+    """-> (rows,) log-probs of the responses of a data.Batch: sums over their tokens, in nats, or
+    means."""
+    logp = model.logprobs(batch.ids, batch.mask, index=batch.index).sum(1)
+    return batch.spread(logp / batch.mask.sum(1) if mean else logp)
+
+
+def response_scores(model, batch):
+    """-> (rows,) scores of the responses of a data.Batch by a reward model"""
+    return batch.spread(model.score(batch.ids, batch.mask))
+
+
 def row_lengths(mask):
-    """mask (B, T) bool, of the response tokens -> (B,) int64: tokens of prompt and response, up to the last that is marked"""
+    """mask (B, T) bool, of the response tokens -> (B,) int64: tokens of prompt and response, up to
+    the last that is marked"""
     return mask.size(1) - mask.int().flip(1).argmax(1)
 
 
 class ScalarGPT(nn.Module):
-    """A GPT trunk with Linear(C, 1) in place of the vocabulary. A reward model is read at the end token, a critic everywhere."""
+    """A GPT trunk with Linear(C, 1) in place of the vocabulary. A reward model is read at the end
+    token, a critic everywhere."""
 
     def __init__(self, config, seed=0, trunk=None):
         super().__init__()
@@ -175,58 +208,84 @@ class ScalarGPT(nn.Module):
         self.trunk = trunk or GPT(config, seed)
         self.head = nn.Linear(config.n_embd, 1)
         generator = torch.Generator().manual_seed(seed)
-        nn.init.normal_(self.head.weight, 0.0, 1 / math.sqrt(config.n_embd + 1), generator=generator)
+        nn.init.normal_(
+            self.head.weight, 0.0, 1 / math.sqrt(config.n_embd + 1), generator=generator
+        )
         nn.init.zeros_(self.head.bias)
 
     def values(self, ids):
-        """ids (B, T) -> (B, T), float32 or float64: one number per position, seeing that token and all before it."""
+        """ids (B, T) -> (B, T), float32 or float64: a number a position, which sees that token and
+        all before it."""
         return self._read(self.trunk.hidden(ids))
 
+    def values_before(self, ids):
+        """ids (B, T) -> (B, T): entry t is the value of what stands before token t; column 0: 0."""
+        return F.pad(self.values(ids[:, :-1]), (1, 0))
+
     def score(self, ids, mask):
-        """ids, mask (B, T) as for `logprobs` -> (B,): the value at each row's last response token, the end token where it has one."""
-        return self._read(self.trunk.hidden(ids)[torch.arange(len(ids), device=ids.device), row_lengths(mask) - 1])
+        """ids, mask (B, T) as for `logprobs` -> (B,): the value at each row's last response token,
+        the end token where it has one."""
+        rows = torch.arange(len(ids), device=ids.device)
+        return self._read(self.trunk.hidden(ids)[rows, row_lengths(mask) - 1])
 
     def _read(self, h):
-        """h (…, C) -> (…). The head is never below float32: bfloat16 would round scores near 2 to multiples of 0.016."""
+        """h (…, C) -> (…). The head is never below float32: bfloat16 would round scores near 2 to
+        multiples of 0.016."""
         dtype = torch.promote_types(h.dtype, torch.float32)
         with torch.autocast(h.device.type, enabled=False):
-            return F.linear(h.to(dtype), self.head.weight.to(dtype), self.head.bias.to(dtype)).squeeze(-1)
+            x = F.linear(h.to(dtype), self.head.weight.to(dtype), self.head.bias.to(dtype))
+        return x.squeeze(-1)
 
     forward = values
 
     def matmul_parameters(self):
         """N of the FLOP counts, as in GPT; there is no vocabulary head here."""
-        return self.trunk.matmul_parameters() - self.trunk.wte.weight.numel() + self.head.weight.numel()
+        trunk = self.trunk.matmul_parameters() - self.trunk.wte.weight.numel()
+        return trunk + self.head.weight.numel()
+
+    @property
+    def checkpoint_activations(self):
+        return self.trunk.checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, on):
+        self.trunk.checkpoint_activations = on
 
 
-# ------------------------------------------------------------------------------------------------ cache and sampling
+# ---- cache and sampling
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once for `rows` sequences of at most `capacity` tokens.
+    """Keys and values of every layer, allocated once for `rows` sequences of `capacity` tokens.
 
-    Row b holds length[b] tokens from the left, so rows of mixed length need no padding logic: a new token is written
-    at its row's own length, and a query sees the keys up to itself. `width` bounds the longest row, as a plain int; `ragged`
-    says that lengths may differ: where they do not, all rows are written in one piece.
+    Row b holds length[b] tokens from the left, so rows of mixed length need no padding logic: a new
+    token is written at its row's own length, and a query sees the keys up to itself. `width` bounds
+    the longest row, as a plain int. `ragged` says that lengths may differ: where they do not, all
+    rows are written in one piece.
     """
 
     def __init__(self, config, rows, capacity, device="cpu", dtype=torch.float32):
         shape = (2, rows, config.n_head, capacity, config.n_embd // config.n_head)
         self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.row, self.column = torch.arange(rows, device=device)[:, None], torch.arange(capacity, device=device)
+        self.row = torch.arange(rows, device=device)[:, None]
+        self.column = torch.arange(capacity, device=device)
         self.hidden, self.seen = torch.tensor([-math.inf, 0.0], device=device, dtype=dtype)
         self.width, self.ragged = 0, False
 
     def advance(self, T):
         """Makes room for T more tokens a row and returns their positions (rows, T)."""
-        assert self.width + T <= len(self.column), f"{self.width} + {T} tokens, but the cache holds {len(self.column)}"
+        capacity = len(self.column)
+        assert self.width + T <= capacity, f"{self.width} + {T} tokens, but it holds {capacity}"
         self.position = self.length[:, None] + self.column[:T]
         self.empty, self.width = self.width == 0, self.width + T
         if not self.empty:
-            later = self.column[: self.width] > self.position[:, None, :, None]  # (rows, 1, T, width)
+            later = (
+                self.column[: self.width] > self.position[:, None, :, None]
+            )  # (rows, 1, T, width)
             mask = torch.where(later, self.hidden, self.seen)
-            self.mask = mask.expand(-1, self.kv[0].size(2), -1, -1).flatten(0, 1)  # (rows·H, T, width)
+            mask = mask.expand(-1, self.kv[0].size(2), -1, -1)
+            self.mask = mask.flatten(0, 1)  # (rows·H, T, width)
         self.length = self.length + T
         return self.position
 
@@ -235,12 +294,14 @@ class KVCache:
         if self.ragged:
             self.kv[layer][:, self.row, :, self.position] = qkv[:, :, 1:]
         else:
-            self.kv[layer][:, :, :, self.width - qkv.size(1) : self.width] = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
+            new = slice(self.width - qkv.size(1), self.width)
+            self.kv[layer][:, :, :, new] = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # (rows, H, T, D) each
         if self.empty:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         k, v = self.kv[layer].flatten(1, 2)[:, :, : self.width]  # (rows·H, width, D) each
-        scores = torch.baddbmm(self.mask, q.flatten(0, 1), k.mT, alpha=q.size(-1) ** -0.5)  # for one query, faster than SDPA
+        q_, scale = q.flatten(0, 1), q.size(-1) ** -0.5
+        scores = torch.baddbmm(self.mask, q_, k.mT, alpha=scale)  # for one query, faster than SDPA
         return torch.bmm(scores.softmax(-1), v).view(q.shape)
 
     def take(self, rows):
@@ -251,79 +312,133 @@ class KVCache:
         self.row = torch.arange(len(rows), device=rows.device)[:, None]
 
 
-class Samples(NamedTuple):
-    ids: torch.Tensor  # (B·group, T) int64, prompt and response, padded on the right with 0
-    mask: torch.Tensor  # (B·group, T) bool, the response up to and with its end token
-    logp: torch.Tensor  # (B·group, T-1) float32, the log-prob each token was drawn with, 0 off the mask
-    finished: torch.Tensor  # (B·group,) bool, the end token was drawn
+class Rollout:
+    """Sampled responses, a row each. Every attribute is a tensor with one row a response, (N,),
+    (N, 1) or (N, T), or None; all are cut, shuffled and trimmed together.
 
-    @property
-    def stop(self):
-        """(B·group,) int64: tokens of prompt and response"""
-        return row_lengths(self.mask)
+    ids       (N, T) int64    prompt and response, padded on the right with 0
+    mask      (N, T) bool     the response up to and with its end token
+    logp      (N, T) float32  the log-prob each token was drawn with, 0 off the mask
+    finished  (N,) bool       the end token was drawn
+    """
 
-    def take(self, rows):
-        """-> the samples of these rows, in this order, without the columns that are padding in all of them"""
-        mask = self.mask[rows]
-        T = int(row_lengths(mask).max())
-        return Samples(self.ids[rows, :T], mask[:, :T], self.logp[rows, : T - 1], self.finished[rows])
+    def __init__(self, **columns):
+        self.__dict__.update(columns)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, rows):
+        """-> these rows, in this order, without the columns that are padding in all of them"""
+        width = self.ids.size(1)
+        part = {name: x if x is None else x[rows] for name, x in vars(self).items()}
+        longest = int(row_lengths(part["mask"]).max()) if len(part["mask"]) else 0
+        for name, x in part.items():
+            if x is not None and x.dim() == 2 and x.size(1) == width:
+                part[name] = x[:, :longest]
+        return Rollout(**part)
+
+    def __or__(self, columns):
+        """-> the same rows, with more columns or other ones"""
+        return Rollout(**(vars(self) | columns))
 
     @staticmethod
     def cat(parts):
         """-> the rows of all parts, padded to the longest"""
-        T = max(s.ids.size(1) for s in parts)
-        padded = [[F.pad(x, (0, T - s.ids.size(1))) for x in s[:3]] + [s.finished] for s in parts]
-        return Samples(*(torch.cat(x) for x in zip(*padded)))
+        T = max(part.ids.size(1) for part in parts)
+        columns = {}
+        for name, x in vars(parts[0]).items():
+            tensors = [getattr(part, name) for part in parts]
+            if x.dim() == 2:
+                tensors = [F.pad(y, (0, T - y.size(1))) for y in tensors]
+            columns[name] = torch.cat(tensors)
+        return Rollout(**columns)
+
+    @property
+    def length(self):
+        """(N, 1) int64: response tokens, end token included"""
+        return self.mask.sum(1, keepdim=True)
+
+    @property
+    def tokens(self):
+        """of prompts and responses, in all"""
+        return int(row_lengths(self.mask).sum())
+
+    def minibatches(self, updates, parts, generator):
+        """Yields the rows in `parts` shuffled minibatches, once for each of the updates; as they
+        stand where there is one. Until the first optimizer step π_θ is π_old, and the ratio of the
+        two 1 to the bit: the first minibatch has no old_logp."""
+        n = len(self)
+        if updates == parts == 1:
+            yield self | {"old_logp": None}
+            return
+        for update in range(updates):
+            order = torch.randperm(n, generator=generator)
+            for i, rows in enumerate(order.tensor_split(min(parts, n))):
+                minibatch = self[rows]
+                yield minibatch | {"old_logp": None} if update == i == 0 else minibatch
+
+    def summary(self):
+        """-> the figures of the responses that a record has"""
+        return {
+            "completions/mean_length": self.length.float().mean(),
+            "completions/clipped_ratio": 1 - self.finished.float().mean(),
+        }
 
 
 @torch.no_grad()
 def sample(model, prompts, max_new_tokens, end_id, temperature=1.0, generator=None, group=1):
-    """Draws `group` responses to each prompt from softmax(logits / temperature), nothing cut off; see `Samples`.
+    """Draws `group` responses to each prompt from softmax(logits / temperature), nothing cut off.
+    -> a Rollout
 
-    prompts: B non-empty lists of token ids, of mixed length. Row i·group + j answers prompt i. Each prompt is read once,
-    and its cache repeated. All uniforms are drawn up front, (B·group, max_new_tokens) on the generator's device: how rows
-    are batched or dropped changes no sample. The end is looked for every 8 tokens, and rows that have ended are dropped
-    once they are a quarter of the batch.
+    prompts: B non-empty lists of token ids, of mixed length. Row i·group + j answers prompt i. Each
+    prompt is read once, and its cache repeated. All uniforms are drawn up front, (B·group,
+    max_new_tokens) on the generator's device: how rows are batched or dropped changes no sample.
+    The end is looked for every 8 tokens, and rows that have ended are dropped once they are a
+    quarter of the batch.
     """
-    device, weight = model.wte.weight.device, model.wte.weight
+    weight = model.wte.weight
+    device = weight.device
     lengths = torch.tensor([len(p) for p in prompts])
     longest, B, R = int(lengths.max()), len(prompts), len(prompts) * group
     assert lengths.min() > 0, "a prompt needs at least one token"
-    assert longest + max_new_tokens <= model.config.block_size, (
-        f"prompt {longest} + max_new_tokens {max_new_tokens} exceed the context {model.config.block_size}")
-    uniform = torch.rand(R, max_new_tokens, generator=generator, device=generator.device if generator else "cpu").to(device)
+    room = model.config.block_size - max_new_tokens
+    assert longest <= room, f"a prompt of {longest} tokens, but there is room for {room}"
+    at = generator.device if generator else "cpu"
+    uniform = torch.rand(R, max_new_tokens, generator=generator, device=at).to(device)
     prompt = torch.zeros(B, longest, dtype=torch.int64)
-    prompt[torch.arange(longest) < lengths[:, None]] = torch.tensor([token for p in prompts for token in p])
+    tokens = torch.tensor([token for p in prompts for token in p])
+    prompt[torch.arange(longest) < lengths[:, None]] = tokens
     ragged = bool(lengths.min() < longest)
     prompt, lengths = prompt.to(device), lengths.to(device)
     drawn = torch.zeros(R, max_new_tokens, dtype=torch.int64, device=device)
     p_drawn = torch.ones(R, max_new_tokens, device=device)
     rows = torch.arange(B, device=device).repeat_interleave(group)
 
-    outline = hasattr(weight, "fake_mode")  # sizes alone (memory.py): the first token and the last tell all, and the last is the end
-    stride = max(1, max_new_tokens - 1) if outline else 1
-    if outline:
-        drawn[:, -1] = end_id
-
     with torch.inference_mode():
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
         cache = KVCache(model.config, B, longest + max_new_tokens, device, dtype)
-        h = model.hidden(prompt, cache)[torch.arange(B, device=device), lengths - 1][rows]  # (R, C), it predicts the first token
-        cache.length, cache.ragged = lengths, ragged  # what was read past a prompt's end is overwritten before it can be seen
+        last = torch.arange(B, device=device), lengths - 1
+        h = model.hidden(prompt, cache)[last][rows]  # (R, C), it predicts the first token
+        cache.length = lengths  # what was read past a prompt's end is overwritten before it is seen
+        cache.ragged = ragged
         if group > 1:
             cache.take(rows)
-        alive, tokens, probs = torch.arange(R, device=device), [], []  # the rows still drawn, and their last few draws
-        for t in range(0, max_new_tokens, stride):
+        alive = torch.arange(R, device=device)  # the rows still drawn
+        tokens, probs = [], []  # their last few draws
+        for t in range(max_new_tokens):
             p = (F.linear(h, weight).float() / temperature).softmax(-1)  # (alive, V)
             cdf = p.cumsum(-1)
             u = uniform[:, t, None] * cdf[:, -1:]
-            token = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.size(1) - 1)  # (alive, 1): inverse CDF
+            token = torch.searchsorted(cdf, u, right=True)  # (alive, 1): inverse CDF
+            token.clamp_(max=cdf.size(1) - 1)
             tokens.append(token)
             probs.append(p.gather(1, token))
             if len(tokens) == 8 or t + 1 == max_new_tokens:
-                drawn[alive, t + 1 - len(tokens) : t + 1] = torch.cat(tokens, 1)
-                p_drawn[alive, t + 1 - len(tokens) : t + 1] = torch.cat(probs, 1)
+                new = slice(t + 1 - len(tokens), t + 1)
+                drawn[alive, new] = torch.cat(tokens, 1)
+                p_drawn[alive, new] = torch.cat(probs, 1)
                 tokens, probs = [], []
                 left = (drawn[alive, : t + 1] != end_id).all(1).nonzero()[:, 0]
                 if len(left) == 0 or t + 1 == max_new_tokens:
@@ -331,12 +446,12 @@ def sample(model, prompts, max_new_tokens, end_id, temperature=1.0, generator=No
                 if len(left) <= 0.75 * len(alive):
                     cache.take(left)
                     token, alive, uniform = token[left], alive[left], uniform[left]
-            cache.width += stride - 1
             h = model.hidden(token, cache)[:, 0]
 
     is_end = drawn == end_id
     finished = is_end.any(1)
-    n = torch.where(finished, is_end.int().argmax(1) + 1, max_new_tokens)[:, None]  # response lengths, end token included
+    first_end = is_end.int().argmax(1) + 1
+    n = torch.where(finished, first_end, max_new_tokens)[:, None]  # response tokens, end included
     prompt, start = prompt[rows], lengths[rows, None]
     T = int((start + n).max())
     column = torch.arange(T, device=device)
@@ -346,14 +461,14 @@ def sample(model, prompts, max_new_tokens, end_id, temperature=1.0, generator=No
     ids[mask] = drawn[kept]
     logp = torch.zeros(R, T, device=device)
     logp[mask] = p_drawn[kept].log()
-    return Samples(ids, mask, logp[:, 1:], finished)
+    return Rollout(ids=ids, mask=mask, logp=logp, finished=finished)
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ---- files
 
 
 def write(obj, path):
-    """torch.save through a temporary file of this process and a rename: at every moment `path` is whole, or absent."""
+    """torch.save through a temporary file and a rename: `path` is always whole, or absent."""
     temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "wb") as f:  # a file object, because torch writes a file's name into it
         torch.save(obj, f)
@@ -361,26 +476,38 @@ def write(obj, path):
 
 
 def save(model, path, **meta):
-    """Writes the weights, the config and `meta`: strings, numbers, lists and dicts (tokenizer, task, method, options …)."""
-    write({"nanopo": type(model).__name__, "config": asdict(model.config), "model": model.state_dict(), "meta": meta}, path)
+    """Writes the weights, the config and `meta`: strings, numbers, lists and dicts."""
+    kind, config = type(model).__name__, asdict(model.config)
+    write({"nanopo": kind, "config": config, "model": model.state_dict(), "meta": meta}, path)
 
 
 def load(path, device="cpu"):
-    """-> (model, meta), with the weights as saved. Raises CheckpointError where the file is not a whole checkpoint of ours."""
+    """-> (model, meta), with the weights as saved. Raises ValueError, one line, where the file is
+    not a whole checkpoint of ours."""
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+        raise ValueError(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise CheckpointError(f"{path} is a directory; give the .pt file in it") from None
-    except Exception as e:  # torch raises a zoo of types for a file that is cut short or no checkpoint at all
-        raise CheckpointError(f"{path} is not a whole checkpoint ({type(e).__name__}); train it again") from None
+        raise ValueError(f"{path} is a directory; give the .pt file in it") from None
+    except Exception as e:  # torch raises a zoo of types for a file that is cut short
+        reason = type(e).__name__
+        raise ValueError(f"{path} is not a whole checkpoint ({reason}); train it again") from None
     if not isinstance(file, dict) or file.get("nanopo") not in ("GPT", "ScalarGPT"):
-        raise CheckpointError(f"{path} is not a checkpoint of these scripts; give one that sft.py wrote")
+        raise ValueError(f"{path} is not a checkpoint of these scripts; give one that sft.py wrote")
     try:
-        model = {"GPT": GPT, "ScalarGPT": ScalarGPT}[file["nanopo"]](GPTConfig(**file["config"]))
+        kind = {"GPT": GPT, "ScalarGPT": ScalarGPT}[file["nanopo"]]
+        model = kind(GPTConfig(**file["config"]))
         model.to(next(iter(file["model"].values())).dtype).load_state_dict(file["model"])
         return model.to(device), file["meta"]
-    except (RuntimeError, TypeError, KeyError, AttributeError, AssertionError, StopIteration) as e:
+    except (
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        StopIteration,
+    ) as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: weights and config disagree ({reason}); train it again") from None
+        said = f"{path}: weights and config disagree ({reason}); train it again"
+        raise ValueError(said) from None

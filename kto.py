@@ -1,159 +1,165 @@
 """KTO: Model Alignment as Prospect Theoretic Optimization (arXiv:2402.01306).
 
     r(x,y) = log π_θ(y|x) - log π_ref(y|x)
-    ẑ      = max(0, mean_i r(x_i, y_j(i)))                   of mismatched pairs: the answer to another prompt; no gradient
-    L(θ)   = λ_D (1 - σ(β (r - ẑ)))  if y is desirable,      λ_U (1 - σ(β (ẑ - r)))  if it is not
+    ẑ      = max(0, mean_i r(x_i, y_j(i)))    of mismatched pairs: the answer to another prompt
+    L(θ)   = λ_D (1 - σ(β (r - ẑ)))           if y is desirable
+             λ_U (1 - σ(β (ẑ - r)))           if it is not
 
     paper                        code                        shape
-    x, y                         prompt, completion          the response with its end token
+    x, y                         prompt, completion          token ids, end token included
     log π_θ(y|x), log π_ref      logp, ref_logp              (B,) sums over response tokens, nats
     desirable                    desirable                   (B,) bool, the row's label
-    z_0, here ẑ                  kl                          () one reference point for all examples of the step
+    z_0, here ẑ                  kl                          () one for all examples of the step
     λ_D, λ_U                     w_desirable, w_undesirable  weights of the two classes
-    β                            beta
+    β                            beta                        1/nats
 
-ẑ is measured before the step on the whole batch, so that micro-batches change nothing; row i takes the answer of the next row
-with another prompt, and is left out where the batch holds no other prompt.
+ẑ has no gradient. It is measured before the step on the whole batch, so that micro-batches change
+nothing. Row i takes the answer of the next row with another prompt; it is left out where the batch
+holds no other prompt.
 
-Models in memory: 2 (the policy, trained; the reference, frozen). Data: (prompt, completion, label), not in pairs; a file of pairs is
-split into 2n examples. Departures from the paper: 1. AdamW with a learning rate for toy models; 2. the authors' code shifts by one
-row within a micro-batch; here over the step's batch, and never to an equal prompt.
+Models in memory: 2 (policy, trained; ref, frozen). Data: (prompt, completion, label), not in pairs;
+a file of pairs is split into 2n examples.
+Departures from the paper: 1. AdamW with a learning rate for toy models; 2. the authors' code shifts
+by one row within a micro-batch; here over the step's batch, and never to an equal prompt.
 
-    python kto.py --beta 0.1                                   reviews; makes out/reviews/sft.pt first where it is missing
-    python kto.py --pairs 2000 --epochs 4                      a fixed set of 2,000 examples
-    python kto.py --task exact                                 40 outcomes a prompt: the distance to this loss's own limit
-    python kto.py --task my.jsonl.gz --init out/my/sft.pt         rows of {"prompt", "completion", "label"}
-
-It ends with the gold reward before and after, the win rate against the reference, KL(π‖π_ref), and two samples of each.
+    python kto.py --beta 0.1                    film reviews; trains out/reviews/sft.pt if missing
+    python kto.py --pairs 2000 --epochs 4       a fixed set of 2,000 examples
+    python kto.py --task exact                  40 outcomes: the distance to the known optimum π*
+    python kto.py --task my.jsonl --init out/my/sft.pt
 """
+
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-import common
 import data
-import memory
-from common import Count, Positive, Whole
-from evaluate import choose_yardstick, context, describe, open_checkpoint, report
-from gpt import CheckpointError, save
+import training
+from data import UserError
+from evaluate import Evaluator
+from gpt import response_logprobs
+from training import PairOptions, Run, opt, parse
 
 
 def kto_loss(logp, ref_logp, desirable, kl, beta=0.1, w_desirable=1.0, w_undesirable=1.0):
-    """KTO, arXiv:2402.01306. logp, ref_logp: (B,) summed response log-probs in nats, end token included. desirable: (B,) bool.
-    kl: () the reference point ẑ ≥ 0, nats. beta: β > 0, 1/nats. w_*: λ_D, λ_U. Returns (B,) losses, each in (0, λ).
-    Raises AssertionError if shapes differ. At logp = ref_logp and ẑ = 0 the loss is λ/2."""
+    """KTO, arXiv:2402.01306. logp, ref_logp: (B,) log-probs of responses, sums over their tokens,
+    in nats. desirable: (B,) bool. kl: () the reference point ẑ ≥ 0, nats. beta: β > 0, 1/nats.
+    w_*: λ_D, λ_U. Returns (B,) losses, each in (0, λ). At logp = ref_logp and ẑ = 0 it is λ/2."""
     assert logp.shape == ref_logp.shape == desirable.shape and logp.dim() == 1, "three (B,) tensors"
-    gain = beta * (logp - ref_logp - kl)
-    return torch.where(desirable, w_desirable * torch.sigmoid(-gain), w_undesirable * torch.sigmoid(gain))  # 1 - σ(a) = σ(-a)
+    a = beta * (logp - ref_logp - kl)
+    # 1 - σ(a) = σ(-a)
+    return torch.where(desirable, w_desirable * torch.sigmoid(-a), w_undesirable * torch.sigmoid(a))
 
 
 def kto_kl(logp_mismatched, ref_logp_mismatched):
-    """ẑ of the whole step's mismatched pairs. logp_*: (M,) summed log-probs of answers to other prompts, M may be 0.
-    Returns a scalar ≥ 0 without gradient, nats."""
+    """ẑ of the whole step's mismatched pairs. logp_*: (M,) log-probs of answers to other prompts,
+    sums over their tokens; M may be 0. Returns a scalar ≥ 0 without gradient, nats."""
     ratio = (logp_mismatched - ref_logp_mismatched).detach()
     return ratio.sum().div(max(1, len(ratio))).clamp(min=0)
 
 
 @dataclass
-class Options(common.Options):
-    beta: Positive = 0.1  # β: how soon a gain or a loss saturates, 1/nats (the paper: 0.01 to 0.1 after SFT on the same data)
-    w_desirable: Positive = 1.0  # λ_D: weight of desirable examples
-    w_undesirable: Positive = 1.0  # λ_U: weight of undesirable ones; λ_D n_D / (λ_U n_U) should lie in [1, 4/3]
-    steps: Count = 150  # optimizer steps (default: %(default)s; of a file: one epoch)
-    batch_size: Count = 64  # examples an optimizer step
-    pairs: Whole = 0  # size of the fixed set, in examples (0: fresh ones every step; of a file: all)
-    lr: Positive = 3e-4  # AdamW learning rate at its peak; large models take 5e-7 to 5e-6
-    on_exact = dict(beta=0.5, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear")
-    on_predict = dict(batch_size=4)
+class Options(PairOptions):
+    beta: float = opt(0.1, "β: how soon a gain or a loss saturates, 1/nats", above=0)
+    w_desirable: float = opt(1.0, "λ_D: weight of desirable examples", above=0)
+    w_undesirable: float = opt(1.0, "λ_U: weight of undesirable ones", above=0)
+    batch_size: int = opt(64, "examples an optimizer step", low=2)
 
 
-def imbalance(rows, o, fixed):
-    """-> a warning where λ_D n_D / (λ_U n_U) leaves [1, 4/3], or ""; of fresh rows a sample is counted, and three standard errors
-    are spared."""
-    n, desirable = len(rows), sum(row[2] for row in rows)
-    if desirable in (0, n):
-        return f"warning: all {n} examples are {'desirable' if desirable else 'undesirable'}; KTO is meant for both kinds"
-    slack = 0 if fixed != 0 else 6 / n**0.5
-    ratio = o.w_desirable * desirable / (o.w_undesirable * (n - desirable))
-    if 1 - slack <= ratio <= 4 / 3 + slack:
-        return ""
-    sample, fitting = " of a sample" * (fixed == 0), 1.15 * o.w_desirable / ratio
-    return (f"warning: {desirable} desirable and {n - desirable} undesirable examples{sample} make λ_D n_D / (λ_U n_U) = {ratio:.3g}, "
-            f"outside [1, 4/3]; --w-desirable {fitting:.2g} would balance it")  # fmt: skip
+PRESETS = {
+    "any": dict(steps=150, lr=3e-4),
+    "exact": dict(beta=0.5, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear"),
+}
+
+
+def compute_loss(policy, ref, batch, o, kl=0.0):
+    """A micro-batch of B examples -> (losses, metrics), each (B,): one entry an example."""
+    logp = response_logprobs(policy, batch)  # (B,)
+    with torch.no_grad():
+        ref_logp = response_logprobs(ref, batch)
+    desirable = batch.columns[0].to(logp.device)
+
+    losses = kto_loss(logp, ref_logp, desirable, kl, o.beta, o.w_desirable, o.w_undesirable)
+    reward = (o.beta * (logp - ref_logp)).detach()
+    return losses, {"rewards": reward, "logps": logp.detach()}
 
 
 @torch.no_grad()
-def reference_point(policy, ref, rows, block_size, run):
+def reference_point(policy, ref, rows, run):
     """-> ẑ of the step, before any of it is trained on"""
-    logps = [], []
-    for micro in run.micro_batches(data.mismatched(rows, block_size)):
+    logp, ref_logp = [torch.zeros(0, device=run.device)], [torch.zeros(0, device=run.device)]
+    for micro in run.micro_batches(data.mismatched(rows, run.block_size)):
         batch = data.pad(micro, run.device)
         with run.autocast():
-            for model, out in zip((policy, ref), logps):
-                out.append(batch.spread(model.logprobs(batch.ids, batch.mask, index=batch.index).sum(1)))
-    return kto_kl(*(torch.cat(out) if out else torch.zeros(0, device=run.device) for out in logps))
+            logp.append(response_logprobs(policy, batch))
+            ref_logp.append(response_logprobs(ref, batch))
+    return kto_kl(torch.cat(logp), torch.cat(ref_logp))
 
 
-@common.command(CheckpointError, data.DataError)
+def check(rows, fixed, o):
+    """Refuses rows of a single prompt, where there is no ẑ, and warns where λ_D n_D / (λ_U n_U)
+    leaves [1, 4/3]. rows: the fixed set, or a sample, which spares three standard errors."""
+    if fixed and len({x for x, *_ in rows}) == 1:
+        needs = "and ẑ needs an answer to another; add rows, or raise --pairs"
+        raise UserError(f"the training rows have one prompt only, {needs}")
+    n, desirable = len(rows), sum(row[2] for row in rows)
+    if desirable in (0, n):
+        kind = "desirable" if desirable else "undesirable"
+        data.say(f"warning: all {n} examples are {kind}; KTO is meant for both kinds")
+        return
+    slack = 0 if fixed else 6 / n**0.5
+    ratio = o.w_desirable * desirable / (o.w_undesirable * (n - desirable))
+    if not 1 - slack <= ratio <= 4 / 3 + slack:
+        counts = f"{desirable} desirable and {n - desirable} undesirable examples"
+        counts += "" if fixed else " of a sample"
+        remedy = f"--w-desirable {1.15 * o.w_desirable / ratio:.2g} would balance it"
+        words = f"make λ_D n_D / (λ_U n_U) = {ratio:.3g}, outside [1, 4/3]"
+        data.say(f"warning: {counts} {words}; {remedy}")
+
+
 def main(argv=None):
-    o = common.parse(Options, argv)
-    task, fixed = data.task(o.task, o.eval_file, o.strict), o.pairs or (None if common.is_file(o.task) else 0)
-    run = common.Run(o, "kto")
-    if o.batch_size == 1:
-        raise common.UserError("--batch-size 1: ẑ needs the answer to another prompt, so at least 2 examples a step")
-    init = o.init or common.stage("sft.py", o)
-    policy, tokenizer, meta = open_checkpoint(init, o, task)
-    run.say(f"π_ref is {init}: {describe(meta)}")
-    task.template, block_size = meta["template"], context(o, policy)
-    batches = data.Batches(task.feedback, fixed, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
-    if batches.rows and len({x for x, _, _ in batches.rows}) == 1:
-        raise common.UserError("the training rows have one prompt only, and ẑ needs an answer to another; add rows, or raise --pairs")
-    yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, "sum", aim=("kto", vars(o)))
-    warning = imbalance(batches.rows or task.feedback(4096, o.seed), o, fixed)
-    for note in filter(None, [*task.notes, batches.note, *yardstick.notes, warning]):
-        run.say(note)
+    o = parse(Options, argv, PRESETS)
+    run = Run("kto", o)
+    task = data.task(o.task, o.eval_file, o.strict)
+    policy, tokenizer = run.load(o.init or run.stage("sft"), task)
+    ref = run.freeze(policy)
+    run.hold(policy=policy, ref=ref)
 
-    policy = run.prepare(policy)
-    policy.checkpoint_activations = o.checkpoint_activations
-    ref = run.frozen(policy)
-    optimizer = common.adamw(policy, o)
-    run.begin(memory.Ledger(policy=policy, ref=ref), batches, policy=policy, optimizer=optimizer)
+    batches = data.Batches(task.feedback, o.pairs or task.size, tokenizer, run.block_size, o)
+    check(batches.rows or task.feedback(4096, o.seed), batches.rows, o)
+    held_out = task.feedback, partial(compute_loss, o=o)
+    evaluator = Evaluator(run, task, ref, held_out=held_out)
+    optimizer = run.adamw(policy)
 
-    for step in run.steps():
+    for step in run.steps(batches, optimizer):
         rows = batches[step]
-        n = run.total(len(rows))
-        n_desirable = run.total(sum(label for _, _, label in rows))
-        kl = reference_point(policy, ref, rows, block_size, run)
-        run.add({"kl": kl})
+        kl = reference_point(policy, ref, rows, run)
+        run.log({"kl": kl})
+        desirable = sum(label for _, _, label in rows)
         for micro in run.micro_batches(rows):
-            batch = data.pad([(x, y) for x, y, _ in micro], run.device)
-            desirable = torch.tensor([label for _, _, label in micro], device=run.device)
+            batch = data.pad(micro, run.device)
             with run.autocast():
-                logp = batch.spread(policy.logprobs(batch.ids, batch.mask, index=batch.index).sum(1))  # (B,)
-                with torch.no_grad():
-                    ref_logp = batch.spread(ref.logprobs(batch.ids, batch.mask, index=batch.index).sum(1))
-            losses = kto_loss(logp, ref_logp, desirable, kl, o.beta, o.w_desirable, o.w_undesirable)  # (B,)
-            loss = losses.sum() / n  # mean over all examples of the step: class counts act as weights
-            loss.backward()
-
-            logp, reward = logp.detach(), (o.beta * (logp - ref_logp)).detach()
-            run.tokens += batch.tokens
-            run.add({"loss": loss})
-            for name, which, count in (("chosen", desirable, n_desirable), ("rejected", ~desirable, n - n_desirable)):
+                losses, metrics = compute_loss(policy, ref, batch, o, kl)
+            # a mean over all examples of the step: the counts of the classes act as weights
+            run.backward((losses / len(rows)).sum(), batch.tokens)
+            run.log({"loss": losses}, 1 / len(rows))
+            is_desirable = batch.columns[0].to(losses.device)
+            sides = (
+                ("chosen", is_desirable, desirable),
+                ("rejected", ~is_desirable, len(rows) - desirable),
+            )
+            for name, side, count in sides:
                 if count:  # a class may be absent from a step
-                    run.add({f"rewards/{name}": reward[which].sum() / count, f"logps/{name}": logp[which].sum() / count})
-        if 0 < n_desirable < n:
-            run.add({"rewards/margins": run.sums["rewards/chosen"] - run.sums["rewards/rejected"]})
-        run.update(step, policy, optimizer)
-        if o.eval_every and (step + 1) % o.eval_every == 0:
-            run.evaluated(step, yardstick.measure(policy, ref, n=128)[0])
+                    means = {f"{key}/{name}": x for key, x in metrics.items()}
+                    run.log(means, side / count)
+        if 0 < desirable < len(rows):
+            chosen, rejected = run.sums["rewards/chosen"], run.sums["rewards/rejected"]
+            run.log({"rewards/margins": chosen - rejected})
+        run.update(optimizer)
+        run.evaluate(evaluator, policy)
 
-    final, samples = yardstick.measure(policy, ref)
-    save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=init, implicit=yardstick.implicit,
-         max_new_tokens=yardstick.max_new_tokens, reward=final.get("reward"))  # fmt: skip
-    report(f"kto on {o.task}", final, samples, task.bound)
-    run.finish(final, forward={"policy": 2, "ref": 2}, backward={"policy": 1})
+    run.finish(evaluator, policy, forward={"policy": 2, "ref": 2})
 
 
 if __name__ == "__main__":
-    main()
+    training.command(main)

@@ -1,95 +1,89 @@
-"""SFT: supervised fine-tuning on demonstrations, the stage that the others start from (InstructGPT, arXiv:2203.02155).
+"""SFT: supervised fine-tuning on demonstrations (InstructGPT, arXiv:2203.02155).
 
     L(θ) = - Σ_b Σ_t m_bt log π_θ(y_bt | x_b, y_b<t) / Σ_b Σ_t m_bt
 
     paper        code                       shape
     x, y         prompt and response ids    lists of tokens
     m            batch.mask                 (B, T), True on the response and its end token
-    log π_θ      policy.logprobs(…)         (B, T-1), nats a token, 0 off the mask
+    log π_θ      logp                       (B, T), nats a token, 0 off the mask
 
-Both sums run over the whole optimizer step: every response token weighs the same, however the batch is cut.
+Both sums run over the whole optimizer step: every response token weighs the same, however the batch
+is cut. It is the stage that the other methods start from.
 
-Models in memory: 1 (the policy, trained).
-Data: (prompt, completion).
-Departures: the usual ones. No dropout, no packing, no loss on the prompt, one end token after every whole response.
+Models in memory: 1 (policy, trained). Data: (prompt, completion).
+Departures: the usual ones. No dropout, no packing, no loss on the prompt, one end token after every
+whole response.
 
-    python sft.py                                              reviews, from random weights, half a minute on a laptop
-    python sft.py --task arithmetic:2                          sums of two digits; --task exact: a world of 40 outcomes
-    python sft.py --task my.jsonl.gz --block-size 1024 --truncate        rows of {"prompt", "completion"}
-    python sft.py --task my.jsonl.gz --init out/reviews/sft.pt            from a checkpoint
-
-It ends with the reward of its samples where the task has one, and with the loss on held-out answers where it has not.
+    python sft.py                               reviews, from random weights, half a minute
+    python sft.py --task arithmetic:2           sums of two digits; --task exact: 40 outcomes
+    python sft.py --task my.jsonl --block-size 1024 --truncate
+    python sft.py --task my.jsonl --init out/reviews/sft.pt
 """
-from dataclasses import dataclass
 
-import common
+from dataclasses import dataclass
+from functools import partial
+
 import data
-import memory
-from common import Count, Positive, Whole
-from evaluate import choose_yardstick, context, find_reference, open_or_make, reopen, report
-from gpt import CheckpointError, save
+import training
+from evaluate import Evaluator
+from gpt import token_logprobs
+from training import Run, ScratchOptions, parse
+from training.checkpoint import find_reference
 
 
 def nll(logp):
-    """Negative log-likelihood. logp: (B, T) token log-probs in nats, 0 where nothing is trained. Returns (B,) sums, nats."""
+    """Negative log-likelihood. logp: (B, T) token log-probs in nats, 0 where nothing is trained.
+    Returns (B,) sums, nats."""
     return -logp.sum(1)
 
 
 @dataclass
-class Options(common.Options):
-    init: str = ""  # checkpoint to start from (default: random weights)
-    steps: Count = 500  # optimizer steps (default: %(default)s; of a file: one epoch)
-    lr: Positive = 4e-3  # AdamW learning rate at its peak; large models take 1e-6 to 2e-5
-    warmup: Whole = 50  # steps over which the learning rate rises from 0
-    n_layer: Count = 4  # blocks, where weights start random
-    n_head: Count = 4  # attention heads a block, where weights start random
-    n_embd: Count = 128  # width, where weights start random
-    block_size: Whole = 0  # longest sequence, prompt and response, in tokens (0: the checkpoint's, or 256 at random weights)
-    on_arithmetic = dict(steps=1600, batch_size=64, lr=2e-3)
-    on_exact = dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear", n_layer=2, n_embd=64, block_size=8)
-    on_predict = dict(batch_size=4)
+class Options(ScratchOptions):
+    pass
 
 
-@common.command(CheckpointError, data.DataError)
+PRESETS = {
+    "any": dict(steps=500, lr=4e-3, warmup=50),
+    "arithmetic": dict(steps=1600, batch_size=64, lr=2e-3),
+    "exact": dict(
+        **dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear"),
+        **dict(n_layer=2, n_embd=64, block_size=8),
+    ),
+}
+
+
+def compute_loss(policy, batch, o):
+    """A micro-batch of B answers -> (losses (B,), one entry an answer; no metrics)."""
+    return nll(token_logprobs(policy, batch)), {}
+
+
 def main(argv=None):
-    o = common.parse(Options, argv)
+    o = parse(Options, argv, PRESETS)
+    run = Run("sft", o)
     task = data.task(o.task, o.eval_file, o.strict)
-    run = common.Run(o, "sft")
-    policy, tokenizer, task.template = open_or_make(o, task)
-    block_size = context(o, policy)
-    count = None if common.is_file(o.task) else 0
-    batches = data.Batches(task.demonstrations, count, o.batch_size, o.seed, tokenizer, block_size, o.truncate)
-    yardstick = choose_yardstick(run, task, tokenizer, block_size, o.max_new_tokens, o.truncate, aim=("sft", vars(o)))
-    reference = find_reference(o, run, tokenizer, block_size)
-    for note in filter(None, [*task.notes, batches.note, *yardstick.notes]):
-        run.say(note)
+    policy, tokenizer = run.load(o.init, task) if o.init else run.create(task)
+    run.hold(policy=policy)
 
-    policy = run.prepare(policy)
-    policy.checkpoint_activations = o.checkpoint_activations
-    optimizer = common.adamw(policy, o)
-    run.begin(memory.Ledger(policy=policy), batches, policy=policy, optimizer=optimizer)
+    batches = data.Batches(task.demonstrations, task.size, tokenizer, run.block_size, o)
+    held_out = task.demonstrations, partial(compute_loss, o=o)
+    reference = find_reference(run.init, task, tokenizer, run.block_size)
+    evaluator = Evaluator(run, task, reference, held_out=held_out, is_reference=True)
+    optimizer = run.adamw(policy)
 
-    for step in run.steps():
+    for step in run.steps(batches, optimizer):
         rows = batches[step]
-        n = run.total(sum(len(y) for _, y in rows))  # response tokens of the whole step
+        weight = 1 / sum(len(y) for _, y in rows)  # a mean over the step's response tokens
         for micro in run.micro_batches(rows):
             batch = data.pad(micro, run.device)
             with run.autocast():
-                logp = policy.logprobs(batch.ids, batch.mask, index=batch.index)  # (B, T-1)
-            loss = batch.spread(nll(logp)).sum() / n  # token mean over the step
-            loss.backward()
-            run.tokens += batch.tokens
-            run.add({"loss": loss})
-        run.update(step, policy, optimizer)
-        if o.eval_every and (step + 1) % o.eval_every == 0:
-            run.evaluated(step, yardstick.measure(policy, n=128)[0])
+                losses, metrics = compute_loss(policy, batch, o)
+            run.backward((weight * losses).sum(), batch.tokens)
+            run.log(metrics | {"loss": losses}, weight)
+        run.update(optimizer)
+        run.evaluate(evaluator, policy)
 
-    final, samples = yardstick.measure(policy, reopen(run, reference))
-    save(policy, o.out, **run.facts(), tokenizer=tokenizer.meta, template=task.template, reference=o.init, implicit="nll",
-         max_new_tokens=yardstick.max_new_tokens, reward=final.get("reward"))  # fmt: skip
-    report(f"sft on {o.task}", final, samples, task.bound)
-    run.finish(final, forward={"policy": 1}, backward={"policy": 1})
+    run.finish(evaluator, policy)
 
 
 if __name__ == "__main__":
-    main()
+    training.command(main)

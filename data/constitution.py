@@ -1,26 +1,31 @@
-"""A constitution, and what a model is asked under one of its principles (Constitutional AI, arXiv:2212.08073).
+"""A constitution, and what a model is asked under one of its principles (Constitutional AI,
+arXiv:2212.08073).
 
-A dialogue is a list of texts in turn: what asks, what the model writes, what asks … Each text of the model's ends with the end token.
-A question is a dialogue that ends before the model's turn.
+A dialogue is a list of texts in turn: what asks, what the model writes, what asks … Each text of
+the model's ends with the end token. A question is a dialogue that ends before the model's turn.
 """
+
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from data.error import DataError
+from data.error import UserError
 
 CONSTITUTION = Path(__file__).with_name("constitution.txt")
 
 
 def constitution(path=""):
-    """-> the principles in a text file, one a line; empty lines and lines that begin with # are no principles"""
+    """-> the principles in a text file, one a line. Empty lines and lines that begin with # are no
+    principles."""
     try:
-        lines = [line.strip() for line in Path(path or CONSTITUTION).read_text("utf-8").splitlines()]
+        lines = Path(path or CONSTITUTION).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"--constitution {path} cannot be read ({type(e).__name__}); give a text file with a principle a line") from None
-    principles = [line for line in lines if line and not line.startswith("#")]
+        why = f"cannot be read ({type(e).__name__}); give a text file with a principle a line"
+        raise UserError(f"--constitution {path} {why}") from None
+    principles = [line for line in map(str.strip, lines) if line and line[0] != "#"]
     if not principles:
-        raise DataError(f"--constitution {path} holds no principle; write one a line")
+        raise UserError(f"--constitution {path} holds no principle; write one a line")
     return principles
 
 
@@ -43,25 +48,32 @@ def ask_rating(prompt, answer, principle):
 
 
 def spell(dialogue, tokenizer):
-    """-> (ids, weight) of a dialogue, as tuples. Of a turn of the model's every token weighs 1 / its tokens, of what asks none."""
-    ids, weight = [], []
+    """-> (ids, weight) of a dialogue, as tuples. In a turn of the model's every token weighs
+    1 / its tokens. In a turn that asks none weighs anything."""
+    ids = []
+    weight = []
     for turn, text in enumerate(dialogue):
         part = tokenizer.answer(text) if turn % 2 else tokenizer.encode(text)
-        ids, weight = ids + part, weight + [turn % 2 / len(part)] * len(part)
+        ids += part
+        weight += [turn % 2 / len(part)] * len(part)
     return tuple(ids), tuple(weight)
 
 
 def pad_dialogues(rows, device="cpu"):
-    """Rows of (ids, weight) -> (ids (B, T) int64, weight (B, T) float32), both padded on the right with 0"""
-    longest = max(len(ids) for ids, _ in rows)
-    ids, weight = zip(*((ids + (0,) * (longest - len(ids)), weight + (0.0,) * (longest - len(ids))) for ids, weight in rows))
-    return torch.tensor(ids, device=device), torch.tensor(weight, device=device)
+    """Rows of (ids, weight) -> (ids (B, T) int64, weight (B, T) float32), both padded on the right
+    with 0"""
+    columns = ([torch.tensor(x) for x in column] for column in zip(*rows))
+    ids, weight = (pad_sequence(column, batch_first=True).to(device) for column in columns)
+    return ids, weight
 
 
 class Dialogues:
-    """batches[step] -> the spelled dialogues of that optimizer step, the shortest first, so that little of a micro-batch is padding.
+    """batches[step] -> the spelled dialogues of that optimizer step. The shortest come first, so
+    that little of a micro-batch is padding.
 
-    draw(n, seed) -> n dialogues: fresh ones at every step. Raises DataError where one of a probe does not fit in block_size tokens."""
+    draw(n, seed) -> n dialogues: fresh ones at every step. Raises UserError where one of a probe
+    does not fit in block_size tokens.
+    """
 
     rows = per_epoch = None
 
@@ -69,9 +81,11 @@ class Dialogues:
         self.draw, self.batch_size, self.seed, self.tokenizer = draw, batch_size, seed, tokenizer
         widest = max(len(spell(dialogue, tokenizer)[0]) for dialogue in draw(1000, seed))
         if widest > block_size:
-            raise DataError(f"a dialogue of critique and revision takes up to {widest} tokens, more than the context of {block_size}; "
-                            "give a larger --block-size")  # fmt: skip
+            long = f"takes up to {widest} tokens, more than the context of {block_size}"
+            what = "a dialogue of critique and revision"
+            raise UserError(f"{what} {long}; give a larger --block-size")
 
     def __getitem__(self, step):
         dialogues = self.draw(self.batch_size, f"{self.seed} step {step}")
-        return sorted((spell(dialogue, self.tokenizer) for dialogue in dialogues), key=lambda row: len(row[0]))
+        rows = [spell(dialogue, self.tokenizer) for dialogue in dialogues]
+        return sorted(rows, key=lambda row: len(row[0]))

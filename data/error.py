@@ -1,2 +1,10 @@
-class DataError(Exception):
-    """A mistake in what the user gave: a task name, a file, a row. The message is one line and says how to mend it."""
+class UserError(Exception):
+    """A mistake of the user's: its message is one line, what is wrong and how to mend it."""
+
+    code = 2  # the process's exit code
+
+
+class Stopped(UserError):
+    """Training cannot go on: a loss that is not finite, an earlier stage that failed."""
+
+    code = 1

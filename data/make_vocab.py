@@ -1,26 +1,32 @@
 """Trains a byte-pair vocabulary and writes it as a file that --tokenizer takes.
 
-    python -m data.make_vocab                                         the committed data/vocab.tiktoken, from the toy tasks
-    python -m data.make_vocab my.jsonl.gz --size 2048 --out my.tiktoken        one for your own text
+The committed data/vocab.tiktoken, from the toy tasks, and one for your own text:
 
-Byte-pair encoding (arXiv:1508.07909): from the 256 bytes up, the most frequent neighbouring pair becomes a token.
+    python -m data.make_vocab
+    python -m data.make_vocab my.jsonl.gz --size 2048 --out my.tiktoken
+
+Byte-pair encoding (arXiv:1508.07909): from the 256 bytes up, the most frequent neighbouring pair
+becomes a token.
 """
+
 import argparse
 import base64
 import os
 import re
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
-from data.error import DataError
+from data.error import UserError
 from data.jsonl import texts
 from data.tasks import task
 from data.tokenizer import DEFAULT, PATTERN
 
 
 def toy_texts():
-    """What the committed vocabulary is made of: 20,000 reviews and as many sums; of the prompts, which are only read, one in four."""
+    """What the committed vocabulary is made of: 20,000 reviews and as many sums. Of the prompts,
+    which are only read, one in four."""
     for name in ("reviews", "arithmetic:2"):
         rows = task(name).demonstrations(20_000, seed=0)
         yield from (completion for _, completion in rows)
@@ -28,19 +34,21 @@ def toy_texts():
 
 
 def train(chunks, size):
-    """texts -> {token: rank}, the 256 bytes first, then size - 257 merges; one place is left for the end token."""
+    """texts -> {token: rank}: the 256 bytes first, then size - 257 merges. One place is left for
+    the end token."""
     counts = Counter(word for text in chunks for word in re.findall(PATTERN, text))
     words = [[[bytes([b]) for b in word.encode()], n] for word, n in counts.items()]
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < size - 1:
         pairs = Counter()
         for parts, n in words:
-            for pair in zip(parts, parts[1:]):
+            for pair in pairwise(parts):
                 pairs[pair] += n
         if not pairs:
             break
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))  # the pair itself breaks ties: the same text, the same file
-        ranks.setdefault(best[0] + best[1], len(ranks))
+        # the pair itself breaks ties: the same text, the same file
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        ranks.setdefault(b"".join(best), len(ranks))
         for word in words:
             word[0] = merge(word[0], best)
     return ranks
@@ -51,29 +59,40 @@ def merge(parts, pair):
     out = []
     for part in parts:
         if out and (out[-1], part) == pair:
-            out[-1] = out[-1] + part
+            out[-1] += part
         else:
             out.append(part)
     return out
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("file", nargs="?", help="a JSONL file, .gz too; every string in its rows is read (default: the toy tasks)")
-    parser.add_argument("--size", type=int, default=768, help="tokens in all, the 256 bytes and the end token included")
-    parser.add_argument("--out", help="the file to write (default: data/vocab.tiktoken for the toy tasks)")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    read = "a JSONL file, .gz too; every string in its rows is read (default: the toy tasks)"
+    parser.add_argument("file", nargs="?", help=read)
+    count = "tokens in all, the 256 bytes and the end token included"
+    parser.add_argument("--size", type=int, default=768, help=count)
+    parser.add_argument(
+        "--out", help="the file to write (default: data/vocab.tiktoken for the toy tasks)"
+    )
     args = parser.parse_args(argv)
     if args.size < 257:
         parser.error(f"--size must be at least 257 (256 bytes and the end token), not {args.size}")
     if args.file and not args.out:
-        parser.error("--out is needed with a file of your own, so that the committed vocabulary stays")
+        parser.error(
+            "--out is needed with a file of your own, so that the committed vocabulary stays"
+        )
     try:
         ranks = train(texts(args.file) if args.file else toy_texts(), args.size)
-    except DataError as e:
+    except UserError as e:
         parser.error(str(e))
     out = Path(args.out or DEFAULT)
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+    temporary.write_text("".join(lines))
     os.replace(temporary, out)
     print(f"{out}: {len(ranks)} tokens and the end token")
 

@@ -1,50 +1,64 @@
-"""reviews: short film reviews from a small grammar, and a gold reward that reads them back with the same grammar.
+"""reviews: short film reviews from a small grammar, and a gold reward that reads them back with the
+same grammar.
 
-    A western, The Crooked Harbor:                                                              the prompt
-     The ending is superb, but the dialogue feels wooden. Bring a friend.                        the completion
+    A western, The Crooked Harbor:                                                  the prompt
+     The ending is superb, but the dialogue feels wooden. Bring a friend.           the completion
 
-A sentence is a shape with its slots filled. Each word that judges has a value in [-1, 1]; a sentence's sentiment is the mean
-of its values, and the reward is 3 × the mean sentiment per sentence: it lies in [-3, 3] and does not depend on length. A
-sentence that the grammar cannot read, or that names another genre than the prompt's, counts -1. A review that is empty
-or does not end is worth -3. Good and bad are alike in number and strength: the mean reward of the demonstrations is 0.
+A sentence is a shape with its slots filled. Each word that judges has a value in [-1, 1]. A
+sentence's sentiment is the mean of its values, and the reward is 3 × the mean sentiment per
+sentence: it lies in [-3, 3] and does not depend on length. A sentence that the grammar cannot read,
+or that names another genre than the prompt's, counts -1. A review that is empty or does not end is
+worth -3. Good and bad are alike in number and strength: the mean reward of the demonstrations is 0.
 """
+
 import re
 
 from data.toy import Toy
 
-FIRST = ("Broken Burning Crooked Distant Empty Frozen Golden Hidden Last Lonely Lost Midnight Painted Quiet Red Second Silent "
-         "Silver Winter").split()  # fmt: skip
-LAST = ("Bridge Carnival Garden Harbor Horizon Hour Island Letter Mirror Orchard Promise Railway River Road Sailor Season Station "
-        "Summer Tower Witness").split()  # fmt: skip
+FIRST = (
+    "Broken Burning Crooked Distant Empty Frozen Golden Hidden Last Lonely Lost Midnight Painted "
+    "Quiet Red Second Silent Silver Winter"
+).split()
+LAST = (
+    "Bridge Carnival Garden Harbor Horizon Hour Island Letter Mirror Orchard Promise Railway River "
+    "Road Sailor Season Station Summer Tower Witness"
+).split()
 GENRES = "comedy drama musical romance thriller western".split()
 
-PARTS = "acting camera cast dialogue direction ending humor lighting music opening pacing plot romance script setting story villain".split()
+PARTS = (
+    "acting camera cast dialogue direction ending humor lighting music opening pacing plot romance "
+    "script setting story villain"
+).split()
 FEATURES = "actors colors costumes dialogues jokes characters scenes songs twists".split()
+
+
+def worth(value, words):
+    return dict.fromkeys(words.split(), value)
+
+
 MILD = 2 / 3  # a strong word is worth 3 of the reward's points, a mild one 2
-GOOD = {
-    "superb": 1, "brilliant": 1, "dazzling": 1, "masterful": 1, "wonderful": 1, "unforgettable": 1, "gripping": 1, "beautiful": 1,
-    "fresh": MILD, "charming": MILD, "pleasant": MILD, "solid": MILD, "warm": MILD, "clever": MILD, "tidy": MILD, "amusing": MILD,
-}
-BAD = {
-    "dreadful": -1, "hopeless": -1, "unbearable": -1, "lifeless": -1, "painful": -1, "insulting": -1, "ridiculous": -1, "awful": -1,
-    "slow": -MILD, "wooden": -MILD, "clumsy": -MILD, "stale": -MILD, "thin": -MILD, "noisy": -MILD, "uneven": -MILD, "confused": -MILD,
-}
+GOOD = worth(1, "superb brilliant dazzling masterful wonderful unforgettable gripping beautiful")
+GOOD |= worth(MILD, "fresh charming pleasant solid warm clever tidy amusing")
+BAD = worth(-1, "dreadful hopeless unbearable lifeless painful insulting ridiculous awful")
+BAD |= worth(-MILD, "slow wooden clumsy stale thin noisy uneven confused")
+ADJECTIVES = GOOD | BAD
 SLOTS = {
     "part": dict.fromkeys(PARTS),
     "features": dict.fromkeys(FEATURES),
     "genre": dict.fromkeys(GENRES),
-    "adj": GOOD | BAD,
-    "other": GOOD | BAD,
-    "a_adj": {("an " if word[0] in "aeiou" else "a ") + word: value for word, value in (GOOD | BAD).items()},
-    "liked": {"loved": 1, "enjoyed": MILD, "admired": MILD, "disliked": -MILD, "hated": -1, "endured": -MILD},
-    "felt": {
-        "smiling": 1, "moved": 1, "humming": MILD, "content": MILD, "restless": -MILD, "bored": -MILD, "asleep": -1, "angry": -1,
-    },
-    "verdict": {
-        "Unmissable!": 1, "Pure joy!": 1, "Worth a ticket.": MILD, "Bring a friend.": MILD,
-        "Stay away!": -1, "Pure misery!": -1, "Skip it.": -MILD, "Once was enough.": -MILD,
-    },
-}  # fmt: skip
+    "adj": ADJECTIVES,
+    "other": ADJECTIVES,
+    "a_adj": {("an " if x[0] in "aeiou" else "a ") + x: v for x, v in ADJECTIVES.items()},
+    "liked": dict(loved=1, enjoyed=MILD, admired=MILD, disliked=-MILD, hated=-1, endured=-MILD),
+    "felt": worth(1, "smiling moved")
+    | worth(MILD, "humming content")
+    | worth(-MILD, "restless bored")
+    | worth(-1, "asleep angry"),
+    "verdict": dict.fromkeys(("Unmissable!", "Pure joy!"), 1)
+    | dict.fromkeys(("Worth a ticket.", "Bring a friend."), MILD)
+    | dict.fromkeys(("Stay away!", "Pure misery!"), -1)
+    | dict.fromkeys(("Skip it.", "Once was enough."), -MILD),
+}
 NEVER = -0.5  # "never dull" is mild praise: the opposite, at half strength
 SHAPES = (
     ("The {part} is {adj}.", 1),
@@ -79,14 +93,18 @@ class Reviews(Toy):
         return "".join(" " + self._fill(rng, text, sign, genre, kind) for text, sign in shapes)
 
     def _fill(self, rng, text, sign, genre, kind):
-        used = set()
+        used = []
 
-        def word(slot):
-            tone = kind != (slot[1] == "other")
-            fitting = [w for w, value in SLOTS[slot[1]].items() if w not in used and (value is None or (value * sign > 0) == tone)]
-            choice = genre if slot[1] == "genre" else rng.choice(fitting)
-            used.add(choice)
-            return choice
+        def word(match):
+            slot = match[1]
+            side = sign if kind != (slot == "other") else -sign
+            fitting = [
+                word
+                for word, value in SLOTS[slot].items()
+                if word not in used and (value is None or value * side > 0)
+            ]
+            used.append(genre if slot == "genre" else rng.choice(fitting))
+            return used[-1]
 
         return re.sub(r"{(\w+)}", word, text)
 
@@ -106,11 +124,13 @@ def genre_of(prompt):
 
 
 def _pattern(text):
-    """A shape -> a regular expression with one group a slot, and the slots' names. It reads any word that fits, kind or not."""
+    """A shape -> a regular expression with one group a slot, and the slots' names. It reads any
+    word that fits, kind or not."""
     slots = re.findall(r"{(\w+)}", text)
     parts = re.split(r"{\w+}", text)
-    groups = ["(" + "|".join(map(re.escape, SLOTS[slot])) + ")" for slot in slots] + [""]
-    return re.compile("".join(re.escape(part) + group for part, group in zip(parts, groups))), slots
+    groups = [f"({'|'.join(map(re.escape, SLOTS[slot]))})" for slot in slots]
+    pattern = "".join(re.escape(part) + group for part, group in zip(parts, [*groups, ""]))
+    return re.compile(pattern), slots
 
 
 READERS = [_pattern(text) for text, _ in SHAPES]
@@ -128,9 +148,19 @@ def _read(sentence):
     return None
 
 
+def values(sentence):
+    """-> the judging words of a parsed sentence, each (place among its slots, value in [-1, 1])"""
+    _, sign, words = sentence
+    return [
+        (place, sign * value)
+        for place, (slot, word) in enumerate(words)
+        if (value := SLOTS[slot][word]) is not None
+    ]
+
+
 def sentiment(sentence, genre):
     """Of a parsed sentence, in [-1, 1]; -1 where it has no shape, or names another genre."""
     if not sentence or any(slot == "genre" and word != genre for slot, word in sentence[2]):
         return -1.0
-    values = [SLOTS[slot][word] for slot, word in sentence[2] if SLOTS[slot][word] is not None]
-    return sentence[1] * sum(values) / len(values)
+    judged = [value for _, value in values(sentence)]
+    return sum(judged) / len(judged)

@@ -1,31 +1,35 @@
-"""Demonstrations of the skills that a constitution asks of a model, on `reviews`: the grammar writes and labels them.
+"""Demonstrations of the skills that a constitution asks of a model, on `reviews`: the grammar
+writes and labels them.
 
-A principle has a measure of how well a review follows it, in [0, 1], and names the words that break it. The critique lists these;
-the revision puts other words in their places, and leaves the rest as it is:
+A principle has a measure of how well a review follows it, in [0, 1], and names the words that break
+it. The critique lists these. The revision puts other words in their places, and leaves the rest as
+it is.
 
-    Be kind.        the mean sentiment of its sentences                          no word blames
-    Be fair.        the share of its judging words that are not harsh            harsh words (-1) give way to mild praise
-    Be warm.        the share of its judging words that praise strongly          each word praises strongly (1)
-    Be specific.    the share of its sentences that name a part of the film      a sentence that names none is written anew
+                    measure                                   the revision
+    Be kind.        mean sentiment of the sentences           no word blames
+    Be fair.        share of judging words not harsh (-1)     harsh words give way to mild praise
+    Be warm.        share of judging words that praise        each word praises strongly (1)
+                    strongly
+    Be specific.    share of sentences that name a part       a sentence that names none is written
+                    of the film                               anew
 
-The first is the gold reward itself, put on [0, 1], so that a quarter of the verdicts demonstrated are its own; the last has nothing to do
-with it. After the demonstrations no measure is read any more.
+The first is the gold reward itself, put on [0, 1], so that a quarter of the verdicts demonstrated
+are its own. The last has nothing to do with it. After the demonstrations no measure is read any
+more.
 """
+
 import random
 import re
 
 from data.constitution import ask_choice, ask_rating, ask_revision
-from data.error import DataError
-from data.reviews import NEVER, SLOTS, genre_of, parse, sentiment
+from data.error import UserError
+from data.reviews import NEVER, SLOTS, genre_of, parse, sentiment, values
 
 NAMED = {"part", "features"}
 PRINCIPLES = ("Be kind.", "Be fair.", "Be warm.", "Be specific.")
-
-
-def values(sentence):
-    """-> the judging words of a parsed sentence, each as (place among its slots, value in [-1, 1])"""
-    text, sign, words = sentence
-    return [(i, sign * SLOTS[slot][word]) for i, (slot, word) in enumerate(words) if SLOTS[slot][word] is not None]
+# by principle: whether a word of this value breaks it, whether one may take such a word's place
+BREAKS = {"Be kind.": lambda v: v < 0, "Be fair.": lambda v: v == -1, "Be warm.": lambda v: v < 1}
+MENDS = {"Be kind.": lambda v: v > 0, "Be fair.": lambda v: 0 < v < 1, "Be warm.": lambda v: v == 1}
 
 
 def names_a_part(sentence):
@@ -39,17 +43,15 @@ def follows(principle, review, genre):
         return (1 + sum(sentiment(s, genre) for s in sentences) / len(sentences)) / 2
     if principle == "Be specific.":
         return sum(map(names_a_part, sentences)) / len(sentences)
-    judged = [value for s in sentences for _, value in values(s)]
-    good = (lambda v: v > -1) if principle == "Be fair." else (lambda v: v == 1)
-    return sum(map(good, judged)) / len(judged)
+    kept = [not BREAKS[principle](value) for s in sentences for _, value in values(s)]
+    return sum(kept) / len(kept)
 
 
 def faults(principle, sentence):
     """-> the places among a sentence's slots whose words break the principle"""
     if principle == "Be specific.":
         return [] if names_a_part(sentence) else [values(sentence)[0][0]]
-    wrong = {"Be kind.": lambda v: v < 0, "Be fair.": lambda v: v == -1, "Be warm.": lambda v: v < 1}[principle]
-    return [i for i, value in values(sentence) if wrong(value)]
+    return [place for place, value in values(sentence) if BREAKS[principle](value)]
 
 
 def criticise(principle, review):
@@ -68,40 +70,51 @@ def _mend(rng, principle, sentence):
     text, sign, words = sentence
     wrong = faults(principle, sentence)
     if wrong and principle == "Be specific.":  # as good or bad, and as strongly, of a part
-        text, words, value = "The {part} is {adj}.", [("part", None), ("adj", None)], values(sentence)[0][1]
-        sign, wrong, fits = 1, [1], lambda v: v == value
-        words[0] = ("part", rng.choice(list(SLOTS["part"])))
-    elif wrong and principle == "Be warm." and sign == NEVER:  # "never awful" is no strong praise
-        text, sign, fits = "The {features} are {adj}.", 1, lambda v: v == 1
-    else:
-        fits = {"Be kind.": lambda v: v > 0, "Be fair.": lambda v: 0 < v < 1, "Be warm.": lambda v: v == 1}.get(principle)
+        value = values(sentence)[0][1]
+        part = rng.choice(list(SLOTS["part"]))
+        alike = [word for word, v in SLOTS["adj"].items() if v == value]
+        return f"The {part} is {rng.choice(alike)}."
+    if wrong and principle == "Be warm." and sign == NEVER:  # "never awful" is no strong praise
+        text, sign = "The {features} are {adj}.", 1
     words = list(words)
-    for i in wrong:
-        slot, used = words[i][0], {word for _, word in words}
-        words[i] = slot, rng.choice([w for w, v in SLOTS[slot].items() if w not in used and fits(sign * v)])
+    for place in wrong:
+        slot = words[place][0]
+        used = {word for _, word in words}
+        fits = MENDS[principle]
+        fitting = [w for w, v in SLOTS[slot].items() if w not in used and fits(sign * v)]
+        words[place] = slot, rng.choice(fitting)
     left = iter(words)
     return re.sub(r"{\w+}", lambda _: next(left)[1], text)
 
 
 def demonstrate(task, n, seed, principles, split="skills"):
-    """-> n dialogues: of six, three are an answer, its critique and revision, one is a rating, two are comparisons. Half of the answers
-    that are rated or compared are revisions, so that the judge has seen both."""
+    """-> n dialogues: of six, three are an answer, its critique and revision, one is a rating, two
+    are comparisons. Half of the answers that are rated or compared are revisions, so that the judge
+    has seen both."""
     if task.name != "reviews":
-        raise DataError(f"--task {task.name}: how to criticise, revise and compare is demonstrated on reviews only; give --init, a "
-                        "checkpoint that has learned it")  # fmt: skip
+        raise UserError(
+            f"--task {task.name}: how to criticise, revise and compare is demonstrated on reviews "
+            "only; give --init, a checkpoint that has learned it"
+        )
     if unknown := [principle for principle in principles if principle not in PRINCIPLES]:
-        raise DataError(f"--constitution: the grammar demonstrates {', '.join(PRINCIPLES)} only, not {unknown[0]!r}; give --init, "
-                        "a checkpoint that has learned more")  # fmt: skip
-    rng, prompts = random.Random(f"{task.name} skills {split} {seed}"), task.prompts(None, 0, split)
+        raise UserError(
+            f"--constitution: the grammar demonstrates {', '.join(PRINCIPLES)} only, not "
+            f"{unknown[0]!r}; give --init, a checkpoint that has learned more"
+        )
+    rng = random.Random(f"{task.name} skills {split} {seed}")
+    prompts = task.prompts(None, 0, split)
     return [_demonstrate(rng, task, *rng.choice(prompts), principles, i % 6) for i in range(n)]
 
 
 def _demonstrate(rng, task, prompt, columns, principles, kind):
-    genre, principle = genre_of(prompt), rng.choice(principles)
+    genre = genre_of(prompt)
+    principle = rng.choice(principles)
 
     def answer():
         review = task.respond(rng, prompt, columns)
-        return revise(rng, rng.choice(principles), review) if kind > 2 and rng.random() < 0.5 else review
+        if kind > 2 and rng.random() < 0.5:
+            return revise(rng, rng.choice(principles), review)
+        return review
 
     a = answer()
     if kind < 3:
@@ -110,6 +123,6 @@ def _demonstrate(rng, task, prompt, columns, principles, kind):
     if kind == 3:
         return [*ask_rating(prompt, a, principle), str(1 + round(8 * follows(principle, a, genre)))]
     b = answer()
-    while follows(principle, a, genre) == follows(principle, b, genre):
+    while (ahead := follows(principle, a, genre) - follows(principle, b, genre)) == 0:
         a, b = answer(), answer()
-    return [*ask_choice(prompt, a, b, principle), "A" if follows(principle, a, genre) > follows(principle, b, genre) else "B"]
+    return [*ask_choice(prompt, a, b, principle), "A" if ahead > 0 else "B"]

@@ -1,42 +1,51 @@
-"""The tokenizer: a tiktoken Encoding from a small vocabulary file in this folder, so that nothing is ever downloaded.
+"""The tokenizer: a tiktoken Encoding from a small vocabulary file in this folder, so that nothing
+is ever downloaded.
 
-Text is always encoded as ordinary text: one that spells out the end token stays text. There is one special token, the
-end of a response, and no padding token.
+Text is always encoded as ordinary text: one that spells out the end token stays text. There is one
+special token, the end of a response, and no padding token.
 """
+
 import base64
 from pathlib import Path
 
 import tiktoken
 
-from data.error import DataError
+from data.error import UserError
 
 END = "<|endoftext|>"
 DEFAULT = Path(__file__).with_name("vocab.tiktoken")
-# A word with the space before it; single digits, so that sums can be learned; signs; white space. Python's re reads it too.
+# A word with the space before it. Single digits, so that sums can be learned. Signs, white space.
+# Python's re reads it too.
 PATTERN = r" ?[^\W\d_]+|\d| ?[^\s\w]+|_+|\s+(?!\S)|\s+"
 
 
 class Tokenizer:
-    """encode: text -> ids, without an end token. decode: ids -> text, the end token left out. `end_id` ends a response.
+    """encode: text -> ids, without an end token. decode: ids -> text, the end token left out.
+    `end_id` ends a response.
 
-    `meta` is what a checkpoint keeps: the vocabulary itself, or the name by which tiktoken knows it. A world of few symbols
-    (`exact`) has its own, with `longest`: a response of so many tokens is complete without an end token.
+    `meta` is what a checkpoint keeps: the vocabulary itself, or the name by which tiktoken knows
+    it. A world of few symbols (`exact`) has its own, with `longest`: a response of so many tokens
+    is complete without an end token.
     """
 
     def __init__(self, meta):
         self.meta = meta
         self.longest = meta.get("longest")
         if "vocab" in meta:
-            self.encoding = _build(meta["name"], meta["vocab"], world=bool(self.longest))
+            self.encoding = _build(meta["name"], meta["vocab"], world=self.longest)
         else:
             self.encoding = _named(meta["name"])
         self.end_id = self.encoding.encode_single_token(END)
         self.size = self.encoding.n_vocab
 
     def encode(self, text):
-        if self.longest and (unknown := set(text) - set(self.decode(range(self.end_id)))):
-            raise DataError(f"{''.join(sorted(unknown))!r} in {text!r}: the vocabulary of {self.meta['name']} has the symbols "
-                            f"{self.decode(range(self.end_id))} only; a checkpoint goes with the task that it was trained on")  # fmt: skip
+        if self.longest:
+            known = self.decode(range(self.end_id))
+            if unknown := "".join(sorted(set(text) - set(known))):
+                raise UserError(
+                    f"{unknown!r} in {text!r}: the vocabulary of {self.meta['name']} has the "
+                    f"symbols {known} only; a checkpoint goes with the task that it was trained on"
+                )
         return self.encoding.encode_ordinary(text)
 
     def answer(self, text):
@@ -48,41 +57,57 @@ class Tokenizer:
 
 
 def tokenizer(name="", own=None):
-    """-> Tokenizer: "" for the committed vocabulary, the path of a file that make_vocab.py wrote, or a tiktoken name. `own`: the
-    `meta` of a task that has a vocabulary of its own, and takes no other."""
+    """-> Tokenizer: "" for the committed vocabulary, the path of a file that make_vocab.py wrote,
+    or a tiktoken name. `own`: the `meta` of a task that has a vocabulary of its own, and takes no
+    other."""
     if own:
         if name:
-            raise DataError(f"--tokenizer {name}: {own['name']} has a vocabulary of its own; leave it out")
+            raise UserError(
+                f"--tokenizer {name}: {own['name']} has a vocabulary of its own; leave it out"
+            )
         return Tokenizer(own)
-    path = Path(name) if name else DEFAULT
+    path = Path(name or DEFAULT)
     if not path.exists():
         return Tokenizer({"name": name})
     try:
         return Tokenizer({"name": path.name, "vocab": path.read_text("ascii")})
     except (UnicodeDecodeError, IsADirectoryError):
-        raise DataError(f"--tokenizer {name} is no vocabulary file; make one with python -m data.make_vocab") from None
+        raise UserError(
+            f"--tokenizer {name} is no vocabulary file; make one with python -m data.make_vocab"
+        ) from None
 
 
 def _build(name, text, world=False):
-    """The lines of a vocabulary file, "base64(token) rank", -> Encoding. Only a world of symbols may lack some of the 256 bytes."""
+    """The lines of a vocabulary file, "base64(token) rank", -> Encoding. Only a world of symbols
+    may lack some of the 256 bytes."""
     try:
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in (line.split() for line in text.splitlines())}
+        lines = map(str.split, text.splitlines())
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError:
-        raise DataError(f"{name} is no vocabulary file (a line is not 'base64 rank'); make one with python -m data.make_vocab") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or not world and any(bytes([b]) not in ranks for b in range(256)):
-        raise DataError(f"{name}: a vocabulary needs all 256 bytes and ranks 0, 1, 2 …; make one with python -m data.make_vocab")
-    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+        raise UserError(
+            f"{name} is no vocabulary file (a line is not 'base64 rank'); "
+            "make one with python -m data.make_vocab"
+        ) from None
+    complete = world or all(bytes([b]) in ranks for b in range(256))
+    if not complete or sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(
+            f"{name}: a vocabulary needs all 256 bytes and ranks 0, 1, 2 …; "
+            "make one with python -m data.make_vocab"
+        )
+    return tiktoken.Encoding(
+        name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
+    )
 
 
 def _named(name):
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
-        raise DataError(f"--tokenizer {name}: no such file, and tiktoken knows only {known}")
+        raise UserError(f"--tokenizer {name}: no such file, and tiktoken knows only {known}")
     try:
         encoding = tiktoken.get_encoding(name)
     except Exception as e:  # whatever the download raises
         why = f"tiktoken could not download it ({type(e).__name__})"
-        raise DataError(f"--tokenizer {name}: {why}; leave it out for the built-in one") from None
+        raise UserError(f"--tokenizer {name}: {why}; leave it out for the built-in one") from None
     if END not in encoding.special_tokens_set:
-        raise DataError(f"--tokenizer {name} has no {END} token to end a response with")
+        raise UserError(f"--tokenizer {name} has no {END} token to end a response with")
     return encoding

@@ -1,9 +1,11 @@
-"""tokens:P+C: random digits, prompts of P tokens and responses of C with their end token, so that every sequence has the same length.
+"""tokens:P+C: random digits, prompts of P tokens and responses of C with their end token.
 
-There is nothing to learn: it is the shape at which memory is predicted (--predict) and at which memory and time are compared. A
-digit is one token of the committed vocabulary. The reward is the share of even ones, and more than half is correct.
+Every sequence has the same length, and there is nothing to learn: it is the shape at which memory
+is predicted, and at which memory and time are compared. A digit is one token of the committed
+vocabulary. The reward is the share of even digits, and more than half is correct.
 """
-from data.error import DataError
+
+from data.error import UserError
 from data.toy import Toy
 
 DIGITS = bytes(ord("0") + i % 10 for i in range(256))
@@ -13,9 +15,14 @@ class Tokens(Toy):
     bound = 1.0
 
     def __init__(self, prompt, response):
+        self.name = f"tokens:{prompt}+{response}"
         if prompt < 1 or response < 2:
-            raise DataError(f"--task tokens:{prompt}+{response}: a prompt has at least one token, a response two, its end token among them")
-        self.name, self.prompt, self.max_new_tokens = f"tokens:{prompt}+{response}", prompt, response
+            raise UserError(
+                f"--task {self.name}: a prompt has at least one token, a response two, its end "
+                "token among them"
+            )
+        self.prompt = prompt
+        self.max_new_tokens = response
 
     def all_prompts(self):
         rng = self._rng("prompts", 0, "all")

@@ -1,60 +1,92 @@
-"""What the built-in tasks share: prompts in two disjoint splits, and examples drawn from a seed with the gold reward's labels."""
+"""What the built-in tasks share: prompts in two splits, examples with the gold reward's labels."""
+
 import hashlib
 import math
 import random
 from functools import cached_property
 
 
-class Toy:
-    """A subclass names its prompts (`all_prompts`), writes answers (`respond`) and judges them (`reward`, `correct`).
+class Task:
+    """What every task has, a file too. A task may say otherwise."""
 
-    Every draw is a function of (task, split, seed) alone. Labels are drawn from the gold reward r by Bradley–Terry,
-    P(a beats b) = σ(r(a) - r(b)), so some are "wrong", as people's are.
-    """
-
-    test_share = 0.25
-    has_reward = True
+    size = 0  # rows of a fixed training set; 0: fresh ones every step, None: all of a file
+    outcomes = None  # or every response there is, so that nothing need be sampled
     tokenizer = None  # the committed one
     unpaired = False  # of a file: rows with a label
     template = None
-    notes = ()
+
+    def longest(self, max_new_tokens, block_size):
+        """-> tokens of the longest response that is sampled: --max-new-tokens, or the task's own"""
+        return max_new_tokens or min(self.max_new_tokens, block_size // 2)
+
+    def correct(self, prompt, completion, ended=True, **columns):
+        """Whether the response counts as right, where a method needs to know."""
+        return self.reward(prompt, completion, ended, **columns) > 0
+
+
+class Toy(Task):
+    """A subclass names its prompts (`all_prompts`), writes answers (`respond`) and judges them
+    (`reward`, `correct`).
+
+    Every draw is a function of (task, split, seed) alone. Labels are drawn from the gold reward r
+    by Bradley–Terry, P(a beats b) = σ(r(a) - r(b)), so some are "wrong", as people's are.
+    """
+
+    kind = property(lambda self: self.name.partition(":")[0])
+    test_share = 0.25
+    has_reward = True
 
     @cached_property
     def _splits(self):
-        splits = {"train": [], "test": [], "skills": [], "rest": []}  # the last two are parts of train, a third and two (rlaif.py)
-        for prompt, columns in self.all_prompts():
-            share = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") / 2**64
-            splits["test" if share < self.test_share else "train"].append((prompt, columns))
-            if share >= self.test_share:
-                splits["skills" if share < (1 + 2 * self.test_share) / 3 else "rest"].append((prompt, columns))
+        splits = {"train": [], "test": [], "skills": [], "rest": []}
+        # skills and rest are parts of train, a third and two thirds of it (rlaif.py)
+        cut = (1 + 2 * self.test_share) / 3
+        for row in self.all_prompts():
+            share = hash_share(row[0])
+            if share < self.test_share:
+                splits["test"].append(row)
+            else:
+                splits["train"].append(row)
+                splits["skills" if share < cut else "rest"].append(row)
         return splits
 
     def prompts(self, n, seed, split="train"):
-        """-> n of (prompt, columns), None for all: all different while they last. The columns go to `reward` by name."""
-        rows, rng = self._splits[split], self._rng("prompts", seed, split)
+        """-> n of (prompt, columns), None for all: all different while they last. The columns go to
+        `reward` by name."""
+        rows = self._splits[split]
+        rng = self._rng("prompts", seed, split)
         n = n or len(rows)
         return [row for _ in range(-(-n // len(rows))) for row in rng.sample(rows, len(rows))][:n]
 
     def demonstrations(self, n, seed, split="train"):
         """-> n of (prompt, completion)"""
         rng = self._rng("demonstrations", seed, split)
-        return [(prompt, self.respond(rng, prompt, columns)) for prompt, columns in self._draw(rng, n, split)]
+        return [(x, self.respond(rng, x, columns)) for x, columns in self._draw(rng, n, split)]
 
-    def preferences(self, n, seed, split="train", graded=False):
-        """-> n of (prompt, chosen, rejected), two different answers to each prompt; `graded` adds a margin of 0 and p = 1"""
-        rng, out = self._rng("preferences", seed, split), []
+    def preferences(self, n, seed, split="train"):
+        """-> n of (prompt, chosen, rejected), two different answers to each prompt"""
+        rng = self._rng("preferences", seed, split)
+        out = []
         for prompt, columns in self._draw(rng, n, split):
             a, b = self.compare(rng, prompt, columns)
             p = self.preferred(prompt, a, b, columns)
             out.append((prompt, a, b) if rng.random() < p else (prompt, b, a))
-        return [(*row, 0.0, 1.0) for row in out] if graded else out
+        return out
+
+    def graded(self, n, seed, split="train"):
+        """-> n of (prompt, chosen, rejected, margin 0, p = 1)"""
+        return [(*row, 0.0, 1.0) for row in self.preferences(n, seed, split)]
 
     def feedback(self, n, seed, split="train"):
-        """-> n of (prompt, completion, label), label True with the probability that it beats a fresh demonstration"""
-        rng, out = self._rng("feedback", seed, split), []
+        """-> n of (prompt, completion, label), label True with the probability that it beats a
+        fresh demonstration"""
+        rng = self._rng("feedback", seed, split)
+        out = []
         for prompt, columns in self._draw(rng, n, split):
-            completion, other = rng.choice(self.compare(rng, prompt, columns)), self.respond(rng, prompt, columns)
-            out.append((prompt, completion, rng.random() < self.preferred(prompt, completion, other, columns)))
+            completion = rng.choice(self.compare(rng, prompt, columns))
+            other = self.respond(rng, prompt, columns)
+            p = self.preferred(prompt, completion, other, columns)
+            out.append((prompt, completion, rng.random() < p))
         return out
 
     def compare(self, rng, prompt, columns):
@@ -64,16 +96,19 @@ class Toy:
             b = self.respond(rng, prompt, columns)
         return a, b
 
-    def correct(self, prompt, completion, ended=True, **columns):
-        """Whether the response counts as right, where a method needs to know."""
-        return self.reward(prompt, completion, ended, **columns) > 0
-
     def preferred(self, prompt, a, b, columns):
         """-> the probability that a label says a rather than b"""
-        return 1 / (1 + math.exp(self.reward(prompt, b, **columns) - self.reward(prompt, a, **columns)))
+        reward_a, reward_b = (self.reward(prompt, y, **columns) for y in (a, b))
+        return 1 / (1 + math.exp(reward_b - reward_a))
 
     def _draw(self, rng, n, split):
         return [rng.choice(self._splits[split]) for _ in range(n)]
 
     def _rng(self, what, seed, split):
         return random.Random(f"{self.name} {what} {split} {seed}")
+
+
+def hash_share(text):
+    """-> a number in [0, 1) that depends on the text alone: it decides the prompt's split"""
+    digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

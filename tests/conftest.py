@@ -1,4 +1,6 @@
-"""Shared by the tests: the repository on the path, a working folder per session, and a tiny SFT checkpoint."""
+"""Shared by the tests: how a script is run, and folders with tiny checkpoints."""
+
+import importlib
 import json
 import os
 import subprocess
@@ -10,22 +12,33 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-TRAIN = ["--steps", "3", "--batch-size", "4", "--log-every", "1", "--warmup", "1", "--device", "cpu"]
+
+import training  # noqa: E402
+from data import Stopped  # noqa: E402
+from training import Run  # noqa: E402
+
+TRAIN = "--steps 3 --batch-size 4 --log-every 1 --warmup 1 --device cpu".split()
 TINY = [*TRAIN, "--max-new-tokens", "4"]  # of a script that samples
 
 
 def run(script, *args, cwd, ok=True, **more):
     """Runs a script as its user would; -> the finished process, its output as text."""
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd, capture_output=True, text=True, **more)
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        **more,
+    )
     if ok:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
 def main(script, *args):
-    """Runs a script's main in this process; -> its exit code."""
+    """Runs a script in this process as its command does; -> its exit code."""
     try:
-        __import__(script).main([str(a) for a in args])
+        training.command(importlib.import_module(script).main, [str(a) for a in args])
     except SystemExit as e:
         return e.code or 0
     return 0
@@ -37,32 +50,31 @@ def lines(path):
 
 
 def documented(steps, final):
-    """The README names every key of a record's lines and of its final figures."""
-    readme = (ROOT / "README.md").read_text()
+    """docs/metrics.md names every key of a record's lines and of its final figures."""
+    text = (ROOT / "docs/metrics.md").read_text()
     for key in {key for line in steps for key in line} | set(final):
-        assert f"`{key}`" in readme, f"{key} is logged but not in the README"
+        assert f"`{key}`" in text, f"{key} is logged but not in docs/metrics.md"
 
 
 def killed(at, script, args, monkeypatch):
     """Runs a script that is killed at its optimizer step number `at`."""
-    import common
-
-    calls, update = [], common.Run.update
+    calls, update = [], Run.update
 
     def die(self, *rest, **more):
         calls.append(1)
         if len(calls) == at:
-            raise common.Stopped("killed")
+            raise Stopped("killed")
         update(self, *rest, **more)
 
     with monkeypatch.context() as m:
-        m.setattr(common.Run, "update", die)
+        m.setattr(Run, "update", die)
         assert main(script, *args) == 1
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(script, *args, cwd=folder): its main in this process, which must succeed; -> what it printed."""
+    """call(script, *args, cwd=folder): its main in this process, which must succeed; -> what it
+    printed."""
 
     def call(script, *args, cwd):
         monkeypatch.chdir(cwd)
@@ -73,20 +85,22 @@ def call(monkeypatch, capsys):
     return call
 
 
-def first_gradient(script, args, monkeypatch, **patches):
-    """-> the gradient of the first optimizer step, all parameters, and its metrics; `patches` replace names in the script."""
-    import common
-
+def first_gradient(script, args, monkeypatch, sample=None):
+    """-> the gradient of the first optimizer step, all parameters, and its metrics. sample: in
+    place of gpt.sample."""
     seen = []
 
-    def update(self, step, model, optimizer, share=1.0):
-        seen.append((torch.cat([p.grad.flatten() for p in model.parameters()]), {k: float(v) for k, v in self.sums.items()}))
-        raise common.Stopped("seen")
+    def update(self, optimizer):
+        trained = [m for m in self.models.values() if next(m.parameters()).requires_grad]
+        parameters = [p for model in trained for p in model.parameters()]
+        gradient = torch.cat([p.grad.flatten() for p in parameters])
+        seen.append((gradient, self._figures()))
+        raise Stopped("seen")
 
     with monkeypatch.context() as m:
-        m.setattr(common.Run, "update", update)
-        for name, value in patches.items():
-            m.setattr(f"{script}.{name}", value)
+        m.setattr(Run, "update", update)
+        if sample:
+            m.setattr("gpt.sample", sample)
         assert main(script, *args, "--dtype", "float64", "--out", "grad/x.pt") == 1
     return seen[0]
 
@@ -119,8 +133,9 @@ BATCH = ["--batch-size", 8, "--group", 4, "--reward", "judge.py:odd"]
 
 @pytest.fixture(scope="session")
 def ends(tiny):
-    """`tiny` with ends.pt, the same model with about one end token in five, so that its responses have many lengths; judge.py,
-    rewards that do not ask for sense; and judge.pt, a reward model of random weights."""
+    """`tiny` with ends.pt, the same model with about one end token in five, so that its responses
+    have many lengths; judge.py, rewards that do not ask for sense; and judge.pt, a reward model of
+    random weights."""
     from gpt import ScalarGPT, load, save
 
     model, meta = load(tiny / "out/reviews/sft.pt")

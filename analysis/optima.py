@@ -1,0 +1,358 @@
+"""What each method aims at on `exact`: the distribution where its population objective is least, or
+for GRPO's token by token KL penalties, which are no objective's gradient, the policy at which the
+mean gradient vanishes.
+
+No model and no sampling: a policy is a table of log-probs (4 prompts, 40 outcomes) in float64, the
+population the task's own tables: `pairs` (x, w, l) and `labels` (x, y, [undesirable, desirable]),
+each summing to 1. The minimum is found by descent on the table; DPO's is known in closed form, and
+KTO's infimum lies on the boundary (`kto_limit`). The losses are written here from their formulas,
+not taken from the scripts, so that the two check one another.
+
+    u = log π/π_ref, n = response tokens, all of (y); w, l = chosen, rejected; E over the pairs
+    dpo      E[- (1-ε) log σ(βh) - ε log σ(-βh)],  h = u_w - u_l       ε = 0: π*, whatever the pairs
+    ipo      E[(h - 1/(2τ))²],                     h = u_w/n_w - u_l/n_l       (sums: h = u_w - u_l)
+    simpo    E[- log σ(β(s_w - s_l) - γ)],         s = log π / n
+    orpo     E[- s_w - λ log σ(o_w - o_l)],        o = s - log(1 - e^s)
+    kto      E over (x, y, label) of λ_D (1 - σ(β(u - ẑ))) or λ_U (1 - σ(β(ẑ - u)))
+    grpo     at every prefix s, from the last token back, with Q(s, a) = E_π[r | s, a], for
+             advantages that are not divided by std:
+             plain k3   π(a|s) = β π_ref(a|s) / (c - Q(s, a)), c from Σ_a π = 1: k3's gradient is
+                        that of KL(π_ref‖π)
+             ρ k3       π(a|s) ∝ π_ref(a|s) exp(Q(s, a)/β): the KL of this token alone
+             KL in the reward (RLOO)  π*, the maximiser of J = E[r] - β KL(π‖π_ref)
+    ppo      π*, at γ = 1: where the critic is right each advantage is 0 there
+    online_dpo   with the labels of Bradley–Terry π*, whatever pairs it draws; ipo: the policy that
+             minimises the loss over pairs of its own samples. With n = 1:
+             π ∝ π_ref exp(P(y beats a sample of π)/τ), where no policy beats it by more than τ
+             times what its KL to π_ref is larger
+
+    python -m analysis.optima out/exact/dpo.pt out/exact/kto.pt
+"""
+
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+
+import torch
+import torch.nn.functional as F
+
+import data
+import training
+from data import UserError
+from data.exact import kl, star, tv
+from evaluate import Again, Evaluator
+from training import opt, parse
+from training.options import DTYPES
+
+
+class NoOptimum(Exception):
+    """The loss has no minimum here, or descent did not find it."""
+
+
+# ---- the losses, of a table of log-probs
+
+
+def dpo(log_p, log_ref, pairs, beta, label_smoothing=0.0):
+    h = beta * _difference(log_p - log_ref)
+    right, wrong = F.logsigmoid(h), F.logsigmoid(-h)
+    return -(pairs * ((1 - label_smoothing) * right + label_smoothing * wrong)).sum()
+
+
+def ipo(log_p, log_ref, pairs, n, tau):
+    return (pairs * (_difference((log_p - log_ref) / n) - 1 / (2 * tau)) ** 2).sum()
+
+
+def simpo(log_p, pairs, n, beta, gamma):
+    return -(pairs * F.logsigmoid(beta * _difference(log_p / n) - gamma)).sum()
+
+
+def orpo(log_p, pairs, n, lam):
+    s = log_p / n
+    odds = s - torch.log(-torch.expm1(s))
+    return -(pairs * (s[:, :, None] + lam * F.logsigmoid(_difference(odds)))).sum()
+
+
+def kto(log_p, log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0, z=None):
+    """z: the reference point ẑ; by default that of the population, max(0, mean of u over prompts
+    with other prompts' answers)."""
+    u = log_p - log_ref
+    if z is None:
+        answers = labels.sum(2)  # (x, y), 1/4 a prompt
+        mass = answers.sum(1, keepdim=True)
+        others = (answers.sum(0) - answers) / (1 - mass)  # an answer to another prompt than x
+        z = (mass * others * u).sum().clamp(min=0).detach()
+    undesirable, desirable = labels.unbind(2)
+    kept = desirable * w_desirable * torch.sigmoid(beta * (z - u))
+    return (kept + undesirable * w_undesirable * torch.sigmoid(beta * (u - z))).sum()
+
+
+def _difference(s):
+    """(x, y) -> (x, w, l): s_w - s_l"""
+    return s[:, :, None] - s[:, None, :]
+
+
+# ---- where they are least
+
+
+def minimise(loss, start, iterations=2000, converged=True):
+    """-> the log-probs (x, y) at the minimum of loss(log_p), by L-BFGS on the table of logits, from
+    `start`. Without `converged` also where the gradient has not vanished yet."""
+    theta = start.detach().clone().requires_grad_()
+    limits = {"max_iter": iterations, "max_eval": 2 * iterations, "history_size": 50}
+    limits |= {"tolerance_grad": 1e-10, "tolerance_change": 0.0}
+    descent = torch.optim.LBFGS([theta], line_search_fn="strong_wolfe", **limits)
+
+    def closure():
+        descent.zero_grad()
+        value = loss(theta.log_softmax(-1))
+        value.backward()
+        return value
+
+    descent.step(closure)
+    closure()
+    if converged and not theta.grad.abs().max() < 1e-6:
+        raise NoOptimum(f"descent ended at a gradient of {theta.grad.abs().max()}")
+    return theta.detach().log_softmax(-1)
+
+
+def kto_limit(log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0):
+    """-> where descent on the KTO objective goes for β < 1: (log-probs, -inf where an outcome
+    vanishes; the infimum of the loss).
+
+    Rejected outcomes, those with λ_U P(undesirable) ≥ λ_D P(desirable), lose all mass; the mean of
+    u then goes to -∞, and ẑ is clamped to 0. What is left is a minimum over the outcomes that are
+    kept, where the loss is convex: 1 - σ(β log(p/p_ref)) is convex in p for β < 1. Raises NoOptimum
+    where the weights leave a prompt no outcome.
+    """
+    kept = w_desirable * labels[..., 1] > w_undesirable * labels[..., 0]
+    if kept.all() or not kept.any(1).all():
+        raise NoOptimum("each prompt needs an outcome to keep, and there must be one to reject")
+    vanished = torch.where(kept, 0.0, -1e4)
+
+    def loss(log_p):
+        return kto(log_p, log_ref, labels, beta, w_desirable, w_undesirable, z=0.0)
+
+    limit = minimise(lambda log_p: loss((log_p + vanished).log_softmax(-1)), log_ref)
+    limit = torch.where(kept, limit, -torch.inf).log_softmax(-1)
+    return limit, loss(limit)
+
+
+def by_prefix(log_ref, r, outcomes, solve):
+    """-> log-probs (x, y) of the policy that at each prefix s is solve(log π_ref(·|s), Q(s, ·)),
+    both (x, symbols and end), from the last token back: Q(s, a) = E[r | s, a] under that policy
+    itself."""
+    place, longest = {y: i for i, y in enumerate(outcomes)}, max(map(len, outcomes))
+    symbols = sorted({y[-1] for y in outcomes if y})
+    log_mass = {}
+    for s in outcomes:
+        log_mass[s] = log_ref[:, [i for y, i in place.items() if y.startswith(s)]].logsumexp(1)
+
+    def below(s):
+        """-> (log π(rest of y | s) of every outcome y that starts with s, E[r | s])"""
+        end = {s: torch.zeros_like(r[:, 0])}, r[:, place[s]]
+        if len(s) == longest:
+            return end
+        branches = [*(below(s + a) for a in symbols), end]
+        q = torch.stack([value for _, value in branches], 1)
+        masses = [*(log_mass[s + a] for a in symbols), log_ref[:, place[s]]]
+        log_p = solve(torch.stack(masses, 1) - log_mass[s][:, None], q)
+        tails = {}
+        for a, (branch, _) in enumerate(branches):
+            tails |= {y: log_p[:, a] + rest for y, rest in branch.items()}
+        return tails, (log_p.exp() * q).sum(1)
+
+    tails, _ = below("")
+    return torch.stack([tails[y] for y in outcomes], 1)
+
+
+def k3_point(log_ref, q, beta):
+    """log π of π = β π_ref/(c - q), by bisection on c. log_ref, q: (…, actions). Returns the same
+    shape."""
+    low = (q + beta * log_ref.exp()).amax(-1, keepdim=True)  # Σ π ≥ 1
+    high = q.amax(-1, keepdim=True) + beta  # Σ π ≤ 1
+    for _ in range(100):
+        c = (low + high) / 2
+        more = (beta * log_ref.exp() / (c - q)).sum(-1, keepdim=True) > 1
+        low, high = torch.where(more, c, low), torch.where(more, high, c)
+    return (log_ref - (c - q).log()).log_softmax(-1)
+
+
+def own_minimum(loss, beats, log_p, rounds=200):
+    """-> the log-probs (x, y) of the policy that minimises loss(log_p, pairs=pairs) over pairs of
+    its own samples: round after round the minimum over those of the last, from log_p. beats:
+    (x, y, y'), P(y beats y')."""
+    for _ in range(rounds):
+        p = log_p.exp()
+        pairs = 2 * p[:, :, None] * p[:, None, :] * beats / len(p)
+        last, log_p = log_p, minimise(partial(loss, pairs=pairs), log_p)
+        if kl(last, log_p).max() < 1e-9:
+            return log_p
+    raise NoOptimum(f"after {rounds} rounds the policy still moves by {kl(last, log_p).max()} nats")
+
+
+# ---- of a checkpoint's options
+
+
+def optimum(task, log_ref, method, o):
+    """-> (the method's population loss as a function of log-probs (4, 40), the log-probs where it
+    is least), with a checkpoint's options `o`. The loss is None where there is a point, but none
+    that it is the least value of. None for a fixed set of rows, which has another optimum; for what
+    is not written above (robust DPO, made for flipped labels; an added SFT term; KTO at β ≥ 1;
+    advantages divided by std; γ below 1); where the loss needs a π_ref and log_ref is None; and
+    where no minimum is found."""
+    find = FIND.get(method)
+    needs_reference = method not in ("simpo", "orpo")
+    if find and not (needs_reference and log_ref is None):
+        with suppress(NoOptimum):
+            return find(task, log_ref, o)
+
+
+def _dpo(task, log_ref, o):
+    if o.pairs or o.sft_weight or o.loss == "robust":
+        return None
+    pairs = torch.from_numpy(task.pairs)
+    if o.loss == "ipo":
+        n = _lengths(task, o.ipo_sum)
+        return _least(partial(ipo, log_ref=log_ref, pairs=pairs, n=n, tau=o.beta), log_ref)
+    smoothing = o.label_smoothing
+    loss = partial(dpo, log_ref=log_ref, pairs=pairs, beta=o.beta, label_smoothing=smoothing)
+    if smoothing:
+        return _least(loss, log_ref)
+    return loss, star(log_ref, torch.from_numpy(task.r), o.beta)
+
+
+def _simpo(task, log_ref, o):
+    if o.pairs or o.sft_weight:
+        return None
+    pairs = torch.from_numpy(task.pairs)
+    gamma = o.gamma_beta_ratio * o.beta
+    loss = partial(simpo, pairs=pairs, n=_lengths(task), beta=o.beta, gamma=gamma)
+    return _least(loss, torch.zeros(task.r.shape).double())
+
+
+def _orpo(task, log_ref, o):
+    if o.pairs or o.prompt_loss:
+        return None
+    loss = partial(orpo, pairs=torch.from_numpy(task.pairs), n=_lengths(task), lam=o.lam)
+    return _least(loss, torch.zeros(task.r.shape).double())
+
+
+def _kto(task, log_ref, o):
+    if o.pairs or o.beta >= 1:
+        return None
+    given = log_ref, torch.from_numpy(task.labels), o.beta, o.w_desirable, o.w_undesirable
+    return lambda log_p: kto(log_p, *given), kto_limit(*given)[0]
+
+
+def _online_dpo(task, log_ref, o):
+    if o.label == "argmax" or o.ref_update == "per-round" or o.reward != "task":
+        return None
+    if o.loss == "dpo":
+        return None, star(log_ref, torch.from_numpy(task.r), o.beta)
+    if o.samples_per_prompt > 2 or o.temperature != 1 or o.rounds:
+        return None
+    loss = partial(ipo, log_ref=log_ref, n=_lengths(task, o.ipo_sum), tau=o.beta)
+    return None, own_minimum(loss, torch.from_numpy(task.beats), log_ref)
+
+
+def _grpo(task, log_ref, o):
+    even = o.agg in ("const", "sum") or task.max_new_tokens == 1  # each token weighs the same
+    no_penalty = o.kl == "none" or not o.beta
+    if no_penalty or o.adv_norm == "std" or not even or o.reward != "task" or o.temperature != 1:
+        return None
+    if o.kl == "reward":
+        return _j(task, log_ref, o.beta)
+    beta = o.beta
+    if o.adv_norm == "none":  # r - mean is (G-1)/G of the leave-one-out advantage
+        beta = beta * o.group / (o.group - 1)
+    solve = partial(k3_point if o.kl == "k3" else star, beta=beta)
+    return None, by_prefix(log_ref, torch.from_numpy(task.r), task.outcomes, solve)
+
+
+def _ppo(task, log_ref, o):
+    if o.reward != "task" or not o.temperature == o.gamma == 1 or not o.beta:
+        return None
+    return _j(task, log_ref, o.beta)
+
+
+FIND = {"dpo": _dpo, "simpo": _simpo, "orpo": _orpo, "kto": _kto, "online_dpo": _online_dpo}
+FIND |= {"grpo": _grpo, "ppo": _ppo}
+
+
+def _least(loss, start):
+    return loss, minimise(loss, start)
+
+
+def _j(task, log_ref, beta):
+    r = torch.from_numpy(task.r)
+
+    def loss(log_p):
+        return (beta * kl(log_p, log_ref) - (log_p.exp() * r).sum(1)).mean()
+
+    return loss, star(log_ref, r, beta)
+
+
+def _lengths(task, ones=False):
+    """-> (40,) tokens of each outcome, or ones, for sums in place of means"""
+    return torch.tensor(
+        [1 if ones else min(len(y) + 1, task.max_new_tokens) for y in task.outcomes]
+    )
+
+
+# ---- the command
+
+
+@dataclass
+class Options:
+    checkpoint: str = opt(..., "the .pt file of a policy that was trained on exact; or several")
+    reference: str = opt("", "π_ref (default: the checkpoint that it started from)")
+    device: str = opt("auto", "cpu, cuda, cuda:1, mps")
+    dtype: str = opt("auto", "precision", choices=DTYPES[:-1])
+    max_new_tokens = seed = truncate = 0  # what else evaluate.py asks for
+
+
+@torch.no_grad()
+def distances(o):
+    """-> how far a checkpoint is from its own optimum: kl_optimum and tv_optimum, means over
+    prompts (KL only where it is finite), loss_gap above the least value, and kl_star, KL(π‖π*)"""
+    run = Again(o)
+    task = data.task(run.meta["task"])
+    if not task.outcomes:
+        where = f"was trained on {task.name}; optima are known on exact alone"
+        raise UserError(f"{o.checkpoint} {where}")
+    evaluator = Evaluator(run, task)
+    log_p = evaluator.table(run.policy)
+    log_ref, figures = None, {}
+    if run.reference:
+        log_ref = evaluator.table(run.open(run.reference))
+    with torch.enable_grad():
+        found = optimum(task, log_ref, run.meta["method"], run.trained)
+    if found:
+        loss, point = found
+        figures = {"kl_optimum": kl(log_p, point).mean(), "tv_optimum": tv(log_p, point).mean()}
+        if loss:
+            figures["loss_gap"] = loss(log_p) - loss(point)
+    if log_ref is not None:
+        log_star = star(log_ref, torch.from_numpy(task.r), task.world_beta)
+        figures["kl_star"] = kl(log_p, log_star).mean()
+    return {name: x.item() for name, x in figures.items() if x.isfinite()}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    paths = list(takewhile(lambda x: not x.startswith("-"), argv))
+    names = {"kl_optimum": "KL(π‖own optimum)", "tv_optimum": "TV(π, own optimum)"}
+    names |= {"loss_gap": "loss above its least value", "kl_star": "KL(π‖π*)"}
+    for given in [[path] for path in paths] or [[]]:
+        o = parse(Options, [*given, *argv[len(paths) :]])
+        figures = distances(o)
+        told = [f"{names[key]} {x:.4g}" for key, x in figures.items()]
+        if "tv_optimum" not in figures:
+            told.insert(0, "no optimum of this loss is known for these options")
+        print(f"{o.checkpoint}: {', '.join(told)}")
+
+
+if __name__ == "__main__":
+    training.command(main)

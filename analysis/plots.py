@@ -1,0 +1,202 @@
+"""Records -> pictures."""
+
+import math
+import statistics
+
+from analysis.predict import CARDS
+from analysis.rows import EVERY
+from analysis.tables import COURSE, PARTS
+
+COLOURS = [*(f"C{i}" for i in range(10)), "navy", "crimson", "teal", "gold", "indigo", "black"]
+STYLE = {}  # of each row
+for row, colour, marker in zip(EVERY, [*COLOURS, "olive"], "*osD^v<p>PXhd8HsD", strict=True):
+    STYLE[row] = {"color": colour, "marker": marker}
+HATCH = dict(zip(PARTS, ("", "xx", "//", "..", "\\\\", "++", "oo"), strict=True))
+HALO = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}  # behind text
+PRECISIONS = {"bfloat16": "autocast", "bfloat16-pure": "pure bf16"}
+
+
+def pyplot():
+    """-> matplotlib.pyplot, or None with a line that says so"""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("\nno pictures: they need matplotlib (pip install matplotlib)")
+        return None
+    plt.switch_backend("Agg")
+    look = {"font.size": 12, "axes.grid": True, "grid.alpha": 0.3}
+    plt.rcParams.update(look | {"axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def draw(task, lines, folder):
+    """-> the paths of the pictures of a comparison"""
+    plt, lines = pyplot(), [line for line in lines if line["runs"]]
+    if not plt:
+        return []
+    bars = [(line["method"], [("", line["peak"])]) for line in lines if "peak" in line]
+    figures = {
+        "frontier": scatter(plt, task, lines, "kl", "KL(π‖π_ref), nats a response"),
+        "length": scatter(plt, task, lines, "length", "length, tokens a response"),
+        "memory": stacked(plt, bars, 1e6, "MB, measured over one step"),
+        "entropy": entropy(plt, [line for line in lines if line.get("course")]),
+        "course": trends(plt, [line for line in lines if line.get("evals")]),
+    }
+    return saved(plt, folder, figures)
+
+
+def draw_prediction(found, symbol, folder):
+    """-> the path of the picture of a prediction, in a list: at the peak, activations checkpointed,
+    a row a method, with a bar for each of the two precisions"""
+    plt, rows = pyplot(), {}
+    unit = {"GiB": 2**30, "MB": 1e6}[symbol]
+    for x in found:
+        if x["checkpoint_activations"]:
+            bar = PRECISIONS[x["dtype"]], x["predicted"]
+            rows.setdefault(x["method"], []).append(bar)
+    name = f"{symbol}, predicted, activations checkpointed"
+    marks = ()
+    if symbol == "GiB":
+        marks = CARDS
+        name += f"; dashed: cards of {', '.join(map(str, CARDS))} GB"
+    if not plt:
+        return []
+    return saved(plt, folder, {"memory": stacked(plt, list(rows.items()), unit, name, marks)})
+
+
+def saved(plt, folder, figures):
+    """-> the paths of the figures that there are"""
+    paths = []
+    for name, figure in figures.items():
+        if figure:
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1], dpi=160, bbox_inches="tight")
+            plt.close(figure)
+    return paths
+
+
+def scatter(plt, task, lines, x, name):
+    """Reward against x, a point for each strength of each method, joined in their order, and the
+    main one's spread over seeds."""
+    lines = [line for line in lines if x in line and "reward" in line]
+    if not lines:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 5.5))
+    main = [line for line in lines if not line["swept"]]
+    for row, style in STYLE.items():
+        mine = [line for line in lines if line["method"] == row]
+        mine.sort(key=lambda line: line["value"] or 0)
+        points = [line[x] for line in mine], [line["reward"] for line in mine]
+        axes.plot(*points, **style, linewidth=0.8, markersize=5)
+    for line in main:
+        spread = {"xerr": line[f"{x}_sd"], "yerr": line["reward_sd"], "elinewidth": 0.8}
+        style = STYLE[line["method"]] | {"markeredgecolor": "black", "markersize": 11}
+        axes.errorbar(line[x], line["reward"], **spread, **style)
+    title = f"{task}: large points are the defaults, small ones other strengths"
+    axes.set_title(title, fontsize=11)
+    axes.set(xlabel=name, ylabel="reward")
+    for line in main[:1] if x == "kl" else ():
+        if "frontier" in line:
+            axes.plot(*zip(*line["frontier"]), color="black", linewidth=1)
+            note = "black line: π* of every β;\nno policy lies above it"
+            axes.text(0.6, 0.6, note, transform=axes.transAxes, fontsize=10)
+    names = [(line["method"], line[x], line["reward"]) for line in main]
+    label(figure, axes, names, [(line[x], line["reward"]) for line in lines])
+    return figure
+
+
+def label(figure, axes, names, points):
+    """Writes each name beside its point, nearest where neither a point nor a name stands. Sizes are
+    in pixels, of which a point of print has `scale`."""
+    from matplotlib.transforms import Bbox
+
+    figure.canvas.draw()
+    scale = figure.dpi / 72
+    taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in axes.transData.transform(points)]
+    taken += [text.get_window_extent() for text in axes.texts]
+    for name, *place in names:
+        how = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 10}
+        text = axes.annotate(name, place, (0, 0), **how, bbox=HALO)
+        wide = text.get_window_extent().width / 2
+        for i in range(300):
+            radius = 14 + 6 * (i // 12)
+            angle = i % 12 * math.pi / 6
+            offset = (radius + wide) * math.cos(angle), radius * math.sin(angle)
+            text.set_position([x / scale for x in offset])
+            box = text.get_window_extent()
+            if not any(map(box.overlaps, taken)):
+                break
+        taken.append(box)
+
+
+def stacked(plt, rows, unit, name, marks=()):
+    """rows: (method, [(note, bytes by category), …]): a stacked bar each, those of a method close
+    together. marks: sizes to draw a line at."""
+    if not rows:
+        return None
+    count = len(rows[0][1])
+    figure, axes = plt.subplots(figsize=(9, 1 + (0.2 + 0.22 * count) * len(rows)))
+    thick = 0.8 / count
+    keys, most = {}, 0.0
+    for i, (_, bars) in enumerate(rows):
+        for j, (note, parts) in enumerate(bars):
+            y = i + (j + 0.5) * thick - 0.4
+            left = 0.0
+            for k, (category, hatch) in enumerate(HATCH.items()):
+                size = parts.get(category, 0) / unit
+                look = {"color": f"C{k}", "hatch": hatch, "edgecolor": "white", "linewidth": 0.5}
+                bar = axes.barh(y, size, 0.9 * thick, left=left, **look)
+                keys |= {category: bar} if size > 0.05 else {}
+                left += size
+            axes.text(left, y, f" {left:.1f} {note}", va="center", fontsize=9, bbox=HALO)
+            most = max(most, left)
+    for mark in marks:
+        axes.axvline(mark, color="black", linewidth=0.8, linestyle="--", zorder=0)
+    axes.set(xlabel=name, xlim=(0, 1.2 * most))
+    axes.set_yticks(range(len(rows)), [row for row, _ in rows])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.legend(keys.values(), keys, fontsize=9, ncols=4, loc=(0, 1.01))
+    return figure
+
+
+def entropy(plt, lines):
+    """Reward against entropy over the steps of GRPO and DAPO"""
+    if not lines:
+        return None
+    figure, axes = plt.subplots(figsize=(6, 4.5))
+    names, all_points = [], []
+    for line in lines:
+        what = "accuracy" if "accuracy" in line["course"][0] else "reward"
+        points = [(x["entropy"], x.get(what, x["reward"])) for x in line["course"]]
+        axes.plot(*zip(*points), **STYLE[line["method"]], markersize=4, linewidth=0.8)
+        names += [(f"{line['method']}, start", *points[0]), ("end", *points[-1])]
+        all_points += points
+    axes.set(xlabel="entropy, nats a token", ylabel="reward of a rollout; DAPO: share correct")
+    label(figure, axes, names, all_points)
+    return figure
+
+
+def trends(plt, lines):
+    """Loss, reward and KL over the sequences trained on: means over seeds, and the spread between
+    the least and the greatest."""
+    if not lines:
+        return None
+    names = ("loss on what is trained on", "reward", "KL(π‖π_ref), nats", "KL(π‖π*), nats")
+    known = {key for line in lines for key in line["evals"][0]}
+    shown = [(key, name) for key, name in zip(COURSE, names) if key in known]
+    figure, panels = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 4), squeeze=False)
+    for (key, name), axes in zip(shown, panels[0]):
+        for line in lines:
+            evals = [x for x in line["evals"] if key in x]
+            xs = [x["sequences"] / 1000 for x in evals]
+            ys = [x[key] for x in evals]
+            style = STYLE[line["method"]]
+            means = list(map(statistics.fmean, ys))
+            axes.plot(xs, means, **style, markersize=5, label=line["method"])
+            low, high = list(map(min, ys)), list(map(max, ys))
+            axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axes.set(xlabel="thousand sequences trained on", title=name)
+    axes.legend(fontsize=9)
+    figure.tight_layout()
+    return figure

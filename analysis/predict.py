@@ -1,0 +1,258 @@
+"""A step's memory at any size, without allocating it: the scripts' own losses on fake tensors.
+
+A fake tensor has a shape and no numbers. Models, batch and AdamW's moments are made of them, and
+one optimizer step is counted by training.memory, as a run counts its second. What a script holds
+is said in rows.py; what its loop makes around compute_loss is said here.
+"""
+
+import importlib
+import inspect
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+import data
+from analysis.rows import EVERY, SAMPLED, in_pairs, longest_context
+from data import UserError
+from gpt import GPT, GPTConfig, KVCache, Rollout, ScalarGPT, load
+from training import Compute, memory, parse
+from training.reward import ROWS
+
+SIZES = {
+    "1b": GPTConfig(50304, 2048, 24, 16, 2048),  # 1.3 billion parameters, GPT-3's third model
+    "7b": GPTConfig(50304, 2048, 32, 32, 4096),  # 6.7 billion, its seventh
+}
+SETTINGS = [(on, dtype) for on in (False, True) for dtype in ("bfloat16", "bfloat16-pure")]
+CARDS = (24, 40, 80, 141)  # GB
+SPARE = 2.0  # GiB that stay free on a card, for the CUDA context, workspaces and fragmentation
+ROLES = ("policy", "ref", "critic", "reward")
+DRAWS = {"sft": "demonstrations", "kto": "feedback", "reward_model": "graded"}  # else preferences
+WIDE = {  # what a loop adds to its rollout: numbers for each token
+    "online_dpo": (),
+    "grpo": ("old_logp", "ref_logp"),
+    "dapo": ("old_logp",),
+    "rlaif": ("ref_logp",),
+    "ppo": ("old_logp", "ref_logp", "old_values", "rewards", "returns", "adv"),
+}
+
+
+def predict(row, o, config):
+    """One optimizer step of a row, of its script's options `o`, with models of that config ->
+    models: the ledger's records; predicted: bytes at the peak by category; predicted_most: the most
+    of each category by itself; predicted_bytes: their sum at the peak"""
+    name = EVERY[row].script
+    compute = Compute(o)
+    compute_loss = importlib.import_module(name).compute_loss
+    takes = inspect.signature(compute_loss).parameters
+    models = outlines(EVERY[row].models.split(), o, config, compute)
+    asked = {role: models.get(role) for role in ROLES if role in takes}
+    task = data.task(o.task)
+    tokenizer = data.tokenizer(own=task.tokenizer)
+    block_size = o.block_size or config.block_size
+    if name in WIDE:
+        texts = task.prompts(o.batch_size, o.seed)
+        prompt = max(len(tokenizer.encode(x)) for x, _ in texts)
+        response = task.longest(o.max_new_tokens, block_size)  # each is as long as it may be
+    else:
+        response = 0
+        batches = labelled(row, o, task, tokenizer, block_size)
+
+    def places(mask):  # what the real one finds depends on numbers
+        return torch.zeros(len(mask) * response, dtype=torch.int64)
+
+    with FakeTensorMode(allow_non_fake_inputs=True), patch("gpt.places", places):
+        for model in models.values():
+            model.to_empty(device="cpu")
+        trained = [p for model in models.values() for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()  # its moments are there
+        optimizer.zero_grad()
+        with memory.track(models, optimizer) as tracker:
+            if name in WIDE:
+                rollout, batches = sampled(name, models, o, compute, tracker, prompt, response)
+            for batch in batches:
+                batch = tree_map_only(torch.Tensor, torch.empty_like, batch)
+                with compute.autocast():
+                    losses, metrics = compute_loss(**asked, batch=batch, o=o)
+                losses.sum().backward()
+            optimizer.step()
+    return {
+        "models": memory.records(models),
+        "predicted_bytes": tracker.peak,
+        "predicted": tracker.parts,
+        "predicted_most": dict(tracker.most),
+    }
+
+
+def options(row, *argv):
+    """-> the options of a row's script, as its command line gives them, on a CPU"""
+    script = importlib.import_module(EVERY[row].script)
+    argv = [*EVERY[row].arguments.split(), *map(str, argv), "--device", "cpu"]
+    return parse(script.Options, argv, script.PRESETS)
+
+
+def outlines(held, o, config, compute):
+    """["policy*", "ref"] -> {role: model}, of shapes without storage; * is trained. A reward model
+    judges where the options say so."""
+    reward = getattr(o, "reward", "rm")
+    models = {}
+    for name in held:
+        role = name.strip("*")
+        if name != "reward" or reward == "rm" or reward.endswith(".pt"):
+            with torch.device("meta"):
+                model = (GPT if role in ("policy", "ref") else ScalarGPT)(config)
+            model.checkpoint_activations = o.checkpoint_activations
+            model.to(compute.weights)
+            models[role] = model if name.endswith("*") else compute.freeze(model)
+    return models
+
+
+def labelled(row, o, task, tokenizer, block_size):
+    """-> the micro-batches of a step on rows of the task"""
+    texts = getattr(task, DRAWS.get(row, "preferences"))(o.batch_size, f"{o.seed} step 1")
+    rows, _ = data.encode(texts, tokenizer, block_size, o.truncate)
+    if row == "dpo-precomputed":
+        rows = [(*pair, 0.0, 0.0) for pair in rows]
+    pad = data.pad_pairs if in_pairs(row) else data.pad
+    size = o.micro_batch or len(rows)
+    return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def sampled(name, models, o, compute, tracker, prompt, response):
+    """A step's samples, their judge, and the passes over all of them. -> (the rollout, the
+    micro-batches of a minibatch)"""
+    n = o.batch_size
+    width = prompt + response
+    pairs = name == "online_dpo"
+    group = o.samples_per_prompt if pairs else o.group
+    tracker.during("sampling")
+    with torch.no_grad():
+        sample(models, n, group, prompt, response, compute)
+        n *= 2 if pairs else group
+        rollout = drawn(n, width)
+        tracker.during(None)
+        for part in cut(rollout, o.micro_batch):
+            for role, model in models.items():
+                with compute.autocast():
+                    if role == "critic":
+                        model.values_before(part.ids)
+                    elif role != "reward":
+                        model.logprobs(part.ids, part.mask)
+    rollout |= added(name, n, width)
+    minibatch = rollout | {"old_logp": None}
+    parts = getattr(o, "minibatches", 1)
+    if parts * getattr(o, "updates", 1) > 1:
+        minibatch = drawn(n // parts, width) | added(name, n // parts, width)
+    return rollout, list(cut(minibatch, 2 * o.micro_batch if pairs else o.micro_batch))
+
+
+def sample(models, prompts, group, prompt, response, compute):
+    """What gpt.sample makes until the last token, then what judges it"""
+    policy = models["policy"]
+    n, width = prompts * group, prompt + response
+    uniforms_and_draws = torch.empty(4, n, response)  # draws are int64, with probabilities
+    with compute.autocast(), torch.inference_mode():
+        cache = KVCache(policy.config, prompts, width, dtype=compute.dtype)
+        policy.hidden(torch.zeros(prompts, prompt, dtype=torch.int64), cache)
+        if group > 1:
+            cache.take(torch.zeros(n, dtype=torch.int64))
+        cache.width = width - 2
+        before = torch.empty(2, n, policy.config.vocab_size)  # the last distribution, summed up
+        h = policy.hidden(torch.zeros(n, 1, dtype=torch.int64), cache)[:, 0]
+        (F.linear(h, policy.wte.weight).float() / 1.0).softmax(-1)
+    del uniforms_and_draws, cache, before
+    for part in cut(drawn(n, width), ROWS) if "reward" in models else ():
+        with compute.autocast():
+            models["reward"].score(part.ids, part.mask)
+
+
+def drawn(n, width):
+    """-> a Rollout as it is sampled"""
+    kinds = {"ids": torch.int64, "mask": torch.bool, "logp": torch.float32}
+    return Rollout(**{name: torch.zeros(n, width, dtype=kind) for name, kind in kinds.items()})
+
+
+def added(name, n, width):
+    """-> the columns that a loop adds to it"""
+    columns = {"old_logp": None, "ref_logp": None, "adv": torch.empty(n, 1)}
+    return columns | {column: torch.empty(n, width) for column in WIDE[name]}
+
+
+def cut(rollout, size):
+    """Yields `size` rows at a time; 0: all."""
+    for i in range(0, len(rollout), size or len(rollout)):
+        rows = slice(i, i + size if size else None)
+        yield Rollout(**{k: x if x is None else x[rows] for k, x in vars(rollout).items()})
+
+
+# ---- what is asked for
+
+
+def of_run(row, first):
+    """The first line of a run's record -> the figures of its step, had it been predicted; none of a
+    file's rows, and where the checkpoint is gone"""
+    o = SimpleNamespace(**first["options"] | {"device": "cpu"})
+    o.dtype = first["dtype"] if o.dtype == "auto" else o.dtype
+    if data.kind(o.task) == "file":
+        return {}
+    try:
+        found = predict(row, o, load(o.out)[0].config)
+    except ValueError:
+        return {}
+    return {name: x for name, x in found.items() if name != "models"}
+
+
+def settings(o):
+    """--predict and the sizes given -> (the task whose rows are taken, the config of a model)"""
+    n, micro = o.batch_size, o.micro_batch or o.batch_size
+    if (n % 2 or micro % 2) and any(map(in_pairs, o.methods)):
+        sizes = f"--batch-size {n} --micro-batch {micro}"
+        raise UserError(f"{sizes}: sequences come in pairs; give even numbers")
+    made_up = o.predict != "own" or data.kind(o.task) == "file"
+    length = o.seq_len or (2048 if made_up else 0)
+    task = f"tokens:{length - length // 2}+{length // 2}" if length else o.task
+    if o.predict == "own":
+        sft = options("sft", "--task", task)
+        size = data.tokenizer(own=data.task(task).tokenizer).size
+        length = sft.block_size or longest_context(task)
+        config = GPTConfig(size, length, sft.n_layer, sft.n_head, sft.n_embd)
+    else:
+        config = replace(SIZES[o.predict], block_size=length)
+    config = replace(config, **{x: getattr(o, x) for x in asdict(config) if x in o.given})
+    if config.n_embd % config.n_head:
+        raise UserError(f"--n-embd {config.n_embd} is not a multiple of --n-head {config.n_head}")
+    return task, config
+
+
+def ask(row, o, recompute, dtype):
+    """One setting of the table that --predict prints -> its row in compare.json. o: compare.py's
+    options"""
+    task, config = settings(o)
+    n, micro = o.batch_size, o.micro_batch or o.batch_size
+    argv = []
+    if in_pairs(row):
+        n, micro = n // 2, micro // 2
+    if row == "ppo":
+        argv = ["--group", 1, "--reward", "rm"]
+    elif row in SAMPLED:
+        argv = ["--group", n]
+        n = 1
+    if row in SAMPLED and row != "rlaif":
+        argv += ["--minibatches", 1, "--updates", 1]
+    argv += ["--checkpoint-activations" if recompute else "--no-checkpoint-activations"]
+    argv += ["--batch-size", n, "--micro-batch", micro, "--dtype", dtype, "--task", task]
+    found = predict(row, options(row, *argv), config)
+    facts = {"method": row, "dtype": dtype, "checkpoint_activations": recompute}
+    return facts | found | {"card": fits(found["predicted_bytes"])}
+
+
+def fits(size):
+    """Bytes -> the smallest card that holds them"""
+    return next((f"{card} GB" for card in CARDS if size / 2**30 + SPARE <= card), "none")

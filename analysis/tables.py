@@ -1,0 +1,262 @@
+"""Records -> the rows of compare.json, and those as Markdown."""
+
+import json
+import statistics
+
+from analysis.predict import of_run
+from analysis.rows import EVERY, SAMPLED, shape
+from training.memory import size_unit
+
+COURSE = ("loss", "reward", "kl", "kl_star")  # of the evaluations during the training
+MEANS = (
+    *("reward", "score", "win_rate", "kl", "length", "entropy", "kl_star", "objective"),
+    *("accuracy", "nll", "step_ms", "sample_ms", "logprobs_ms", "update_ms", "wall_s"),
+    *("trained_tokens", "sampled_tokens"),
+)
+KEPT = (
+    *("models", "phases", "forward_passes", "backward_passes", "flops_per_token"),
+    *("peak_bytes", "peak", "peak_most", "frontier"),
+)
+PARTS = ("weights", "casts", "gradients", "optimizer", "activations", "logits", "sampling")
+
+
+# ---- from records
+
+
+def read(folder, name):
+    """-> (the first line, those of steps, the closing figures) of a record, None where the run has
+    not ended"""
+    try:
+        first, *steps, last = map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
+        return first, steps, last["final"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def summary(o, folder, items, errors):
+    """-> the rows of compare.json: one for each method, one for each strength of the sweep. items:
+    the runs; errors: name -> what went wrong"""
+    out = []
+    for row in o.methods:
+        mine = [item for item in items if item.row == row]
+        main = [item for item in mine if not item.swept]
+        line, records = row_of(row, main, folder, errors)
+        if records:
+            line |= of_run(row, records[0][0])
+            line["course"] = course(records[0][1]) if row in ("grpo", "dapo") else []
+            if o.course:
+                per_step = shape(o.task, row)[1]
+                line["evals"] = evaluations([steps for _, steps, _ in records], per_step)
+        out.append(line)
+        out += [row_of(row, [item], folder, errors)[0] for item in mine if item.swept]
+    timed = [line for line in out if "step_ms" in line]
+    for simpo in [line for line in timed if line["method"] == "simpo"][:1]:
+        for line in timed:
+            line["step_over_simpo"] = line["step_ms"] / simpo["step_ms"]
+            line["flops_over_simpo"] = flops_a_step(line) / flops_a_step(simpo)
+    return out
+
+
+def row_of(row, group, folder, errors):
+    """-> (a row of runs that differ in their seeds, the records of those that ended)"""
+    failed = {item.name: errors[item.name] for item in group if errors.get(item.name)}
+    records = [read(folder, item.name) for item in group if item.name not in failed]
+    records = [record for record in records if record]
+    line = {"method": row, "runs": len(records), "swept": any(item.swept for item in group)}
+    line |= {"command": " ".join(["python", *group[0].command])} if group else {}
+    line |= {"failed": failed} if failed else {}
+    if not records:
+        return line, []
+    first, steps, final = records[0]
+    options = first["options"]
+    strength = EVERY[row].strength
+    line |= {key: final[key] for key in KEPT if key in final}
+    line |= {
+        "strength": strength,
+        "value": options.get(strength),
+        "steps": max((x["step"] for x in steps), default=options["steps"]),
+        "planned": options["steps"],  # DAPO ends where it finds no mixed groups any more
+        "labels": labels(row, options, final),
+        "updates": options.get("updates", 1),
+        "parameters": sum(m["parameters"] for m in final["models"]),
+    }
+    for key in MEANS:
+        xs = [final[key] for *_, final in records if key in final]
+        if len(xs) == len(records):
+            spread = statistics.stdev(xs) if len(xs) > 1 else 0.0
+            line |= {key: statistics.fmean(xs), f"{key}_sd": spread}
+    return line, records
+
+
+def flops_a_step(line):
+    return line["flops_per_token"] * line["trained_tokens"] / line["updates"] / line["steps"]
+
+
+def course(steps):
+    """-> entropy and reward of each recorded step: where DAPO logs ±1, the share of correct
+    responses in its place"""
+    keys = ("step", "entropy", "reward", "accuracy")
+    return [{key: x[key] for key in keys if key in x} for x in steps if "entropy" in x]
+
+
+def evaluations(runs, per_step):
+    """The steps of each of a row's records -> its evaluations, each figure a list, one of each run;
+    the loss is the mean of the steps since the evaluation before"""
+    out = {}
+    for steps in runs:
+        losses = []
+        for x in steps:
+            losses += [x["loss"]] if "loss" in x else []
+            if "eval" in x and losses:
+                start = {"step": x["step"], "sequences": x["step"] * per_step}
+                one = out.setdefault(x["step"], start)
+                figures = {"loss": statistics.fmean(losses)} | x["eval"]
+                for key in COURSE:
+                    if key in figures:
+                        one.setdefault(key, []).append(figures[key])
+                losses = []
+    return list(out.values())
+
+
+def labels(row, options, final):
+    """-> how many labels of pairs or answers a run has asked for; None where a reward is computed
+    for every response"""
+    if row == "sft" or row in SAMPLED:
+        return None
+    asked = options["steps"] * options["batch_size"]
+    return final.get("labels", min(options.get("pairs") or asked, asked))
+
+
+# ---- to Markdown
+
+
+def table(rows):
+    """Dicts of cells by column -> a table, padded so that it can be read as it is"""
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [head, *([str(row.get(name, "")) for name in head] for row in rows)]
+    width = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * w for w in width])
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, width))} |" for row in cells)
+
+
+def tables(lines):
+    """-> the tables of a comparison"""
+    main = [line for line in lines if line["runs"] and not line["swept"]]
+    found = [map(results, lines), map(costs, main), map(budget, main), course_rows(main)]
+    return [table(rows) for rows in map(list, found) if rows]
+
+
+def results(line):
+    name, note = line["method"], ""
+    failed = line.get("failed", {})
+    if not line["runs"]:
+        return {"method": name, "": f"failed: {'; '.join(failed.values()) or 'it was not begun'}"}
+    if line["swept"]:
+        name += f", {line['strength']} {line['value']:g}"
+    if failed:
+        note = f"of {line['runs'] + len(failed)} runs {len(failed)} failed"
+    elif line["steps"] < line["planned"]:
+        note = f"ended after {line['steps']} of {line['planned']} steps"
+    cells = {
+        "method": name,
+        "": note,
+        "reward": pm(line, "reward"),
+        "win rate": pm(line, "win_rate"),
+        "KL, nats": pm(line, "kl"),
+        "length": pm(line, "length", 1),
+        "entropy": pm(line, "entropy"),
+    }
+    last = {"kl_star": "KL(π‖π*)", "score": "score of the reward model"}
+    return cells | {name: pm(line, key, 3) for key, name in last.items() if key in line}
+
+
+def costs(line):
+    held = [phase["models"] for phase in line.get("phases", ())] + [line["models"]]
+    roles = [[m["role"] + ("*" if m["trainable"] else "") for m in models] for models in held]
+    return {
+        "method": line["method"],
+        "models held (* trained)": "; ".join(", ".join(x) for x in roles),  # one after another
+        "M parameters": mega(line, "parameters", 2),
+        "predicted MB": mega(line, "predicted_bytes"),
+        "peak MB": mega(line, "peak_bytes"),
+        "passes forward / backward": f"{line['forward_passes']:g} / {line['backward_passes']:g}",
+        "MFLOP a token": mega(line, "flops_per_token", 2),
+        "step, ms": pm(line, "step_ms", 1),
+        "step / SimPO": f"{line['step_over_simpo']:.2f}" if "step_over_simpo" in line else "",
+        "FLOPs / SimPO": f"{line['flops_over_simpo']:.2f}" if "flops_over_simpo" in line else "",
+    }
+
+
+def budget(line):
+    return {
+        "method": line["method"],
+        "steps": line["steps"],
+        "trained k tokens": thousands(line["trained_tokens"]),
+        "sampled k tokens": thousands(line.get("sampled_tokens")),
+        "k labels": thousands(line["labels"]),
+        "seconds": pm(line, "wall_s", 0),
+    }
+
+
+def course_rows(lines):
+    """-> loss / reward / KL after a tenth, a quarter … of each row's training, means over runs"""
+    rows = []
+    for line in lines:
+        evals = line.get("evals")
+        if evals:
+            cells = {"method": line["method"], "k labels": thousands(line["labels"])}
+            what = "loss / reward / KL, KL(π‖π*)" if "kl_star" in evals[0] else "loss / reward / KL"
+            what += " after "
+            for percent in (10, 25, 50, 75, 100):
+                wanted = evals[-1]["step"] * percent / 100
+                x = min(evals, key=lambda x: abs(x["step"] - wanted))
+                means = [f"{statistics.fmean(x[key]):.2f}" for key in COURSE if key in x]
+                cells[f"{what}{percent} %"] = minus(" / ".join(means))
+                what = ""
+            rows.append(cells)
+    return rows
+
+
+def pm(line, key, digits=2):
+    """A mean, ± the standard deviation where there are seeds, as text"""
+    if key not in line:
+        return ""
+    spread = f" ± {line[key + '_sd']:.{digits}f}" if line["runs"] > 1 else ""
+    return minus(f"{line[key]:.{digits}f}{spread}")
+
+
+def mega(line, key, digits=1):
+    return f"{line[key] / 1e6:.{digits}f}" if line.get(key) else ""
+
+
+def minus(text):
+    return text.replace("-", "−")
+
+
+def thousands(n):
+    """A count in thousands, as text, to three digits where it is small; "" for none"""
+    if n is None:
+        return ""
+    return f"{n / 1e3:.0f}" if n >= 1e5 else f"{n / 1e3:.3g}"
+
+
+def predictions(found):
+    """Rows of compare.json's prediction, the two precisions one after the other -> (the table, the
+    unit of its figures)"""
+    unit, symbol = size_unit(max(x["predicted_bytes"] for x in found))
+
+    def cells(x):
+        """Logits and sampling: the most that they take by themselves"""
+        sizes = {"peak": x["predicted_bytes"]} | dict.fromkeys(PARTS, 0) | x["predicted"]
+        sizes |= {name: x["predicted_most"].get(name, 0) for name in PARTS[-2:]}
+        models = ", ".join(f"{m['role']} {m['bytes'] / unit:.1f}" for m in x["models"])
+        shown = {name: f"{size / unit:.1f}" for name, size in sizes.items()}
+        return shown | {"by model": models, "fits on": x["card"]}
+
+    rows = []
+    for x, other in zip(found[::2], found[1::2]):
+        both = zip(cells(x).items(), cells(other).values())
+        checkpointed = "yes" if x["checkpoint_activations"] else "no"
+        row = {"method": x["method"], "checkpointed": checkpointed}
+        rows.append(row | {name: f"{a} / {b}" for (name, a), b in both})
+    return table(rows), symbol

@@ -1,0 +1,808 @@
+"""Gradients: estimators against enumeration, each RL script's first step by a plain loop from its
+equations, and what is trained, old or without weight."""
+
+import math
+
+import pytest
+import torch
+from conftest import BATCH, ENDS, TINY, first_gradient, lines, main
+from torch.nn.functional import cosine_similarity, linear, pad
+
+import dapo
+import data
+import dpo
+import grpo
+import online_dpo
+import ppo
+from data import Stopped
+from data.exact import star
+from gpt import (
+    GPT,
+    GPTConfig,
+    Rollout,
+    ScalarGPT,
+    load,
+    response_logprobs,
+    row_lengths,
+    sample,
+    save,
+)
+from training import Run, parse
+
+WORLD = data.task("exact")
+R, LOG_D, BEATS = (torch.from_numpy(x) for x in (WORLD.r, WORLD.d, WORLD.beats))
+LOG_D = LOG_D.log()
+WORDS, TOKENIZER = data.tokenizer(), data.tokenizer(own=WORLD.tokenizer)
+ONE = ["--updates", 1, "--minibatches", 1]
+RM = [*ENDS, "--batch-size", 32, "--reward", "judge.pt"]  # of ppo.py
+PAIRS = [*ENDS, "--batch-size", 8, "--reward", "judge.py:odd"]  # of online_dpo.py
+
+
+@pytest.fixture(autouse=True)
+def few_test_prompts(monkeypatch):
+    """The figures at the end of a run are not looked at here."""
+    monkeypatch.setattr("evaluate.PROMPTS", 8)
+
+
+def gradient(value, *models):
+    parameters = [p for model in models for p in model.parameters()]
+    found = torch.autograd.grad(value, parameters, retain_graph=True)
+    return torch.cat([g.flatten() for g in found])
+
+
+def cosine(a, b):
+    return cosine_similarity(a, b, dim=0).item()
+
+
+def table(model):
+    """-> log π(y|x) of every outcome of `exact`, (4, 40), with gradient"""
+    rows, _ = data.encode(WORLD.rows, TOKENIZER, 8)
+    return response_logprobs(model, data.pad(rows)).view(4, 40)
+
+
+# ---- estimators against enumeration, from a fixed policy on `exact`
+
+
+def small(seed):
+    model = GPT(GPTConfig(4, 8, 1, 1, 16), seed)
+    with torch.no_grad():
+        model.wte.weight *= 15
+    return model
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """20,480 samples in groups of 8 from a policy, their rewards, and their log-probs under it and
+    under a reference; and by enumeration E[r] and the log-probs of both, with gradient."""
+    policy, ref = small(0), small(1)
+    prompts, generator = [TOKENIZER.encode(x) for x in WORLD.contexts], torch.Generator()
+    s = sample(policy, prompts, 3, TOKENIZER.end_id, 1.0, generator.manual_seed(0), 5120)
+    texts = [TOKENIZER.decode(ids[mask].tolist()) for ids, mask in zip(s.ids, s.mask)]
+    outcome = torch.tensor([WORLD.outcomes.index(text) for text in texts]).view(4, -1)
+    r = R.gather(1, outcome).view(-1, 8).float()  # (2560, 8)
+    logp = policy.logprobs(s.ids, s.mask)
+    with torch.no_grad():
+        ref_logp, log_ref = ref.logprobs(s.ids, s.mask), table(ref)
+    log_p = table(policy)
+    expected = (log_p.exp() * R.float()).sum(1).mean()
+    return policy, s.mask, logp, ref_logp, r, expected, log_p, log_ref
+
+
+def kl(log_p, log_q):
+    return (log_p.exp() * (log_p - log_q)).sum(1).mean()
+
+
+def reinforce(logp, reward, norm, policy):
+    """-> the mean gradient of GRPO's loss on-policy, without KL, summed over the tokens"""
+    adv = grpo.group_advantages(reward, norm=norm).view(-1, 1)
+    losses = grpo.grpo_loss(logp, logp.detach(), None, adv, beta=0.0)
+    return gradient(losses.sum() / len(logp), policy)
+
+
+def test_rloo_and_dr_grpo_are_the_gradient_of_the_expected_reward(drawn):
+    """One on-policy update, summed over tokens: E∇loss = -∇E[r] by leave-one-out; r - mean is
+    (G-1)/G of it, sample by sample."""
+    policy, _, logp, _, r, expected, *_ = drawn
+    exact = -gradient(expected, policy)
+    loo, none, std = (reinforce(logp, r, norm, policy) for norm in ("loo", "none", "std"))
+    assert cosine(loo, exact) > 0.99 and cosine(none, exact) > 0.99
+    assert loo.norm() / exact.norm() == pytest.approx(1, abs=0.1)
+    assert (none - 7 / 8 * loo).norm() < 1e-4 * none.norm()
+    assert cosine(std, exact) < cosine(loo, exact)  # divided by std it is another objective's
+
+
+def test_kl_in_the_reward_is_the_gradient_of_j(drawn):
+    policy, _, logp, ref_logp, r, expected, log_p, log_ref = drawn
+    score = r - 0.5 * (logp.detach() - ref_logp).sum(1).view_as(r)
+    found, J = reinforce(logp, score, "loo", policy), expected - 0.5 * kl(log_p, log_ref)
+    assert cosine(found, -gradient(J, policy)) > 0.99
+    assert cosine(found, -gradient(expected, policy)) < 0.99  # the penalty is not small
+
+
+@pytest.mark.parametrize("lam, low, high", [(1.0, 0.99, 1.0), (0.0, -1.0, 0.9)])
+def test_a_wrong_critic_does_not_bias_ppo_at_lambda_1(lam, low, high, drawn):
+    """The mean gradient of 160 rollouts of 128, each whitened by itself, against that of
+    J = E[r] - β KL(π‖π_ref) by enumeration. The critic is a wrong function of the prefix, as large
+    as the rewards: at λ = 1 a baseline, at λ = 0 what the policy is taught."""
+    policy, mask, logp, ref_logp, r, expected, log_p, log_ref = drawn
+    total, generator = 0.0, torch.Generator().manual_seed(0)
+    wrong = 3 * torch.sin(100 * logp.detach().roll(1, 1) + 7)  # of the token before
+    for rows in torch.randperm(len(logp), generator=generator).split(128):
+        old, m = logp[rows].detach(), mask[rows]
+        rewards = ppo.token_rewards(r.flatten()[rows], old, ref_logp[rows], m, 0.5)
+        adv, _ = ppo.gae(rewards, wrong[rows], m, 1.0, lam)
+        losses = ppo.ppo_loss(logp[rows], old, ppo.whiten(adv, m))
+        total = total + (losses * m).sum() / m.sum() / 160
+    J = expected - 0.5 * kl(log_p, log_ref)
+    assert low < cosine(gradient(total, policy), -gradient(J, policy)) <= high
+
+
+def test_kl_estimators_against_the_exact_kl(drawn):
+    """x = log π/π_ref of the whole response. Values: k1 and k3 within four standard errors of
+    KL(π‖π_ref). Gradients: k2 and ρ k3 are those of KL(π‖π_ref), k3 that of KL(π_ref‖π), k1 has
+    none."""
+    policy, _, logp, ref_logp, _, _, log_p, log_ref = drawn
+    whole, ref = logp.sum(1, keepdim=True), ref_logp.sum(1, keepdim=True)
+    k1, k3, ratio = whole - ref, grpo.k3(whole, ref), (whole - whole.detach()).exp()
+    for k in (k1, k3):
+        assert abs(k.mean() - kl(log_p, log_ref)) < 4 * k.std() / len(k) ** 0.5
+    toward, away = (gradient(kl(*q), policy) for q in ((log_p, log_ref), (log_ref, log_p)))
+    assert cosine(gradient((k1**2 / 2).mean(), policy), toward) > 0.99
+    assert cosine(gradient((ratio * k3).mean(), policy), toward) > 0.99
+    assert cosine(gradient(k3.mean(), policy), away) > 0.99
+    assert gradient(k1.mean(), policy).norm() < 0.1 * toward.norm()
+    assert cosine(toward, away) < 0.95  # the two directions differ
+
+
+def test_the_first_step_climbs_j_whatever_the_critic_says(world, monkeypatch):
+    """The loop's own first gradient from 8,192 samples against that of E[r] by enumeration, with a
+    critic that is wrong by half of what rewards vary: at λ = 1 the cosine is above 0.99, at λ = 0
+    below 0.9. (At the first step π = π_ref, where KL has no gradient.)"""
+    monkeypatch.chdir(world)
+    policy = load("out/exact/sft.pt")[0].double()
+    exact = -gradient((table(policy).exp() * R).sum(1).mean(), policy)
+
+    def broken(self, ids):
+        h = self.trunk.hidden(ids)
+        return self._read(h) + 0.5 * torch.sin(20 * h[..., 0])
+
+    monkeypatch.setattr(ScalarGPT, "values", broken)
+    found = {}
+    for lam in (1, 0):
+        args = ["--task", "exact", "--lam", lam, "--group", 2048, *ONE, "--device", "cpu"]
+        both, _ = first_gradient("ppo", args, monkeypatch)
+        found[lam] = cosine(both[: len(exact)], exact)
+    assert found[1] > 0.99 and found[0] < 0.9, found
+
+
+def gradient_at(log_p, label, beta=0.5):
+    """The largest entry of the expectation, over pairs of samples of the policy and their labels,
+    of the gradient in the logits; π_ref = d."""
+    theta = log_p.clone().requires_grad_()
+    logp, p = theta.log_softmax(1), log_p.exp()
+    wins = BEATS if label == "bt" else (R[:, :, None] > R[:, None, :]).double()
+    weight = 2 * p[:, :, None] * p[:, None, :] * wins
+    w, ref_w = (x[:, :, None].expand(4, 40, 40) for x in (logp, LOG_D))
+    l, ref_l = (x[:, None, :].expand(4, 40, 40) for x in (logp, LOG_D))
+    (weight * online_dpo.dpo_loss(w, l, ref_w, ref_l, beta)).sum().backward()
+    return theta.grad.abs().max().item()
+
+
+def test_the_optimum_of_own_pairs_is_that_of_the_labels():
+    """Drawn by Bradley–Terry, the mean gradient of online DPO vanishes at π* and not at π_ref; with
+    argmax it does not vanish at π*."""
+    best = star(LOG_D, R, 0.5)
+    assert gradient_at(best, "bt") < 1e-12 < 1e-2 < gradient_at(LOG_D, "bt")
+    assert gradient_at(best, "argmax") > 1e-2
+
+
+def test_equal_rows_are_scored_once_and_count_as_often_as_they_stand(world):
+    """A batch of 64 pairs, three times, with many twins: its loss and gradient are those of the 192
+    pairs one by one."""
+    policy = load(world / "out/exact/sft.pt")[0].double()
+    o, ref = parse(dpo.Options, ["--beta", "0.5"]), small(0).double()
+    pairs, _ = data.encode(WORLD.preferences(64, 0), TOKENIZER, 8)
+    pairs *= 3
+    rows = {(pair[0], y) for pair in pairs for y in pair[1:]}
+    batch = data.pad_pairs(pairs)
+    assert len(batch.ids) == len(rows) < 128 < len(batch.row) == 384
+    assert batch.tokens == sum(len(x) + len(y) for x, y in rows)
+    together, _ = dpo.compute_loss(policy, ref, batch, o)
+    single = [dpo.compute_loss(policy, ref, data.pad_pairs([pair]), o)[0] for pair in pairs]
+    a, b = (gradient(losses.mean(), policy) for losses in (together, torch.cat(single)))
+    torch.testing.assert_close(together, torch.cat(single))
+    assert a.norm() > 1e-3 and (a - b).norm() < 1e-9 * a.norm()
+
+
+# ---- the first gradient, by a plain loop
+
+
+def keep(kept):
+    """-> gpt.sample, which adds its rollouts to `kept`, as they are drawn"""
+
+    def keep(*args):
+        kept.append(sample(*args))
+        return kept[-1] | {}
+
+    return keep
+
+
+def plain(model, ids, mask):
+    """-> log π of the response tokens of one row alone, from its logits"""
+    row, where = ids[: row_lengths(mask[None])], mask[1 : row_lengths(mask[None])]
+    logp = model(row[None])[0, :-1].log_softmax(-1).gather(1, row[1:, None])[:, 0]
+    return logp[where]
+
+
+def odd(rollout):
+    """-> (N,) what judge.py:odd gives"""
+    texts = [WORDS.decode(ids[mask].tolist()) for ids, mask in zip(rollout.ids, rollout.mask)]
+    return torch.tensor([1.0 if len(text) % 2 else -1.0 for text in texts]).double()
+
+
+@pytest.mark.parametrize(
+    "script, norm, agg, more",
+    [
+        ("grpo", "std", "seq_mean", []),
+        ("grpo", "std", "token_mean", []),
+        ("grpo", "std", "const", []),
+        ("grpo", "std", "sum", []),
+        ("grpo", "none", "const", ["--kl", "none"]),  # Dr. GRPO
+        ("grpo", "loo", "sum", ["--kl", "reward"]),  # RLOO: plain sums
+        ("dapo", "std", "token_mean", ["--no-overlong"]),
+        ("dapo", "std", "sum", ["--no-overlong"]),
+    ],
+)
+def test_the_first_gradient_is_the_equation_s(script, norm, agg, more, ends, monkeypatch):
+    """On-policy, π = π_ref: the gradient of - Σ_i w_i A_i Σ_t log π(y_it), with w = 1/(S|y|),
+    1/Σ|y|, 1/(S L_max) or 1/S, of the first 8 groups, dapo.py's mixed ones."""
+    monkeypatch.chdir(ends)
+    kept = []
+    args = [*ENDS, *BATCH, *ONE, "--adv-norm", norm, "--agg", agg, *more]
+    found, metrics = first_gradient(script, args, monkeypatch, sample=keep(kept))
+    model, s = load("ends.pt")[0].double(), Rollout.cat(kept[1:])  # the first was tried out
+    reward = odd(s).view(-1, 4)
+    chosen = torch.ones(len(reward)).bool() if script == "grpo" else reward.std(1) > 0
+    chosen &= chosen.cumsum(0) <= 8
+    s, reward = s[chosen.repeat_interleave(4)], reward[chosen]
+    total, value, lengths = 0.0, 0.0, s.mask.sum(1).tolist()
+    assert len(lengths) == 32 and len(set(lengths)) > 3 and (script == "grpo" or len(kept) > 2)
+    for i in range(32):
+        r, group = reward[i // 4, i % 4], reward[i // 4]
+        adv = r - group.mean()
+        if norm == "std":
+            adv = adv / ((((group - group.mean()) ** 2).sum() / 3).sqrt() + 1e-4)
+        if norm == "loo":
+            adv = r - (group.sum() - r) / 3
+        weights = {"seq_mean": 1 / 32 / lengths[i], "token_mean": 1 / sum(lengths)}
+        weight = (weights | {"const": 1 / 32 / 8, "sum": 1 / 32})[agg]
+        total = total - weight * adv * plain(model, s.ids[i], s.mask[i]).sum()
+        value = value - weight * adv * lengths[i]
+    torch.testing.assert_close(found, gradient(total, model), rtol=1e-5, atol=1e-8)
+    assert metrics["loss"] == pytest.approx(value.item(), abs=1e-6)  # each ratio is 1
+    assert metrics.get("kl", 0.0) == 0.0
+
+
+def test_gspo_equals_seq_mean_grpo_on_the_first_update(ends, monkeypatch):
+    monkeypatch.chdir(ends)
+    a, _ = first_gradient("grpo", [*ENDS, *BATCH], monkeypatch)
+    b, metrics = first_gradient("grpo", [*ENDS, *BATCH, "--ratio", "seq"], monkeypatch)
+    assert a.norm() > 1e-3 and (a - b).norm() < 1e-12
+    assert metrics["clip_ratio/low_mean"] == metrics["clip_ratio/high_mean"] == 0.0
+
+
+def plain_values(model, ids):
+    """(T,) ids -> (T,) values, of one row alone"""
+    return linear(model.trunk.hidden(ids[None])[0], model.head.weight, model.head.bias)[:, 0]
+
+
+def test_ppo_s_first_gradients_are_the_equations(ends, monkeypatch):
+    """The policy's and the critic's, token by token in a plain loop from the docstring's equations,
+    float64. π = π_ref: no KL in the rewards; the reward model's score at the last token, 5 less
+    where there is no end; the mean is over all 32 responses' tokens."""
+    monkeypatch.chdir(ends)
+    kept = []
+    options = "--missing-eos-penalty 5 --lam 0.9 --gamma 0.8 --vf-coef 0.3".split()
+    args = [*RM, *ONE, *options]
+    found, metrics = first_gradient("ppo", args, monkeypatch, sample=keep(kept))
+    policy, critic, s = load("ends.pt")[0].double(), load("judge.pt")[0].double(), kept[-1]
+    assert 0 < s.finished.float().mean() < 1
+    tokens = []  # (log π, V with gradient, A, R) of every response token
+    for ids, mask, finished in zip(s.ids, s.mask, s.finished):
+        logp, values = (
+            plain(policy, ids, mask),
+            plain_values(critic, ids[: row_lengths(mask[None])]),
+        )
+        # the reward model is the critic's start, read at the last token
+        score = values[-1].item() - (0 if finished else 5)
+        V, n, A = values[-1 - len(logp) : -1], len(logp), 0.0
+        for t in reversed(range(n)):
+            delta = (score if t == n - 1 else 0.8 * V[t + 1].item()) - V[t].item()
+            A = delta + 0.8 * 0.9 * A
+            tokens.append((logp[t], V[t], A, A + V[t].item()))
+    adv = torch.tensor([A for *_, A, _ in tokens]).double()
+    white = (adv - adv.mean()) / (adv.var(correction=0) + 1e-8).sqrt()
+    loss = sum(-a * logp for (logp, *_), a in zip(tokens, white.tolist())) / len(tokens)
+    error = sum(0.5 * (V - R) ** 2 for _, V, _, R in tokens) / len(tokens)
+    expected = gradient(loss + 0.3 * error, policy, critic)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    assert metrics["loss/value_avg"] == pytest.approx(error.item(), rel=1e-6)
+    assert metrics["loss/policy_avg"] == pytest.approx(0, abs=1e-6)
+    assert metrics["policy/approxkl_avg"] == metrics["policy/clipfrac_avg"] == 0.0
+    assert metrics["val/clipfrac_avg"] == 0.0
+
+
+@pytest.mark.parametrize("label", ["argmax", "bt"])
+@pytest.mark.parametrize("loss, beta", [("dpo", 0.1), ("ipo", 1.0)])
+def test_online_dpo_s_first_gradient_is_the_equation_s(loss, beta, label, ends, monkeypatch):
+    """π = π_ref, so h = 0: -β/2 mean(∇log π(y_w) - ∇log π(y_l)) over the pairs that count; IPO:
+    -1/τ of the means over tokens. The pairs are told by a plain loop from the samples, and from
+    uniforms that draw the better one always."""
+    monkeypatch.chdir(ends)
+    monkeypatch.setattr(torch, "sigmoid", lambda x: torch.ones_like(x))
+    kept = []
+    args = f"--samples-per-prompt 3 --loss {loss} --label {label} --seed 3".split()
+    found, metrics = first_gradient("online_dpo", [*PAIRS, *args], monkeypatch, sample=keep(kept))
+    model, s = load("ends.pt")[0].double(), kept[-1]
+    reward, logp = odd(s), [plain(model, *row) for row in zip(s.ids, s.mask)]
+    logp = [x.mean() if loss == "ipo" else x.sum() for x in logp]
+    total, n = 0.0, 0
+    assert len(logp) == 24
+    for i in range(0, 24, 3):
+        best, worst = ([j for j in range(i, i + 3) if reward[j] == r] for r in (1, -1))
+        if (
+            not best or not worst
+        ):  # a tie: no weight with argmax, else the last wins, if they differ
+            same = s.ids[i][s.mask[i]].tolist() == s.ids[i + 2][s.mask[i + 2]].tolist()
+            if label == "argmax" or same:
+                continue
+            best, worst = [i + 2], [i]
+        total, n = total + logp[best[-1]] - logp[worst[0]], n + 1
+    expected = gradient(-(1 / beta if loss == "ipo" else beta / 2) * total / n, model)
+    assert 2 < n < (8 if label == "argmax" else 9)
+    assert (found - expected).norm() < 1e-6 * expected.norm()
+    assert metrics["loss"] == pytest.approx(0.25 if loss == "ipo" else math.log(2))
+    assert metrics["kl"] == pytest.approx(0, abs=1e-9)
+
+
+# ---- what is trained
+
+
+def padded(*args):
+    """Samples with other ids in their padding, and more of it"""
+    s = sample(*args)
+    ids = s.ids.where(torch.arange(s.ids.size(1)) < row_lengths(s.mask)[:, None], 7)
+    wide = {name: pad(x, (0, 5)) for name, x in (("mask", s.mask), ("logp", s.logp))}
+    return s | {"ids": pad(ids, (0, 5), value=9), **wide}
+
+
+def endless(*args):
+    """Samples whose end tokens are left out of the mask"""
+    s = sample(*args)
+    assert 0.2 < s.finished.float().mean() < 1
+    last = torch.arange(s.ids.size(1)) == row_lengths(s.mask)[:, None] - 1
+    return s | {"mask": s.mask & ~(s.finished[:, None] & last)}
+
+
+@pytest.mark.parametrize("script", ["grpo", "ppo", "online_dpo"])
+def test_padding_is_never_trained_and_the_end_token_is(script, ends, monkeypatch):
+    """Other ids in the padding, and more of it, change no gradient; an end token out of the mask
+    does."""
+    monkeypatch.chdir(ends)
+    args, micro = (PAIRS, 8) if script == "online_dpo" else ([*ENDS, *BATCH, *ONE], 32)
+    a, _ = first_gradient(script, args, monkeypatch)
+    b, _ = first_gradient(script, [*args, "--micro-batch", micro], monkeypatch, sample=padded)
+    c, _ = first_gradient(script, args, monkeypatch, sample=endless)
+    assert a.norm() > 1e-3 and (a - b).norm() < 1e-9 * a.norm()
+    assert (a - c).norm() > 1e-2 * a.norm()
+
+
+@pytest.mark.parametrize("agg", grpo.AGGREGATIONS)
+@pytest.mark.parametrize("script", [grpo, dapo])
+def test_weights_reduce_a_minibatch_as_agg_names_however_it_is_cut(script, agg):
+    """By a plain loop over tokens; a response of which nothing is left (--overlong-filter) weighs
+    nothing, nor does a minibatch of such."""
+    mask = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0], [0] * 5]).bool()
+    minibatch, x = Rollout(ids=mask.long(), mask=mask), torch.arange(20.0).view(4, 5)
+    rows, n = [x[i][mask[i]] for i in range(4)], 6
+    expected = {
+        "seq_mean": sum(row.mean() for row in rows[:3]) / 4,
+        "token_mean": sum(row.sum() for row in rows) / n,
+        "const": sum(row.sum() for row in rows) / (4 * 8),
+        "sum": sum(row.sum() for row in rows) / 4,
+    }
+    for cut in (4, 3, 1):
+        total = 0.0
+        for i in torch.arange(4).split(cut):
+            weight = script.token_weight(minibatch[i], minibatch, 8, agg)
+            total = total + (weight * x[i, : weight.size(1)]).sum().item()
+        assert total == pytest.approx(expected[agg].item())
+    assert script.token_weight(minibatch[3:], minibatch[3:], 8, agg).abs().max() == 0
+
+
+def late_gradient(after, script, args, monkeypatch):
+    """-> the gradient and the metrics of the optimizer step that comes after so many"""
+    calls, seen, update = [], [], Run.update
+
+    def watch(self, optimizer):
+        calls.append(1)
+        if len(calls) <= after:
+            return update(self, optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        seen.append((torch.cat([p.grad.flatten() for p in parameters]), self._figures()))
+        raise Stopped("seen")
+
+    with monkeypatch.context() as m:
+        m.setattr(Run, "update", watch)
+        assert main(script, *args, "--dtype", "float64", "--out", "late/x.pt") == 1
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    "script, options",
+    [
+        ("grpo", "--agg seq_mean"),
+        ("grpo", "--agg token_mean --kl k3-ratio"),
+        ("grpo", "--agg const --kl reward"),
+        ("grpo", "--agg sum"),
+        ("grpo", "--ratio seq"),
+        ("dapo", ""),
+        ("dapo", "--overlong-filter"),
+        ("dapo", "--overlong-filter --agg seq_mean"),
+        ("ppo", ""),
+        ("online_dpo", "--label argmax"),
+        ("online_dpo", "--loss ipo"),
+    ],
+)
+def test_micro_batches_give_the_same_gradient(script, options, ends, monkeypatch):
+    """64 ragged rows at once and in eights, float64: the gradients agree to 1e-6 of their norm, and
+    so do the metrics. Of ppo, grpo and dapo the second of two optimizer steps, where the ratio is
+    not 1 and π is not π_ref."""
+    monkeypatch.chdir(ends)
+    late = script != "online_dpo"
+    args = [*PAIRS, *options.split(), "--batch-size", 64]
+    if late:
+        args += "--batch-size 32 --group 4 --minibatches 2 --updates 1 --lr 0.01 --warmup 0".split()
+    (a, metrics), (b, again) = (
+        late_gradient(late, script, [*args, "--micro-batch", micro], monkeypatch)
+        for micro in (64, 8)
+    )
+    assert a.dtype == torch.float64 and a.norm() > 1e-6 and (a - b).norm() <= 1e-6 * a.norm()
+    assert metrics == pytest.approx(again, rel=1e-6 if late else 1e-9)  # float32 counts of tokens
+
+
+def spy(monkeypatch, place, name):
+    """-> a list that gets (arguments, result) of each call of place.name"""
+    kept, f = [], getattr(place, name)
+
+    def watch(*args, **more):
+        kept.append((args, f(*args, **more)))
+        return kept[-1][1]
+
+    monkeypatch.setattr(place, name, watch)
+    return kept
+
+
+def rollouts(monkeypatch):
+    """-> a list that gets (rollout, weights of the policy) where the training samples"""
+    kept, draw = [], Run.sample
+
+    def watch(self, model, *args, generator=None):
+        weights = {name: x.clone() for name, x in model.state_dict().items()}
+        rollout = draw(self, model, *args, generator=generator)
+        if generator is None:
+            kept.append((rollout, weights))
+        return rollout
+
+    monkeypatch.setattr(Run, "sample", watch)
+    return kept
+
+
+def models(monkeypatch):
+    """-> (role -> model, role -> its weights at the start) of the runs that follow"""
+    held, start, hold = {}, {}, Run.hold
+
+    def watch(self, **models):
+        hold(self, **models)
+        held.clear()
+        held.update(self.models)
+        for role, model in held.items():
+            start[role] = {name: x.clone() for name, x in model.state_dict().items()}
+
+    monkeypatch.setattr(Run, "hold", watch)
+    return held, start
+
+
+def same(a, b):
+    """Whether the weights a are those of b, to the bit"""
+    return all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+def test_four_models_two_of_them_frozen(ends, monkeypatch):
+    """The critic starts from the reward model, the policy from --init; after three steps both have
+    changed, and reference and reward model are to the bit what they were, without a gradient. With
+    another reward three models, and a critic on the policy's trunk."""
+    monkeypatch.chdir(ends)
+    held, start = models(monkeypatch)
+    assert main("ppo", *RM, *"--steps 3 --beta 0.1 --out four/x.pt".split()) == 0
+    assert list(held) == ["policy", "critic", "ref", "reward"]
+    assert same(start["critic"], start["reward"]) and same(start["policy"], start["ref"])
+    for role, model in held.items():
+        frozen = role in ("ref", "reward")
+        assert same(start[role], model.state_dict()) == frozen, role
+        for p in model.parameters():
+            assert p.requires_grad != frozen and (p.grad is None or not frozen), role
+    parameters = [p for model in held.values() for p in model.parameters()]
+    assert len({p.data_ptr() for p in parameters}) == len(parameters)  # no weight is shared
+    assert same(load("judge.pt")[0].state_dict(), start["critic"])
+    assert main("ppo", *ENDS, *BATCH, "--steps", 1, "--out", "three/x.pt") == 0
+    assert list(held) == ["policy", "critic", "ref"] and isinstance(held["critic"], ScalarGPT)
+    assert same({f"trunk.{k}": v for k, v in start["policy"].items()}, start["critic"])
+    assert start["critic"]["head.weight"].abs().sum() == start["critic"]["head.bias"] == 0
+
+
+def test_each_loss_moves_its_own_network(ends, monkeypatch):
+    """c_v = 0: the critic stays as it was, the policy moves. With a policy loss of 0 the policy
+    stays, and the critic moves."""
+    monkeypatch.chdir(ends)
+    held, start = models(monkeypatch)
+    nothing = lambda logp, *_: 0.0 * logp  # noqa: E731
+    for loss, vf, moved in ((ppo.ppo_loss, 0.0, "policy"), (nothing, 0.1, "critic")):
+        monkeypatch.setattr(ppo, "ppo_loss", loss)
+        args = ["--steps", 2, "--vf-coef", vf, "--out", "own/x.pt"]
+        assert main("ppo", *ENDS, *BATCH, *args) == 0
+        for role in ("policy", "critic"):
+            stayed = same(start[role], held[role].state_dict())
+            assert stayed == (role != moved), (moved, role)
+
+
+def test_overlong_filter_leaves_cut_responses_out_of_the_loss(ends, monkeypatch):
+    """What is left has the gradient of the rows that ended; the figures of the responses are those
+    of all."""
+    monkeypatch.chdir(ends)
+    seen = spy(monkeypatch, dapo, "dapo_loss")
+    args = "--steps 1 --log-every 1 --minibatches 1 --out filter/x.pt".split()
+    args, found = [*ENDS, *BATCH, *args], []
+    for more in ([], ["--overlong-filter"]):
+        assert main("dapo", *args, *more) == 0
+        found.append(lines(ends / "filter/x.jsonl")[1])
+    cut = found[1]["completions/clipped_ratio"]
+    trained, left = ((logp != 0).any(1) for (logp, *_), _ in seen)
+    assert trained.all() and 0 < cut < 1 and left.float().mean() == pytest.approx(1 - cut)
+    assert 5 < found[1]["entropy"] < math.log(748)  # a nearly random model's
+    for key in ("completions/mean_length", "completions/clipped_ratio", "reward"):
+        assert found[0][key] == found[1][key]
+    assert main("dapo", *args[:-4], "--minibatches", 32, "--overlong-filter") == 0  # some are empty
+
+
+# ---- what is old
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("script", [grpo, dapo, ppo])
+def test_at_a_rollout_s_first_optimizer_step_the_ratio_is_1(script, dtype, ends, monkeypatch):
+    """To the bit, however it is cut: of two rollouts with four minibatches of two micro-batches
+    each, the first minibatch alone."""
+    monkeypatch.chdir(ends)
+    name = script.__name__
+    losses, whole = (
+        spy(monkeypatch, script, f"{name}_loss"),
+        spy(monkeypatch, script, "compute_loss"),
+    )
+    args = "--minibatches 4 --updates 1 --micro-batch 4 --steps 2 --warmup 0 --lr 0.01".split()
+    assert main(name, *ENDS, *BATCH, *args, "--dtype", dtype, "--out", "one/x.pt") == 0
+    assert len(losses) == len(whole) == 16
+    for i, (((logp, old, *_), _), (_, (_, metrics))) in enumerate(zip(losses, whole)):
+        first = i % 8 < 2
+        assert torch.equal(logp, old) == first
+        clipped = [x for key, x in metrics.items() if "clip" in key or "approxkl" in key]
+        assert len(clipped) >= 2 and (not first or not any(x.any() for x in clipped))
+
+
+CLIP = "clip_grad_norm_"
+TWICE = "--steps 1 --updates 2 --minibatches 2 --warmup 0 --lr 0.01 --dtype float64 --log-every 1"
+
+
+@pytest.mark.parametrize("script", [grpo, dapo])
+def test_old_log_probs_are_those_before_the_rollout_s_updates(script, ends, monkeypatch):
+    """Two passes of two minibatches: the first ratio is exactly 1, and every old log-prob is the
+    starting policy's, whose rows and tokens are met again; later ratios are not 1, and with a large
+    step some are clipped. What is logged is the mean of the four."""
+    monkeypatch.chdir(ends)
+    name = script.__name__
+    seen, norms = spy(monkeypatch, script, f"{name}_loss"), spy(monkeypatch, torch.nn.utils, CLIP)
+    assert main(name, *ENDS, *BATCH, *TWICE.split(), "--out", "old/x.pt") == 0
+    pairs = [(args[0].detach(), args[1]) for args, _ in seen]
+    assert len(pairs) == 4 and torch.equal(*pairs[0])  # ratio 1
+    assert all((logp - old).abs().max() > 1e-3 for logp, old in pairs[1:])
+    sums = [torch.cat([old.sum(1) for _, old in pairs[i : i + 2]]).sort()[0] for i in (0, 2)]
+    torch.testing.assert_close(*sums)  # both passes: the same old log-probs, in another order
+    bound, clipped = (1.2 if script is grpo else 1.28), []
+    for (logp, old), (args, _) in zip(pairs, seen):
+        ratio, adv, n = (logp - old).exp(), args[3 if script is grpo else 2], (old != 0).sum()
+        low, high = (ratio < 0.8) & (adv < 0), (ratio > bound) & (adv > 0)
+        clipped.append([low.sum() / n, high.sum() / n])
+    line = lines(ends / "old/x.jsonl")[1]
+    low, high = torch.tensor(clipped).mean(0).tolist()
+    assert line["clip_ratio/low_mean"] == pytest.approx(low) and low > 0 < high
+    assert line["clip_ratio/high_mean"] == pytest.approx(high)
+    assert line["grad_norm"] == pytest.approx(sum(norm for _, norm in norms).item() / 4)
+
+
+def test_what_is_old_is_of_before_ppo_s_updates(ends, monkeypatch):
+    """Two passes of two minibatches, large steps: the first ratio is exactly 1, later ones are not;
+    both passes meet the same old log-probs (those that the tokens were drawn with), advantages and
+    values, in another order. Advantages are whitened over the rollout, not over a minibatch. What
+    is logged is the mean over the four, over response tokens."""
+    monkeypatch.chdir(ends)
+    policy, value = spy(monkeypatch, ppo, "ppo_loss"), spy(monkeypatch, ppo, "value_loss")
+    drawn, norms = rollouts(monkeypatch), spy(monkeypatch, torch.nn.utils, CLIP)
+    args = "--temperature 0.7 --eps 0.1 --eps-v 0.15 --missing-eos-penalty 5".split()
+    assert main("ppo", *RM, *TWICE.split(), *args, "--out", "old/x.pt") == 0
+    assert len(policy) == len(value) == 4 and torch.equal(*policy[0][0][:2])
+    masks = [old != 0 for (_, old, *_), _ in policy]
+
+    def tokens(calls, place, parts=slice(0, 2)):
+        """An argument of some of the calls, on response tokens"""
+        return torch.cat([args[place][m] for (args, _), m in list(zip(calls, masks))[parts]])
+
+    for i in (1, 2, 3):
+        assert (
+            tokens(policy, 0, slice(i, i + 1)) - tokens(policy, 1, slice(i, i + 1))
+        ).abs().max() > 1e-3
+    for calls, place in ((policy, 1), (policy, 2), (value, 1), (value, 2)):
+        first, second = tokens(calls, place), tokens(calls, place, slice(2, 4))
+        torch.testing.assert_close(first.sort()[0], second.sort()[0])
+    s, old = drawn[0][0], tokens(policy, 1).sort()[0]
+    torch.testing.assert_close(old.float(), s.logp[s.mask].sort()[0], rtol=0, atol=1e-4)  # at 0.7
+    adv, part = tokens(policy, 2), tokens(policy, 2, slice(0, 1))
+    assert adv.mean().abs() < 1e-6 and adv.var(correction=0).item() == pytest.approx(1, abs=1e-6)
+    assert part.mean().abs() > 1e-3
+    line, found = lines(ends / "old/x.jsonl")[1], []
+    for ((logp, old, A, _), loss), ((V, old_V, R, _), error), m in zip(policy, value, masks):
+        ratio, clipped_V = (logp - old).exp(), old_V + (V - old_V).clamp(-0.15, 0.15)
+        shares = {
+            "policy/clipfrac_avg": ((ratio > 1.1) & (A > 0)) | ((ratio < 0.9) & (A < 0)),
+            "val/clipfrac_avg": (V - R) ** 2 < (clipped_V - R) ** 2,
+            "policy/approxkl_avg": (logp - old) ** 2 / 2,
+            "loss/policy_avg": loss,
+            "loss/value_avg": error,
+        }
+        found.append({name: x[m].double().mean().item() for name, x in shares.items()})
+    for name in found[0]:
+        assert line[name] == pytest.approx(sum(x[name] for x in found) / 4, rel=1e-6), name
+    assert line["policy/clipfrac_avg"] > 0 < line["val/clipfrac_avg"]
+    assert line["kl"] == pytest.approx(0, abs=1e-6)  # π = π_ref
+    assert line["grad_norm"] == pytest.approx(sum(norm for _, norm in norms).item() / 4)
+    R, V = tokens(value, 2), tokens(value, 1)
+    explained = 1 - ((R - V).var() / R.var()).item()
+    assert line["explained_variance"] == pytest.approx(explained, abs=1e-4)
+
+
+def test_kl_in_the_reward_is_subtracted_before_the_baseline(ends, monkeypatch):
+    """Step 2: what the advantages are taken of is r - β Σ_t (log π - log π_ref), π the policy that
+    sampled."""
+    monkeypatch.chdir(ends)
+    scores, drawn = spy(monkeypatch, grpo, "group_advantages"), rollouts(monkeypatch)
+    args = "--kl reward --beta 0.5 --steps 2 --warmup 0 --lr 0.01 --adv-norm loo --log-every 1"
+    assert main("grpo", *ENDS, *BATCH, *args.split(), "--out", "inside/x.pt") == 0
+    ref, (s, weights) = load("ends.pt")[0], drawn[1]
+    policy = GPT(ref.config)
+    policy.load_state_dict(weights)
+    with torch.no_grad():
+        x = ref.logprobs(s.ids, s.mask) - policy.logprobs(s.ids, s.mask)
+    assert x.sum(1).abs().max() > 0.1
+    score = (odd(s) + 0.5 * x.sum(1)).float()
+    torch.testing.assert_close(scores[1][0][0].flatten(), score, rtol=0, atol=1e-3)
+    k3 = (x.exp() - x - 1).sum(1).mean().item()
+    assert lines(ends / "inside/x.jsonl")[2]["kl"] == pytest.approx(k3, rel=1e-3)
+
+
+def test_online_dpo_s_kl_is_that_of_the_second_step_s_samples(ends, monkeypatch):
+    """Drawn at the temperature. kl: mean over the step's responses of log π - log π_ref, of the
+    policy after one step; sampled_tokens: all of them, once."""
+    monkeypatch.chdir(ends)
+    drawn = rollouts(monkeypatch)
+    args = "--temperature 0.7 --steps 2 --warmup 0 --lr 0.01 --log-every 1 --dtype float64"
+    assert main("online_dpo", *PAIRS, *args.split(), "--out", "second/x.pt") == 0
+    first, _, second, last = lines(ends / "second/x.jsonl")
+    (s, weights), ref = drawn[1], load("ends.pt")[0].double()
+    policy = GPT(ref.config).double()
+    policy.load_state_dict(weights)
+    with torch.no_grad():
+        at_temperature = policy.logprobs(s.ids, s.mask, 0.7).float()
+        torch.testing.assert_close(at_temperature, s.logp, rtol=0, atol=1e-4)
+        x = policy.logprobs(s.ids, s.mask) - ref.logprobs(s.ids, s.mask)
+    mean = x.sum(1).mean().item()
+    assert abs(mean) > 1e-3 and second["kl"] == pytest.approx(mean, rel=1e-6) and len(drawn) == 2
+    total = sum(int(s.mask.sum()) for s, _ in drawn)
+    assert second["sampled_tokens"] == last["final"]["sampled_tokens"] == total
+
+
+# ---- what moves nothing
+
+
+def test_equal_rewards_move_nothing(ends, monkeypatch):
+    """β = 0 and one reward for all: advantages are exactly 0, and after three steps every weight is
+    what it was."""
+    monkeypatch.chdir(ends)
+    args = "--reward judge.py:constant --beta 0 --steps 3 --batch-size 4 --group 4 --log-every 1"
+    assert main("grpo", *ENDS, *args.split(), "--out", "equal/x.pt") == 0
+    assert same(*(load(path)[0].state_dict() for path in ("ends.pt", "equal/x.pt")))
+    record = lines(ends / "equal/x.jsonl")
+    assert record[1]["frac_reward_zero_std"] == 1.0 and record[1]["grad_norm"] == 0.0
+    held = [model["role"] for model in record[-1]["final"]["models"]]
+    assert held == ["policy"]  # no reference
+
+
+def twins(*args):
+    """The second sample to each prompt is the first again."""
+    s = sample(*args)
+    return s[torch.arange(0, len(s), 2).repeat_interleave(2)]
+
+
+def swapped(*args):
+    s = sample(*args)
+    return s[torch.arange(len(s)).view(-1, 2).flip(1).flatten()]
+
+
+def online_gradient(args, monkeypatch, sample=None):
+    """-> the first gradient, its metrics and the figures of the samples"""
+    collected = spy(monkeypatch, online_dpo, "collect")
+    found = first_gradient("online_dpo", args, monkeypatch, sample=sample)
+    return *found, collected[-1][1][1]
+
+
+@pytest.mark.parametrize("label", ["bt", "argmax"])
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_equal_samples_move_nothing(label, loss, ends, monkeypatch):
+    monkeypatch.chdir(ends)
+    args = [*PAIRS, "--label", label, "--loss", loss]
+    found, metrics, figures = online_gradient(args, monkeypatch, sample=twins)
+    assert found.abs().max() == 0 and metrics["loss"] == 0 and figures["equal_fraction"] == 1.0
+    found, _, figures = online_gradient(args, monkeypatch)
+    assert found.abs().max() > 0 and figures["equal_fraction"] < 0.5
+
+
+def test_equal_rewards_move_nothing_with_argmax(ends, monkeypatch):
+    """And where labels are drawn they do: a fair coin says that two answers are equally good."""
+    monkeypatch.chdir(ends)
+    args = [*PAIRS[:-1], "judge.py:constant"]
+    found, metrics, figures = online_gradient([*args, "--label", "argmax"], monkeypatch)
+    assert found.abs().max() == 0 and metrics["loss"] == 0 and figures["tie_fraction"] == 1.0
+    assert first_gradient("online_dpo", args, monkeypatch)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("label", ["bt", "argmax"])
+def test_swapping_the_two_samples_changes_nothing(label, ends, monkeypatch):
+    monkeypatch.chdir(ends)
+    (ends / "number.py").write_text(NEVER_TIED)
+    args = [*PAIRS[:-1], "number.py:number", "--label", label]
+    a, *found = online_gradient(args, monkeypatch)
+    b, *again = online_gradient(args, monkeypatch, sample=swapped)
+    assert found[1]["tie_fraction"] == 0
+    assert found[0] == pytest.approx(again[0]) and found[1] == pytest.approx(again[1])
+    assert a.norm() > 0 and (a - b).norm() < 1e-9 * a.norm()
+
+
+NEVER_TIED = """
+def number(prompt, completion):
+    return sum(i * ord(c) for i, c in enumerate(completion, 1)) % 1009 / 100
+"""
+
+
+def test_a_policy_of_one_answer_learns_nothing(ends, monkeypatch):
+    """All samples equal: no label is asked for, and every loss is 0."""
+    monkeypatch.chdir(ends)
+    model, meta = load("ends.pt")
+    model = GPT(model.config, seed=1)
+    with torch.no_grad():
+        model.norm.bias += 1.0
+        model.wte.weight[65] += 40.0 / model.config.n_embd
+    save(model, "single.pt", **meta)
+    args = ["--init", "single.pt", *TINY, "--reward", "judge.py:odd", "--out", "single/x.pt"]
+    assert main("online_dpo", *args, "--warmup", 0) == 0
+    _, *steps, last = lines(ends / "single/x.jsonl")
+    assert [(line["equal_fraction"], line["loss"]) for line in steps] == [(1.0, 0.0)] * 3
+    assert last["final"]["labels"] == 0
+    assert same(load("single/x.pt")[0].state_dict(), model.state_dict())

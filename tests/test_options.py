@@ -1,0 +1,277 @@
+"""The command line: defaults of each task and variant, bounds, and what the help says."""
+
+import re
+from dataclasses import asdict, fields
+from importlib import import_module
+
+import pytest
+from conftest import ROOT, main
+from house import METHODS
+
+from data import UserError
+from training import parse
+from training.options import RENAMED, flag
+
+COMMON = """init= out= eval_file= steps=300 epochs=0 batch_size=32 micro_batch=0 lr=0.001 warmup=20
+lr_schedule=cosine weight_decay=0.0 grad_clip=1.0 max_new_tokens=0 block_size=0 truncate=False
+strict=False seed=0 device=auto dtype=auto checkpoint_activations=False resume=False save_every=100
+log_every=10 eval_every=0"""
+# What a command trains with, as the scripts of version 3a1338c had it: a script's first row names
+# what differs from COMMON, the others what differs from the first. Meant to differ: PPO's
+# missing_eos_penalty, and RLOO's --agg sum.
+EFFECTIVE = """
+sft | steps=500 lr=0.004 warmup=50 tokenizer= n_layer=4 n_head=4 n_embd=128
+sft --task arithmetic:2 | steps=1600 batch_size=64 lr=0.002
+sft --task exact | steps=1000 batch_size=4096 lr=0.002 lr_schedule=linear block_size=8 n_layer=2
+    n_embd=64
+sft --task my_sft.jsonl.gz --block-size 1024 --truncate | steps=0 block_size=1024 truncate=True
+sft --task my_sft.jsonl.gz --tokenizer my.tiktoken | steps=0 tokenizer=my.tiktoken
+reward_model | center_rewards=0.0 pairs=0
+reward_model --task exact | steps=1000 batch_size=4096 lr=0.002 lr_schedule=linear
+dpo | steps=150 lr=0.0003 beta=0.1 loss=dpo label_smoothing=0.0 ipo_sum=False sft_weight=0.0
+    precompute_ref=False pairs=0
+dpo --beta 0.1 |
+dpo --label-smoothing 0.1 | label_smoothing=0.1
+dpo --loss robust | loss=robust label_smoothing=0.1
+dpo --loss robust --label-smoothing 0.2 | loss=robust label_smoothing=0.2
+dpo --loss ipo | beta=1.0 loss=ipo
+dpo --loss ipo --beta 0.5 | beta=0.5 loss=ipo
+dpo --pairs 2000 --epochs 4 --precompute-ref | steps=0 epochs=4 precompute_ref=True pairs=2000
+dpo --task my_pairs.jsonl.gz --init out/my_sft/sft.pt --truncate | steps=0 truncate=True
+dpo --task my_pairs.jsonl.gz --init out/my_sft/sft.pt --steps 7 | steps=7
+dpo --task exact | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear beta=0.5
+dpo --task exact --label-smoothing 0.1 | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear
+    beta=0.5 label_smoothing=0.1
+dpo --task exact --loss robust | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear beta=0.5
+    loss=robust label_smoothing=0.1
+dpo --task exact --loss ipo | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear beta=0.3
+    loss=ipo
+dpo --task exact --loss ipo --beta 0.7 --steps 9 | steps=9 batch_size=4096 lr=0.0005 beta=0.7
+    lr_schedule=linear loss=ipo
+dpo --task exact --pairs 300 --epochs 200 | steps=0 epochs=200 batch_size=4096 lr=0.0005 beta=0.5
+    lr_schedule=linear pairs=300
+simpo | steps=150 lr=0.0003 beta=2.0 gamma_beta_ratio=0.5 sft_weight=0.0 pairs=0
+simpo --task exact | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear gamma_beta_ratio=0.25
+simpo --task my_pairs.jsonl.gz --init out/my_sft/sft.pt --truncate | steps=0 truncate=True
+orpo | steps=500 lr=0.004 warmup=50 tokenizer= n_layer=4 n_head=4 n_embd=128 lam=0.1
+    prompt_loss=False pairs=0
+orpo --task exact | steps=2000 batch_size=4096 lr=0.002 lr_schedule=linear block_size=8 n_layer=2
+    n_embd=64 lam=0.25
+kto | steps=150 batch_size=64 lr=0.0003 beta=0.1 w_desirable=1.0 w_undesirable=1.0 pairs=0
+kto --task exact | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear beta=0.5
+ppo | steps=60 batch_size=128 lr=0.0002 lr_schedule=linear warmup=10 save_every=20 reward=rm
+    group=1 beta=0.05 gamma=1.0 lam=0.95 eps=0.2 eps_v=0.2 vf_coef=0.1 temperature=1.0 updates=2
+    minibatches=4 missing_eos_penalty=3.0
+ppo --task arithmetic:2 | steps=100 batch_size=256 reward=task
+ppo --task exact | steps=300 batch_size=4 lr=0.0005 reward=task group=64 beta=0.5
+    missing_eos_penalty=0.0
+ppo --beta 0 --steps 150 --eval-every 10 | steps=150 eval_every=10 beta=0.0
+ppo --task exact --reward task --gamma 1 --lam 1 | steps=300 batch_size=4 lr=0.0005 reward=task
+    group=64 beta=0.5 lam=1.0 missing_eos_penalty=0.0
+ppo --task gsm8k.jsonl.gz --init out/gsm8k/sft.pt | steps=0 reward=task
+grpo | steps=100 batch_size=16 lr=0.0002 save_every=20 reward=task group=8 adv_norm=std
+    agg=seq_mean ratio=token eps=0.2 eps_high=0.2 kl=k3 beta=0.04 temperature=1.0 updates=1
+    minibatches=1
+grpo --task arithmetic:2 | steps=200 batch_size=32
+grpo --task exact | steps=1500 batch_size=4 lr=0.0003 lr_schedule=linear group=64 beta=0.5
+grpo --task arithmetic:2 --minibatches 4 --steps 137 | steps=137 batch_size=32 minibatches=4
+grpo --task arithmetic:2 --updates 2 --minibatches 4 --steps 100 | batch_size=32 updates=2
+    minibatches=4
+grpo --minibatches 4 --steps 137 | steps=137 minibatches=4
+grpo --updates 2 --minibatches 4 --steps 100 | updates=2 minibatches=4
+grpo --adv-norm loo --agg sum --kl reward | adv_norm=loo agg=sum kl=reward
+grpo --adv-norm none --agg const --kl none | adv_norm=none agg=const kl=none
+grpo --ratio seq --kl none --minibatches 4 | ratio=seq eps=0.0003 eps_high=0.0004 kl=none
+    minibatches=4
+grpo --ratio seq --eps 0.1 | ratio=seq eps=0.1 eps_high=0.1
+grpo --ratio seq --eps-high 0.1 | ratio=seq eps=0.0003 eps_high=0.1
+grpo --eps 0.1 | eps=0.1 eps_high=0.1
+grpo --eps-high 0.3 | eps_high=0.3
+grpo --task exact --adv-norm loo --agg sum --kl reward | steps=1500 batch_size=4 lr=0.0003
+    lr_schedule=linear group=64 beta=0.5 adv_norm=loo agg=sum kl=reward
+grpo --task exact --adv-norm loo --agg const --kl k3 | steps=1500 batch_size=4 lr=0.0003
+    lr_schedule=linear group=64 beta=0.5 adv_norm=loo agg=const
+grpo --task exact --adv-norm loo --agg const --kl k3-ratio | steps=1500 batch_size=4 lr=0.0003
+    lr_schedule=linear group=64 beta=0.5 adv_norm=loo agg=const kl=k3-ratio
+grpo --task gsm8k.jsonl.gz --init out/gsm8k/sft.pt --truncate --reward my_rewards.py:number |
+    steps=0 truncate=True
+dapo | steps=40 batch_size=16 lr=0.0002 save_every=20 reward=task group=8 adv_norm=std
+    agg=token_mean eps_low=0.2 eps_high=0.28 max_rounds=10 overlong=True overlong_cache=0
+    overlong_filter=False temperature=1.0 updates=1 minibatches=8
+dapo --task arithmetic:2 | steps=50 batch_size=32 minibatches=4
+dapo --task exact | steps=1500 batch_size=4 lr=0.0003 lr_schedule=linear group=64 overlong=False
+online_dpo | steps=150 lr=0.0003 reward=task missing_eos_penalty=1.0 label=bt loss=dpo beta=0.1
+    ipo_sum=False rounds=0 samples_per_prompt=2 ref_update=fixed temperature=1.0
+online_dpo --reward out/reviews/reward_model.pt |
+online_dpo --rounds 3 --samples-per-prompt 4 | rounds=3 samples_per_prompt=4
+online_dpo --loss ipo | loss=ipo beta=1.0
+online_dpo --task exact | steps=1000 batch_size=256 lr=0.0005 lr_schedule=linear beta=0.5
+    missing_eos_penalty=0.0
+online_dpo --task exact --label argmax | steps=1000 batch_size=256 lr=0.0005 lr_schedule=linear
+    missing_eos_penalty=0.0 label=argmax beta=0.5
+online_dpo --task exact --loss ipo | steps=1000 batch_size=256 lr=0.0005 lr_schedule=linear
+    missing_eos_penalty=0.0 loss=ipo beta=0.3
+rlaif | steps=60 lr=0.0002 tokenizer= save_every=50 n_layer=4 n_head=4 n_embd=128 constitution=
+    judge= clamp=0.0 revisions=2 answers=1024 comparisons=2048 skill_steps=900 skill_lr=0.004
+    sl_steps=100 sl_lr=0.001 pm_steps=150 pm_lr=0.001 group=4 beta=0.05 missing_eos_penalty=1.0
+    temperature=1.0
+"""
+ROWS = [row.split("|") for row in EFFECTIVE.replace("\n    ", " ").strip().splitlines()]
+ROWS = {command.strip(): row for command, row in ROWS}
+PATHS = "task init reward".split()  # as the command line says them
+
+
+def read(command):
+    """-> the options of a command, without "python" and ".py"."""
+    script, *argv = command.split()
+    module = import_module(script)
+    return parse(module.Options, argv, module.PRESETS)
+
+
+def table(text):
+    return dict(word.split("=") for word in text.split())
+
+
+@pytest.mark.parametrize("command", ROWS)
+def test_effective_options(command):
+    script, *argv = command.split()
+    expected = table(COMMON) | table(ROWS[script]) | table(ROWS[command])
+    expected |= {name: argv[argv.index(flag(name)) + 1] for name in PATHS if flag(name) in argv}
+    found = {name: str(x) for name, x in asdict(read(command)).items()}
+    assert found == {"task": "reviews"} | expected
+
+
+def documented(path, end="`#\n|"):
+    """-> the commands in a text, "dpo --beta 0.1", without their comments"""
+    found = re.findall(rf"python (\w+)\.py((?: (?! )[^{end} ]+)*)", path.read_text())
+    return [script + arguments for script, arguments in found if script in METHODS]
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=str
+)
+def test_every_command_of_the_docs_stands_in_the_table(path):
+    unknown = set(documented(path)) - set(ROWS)
+    assert not unknown
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_every_command_of_a_docstring_parses(script):
+    found = documented(ROOT / f"{script}.py")
+    assert found
+    for command in found:
+        assert read(command)
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_every_option_is_read_and_explained(script, capsys, monkeypatch):
+    """The help names each with what it does, its default, and its defaults elsewhere."""
+    module = import_module(script)
+    folders = [ROOT / f"{script}.py", *(ROOT / "training").glob("*.py"), *(ROOT / "data").glob("*")]
+    files = [path for path in [*folders, ROOT / "evaluate.py"] if path.suffix == ".py"]
+    source = "".join(path.read_text() for path in files)
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert main(script, "--help") == 0
+    said = capsys.readouterr().out
+    assert module.__doc__.strip() in said and "%(" not in said and "%%" not in said
+    text = " ".join(said.split())
+    for f in fields(module.Options):
+        assert re.search(rf"\bo\.{f.name}\b", source), f"{flag(f.name)} is never read"
+        assert f" {flag(f.name)} " in text or f" {flag(f.name)}, --no-" in text
+        usual = module.PRESETS["any"].get(f.name, f.default)
+        words = f.metadata["help"]
+        if usual not in ("", None) and "default" not in words:
+            words += f" (default: {('off', 'on')[usual] if f.type is bool else usual})"
+        if "like" in f.metadata:
+            words += f" (default: that of {flag(f.metadata['like'])})"
+        for variant, preset in module.PRESETS.items():
+            if f.name in preset and variant != "any":
+                words += f" ({variant}: {preset[f.name]})"
+        assert words in text
+
+
+def refused(script, *argv):
+    """-> what the command line's mistake is called"""
+    module = import_module(script)
+    with pytest.raises(UserError) as e:
+        parse(module.Options, list(argv), module.PRESETS)
+    return str(e.value)
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_numbers_have_bounds(script):
+    """Each bound is admitted or refused as its name says, and so are other types of number."""
+    for f in fields(import_module(script).Options):
+        if f.type in (int, float):
+            for text in ("many", "nan", "inf") + (("1.5",) if f.type is int else ()):
+                kind = "whole number" if f.type is int else "number"
+                assert f"{flag(f.name)}: must be a {kind}, not '{text}'" in refused(
+                    script, flag(f.name), text
+                )
+            bounds = {
+                "low": "at least",
+                "high": "at most",
+                "above": "more than",
+                "below": "less than",
+            }
+            given = {name: f.metadata[name] for name in bounds if name in f.metadata}
+            assert given, f"{flag(f.name)} has no bounds"
+            for bound, x in given.items():
+                step = {"low": -1, "high": 1}.get(bound, 0)
+                said = refused(script, flag(f.name), str(x + step))
+                assert f"{flag(f.name)}: must be {bounds[bound]} {x}, not {x + step}" in said
+        elif "choices" in f.metadata:
+            assert f"{flag(f.name)}: invalid choice: 'x'" in refused(script, flag(f.name), "x")
+
+
+READ_ONLY = """
+sft --n-layer 2 | --init x.pt | without --init only
+sft --tokenizer a.tiktoken | --init x.pt | without --init only
+orpo --n-head 2 --tokenizer a.tiktoken | --init x.pt | without --init only
+rlaif --n-embd 64 --tokenizer a.tiktoken | --init x.pt | without --init only
+rlaif --skill-steps 9 | --init x.pt | without --init only
+rlaif --skill-lr 9 | --init x.pt | without --init only
+dpo --label-smoothing 0.2 | --loss ipo | with --loss dpo or robust only, not with ipo
+dpo --loss ipo --ipo-sum | --loss dpo | with --loss ipo only, not with dpo
+dpo --loss ipo --ipo-sum | --loss robust | with --loss ipo only, not with robust
+ppo --missing-eos-penalty 1 | --reward task | with --reward rm or *.pt only, not with task
+ppo --missing-eos-penalty 1 --reward x.pt | --reward a.py:f | only, not with a.py:f
+grpo --beta 1 --kl k3-ratio | --kl none | with --kl k3 or k3-ratio or reward only, not with none
+grpo --beta 1 --kl reward | --kl none | with --kl k3 or k3-ratio or reward only, not with none
+dapo --overlong-cache 9 | --no-overlong | with --overlong only, not with --no-overlong
+online_dpo --loss ipo --ipo-sum | --loss dpo | with --loss ipo only, not with dpo
+online_dpo --missing-eos-penalty 1 --reward rm | --reward task | rm or *.pt only, not with task
+"""
+READ_ONLY = [row.split(" | ") for row in READ_ONLY.strip().splitlines()]
+
+
+@pytest.mark.parametrize("command, other, words", READ_ONLY)
+def test_an_option_that_the_variant_does_not_read_is_refused(command, other, words):
+    """It is taken with the variants that read it, and refused with the others."""
+    assert read(command).given
+    script, *argv = f"{command} {other}".split()
+    said = refused(script, *argv)
+    asked = [word for word in argv if said.startswith(f"{word} is read with")]
+    assert asked and words in said and said.endswith("; leave one of the two out")
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_every_option_of_a_variant_is_tried(script):
+    rows = " ".join(command for command, *_ in READ_ONLY if command.startswith(f"{script} "))
+    for f in fields(import_module(script).Options):
+        shape = f.name in ("n_layer", "n_head", "n_embd")  # one of them will do
+        assert "only" not in f.metadata or flag(f.name) in rows or shape and rows
+
+
+@pytest.mark.parametrize("old", RENAMED)
+@pytest.mark.parametrize("form", ["{} 1", "{}=1"])
+def test_an_old_spelling_names_the_new_one(old, form):
+    new = {
+        "--tau": "--beta",
+        "--flip": "--label-smoothing",
+        "--judge": "--reward X.pt",
+        "--reward-model": "--reward X.pt",
+        "--missing-end-score": "--missing-eos-penalty",
+        "--predict": "python compare.py --predict",
+    }
+    assert refused("ppo", *form.format(old).split()).startswith(f"{old} is now {new[old]}")

@@ -1,0 +1,338 @@
+"""training/reward.py: what judges a response. The task, users' functions, learned rewards of any
+vocabulary, and what a response that does not end loses."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ENDS, TINY, documented, lines, main
+
+import data
+import grpo
+import online_dpo
+import ppo
+from data import UserError
+from data.make_vocab import main as make_vocab
+from gpt import GPTConfig, Rollout, ScalarGPT, load, save
+from training import Run, checkpoint, load_judge, parse
+from training.reward import user_reward
+
+WORDS = data.tokenizer()
+RM = [*ENDS, "--reward", "judge.pt"]
+PROMPT = "A drama, The Last Road:"
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch):
+    """judge(how, task): what --reward means for a policy of the standard vocabulary"""
+    monkeypatch.chdir(tmp_path)
+
+    def judge(how, task="reviews"):
+        run = Run("grpo", parse(grpo.Options, ["--device", "cpu"]))
+        run.tokenizer = WORDS
+        return load_judge(how, run, data.task(task))
+
+    return judge
+
+
+def question(prompt, **columns):
+    return WORDS.encode(prompt), prompt, columns
+
+
+def rollout(*rows):
+    """(prompt, completion, ended) each -> their Rollout"""
+    encoded = [WORDS.answer(y) if ended else WORDS.encode(y) for _, y, ended in rows]
+    texts = [(tuple(WORDS.encode(x)), tuple(y)) for (x, *_), y in zip(rows, encoded)]
+    batch = data.pad(texts)
+    assert len(batch.ids) == len(rows)
+    finished = torch.tensor([ended for *_, ended in rows])
+    return Rollout(ids=batch.ids, mask=batch.mask, finished=finished)
+
+
+def test_each_response_is_judged_with_its_own_prompt(judge, tmp_path):
+    """Prompts 12+34= and 50+50=, two responses each: 46 and 100; 100 without an end, and 100."""
+    (tmp_path / "r.py").write_text("def f(prompt, completion): return len(completion) - 2")
+    rows = [question("12+34=", answer="46"), question("50+50=", answer="100")]
+    s = rollout(
+        ("12+34=", "46", True),
+        ("12+34=", "100", True),
+        ("50+50=", "100", False),
+        ("50+50=", "100", True),
+    )
+    task = judge("task", "arithmetic:2")
+    assert task(rows, s).tolist() == [1.0, 0.0, 0.0, 1.0] and task.bound == 1
+    assert task.correct(rows, s).tolist() == [True, False, False, True]
+    user = judge("r.py:f", "arithmetic:2")
+    assert user(rows, s).tolist() == [0.0, 1.0, 1.0, 1.0] and user.model is None
+    assert user.correct(rows, s).tolist() == [False, True, True, True]
+
+
+# ---- a user's function
+
+
+NAMED = """
+def named(prompt, completion, answer, weight=1): return weight * (completion == answer)
+def every(prompt, completion, **more): return sorted(more) == ["answer", "ended", "reference"]
+def ended(prompt, completion, ended): return ended
+def rest(prompt, completion, *more): return 1
+"""
+WRONG = """
+from __future__ import annotations
+import dataclasses
+@dataclasses.dataclass
+class A:
+    x: int = 1
+def long(p, c): raise ValueError("a" * 300 + "\\n" + "b")
+def big(p, c): return 10**400
+def wide(p, c): return 1e39
+def leave(p, c): raise SystemExit(3)
+"""
+
+
+def test_a_user_s_function_gets_the_columns_it_names(tmp_path):
+    (tmp_path / "r.py").write_text(NAMED)
+    columns = {"answer": "4", "reference": "it is 4"}
+    names = ("named", "every", "ended", "rest")
+    named, every, ended, rest = (user_reward(f"{tmp_path}/r.py:{name}", columns) for name in names)
+    assert named("p", "4", True, **columns) == 1.0 and named("p", "5", True, **columns) == 0.0
+    assert named("p", "4", weight=3, **columns) == 3.0
+    assert every("p", "4", True, **columns) == 1.0 == rest("p", "c", True, **columns)
+    assert (ended("p", "4", True), ended("p", "4", False)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("long", "raised ValueError"),
+        ("big", "returned 1000"),
+        ("wide", "returned 1e"),
+        ("leave", "raised SystemExit"),
+    ],
+)
+def test_a_function_that_does_not_work_is_one_line(name, words, tmp_path):
+    (tmp_path / "r.py").write_text(WRONG)
+    with pytest.raises(UserError, match=words) as error:
+        user_reward(f"{tmp_path}/r.py:{name}", {})("p", "c")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+CHECK = """
+def check(prompt, completion, reference, size):
+    assert reference == prompt.replace("What", "It").replace("?", ".")
+    return size if len(completion) % 2 else 0.0
+
+def zero(prompt, completion):
+    return 0
+"""
+
+
+def test_a_reward_on_a_file_is_its_mean_on_the_test_prompts(ends, tmp_path, call):
+    """The columns reach the function by name, `completion` as `reference`; the record's `reward` is
+    its mean on the test prompts, and evaluate.py finds the function again."""
+    rows = [(f"What is {i}?", f"It is {i}.") for i in range(60)]
+    rows = [{"prompt": x, "completion": y, "size": 2.0} for x, y in rows]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.py").write_text(CHECK)
+    args = ["--task", "q.jsonl", "--init", ends / "ends.pt", *TINY, "--group", 4]
+    said = call("grpo", *args, "--reward", "r.py:check", cwd=tmp_path)
+    final = lines(tmp_path / "out/q/grpo.jsonl")[-1]["final"]
+    n = len(data.task("q.jsonl").prompts(None, 0, split="test"))
+    assert final["prompts"] == n and (final["reward"] * n / 2) % 1 == pytest.approx(0)
+    assert 0 <= final["ref_reward"] <= 2
+    assert "reward  " in said and "gold" not in said.split("test prompts")[1]
+    ask = ["evaluate", "out/q/grpo.pt", "--device", "cpu"]
+    both = f"{final['ref_reward']:.2f} +{final['reward']:.2f}"
+    assert re.search(rf"^reward +{both} ± ", call(*ask, cwd=tmp_path), re.M)
+    other = call(*ask, "--reward", "r.py:zero", cwd=tmp_path)
+    assert re.search(r"^reward +0.00 +0.00", other, re.M)
+    (tmp_path / "r.py").unlink()
+    assert "r.py is no file" in call(*ask, cwd=tmp_path)
+
+
+LATE = """
+calls = []
+def late(prompt, completion):
+    calls.append(1)
+    return 1.0 if len(calls) < 30 else """
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("1 / 0", "raised ZeroDivisionError (division by zero, line 5) at"),
+        ("float('nan')", "returned nan at"),
+    ],
+)
+def test_a_function_that_fails_later_names_the_prompt(fault, words, ends, monkeypatch, capsys):
+    """It works on what is tried before the training, and raises or returns nan later: one line with
+    the prompt, the completion and the function's line, exit code 2."""
+    monkeypatch.chdir(ends)
+    (ends / "late.py").write_text(LATE + fault)
+    args = [*ENDS, *TINY, "--group", 4, "--reward", "late.py:late", "--out", "late/x.pt"]
+    assert main("grpo", *args) == 2
+    out, said = capsys.readouterr()
+    (said,) = said.strip().splitlines()
+    assert f"{words} the prompt 'A " in said and "and the completion '" in said
+    assert "late.py:late" in said and "step 1 is saved" in out
+    assert torch.load("late/x.state", weights_only=True)["step"] == 1
+
+
+# ---- a learned reward
+
+
+def test_a_missing_reward_model_is_made_first(ends, tmp_path, monkeypatch, capsys, judge):
+    """--reward rm runs reward_model.py of the same task; the ledger holds it, and the record has
+    both its score and the gold reward."""
+    shutil.copytree(ends / "out", tmp_path / "out")
+    calls = []
+
+    def run_path(path, run_name):
+        calls.append((path, *checkpoint.sys.argv[1:]))
+        short = "--steps 2 --batch-size 4 --device cpu --warmup 1".split()
+        assert main("reward_model", *short) == 0
+
+    monkeypatch.setattr(checkpoint.runpy, "run_path", run_path)
+    args = [*TINY, "--group", 4, "--reward"]
+    assert main("grpo", *args, "rm", "--eval-every", 2) == 0
+    asked = f"{checkpoint.Path(grpo.__file__).with_name('reward_model.py')} --task reviews"
+    assert [" ".join(x) for x in calls] == [f"{asked} --device cpu --dtype auto"]
+    record = lines(tmp_path / "out/reviews/grpo.jsonl")
+    final, evals = record[-1]["final"], [line["eval"] for line in record if "eval" in line]
+    held = {model["role"]: model["trainable"] for model in final["models"]}
+    assert held == {"policy": True, "reward": False, "ref": False}
+    for figures in (final, *evals):
+        assert {"score", "ref_score", "reward", "ref_reward"} <= set(figures)
+        assert figures["reward"] <= 3
+    assert main("grpo", *args, "out/reviews/sft.pt", "--out", "out/x.pt") == 2
+    assert main("grpo", *args, "rm", "--out", "out/reviews/reward_model.pt") == 2
+    assert "would overwrite out/reviews/reward_model.pt" in capsys.readouterr().err
+    model = load("out/reviews/reward_model.pt")[0]
+    s = rollout((PROMPT, " Skip it.", True))
+    n = s.ids.size(1)
+    wide = {"ids": torch.nn.functional.pad(s.ids, (0, 2), value=5)}
+    wide["mask"] = torch.nn.functional.pad(s.mask, (0, 2))
+    expected = model.head(model.trunk.hidden(s.ids))[0, n - 1, 0].item()  # at the end token
+    found = judge("rm")([question(PROMPT)], s | wide)
+    assert found.item() == pytest.approx(expected, abs=1e-5)
+
+
+ANSWERS = (" The plot is fine.", True), (" Skip it", False)
+
+
+@pytest.fixture
+def elsewhere(ends, judge, tmp_path):
+    """elsewhere.pt, a reward model of 64 tokens of context and a vocabulary of 260, where the
+    policy's is 748. -> (the model, its tokenizer)"""
+    shutil.copy(ends / "ends.pt", tmp_path)
+    row = {"prompt": "A drama", "completion": "The plot is fine."}
+    (tmp_path / "text.jsonl").write_text(f"{json.dumps(row)}\n" * 20)
+    make_vocab(["text.jsonl", "--size", "260", "--out", "own.tiktoken"])
+    own = data.tokenizer("own.tiktoken")
+    model = ScalarGPT(GPTConfig(own.size, 64, 1, 1, 8), seed=5)
+    with torch.no_grad():
+        model.head.weight *= 100
+    facts = dict(method="reward_model", task="text.jsonl", steps=1, reward=None)
+    save(model, "elsewhere.pt", **facts, tokenizer=own.meta)
+    return model, own
+
+
+def test_a_judge_reads_text_with_its_own_vocabulary(elsewhere, judge):
+    """The score is that of the text in the judge's own tokens, with an end token where the response
+    ended; of what is too long it reads the end."""
+    model, own = elsewhere
+    found = judge("elsewhere.pt")
+    assert not found.reads_tokens
+
+    def score(x, y, ended):
+        ids = (own.encode(x) + (own.answer(y) if ended else own.encode(y)))[-64:]
+        return model.values(torch.tensor([ids]))[0, -1].item()
+
+    rows = [(PROMPT, *answer) for answer in ANSWERS]
+    expected = [score(*row) for row in rows]
+    assert found([question(PROMPT)], rollout(*rows)).tolist() == pytest.approx(expected, rel=1e-5)
+    long = ("A drama, " * 30 + "The Last Road:", *ANSWERS[0])
+    scored = found([question(long[0])], rollout(long)).item()
+    assert len(own.encode(long[0])) > 64 and scored == pytest.approx(score(*long), rel=1e-5)
+
+
+def test_a_judge_of_the_same_vocabulary_and_a_shorter_context_reads_the_end(ends, judge, tmp_path):
+    short = ScalarGPT(GPTConfig(WORDS.size, 32, 1, 1, 8))
+    save(short, "short.pt", **load(ends / "judge.pt")[1])
+    long = "A drama, " * 30 + "The Last Road:"
+    ids = (WORDS.encode(long) + WORDS.answer(" Skip it."))[-32:]
+    expected = short.values(torch.tensor([ids]))[0, -1].item()
+    found = judge("short.pt")([question(long)], rollout((long, " Skip it.", True)))
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("script", ["grpo", "dapo", "ppo", "online_dpo"])
+def test_every_script_takes_a_judge_of_another_vocabulary(script, elsewhere, tmp_path, call):
+    """PPO's critic starts from the policy then; evaluate.py finds the judge again."""
+    args = [*ENDS, *TINY, "--reward", "elsewhere.pt"]
+    args += [] if script == "online_dpo" else ["--group", 4]
+    said = call(script, *args, "--steps", 1, cwd=tmp_path)
+    assert said.count("elsewhere.pt judges the responses") == 1
+    final = lines(tmp_path / f"out/reviews/{script}.jsonl")[-1]["final"]
+    held = {model["role"]: model["parameters"] for model in final["models"]}
+    assert held["reward"] < held["policy"] and held.get("critic", held["policy"]) >= held["policy"]
+    for more in ([], ["--reward", "elsewhere.pt"]):
+        again = call("evaluate", f"out/reviews/{script}.pt", "--device", "cpu", *more, cwd=tmp_path)
+        both = f"{final['ref_score']:.2f} +{final['score']:.2f}"
+        assert re.search(rf"^score of the reward model +{both}", again, re.M)
+
+
+def test_a_response_that_does_not_end_loses_the_penalty(ends, monkeypatch):
+    """A learned reward's score less --missing-eos-penalty: in PPO's rewards, and where online DPO
+    chooses; the evaluations' score is the reward model's own."""
+    monkeypatch.chdir(ends)
+    rm, seen, finals = load("judge.pt")[0], {}, []
+    for module, name in ((ppo, "token_rewards"), (online_dpo, "choose")):
+        f = getattr(module, name)
+
+        def keep(x, *more, f=f, name=name):
+            seen.setdefault(name, []).append(x)
+            return f(x, *more)
+
+        monkeypatch.setattr(module, name, keep)
+    drawn, draw = [], Run.sample
+
+    def watch(self, *args, generator=None):
+        rollout = draw(self, *args, generator=generator)
+        drawn.extend([] if generator else [rollout])
+        return rollout
+
+    monkeypatch.setattr(Run, "sample", watch)
+    for script, shape in (("ppo", ["--batch-size", 32]), ("online_dpo", ["--batch-size", 16])):
+        for penalty in (0, 5):
+            args = ["--missing-eos-penalty", penalty, "--steps", 1, "--log-every", 1, *shape]
+            assert main(script, *RM, *args, "--out", "end/x.pt") == 0
+            record = lines(ends / "end/x.jsonl")
+            finals.append((record[1]["reward"], record[-1]["final"]["ref_score"]))
+    for i, (name, penalty) in enumerate((name, x) for name in seen for x in (0, 5)):
+        s, x = drawn[i], seen[name][i % 2].flatten()
+        assert 0 < s.finished.sum() < len(s) == 32
+        torch.testing.assert_close(x, rm.score(s.ids, s.mask) - penalty * ~s.finished)
+        assert finals[i][0] == pytest.approx(x.mean().item())
+    assert finals[0][1] == finals[1][1] and finals[2][1] == finals[3][1]
+
+
+def test_score_and_gold_reward_stand_side_by_side(ends, monkeypatch):
+    monkeypatch.chdir(ends)
+    args = "--batch-size 32 --steps 4 --eval-every 2 --out gold/x.pt".split()
+    assert main("ppo", *TINY, *RM, *args) == 0
+    record = lines(ends / "gold/x.jsonl")
+    final = record[-1]["final"]
+    figures = [line["eval"] for line in record if "eval" in line] + [final]
+    keys = {"score", "ref_score", "reward", "ref_reward", "kl"}
+    assert len(figures) == 3 and all(keys <= set(found) for found in figures)
+    for line in (line for line in record if "kl" in line):
+        expected = line["reward"] - 0.05 * line["kl"]
+        assert line["rlhf_reward"] == pytest.approx(expected, abs=1e-5)
+    assert [model["role"] for model in final["models"]] == ["policy", "critic", "ref", "reward"]
+    policy, critic = (load(name)[0].matmul_parameters() for name in ("ends.pt", "judge.pt"))
+    # sampling, old log-probs, the reference's; old values, the score; two passes
+    expected = (2 + 2 + 2 + 2 * 6) * policy + (2 + 2 + 2 * 6) * critic
+    assert final["flops_per_token"] == expected
+    documented(record[1:-1], final)

@@ -1,0 +1,708 @@
+"""Runs as their user meets them: figures, files, gradients, interruptions."""
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TRAIN, documented, killed, lines, main, run
+
+import data
+import dpo
+import kto
+import reward_model
+from data import Stopped
+from gpt import GPTConfig, ScalarGPT, load
+from training import Compute, Run, checkpoint
+
+CPU = SimpleNamespace(device="cpu", dtype="float32")
+QUIET = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def shop(ends, tmp_path):
+    """A folder of its own with what `ends` has."""
+    (tmp_path / "out/reviews").mkdir(parents=True)
+    for name in ("out/reviews/sft.pt", "ends.pt", "judge.pt", "judge.py"):
+        shutil.copy(ends / name, tmp_path / name)
+    return tmp_path
+
+
+# ---- from the command to the figures
+
+FIGURES = """reward ref_reward win_rate kl kl_se length entropy ended step_ms tokens_per_s wall_s
+flops_per_token""".split()
+SAMPLED = "sampled_tokens sample_ms logprobs_ms update_ms".split()
+HELD = {  # the models in memory; * is trained
+    "dpo": "policy* ref",
+    "simpo": "policy*",
+    "orpo": "policy*",
+    "kto": "policy* ref",
+    "grpo": "policy* ref",
+    "dapo": "policy*",
+    "ppo": "policy* critic* ref",
+}
+SAMPLING = ("grpo", "dapo", "ppo")
+
+
+def whole_and_apart(folder, before):
+    """What was there is as it was, and nothing is half written."""
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_end_to_end(name, shop):
+    """Exit code, documented finite figures, the ledger's models, an unchanged reference, a policy
+    that has changed, and a checkpoint that evaluates to the same."""
+    before = snapshot(shop)
+    small = "--n-layer 1 --n-embd 16".split() if name == "orpo" else []
+    if name in SAMPLING:
+        small = "--init ends.pt --group 4 --reward judge.py:odd".split()
+    said = run(f"{name}.py", *TINY, *small, "--eval-every", 2, cwd=shop, env=QUIET).stdout
+    held = [(role.strip("*"), role.endswith("*")) for role in HELD[name].split()]
+    assert "reward" in said and "reference |" in said and f"models held: {len(held)}" in said
+    whole_and_apart(shop, before)
+    folder = shop / "out/reviews"
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        [f"{name}.jsonl", f"{name}.pt", "sft.pt"]
+    )
+
+    first, *steps, last = lines(folder / f"{name}.jsonl")
+    assert first["versions"]["torch"] == torch.__version__ and first["options"]["seed"] == 0
+    assert [line["step"] for line in steps] == [1, 2, 2, 3]
+    final, start = last["final"], steps[0]
+    keys = FIGURES + (SAMPLED if name in SAMPLING else [])
+    assert all(math.isfinite(final[key]) for key in keys)
+    assert [(model["role"], model["trainable"]) for model in final["models"]] == held
+    documented(steps, final)
+    if name == "dpo":  # π = π_ref
+        assert "gold reward" in said and "sft on reviews, 3 steps" in said
+        assert start["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert start["rewards/accuracies"] == 0.0 and first["options"]["beta"] == 0.1
+    if name == "kto":  # rewards and ẑ are 0, the loss is λ/2
+        assert start["loss"] == pytest.approx(0.5) and start["kl"] == 0.0
+    if name == "ppo":
+        assert start["kl"] == 0.0 and start["rlhf_reward"] == pytest.approx(start["reward"])
+    assert name != "grpo" or start["clip_ratio/low_mean"] == 0.0
+    assert name != "dapo" or start["kept_fraction"] > 0
+    if name in SAMPLING:
+        parts = final["sample_ms"] + final["logprobs_ms"] + final["update_ms"]
+        assert parts < 1.5 * final["step_ms"]
+        tokens = [line["sampled_tokens"] for line in steps if "loss" in line]
+        assert 0 < tokens[0] < tokens[1] < tokens[2] == final["sampled_tokens"]
+
+    policy, meta = load(folder / f"{name}.pt")
+    init = "ends.pt" if name in SAMPLING else "out/reviews/sft.pt"
+    assert meta["reference"] == init and meta["method"] == name
+    if name != "orpo":
+        before = load(shop / init)[0].parameters()
+        assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), before))
+    ask = ["evaluate.py", f"out/reviews/{name}.pt", "--device", "cpu"]
+    again = run(*ask, cwd=shop, env=QUIET).stdout
+    assert re.search(rf"KL\(π‖π_ref\), nats a response +{final['kl']:.2f} ", again)
+    if name == "dpo":
+        answer = run(*ask, "--prompt", "A drama, The Last Road:", cwd=shop).stdout
+        assert "A drama, The Last Road:" in answer and "policy |" in answer
+
+
+def test_reward_model_end_to_end(shop):
+    """Documented finite figures, a checkpoint that reloads, demonstrations that average 0."""
+    before = snapshot(shop)
+    said = run("reward_model.py", *TRAIN, "--eval-every", 2, cwd=shop).stdout
+    assert "held-out preference accuracy" in said and "the labels' noise allows 0.8" in said
+    whole_and_apart(shop, before)
+    _, *steps, last = lines(shop / "out/reviews/reward_model.jsonl")
+    final = last["final"]
+    names = "accuracy accuracy_bound correlation margin mean_reward shift flops_per_token".split()
+    assert all(math.isfinite(final[name]) for name in names)
+    assert final["min_reward"] < final["mean_reward"] < final["max_reward"]
+    assert [(model["role"], model["trainable"]) for model in final["models"]] == [("reward", True)]
+    documented(steps, final)
+
+    model, meta = load(shop / "out/reviews/reward_model.pt")
+    assert isinstance(model, ScalarGPT) and meta["shift"] == final["shift"]
+    assert meta["reference"] == "out/reviews/sft.pt"
+    tokenizer = data.Tokenizer(meta["tokenizer"])
+    rows, _ = data.encode(data.task("reviews").demonstrations(1024, 0), tokenizer, 256)
+    assert abs(reward_model.scores(model, rows, Compute(CPU)).mean()) < 1e-4
+    assert abs(model.head.bias.item()) > 1e-4
+    refused = run("evaluate.py", "out/reviews/reward_model.pt", cwd=shop, ok=False)
+    assert refused.returncode == 2 and "is a reward model" in refused.stderr
+
+
+def test_exact_figures_are_documented(tmp_path, call):
+    """And its defaults reach the run: shape, β, and twenty evaluations."""
+    short = "--task exact --steps 3 --batch-size 8 --device cpu".split()
+    for name in ("sft", "dpo", "reward_model"):
+        call(name, *short, cwd=tmp_path)
+    keys = {"dpo": "kl_star tv_star objective kl win_rate frontier", "reward_model": "rms"}
+    for name in keys:
+        _, *steps, last = lines(tmp_path / f"out/exact/{name}.jsonl")
+        assert set(keys[name].split()) <= set(last["final"])
+        assert [line["step"] for line in steps if "eval" in line] == [1, 2, 3]
+        documented(steps, last["final"])
+    assert load(tmp_path / "out/exact/sft.pt")[0].config == GPTConfig(4, 8, 2, 4, 64)
+    assert lines(tmp_path / "out/exact/dpo.jsonl")[0]["options"]["beta"] == 0.5
+
+
+# ---- files of one's own
+
+
+def test_real_text(tmp_path, call):
+    """sft.py then dpo.py on JSONL files: held-out loss and accuracy, rows cut aloud, epochs."""
+    rows = [{"prompt": f"{i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(60)]
+    write(tmp_path / "s.jsonl", rows)
+    wrong = [{"rejected": "No idea at all" * (1 + i % 9)} for i in range(60)]
+    pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}."} | wrong[i] for i in range(60)]
+    write(tmp_path / "p.jsonl", pairs)
+    shape = "--n-layer 1 --n-embd 16 --block-size 64".split()
+    assert "held-out loss" in call("sft", "--task", "s.jsonl", *TINY, *shape, cwd=tmp_path)
+    on_pairs = "--task p.jsonl --init out/s/sft.pt --truncate".split()
+    said = call("dpo", *on_pairs, *TINY, cwd=tmp_path)
+    assert "held-out preference accuracy" in said
+    assert re.search(r"\d+ of \d+ rows are cut to 64 tokens", said)
+    final = lines(tmp_path / "out/p/dpo.jsonl")[-1]["final"]
+    assert 0 <= final["accuracy"] <= 1 and "reward" not in final
+
+    options = "--batch-size 8 --max-new-tokens 4 --loss ipo --out ipo.pt".split()
+    held_out = data.task(str(tmp_path / "p.jsonl")).prompts(None, 0, split="test")
+    n = 60 - len(held_out)
+    for passes in ("--epochs 2 --precompute-ref", "--log-every 1"):  # a file's default is one pass
+        said = call("dpo", *on_pairs, *options, *passes.split(), cwd=tmp_path)
+        assert ("models held: 1" in said) == ("--precompute-ref" in passes)
+        steps = (2 if "2" in passes else 1) * (n // 8 + (n % 8 > 1))
+        assert lines(tmp_path / "ipo.jsonl")[-2]["step"] == steps
+
+
+def test_margin_and_soft_label_columns(shop, call):
+    """Columns `margin` and `p` reach the loss: with p = 0 throughout, the model learns to prefer
+    the rejected answers."""
+    row = {"chosen": "yes yes", "rejected": "no", "p": 0.0, "margin": 0.5}
+    write(shop / "soft.jsonl", [{"prompt": f"question {i}"} | row for i in range(60)])
+    assert data.task(str(shop / "soft.jsonl")).graded(None, 0)[0][3:] == (0.5, 0.0)
+    args = (
+        "--task soft.jsonl --init out/reviews/sft.pt --steps 40 --warmup 0 --lr 0.01 --device cpu"
+    )
+    call("reward_model", *args.split(), "--log-every", 1, cwd=shop)
+    first, *_, last = lines(shop / "out/soft/reward_model.jsonl")[1:]
+    final = last["final"]
+    # -log σ(m - Δ) at Δ near 0
+    assert first["loss"] == pytest.approx(math.log(1 + math.exp(-0.5)), abs=0.2)
+    assert final["margin"] < 0 and final["accuracy"] == 1.0 and "correlation" not in final
+
+
+INIT = ["--init", "out/reviews/sft.pt", *TINY]
+
+
+def test_kto_warns_of_imbalance(shop, call):
+    """λ_D n_D / (λ_U n_U): 40 to 20 is 2, outside [1, 4/3]; with --w-undesirable 1.6 it is 1.25."""
+    rows = [{"prompt": f"q{i}", "completion": "a b c", "label": i % 3 > 0} for i in range(60)]
+    write(shop / "l.jsonl", rows)
+    args = [*"--task l.jsonl --eval-file l.jsonl".split(), *INIT]
+    words = (
+        "warning: 40 desirable and 20 undesirable examples make λ_D n_D / (λ_U n_U) = 2, outside"
+    )
+    assert words + " [1, 4/3]" in call("kto", *args, cwd=shop)
+    assert 0 <= lines(shop / "out/l/kto.jsonl")[-1]["final"]["accuracy"] <= 1
+    assert "warning" not in call("kto", *args, "--w-undesirable", 1.6, cwd=shop)
+    assert "warning" not in call("kto", *TINY, cwd=shop)
+
+
+def test_odd_but_legal_feedback(shop, call):
+    """Held-out rows of one label, training rows of one class, a labelled --eval-file for pairs:
+    each runs, and says what is left out."""
+    rows = [{"prompt": f"q{i}", "completion": f"answer {i}"} for i in range(30)]
+    write(shop / "good.jsonl", [row | {"label": True} for row in rows])
+    write(shop / "both.jsonl", [row | {"label": i % 2 == 0} for i, row in enumerate(rows)])
+    pair = {"chosen": "a", "rejected": "b", "label": "a column of one's own"}
+    write(shop / "pairs.jsonl", [{"prompt": f"p{i}"} | pair for i in range(30)])
+    said = call("kto", "--task", "good.jsonl", *INIT, cwd=shop)
+    assert "accuracy will be left out" in said and "examples are desirable" in said
+    record = lines(shop / "out/good/kto.jsonl")
+    assert "accuracy" not in record[-1]["final"] and "rewards/chosen" in record[1]
+    assert "rewards/rejected" not in record[1]
+    args = "--task pairs.jsonl --eval-file both.jsonl --pairs 8".split()
+    said = call("kto", *args, *INIT, cwd=shop)
+    assert "4 pairs are split into 8 examples (train split)" in said
+    assert "held-out preference accuracy" in said
+    call("dpo", "--task", "pairs.jsonl", *INIT, cwd=shop)
+    said = call("sft", "--task", "both.jsonl", *INIT, cwd=shop)
+    assert "its desirable answers are the demonstrations" in said
+
+
+def test_files_of_pairs_train_the_whole_family(shop, call):
+    """simpo.py, orpo.py and kto.py on one file of pairs, each with a held-out accuracy; KTO says
+    that it splits them."""
+    answers = [{"chosen": f"It is {i}.", "rejected": "No idea"} for i in range(60)]
+    write(shop / "p.jsonl", [{"prompt": f"What is {i}?"} | x for i, x in enumerate(answers)])
+    for name in ("simpo", "orpo", "kto"):
+        said = call(name, "--task", "p.jsonl", *INIT, cwd=shop)
+        assert "held-out preference accuracy" in said
+        assert ("pairs are split into" in said) == (name == "kto")
+        assert 0 <= lines(shop / f"out/p/{name}.jsonl")[-1]["final"]["accuracy"] <= 1
+
+
+# ---- the loop's loss and gradient
+
+
+def test_kto_s_reference_point_sees_the_whole_batch(tiny, monkeypatch):
+    """ẑ is one number for the step, from mismatched pairs of all 64 rows, whatever the micro-batch.
+    Not clamped here, lest all be 0."""
+    monkeypatch.chdir(tiny)
+    seen, loss = [], kto.kto_loss
+    monkeypatch.setattr(kto, "kto_kl", lambda logp, ref_logp: (logp - ref_logp).mean())
+    monkeypatch.setattr(kto, "kto_loss", lambda *x: (seen.append(x[3].item()), loss(*x))[1])
+    args = "--steps 2 --warmup 0 --lr 0.01 --max-new-tokens 4 --dtype float64 --device cpu".split()
+    for micro in (64, 16):
+        assert main("kto", *args, "--micro-batch", micro, "--out", "z/kto.pt") == 0
+    whole, cut = seen[:2], seen[2:]
+    assert len(cut) == 8 and cut[:4] == [0.0] * 4 and len(set(cut[4:])) == 1
+    assert cut[4] == pytest.approx(whole[1], rel=1e-6) and abs(whole[1]) > 1e-3
+
+
+def means(model, rows, prompt_too=False):
+    """(prompt, response) rows -> log π(y|x) a token by the plain formula; with the prompt, of all
+    tokens but the first."""
+    out = []
+    for x, y in rows:
+        ids = torch.tensor([*x, *y])
+        logp = model(ids[None])[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        out.append(logp.mean() if prompt_too else logp[-len(y) :].mean())
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["simpo --beta 3 --gamma-beta-ratio 0.4", "simpo --sft-weight 0.5", "orpo --lam 2"]
+    + ["orpo --prompt-loss"],
+)
+def test_the_first_step_s_loss_is_the_equation_s(command, tiny, monkeypatch):
+    """The loop's loss on its first 8 pairs, against the equation in the file's docstring with
+    log-probs from plain logits."""
+    monkeypatch.chdir(tiny)
+    args = "--init out/reviews/sft.pt --steps 1 --batch-size 8 --max-new-tokens 4 --dtype float64"
+    name, *options = f"{command} {args} --log-every 1 --device cpu --out first/x.pt".split()
+    assert main(name, *options) == 0
+    logged = lines(tiny / "first/x.jsonl")[1]
+    model, meta = load("out/reviews/sft.pt")
+    tokenizer = data.Tokenizer(meta["tokenizer"])
+    how = SimpleNamespace(seed=0, batch_size=8, truncate=False)
+    pairs = data.Batches(data.task("reviews").preferences, 0, tokenizer, 256, how)[0]
+    with torch.no_grad():
+        w, l = (means(model.double(), [(row[0], row[i]) for row in pairs]) for i in (1, 2))
+        whole = means(model, [row[:2] for row in pairs], prompt_too=True)
+    if name == "simpo":
+        beta, gamma, sft_weight = (3, 1.2, 0) if "--beta" in options else (2, 1, 0.5)
+        loss = torch.log1p(torch.exp(gamma - beta * (w - l))) - sft_weight * w
+    else:
+        odds_w, odds_l = (p / (1 - p) for p in (w.exp(), l.exp()))
+        nll = -whole if "--prompt-loss" in options else -w
+        loss = nll + (2 if "--lam" in options else 0.1) * torch.log(1 + odds_l / odds_w)
+    assert logged["loss"] == pytest.approx(loss.mean().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["sft", "dpo", "dpo --loss ipo", "dpo --sft-weight 0.5", "reward_model --center-rewards 0.1"]
+    + ["simpo --sft-weight 0.5", "orpo --lam 0.5", "orpo --prompt-loss", "kto"]
+    + ["grpo --agg seq_mean", "grpo --agg token_mean --kl k3-ratio", "grpo --agg const --kl reward"]
+    + ["grpo --agg sum", "grpo --ratio seq", "dapo", "dapo --overlong-filter", "ppo"]
+    + ["online_dpo --label argmax", "online_dpo --loss ipo"],
+)
+def test_micro_batches_give_the_same_gradient(command, ends, monkeypatch):
+    """64 ragged rows at once and in eights, float64: the gradients agree to 1e-6 of their norm, and
+    so do the metrics. Of ppo, grpo and dapo the second of two optimizer steps, where the ratio is
+    not 1 and π is not π_ref."""
+    monkeypatch.chdir(ends)
+    late = command.startswith(SAMPLING)
+    name, *args = f"{command} --batch-size 64 --dtype float64 --out micro/x.pt".split()
+    if late or name == "online_dpo":
+        args += "--init ends.pt --reward judge.py:odd --max-new-tokens 8".split()
+    if late:
+        args += "--batch-size 32 --group 4 --minibatches 2 --updates 1 --lr 0.01 --warmup 0".split()
+    seen, calls, update = [], [], Run.update
+
+    def stop(self, optimizer):
+        calls.append(1)
+        if late and len(calls) % 2:
+            return update(self, optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        seen.append((torch.cat([p.grad.flatten() for p in parameters]), self._figures()))
+        raise Stopped("seen")
+
+    monkeypatch.setattr(Run, "update", stop)
+    for micro in (64, 8):
+        assert main(name, *args, "--micro-batch", micro) == 1
+    (a, metrics), (b, again) = seen
+    assert a.dtype == torch.float64 and a.norm() > 1e-6 and (a - b).norm() <= 1e-6 * a.norm()
+    assert metrics == pytest.approx(again, rel=1e-6 if late else 1e-9)
+
+
+def test_bfloat16_on_cpu_and_policy_equals_reference(tiny, monkeypatch):
+    """Under autocast with float32 master weights, policy and frozen bfloat16 reference agree to the
+    bit at step 0: the loss is log 2."""
+    monkeypatch.chdir(tiny)
+    assert main("dpo", *TINY, "--dtype", "bfloat16", "--out", "bf/dpo.pt") == 0
+    first, step, *_ = lines(tiny / "bf/dpo.jsonl")
+    assert step["rewards/margins"] == 0.0 and step["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    policy, ref = first["models"]
+    assert ref["weight_bytes"] < policy["weight_bytes"]
+    assert all(p.dtype == torch.float32 for p in load("bf/dpo.pt")[0].parameters())
+
+
+def test_a_frozen_reward_model_scores_as_its_original_in_bfloat16():
+    """Its head stays in float32: bfloat16 would round its weights, and the shift in its bias."""
+    compute = Compute(SimpleNamespace(device="cpu", dtype="bfloat16"))
+    model, ids = ScalarGPT(GPTConfig(99, 64, 2, 2, 16), 0), torch.arange(48).view(4, 12)
+    model.head.bias.data.fill_(-1.2345678)
+    frozen = compute.freeze(model)
+    with torch.no_grad(), compute.autocast():
+        assert torch.equal(model.score(ids, ids >= 0), frozen.score(ids, ids >= 0))
+    assert frozen.trunk.blocks[0].up.weight.dtype == torch.bfloat16
+    assert frozen.head.weight.dtype == torch.float32
+
+
+def test_precomputed_reference_changes_no_loss(tiny, monkeypatch):
+    monkeypatch.chdir(tiny)
+    logs = []
+    for extra in ([], ["--precompute-ref"]):
+        assert main("dpo", *TINY, "--pairs", 12, "--out", "pre/dpo.pt", *extra) == 0
+        logs.append([line["loss"] for line in lines(tiny / "pre/dpo.jsonl") if "loss" in line])
+    assert logs[0] == pytest.approx(logs[1], abs=1e-5) and len(logs[0]) == 3
+
+
+def test_log_probs_of_the_end_token_are_trained():
+    """The mask that sft.py trains on holds the end token, so that a model ends its samples."""
+    tokenizer, how = data.tokenizer(), SimpleNamespace(seed=0, batch_size=4, truncate=False)
+    batch = data.pad(data.Batches(data.task("reviews").demonstrations, 0, tokenizer, 128, how)[0])
+    last = batch.mask.size(1) - 1 - batch.mask.flip(1).int().argmax(1)
+    assert (batch.ids[torch.arange(4), last] == tokenizer.end_id).all()
+
+
+# ---- earlier stages
+
+
+@pytest.mark.parametrize("script, stages", [("dpo", ["sft"]), ("ppo", ["sft", "reward_model"])])
+def test_missing_checkpoints_are_made_first(script, stages, tmp_path, monkeypatch):
+    """dpo.py runs sft.py of the same task itself, and ppo.py reward_model.py too, passing on the
+    device and precision only."""
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def run_path(path, run_name):
+        calls.append(sys.argv)
+        small = [*"--n-layer 1 --n-head 1 --n-embd 8".split(), *TINY]
+        stage = Path(path).stem
+        sys.exit(main(stage, *small) if stage == "sft" else main(stage, *TRAIN))
+
+    monkeypatch.setattr(checkpoint.runpy, "run_path", run_path)
+    before = sys.argv
+    assert main(script, *TINY) == 0
+    passed = "--task reviews --device cpu --dtype auto".split()
+    assert sorted(calls) == sorted([str(ROOT / f"{stage}.py"), *passed] for stage in stages)
+    assert sys.argv is before
+
+
+@pytest.mark.parametrize("code, mine", [(2, 1), (130, 130)])
+def test_a_stage_that_fails_ends_the_run(code, mine, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint.runpy, "run_path", lambda *_, **more: sys.exit(code))
+    assert main("dpo", *TINY) == mine
+    words = {2: "sft.py, which makes out/reviews/sft.pt, failed with exit code 2"}
+    assert words.get(code, "this goes on from where sft.py stopped: ") in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def start(script, args, folder):
+    """Starts a script, as from a shell; -> the process"""
+    pipe = subprocess.PIPE
+    command = [sys.executable, str(ROOT / script), *args]
+    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True)
+
+
+def press_ctrl_c(process, record):
+    """After its first steps; -> what it said last"""
+    deadline = time.time() + 60
+    while not record.exists() or len(record.read_text().splitlines()) < 2:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    return said.strip().splitlines()[-1]
+
+
+def test_a_stage_ends_with_its_parent_and_goes_on_with_it(tmp_path):
+    """Ctrl-C while sft.py, which dpo.py runs in its own process, trains: both end, and the command
+    that is printed goes on with the stage where it stopped, and then with DPO."""
+    args = "--task exact:1 --device cpu --steps 2 --batch-size 8".split()
+    record = tmp_path / "out/exact-1/sft.jsonl"
+    said = press_ctrl_c(start("dpo.py", args, tmp_path), record)
+    again = shlex.join(["python", str(ROOT / "dpo.py"), *args, "--resume"])
+    assert said == f"dpo.py: interrupted; this goes on from where sft.py stopped: {again}"
+    done = len(record.read_text().splitlines())
+    assert record.with_suffix(".state").exists() and not record.with_suffix(".pt").exists()
+    said = run("dpo.py", *args, "--resume", cwd=tmp_path).stdout
+    assert re.search(r"resumed after step [1-9]\d* of 1000", said) and "sft.pt is made, in" in said
+    assert len(step_lines(record)) > done and len(step_lines(record.with_name("dpo.jsonl"))) == 3
+
+
+# ---- interruptions
+
+
+def step_lines(path):
+    """Whole JSON lines only, each step once, one header and one final line. -> the step lines"""
+    record = lines(path)
+    steps = [line for line in record if "step" in line]
+    numbers = [line["step"] for line in steps if "eval" not in line]
+    assert numbers == sorted(set(numbers)) and len(record) == len(steps) + 2
+    assert "options" in record[0] and "final" in record[-1]
+    return steps
+
+
+def same_run(a, b):
+    """Two checkpoints of the same bits, whose records agree but for times and peaks."""
+    assert digest(a) == digest(b)
+    a, b = a.with_suffix(".jsonl"), b.with_suffix(".jsonl")
+    assert step_lines(a) == step_lines(b)
+    finals = []
+    for path in (a, b):
+        final = lines(path)[-1]["final"]
+        times = [key for key in final if key.endswith(("_ms", "_s")) or key.startswith("peak")]
+        finals.append({key: x for key, x in final.items() if key not in times})
+    assert finals[0] == finals[1] and finals[0]["trained_tokens"] > 0
+
+
+SCRIPTS = "sft dpo reward_model simpo orpo kto online_dpo ppo grpo dapo".split()
+ROLLOUTS = "--init ends.pt --reward judge.py:odd --group 4 --updates 2 --minibatches 2"
+# The second of two rounds has the steps 2 and 3 of three: a state after step 2 holds its pairs.
+ROUNDS = "--init ends.pt --reward judge.py:odd --rounds 2 --ref-update per-round"
+SMALL = {  # what makes a run of the script small
+    **dict.fromkeys(("sft", "orpo"), "--n-layer 1 --n-embd 16"),
+    **dict.fromkeys(("dpo", "simpo", "kto", "reward_model"), "--pairs 10"),
+    **dict.fromkeys(("grpo", "dapo"), ROLLOUTS),
+    "online_dpo": f"{ROUNDS} --samples-per-prompt 3",
+    "ppo": "--init ends.pt --reward judge.pt --group 4 --minibatches 2",  # with its four models
+}
+SMALL = {script: options.split() for script, options in SMALL.items()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_gives_the_same_bits(script, shop, monkeypatch, capsys):
+    """And what else --resume finds: other options, a finished run, another script's, none."""
+    monkeypatch.chdir(shop)
+    args = [*(TRAIN if script == "reward_model" else TINY), *SMALL[script]]
+    cut = [*args, "--out", "cut/x.pt", "--resume"]
+    assert main(script, *args, "--out", "whole/x.pt") == 0
+    save = Run._save
+
+    def save_and_die(self, *rest):
+        save(self, *rest)
+        self.files.record({"step": self.step + 2, "line": "after the saved state"})
+        raise Stopped("killed")
+
+    with monkeypatch.context() as m:
+        m.setattr(Run, "_save", save_and_die)
+        assert main(script, *args, "--save-every", 2, "--out", "cut/x.pt") == 1
+    assert main(script, *cut, "--lr", "0.5") == 2
+    assert "--resume: the interrupted run had --lr" in capsys.readouterr().err
+    assert main(script, *cut) == 0
+    assert "resumed after step 2 of 3" in capsys.readouterr().out
+    same_run(shop / "cut/x.pt", shop / "whole/x.pt")
+    assert len(step_lines(shop / "cut/x.jsonl")) == 3
+    before = snapshot(shop)
+    assert main(script, *cut) == 0
+    assert "this run has finished" in capsys.readouterr().out
+    assert main(script, *cut, "--lr", "0.5") == 2
+    assert "cut/x.pt is a finished run with --lr" in capsys.readouterr().err
+    other = "sft" if script == "dpo" else "dpo"
+    assert main(other, *TINY, "--out", "cut/x.pt", "--resume") == 2
+    assert f"cut/x.pt is a finished run of {script}.py" in capsys.readouterr().err
+    assert snapshot(shop) == before
+    assert main(script, *args, "--out", "fresh/x.pt", "--resume") == 0
+    assert "starts afresh" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command, changed",
+    [("dpo --init ends.pt", "ends.pt"), ("sft --task s.jsonl", "s.jsonl")]
+    + [("sft --task s.jsonl --eval-file t.jsonl", "t.jsonl"), ("dpo", "out/reviews/sft.pt")]
+    + [("grpo --init ends.pt --reward judge.pt", "judge.pt")],
+)
+def test_a_start_that_has_changed_is_not_resumed(command, changed, shop, monkeypatch, capsys):
+    """A byte more in a file that the run reads is enough."""
+    monkeypatch.chdir(shop)
+    rows = [{"prompt": f"{i}", "completion": f"{i}"} for i in range(60)]
+    write(shop / "s.jsonl", rows)
+    write(shop / "t.jsonl", rows)
+    script, *args = [*command.split(), *TINY, "--save-every", "1", "--out", "cut/x.pt"]
+    killed(3, script, args, monkeypatch)
+    before = (shop / changed).read_bytes()
+    (shop / changed).write_bytes(before + b"\n")
+    assert main(script, *args, "--resume") == 2
+    said = capsys.readouterr().err
+    assert f"--resume: {changed} has changed since the run began; start without --resume" in said
+    (shop / changed).write_bytes(before)
+    assert main(script, *args, "--resume") == 0
+
+
+def test_an_older_run_s_state_is_never_resumed(shop, monkeypatch, capsys):
+    """A fresh run that is killed before its first save leaves no state; that it replaces one, it
+    says."""
+    monkeypatch.chdir(shop)
+    args = [*TINY, "--out", "cut/x.pt"]
+    killed(3, "dpo", [*args, "--save-every", 1], monkeypatch)
+    assert (shop / "cut/x.state").exists()
+    killed(2, "dpo", args, monkeypatch)
+    assert (
+        "the state that an interrupted run left in cut/x.state is replaced"
+        in capsys.readouterr().out
+    )
+    assert not (shop / "cut/x.state").exists()
+    assert main("dpo", *args, "--resume") == 0
+    assert "starts afresh" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", SAMPLING)
+def test_resume_from_the_middle_of_a_rollout(script, ends, monkeypatch):
+    """Killed between two optimizer steps of the third rollout, after new responses were drawn: the
+    same bits as without."""
+    monkeypatch.chdir(ends)
+    args = [*TINY, *ROLLOUTS.split(), "--save-every", 1]
+    assert main(script, *args, "--out", "whole/y.pt") == 0
+    killed(2 * 4 + 3, script, [*args, "--out", "cut/y.pt"], monkeypatch)
+    assert torch.load("cut/y.state", weights_only=True)["step"] == 2
+    assert main(script, *args, "--out", "cut/y.pt", "--resume") == 0
+    same_run(ends / "cut/y.pt", ends / "whole/y.pt")
+
+
+def test_resume_from_the_middle_of_a_round(ends, monkeypatch):
+    """Killed in the second step of a round, after the round's pairs were drawn; and in its first,
+    whose state is that before the draw."""
+    monkeypatch.chdir(ends)
+    args = [*TINY, *SMALL["online_dpo"], *"--steps 6 --warmup 0 --save-every 1".split()]
+    assert main("online_dpo", *args, "--out", "whole/z.pt") == 0
+    for at in (5, 4):
+        cut = [*args, "--out", f"cut{at}/z.pt"]
+        killed(at, "online_dpo", cut, monkeypatch)
+        state = torch.load(f"cut{at}/z.state", weights_only=True)
+        assert state["step"] == at - 1 and state["round"]["first"] == (3 if at == 5 else 0)
+        assert main("online_dpo", *cut, "--resume") == 0
+        same_run(ends / f"cut{at}/z.pt", ends / "whole/z.pt")
+
+
+FRAGILE = """
+calls = 0
+
+def odd(prompt, completion):
+    global calls
+    calls += 1
+    assert calls < LIMIT, "out of service"
+    return 1.0 if len(completion) % 2 else -1.0
+"""
+
+
+@pytest.mark.parametrize("script", [*SAMPLING, "online_dpo"])
+def test_a_reward_that_raises_costs_no_step_that_was_done(script, shop, monkeypatch, capsys):
+    """It raises in the third step: what was learned until then is kept, although no save was due.
+    Once it is mended, --resume gives the bits of a run in which it never raised."""
+    monkeypatch.chdir(shop)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    args = [*TINY, *"--init ends.pt --reward fragile.py:odd".split()]
+    args += "--minibatches 2 --group 4".split() if script in SAMPLING else []
+    once = 4 * (4 if script in SAMPLING else 2)  # calls a step; four more before the training
+    fragile = shop / "fragile.py"
+    fragile.write_text(FRAGILE.replace("LIMIT", "10**9"))
+    assert main(script, *args, "--out", "whole/x.pt") == 0
+    fragile.write_text(FRAGILE.replace("LIMIT", str(4 + 2 * once + 2)))
+    assert main(script, *args, "--out", "cut/x.pt") == 2
+    said = capsys.readouterr()
+    assert "--reward fragile.py:odd raised AssertionError (out of service, line 7) at" in said.err
+    assert "step 2 is saved in cut/x.state; --resume goes on from there" in said.out
+    fragile.write_text(FRAGILE.replace("LIMIT", "10**9") + "\n# mended\n")
+    assert main(script, *args, "--out", "cut/x.pt", "--resume") == 0
+    assert "resumed after step 2 of 3" in capsys.readouterr().out
+    same_run(shop / "cut/x.pt", shop / "whole/x.pt")
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(shop, monkeypatch, capsys):
+    """And it can be resumed, as if nothing had been wrong."""
+    monkeypatch.chdir(shop)
+    assert main("dpo", *TINY, "--out", "whole/dpo.pt") == 0
+    loss, calls = dpo.dpo_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        return loss(*args) * (float("nan") if len(calls) > 2 else 1.0)
+
+    with monkeypatch.context() as m:
+        m.setattr(dpo, "dpo_loss", broken)
+        assert main("dpo", *TINY, "--out", "nan/dpo.pt") == 1
+    said = capsys.readouterr().err
+    assert (
+        "step 3: the loss is nan" in said and "the last good state is kept in nan/dpo.state" in said
+    )
+    state = torch.load(shop / "nan/dpo.state", weights_only=True)
+    assert state["step"] == 2 and all(torch.isfinite(p).all() for p in state["policy"].values())
+    assert not (shop / "nan/dpo.pt").exists()
+    assert main("dpo", *TINY, "--out", "nan/dpo.pt", "--resume") == 0
+    same_run(shop / "nan/dpo.pt", shop / "whole/dpo.pt")
+
+
+def test_ctrl_c_saves_and_tells_how_to_go_on(shop):
+    args = (
+        "--steps 100000 --batch-size 4 --save-every 100000 --out ctrl/dpo.pt --device cpu".split()
+    )
+    said = press_ctrl_c(start("dpo.py", args, shop), shop / "ctrl/dpo.jsonl")
+    assert (shop / "ctrl/dpo.state").exists()
+    assert said.endswith(shlex.join(["python", str(ROOT / "dpo.py"), *args, "--resume"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ten_kills(script, shop):
+    """kill -9 at ten random moments, each followed by --resume: the checkpoint is that of a run
+    left alone, bit for bit."""
+    args = "--steps 40 --batch-size 4 --log-every 1 --save-every 3 --device cpu".split()
+    args += SMALL[script] + ([] if script == "reward_model" else ["--max-new-tokens", "4"])
+    cut, began = [*args, "--out", "cut/x.pt", "--resume"], time.time()
+    run(f"{script}.py", *args, "--out", "whole/x.pt", cwd=shop)
+    wall, rng, kills = time.time() - began, random.Random(0), 0
+    while kills < 10:
+        process = start(f"{script}.py", cut, shop)
+        time.sleep(rng.uniform(0.5, 1.0) * wall)
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.communicate()
+        if (shop / "cut/x.pt").exists() and not (shop / "cut/x.state").exists():
+            assert digest(shop / "cut/x.pt") == digest(shop / "whole/x.pt")
+            shutil.rmtree(shop / "cut")  # it got through: once more from the start
+    run(f"{script}.py", *cut, cwd=shop)
+    same_run(shop / "cut/x.pt", shop / "whole/x.pt")
+    assert sorted(path.name for path in (shop / "cut").iterdir()) == ["x.jsonl", "x.pt"]

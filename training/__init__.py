@@ -1,0 +1,29 @@
+"""Everything around a training loop that appears in no equation."""
+
+from training.device import Compute
+from training.options import (
+    JudgedOptions,
+    Options,
+    PairOptions,
+    RolloutOptions,
+    ScratchOptions,
+    command,
+    opt,
+    parse,
+)
+from training.reward import load_judge
+from training.run import Run
+
+__all__ = [
+    "Compute",
+    "JudgedOptions",
+    "Options",
+    "PairOptions",
+    "RolloutOptions",
+    "Run",
+    "ScratchOptions",
+    "command",
+    "load_judge",
+    "opt",
+    "parse",
+]

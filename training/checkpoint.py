@@ -1,0 +1,111 @@
+"""Checkpoints with what belongs to them: tokenizer, chat template, and the stage that makes one."""
+
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import data
+import gpt
+from data import Stopped, UserError
+
+
+def default_path(task, method):
+    """-> out/<task>/<method>.pt"""
+    name = os.path.basename(task).removesuffix(".gz").removesuffix(".jsonl").replace(":", "-")
+    return os.path.join("out", name, f"{method}.pt")
+
+
+def load(path, task=None):
+    """-> (GPT, Tokenizer, meta). Raises UserError where it is no language model, or where the task
+    or the checkpoint has a vocabulary of its own that the other lacks."""
+    return _open(
+        path, task, gpt.GPT, "a reward model; give a language model, such as sft.py writes"
+    )
+
+
+def load_scalar(path, task=None):
+    """-> (ScalarGPT, Tokenizer, meta), for a reward model"""
+    kind = "a language model; give a reward model, such as reward_model.py writes"
+    return _open(path, task, gpt.ScalarGPT, kind)
+
+
+def _open(path, task, wanted, otherwise):
+    try:
+        model, meta = gpt.load(path)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    if not isinstance(model, wanted):
+        raise UserError(f"{path} is {otherwise}")
+    if "tokenizer" not in meta:
+        raise UserError(f"{path} does not say which tokenizer it was trained with; train it again")
+    tokenizer = data.Tokenizer(meta["tokenizer"])
+    size = model.config.vocab_size
+    if tokenizer.size != size:
+        words = f"{path} has a vocabulary of {size}, but its tokenizer {tokenizer.size}"
+        raise UserError(f"{words}; train it again")
+    if task:
+        _same_world(path, tokenizer, meta, task)
+    return model, tokenizer, meta
+
+
+def _same_world(path, tokenizer, meta, task):
+    if task.tokenizer != (tokenizer.meta if tokenizer.longest else None):
+        owner = task.name if task.tokenizer else meta["task"]
+        raise UserError(
+            f"{path} was trained on {meta['task']}, and {owner} has a vocabulary of its own; give "
+            f"a checkpoint that sft.py --task {task.name} makes"
+        )
+
+
+def find_reference(path, task, tokenizer, block_size):
+    """-> the path of the checkpoint that a policy is compared with: where it started, else an
+    earlier out/<task>/sft.pt; "" where there is none, which is said."""
+    path = path or default_path(task.name, "sft")
+    try:
+        ref, own, _ = load(path)
+        if own.meta == tokenizer.meta and ref.config.block_size >= block_size:
+            return path
+        why = f"{path} has another vocabulary or a shorter context"
+    except UserError as e:
+        why = str(e) if os.path.exists(path) else "an earlier SFT checkpoint would be one"
+    data.say(f"nothing to compare with ({why}): win rate and KL will be left out")
+    return ""
+
+
+def describe(meta):
+    """One line on a checkpoint, so that a smoke test's two steps are not mistaken for training."""
+    reward = "" if meta["reward"] is None else f", reward {meta['reward']:.2f}"
+    return f"{meta['method']} on {meta['task']}, {meta['steps']} steps{reward}"
+
+
+def make_if_missing(task, method, device, dtype):
+    """-> the default checkpoint of an earlier stage of the same task. Where there is none its
+    script is run first, in this process, with its own defaults."""
+    path = default_path(task, method)
+    if data.kind(task) == "file":
+        rows = "prompt, completion" if method == "sft" else "prompt, chosen, rejected"
+        option = "--init" if method == "sft" else "--reward X.pt"
+        made = f"a checkpoint such as python {method}.py --task FILE makes, of {rows}"
+        raise UserError(f"{option} is needed with a file as the task: {made}")
+    if os.path.exists(path):
+        return path
+    data.say(f"{path} does not exist yet: running {method}.py first (half a minute on a laptop)")
+    argv, start = sys.argv, time.time()
+    script = str(Path(gpt.__file__).with_name(f"{method}.py"))
+    sys.argv = [script, "--task", task, "--device", device, "--dtype", dtype]
+    if os.path.exists(path.removesuffix(".pt") + ".state"):
+        sys.argv.append("--resume")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as e:
+        if e.code == 130:
+            raise KeyboardInterrupt(f"where {method}.py stopped") from None
+        if e.code:
+            words = f"{method}.py, which makes {path}, failed with exit code {e.code}"
+            raise Stopped(words) from None
+    finally:
+        sys.argv = argv
+    data.say(f"{path} is made, in {time.time() - start:.0f} s\n")
+    return path

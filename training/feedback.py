@@ -1,0 +1,183 @@
+"""AI feedback: a model that answers, criticises and revises, a model that judges, and what the word
+of both is worth by the gold reward, where a task has one."""
+
+import random
+from collections import namedtuple
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+
+import data
+from data import UserError
+from training import memory
+from training.reward import completions
+
+ROWS = 128  # questions a forward pass
+# Two answers to a prompt and the principle that they are compared by; or an answer, its revision,
+# and the principle and the critique that led to it.
+Pair = namedtuple("Pair", "prompt a b principle columns critique", defaults=("",))
+
+
+class Writer:
+    """A frozen model that answers, criticises and revises, at temperature 1. What it draws is a
+    function of --seed and of a name."""
+
+    def __init__(self, model, run, task, principles):
+        self.model, self.run, self.task, self.principles = model, run, task, principles
+        self.longest = task.longest(run.o.max_new_tokens, run.block_size)
+
+    def prompts(self, n, name, split):
+        """-> n rows (prompt, columns), a generator of principles and one of samples"""
+        seed = self.run.o.seed
+        rng = random.Random(f"rlaif {seed} {name}")
+        rows = self.task.prompts(n, f"{seed} {name}", split)
+        return rows, rng, torch.Generator().manual_seed(rng.getrandbits(62))
+
+    def ask(self, questions, generator):
+        """A turn in reply to each question -> (texts, whether each has ended). A question that
+        leaves no room loses its beginning, and the reply does not count as ended."""
+        texts, ended, room = [], [], self.run.block_size - self.longest
+        ids = [data.spell(question, self.run.tokenizer)[0] for question in questions]
+        for part in [ids[i : i + ROWS] for i in range(0, len(ids), ROWS)]:
+            cut = [(x[-room:],) for x in part]
+            rollout = self.run.sample(self.model, cut, self.longest, generator=generator)
+            texts += completions(self.run.tokenizer, rollout)
+            ended += [end and len(x) <= room for x, end in zip(part, rollout.finished.tolist())]
+        return texts, ended
+
+    def pairs(self, n, name, split):
+        """-> a Pair of answers to each of n prompts, where the two differ and have ended"""
+        rows, rng, generator = self.prompts(n, name, split)
+        texts, ended = self.ask([[x] for x, _ in rows for _ in "ab"], generator)
+        made = zip(rows, texts[::2], texts[1::2])
+        pairs = [Pair(x, a, b, rng.choice(self.principles), columns) for (x, columns), a, b in made]
+        whole = map(all, zip(ended[::2], ended[1::2]))
+        return [pair for pair, good in zip(pairs, whole) if good and pair.a != pair.b]
+
+    def revise(self, n, name, split, rounds=1):
+        """Answers n prompts, criticises each answer under a principle and revises it, then the
+        revision, for some rounds. -> a Pair (answer, revision) of each prompt and round, where all
+        that led to it has ended"""
+        rows, rng, generator = self.prompts(n, name, split)
+        answers, whole = self.ask([[x] for x, _ in rows], generator)
+        out = []
+        for _ in range(rounds):
+            asked = [(x, y, rng.choice(self.principles)) for (x, _), y in zip(rows, answers)]
+            critiques, ended = self.ask([data.ask_critique(*one) for one in asked], generator)
+            questions = [data.ask_revision(*one, c) for one, c in zip(asked, critiques)]
+            answers, ends = self.ask(questions, generator)
+            whole = list(map(all, zip(whole, ended, ends)))
+            for (x, a, principle), c, b, row, good in zip(asked, critiques, answers, rows, whole):
+                out += [Pair(x, a, b, principle, row[1], c)] if good else []
+        return out
+
+
+class Judge:
+    """A frozen model that is asked multiple choice, in its own vocabulary. Its answer is what it
+    would say next: nothing is sampled."""
+
+    def __init__(self, model, tokenizer, run):
+        self.model, self.tokenizer, self.run = model, tokenizer, run
+        letters = [tokenizer.encode(letter) for letter in "AB"]  # they follow "(", without a space
+        if any(len(ids) > 1 for ids in letters):
+            raise UserError("the judge's vocabulary cuts A or B in two; give another --judge")
+        self.options = [ids[0] for ids in letters]
+
+    def compare(self, pairs):
+        """Pairs -> (ab, ba), each (N, 2): log-probs of the options A and B, with a pair's a as A,
+        and with its b as A"""
+        ab = [data.ask_choice(x.prompt, x.a, x.b, x.principle) for x in pairs]
+        ba = [data.ask_choice(x.prompt, x.b, x.a, x.principle) for x in pairs]
+        return self.read(ab), self.read(ba)
+
+    @torch.no_grad()
+    def read(self, questions):
+        """-> (N, 2) log-probs of A and B as the next token, up to a constant of each question. A
+        question that is too long loses its beginning."""
+        weight, room = self.model.wte.weight[self.options].float(), self.model.config.block_size
+        rows = [(data.spell(question, self.tokenizer)[0][-room:], ()) for question in questions]
+        out = [weight.new_zeros(0, 2)]
+        for i in range(0, len(rows), ROWS):
+            batch = data.pad(rows[i : i + ROWS], self.run.device)
+            last = torch.arange(len(batch.ids), device=batch.ids.device), batch.text.sum(1) - 1
+            with self.run.autocast():
+                h = self.model.hidden(batch.ids)[last]
+            out.append(batch.spread(F.linear(h.float(), weight)))
+        return torch.cat(out)
+
+
+def asked(what, **models):
+    """Shows which models are asked, frozen, before a phase. -> their records"""
+    data.say(f"asked {what}\n{memory.ledger(models)}")
+    return memory.records(models)
+
+
+# ---- what their word is worth
+
+
+def gold(task, pairs):
+    """-> the gold rewards (of a, of b) of each pair; [] where the task knows none"""
+    known = pairs if task.has_reward else []
+    return [[task.reward(x.prompt, y, **x.columns) for y in (x.a, x.b)] for x in known]
+
+
+def agreement(task, pairs, *verdicts):
+    """verdicts: (N,) bool each, whether a is the better one. -> the share that the gold reward
+    shares, of those pairs that it tells apart; None without such a pair"""
+    rewards = gold(task, pairs)
+    told = [i for i, (a, b) in enumerate(rewards) if a != b]
+    right = [(rewards[i][0] > rewards[i][1]) == bool(wins[i]) for wins in verdicts for i in told]
+    return fmean(right) if right else None
+
+
+def label_figures(task, pairs, ab, ba, a_wins=()):
+    """-> what the labels of pairs are worth, where a judge has read (ab, ba); {} of no pair.
+    a_wins: (N,) bool, what a model says that has learned from labels; -> how often it agrees"""
+    if not pairs:
+        return {}
+    first, second = ab.softmax(1)[:, 0], ba.softmax(1)[:, 1]
+    label = (first + second) / 2
+    figures = {
+        "order_consistency": (first > 0.5) == (second > 0.5),
+        "position_bias": (first - second) / 2,
+        "label_mean": label,
+        "label_entropy": -(label.xlogy(label) + (1 - label).xlogy(1 - label)),
+    }
+    figures = {name: x.float().mean().item() for name, x in figures.items()}
+    figures["label_agreement"] = agreement(task, pairs, label > 0.5)
+    figures["one_order_agreement"] = agreement(task, pairs, first > 0.5, second > 0.5)
+    if len(a_wins) == len(pairs):
+        figures["accuracy"] = (a_wins == (label > 0.5)).float().mean().item()
+        figures["gold_accuracy"] = agreement(task, pairs, a_wins)
+    return {name: x for name, x in figures.items() if x is not None}
+
+
+def revision_figures(task, revisions):
+    """-> how the gold reward of the revisions compares with that of the answers"""
+    gain = [after - before for before, after in gold(task, revisions)]
+    if not gain:
+        return {}
+    better, equal = fmean(x > 0 for x in gain), fmean(x == 0 for x in gain)
+    return {"revision_better": better, "revision_equal": equal, "revision_gain": fmean(gain)}
+
+
+def skill_figures(writer, judge, n):
+    """Measures and shows, on n test prompts, how well the writer revises and the judge compares.
+    -> the figures"""
+    task, pairs = writer.task, writer.pairs(n, "skills", "test")
+    revisions = writer.revise(n, "skills", "test")
+    ab, ba = judge.compare(pairs)
+    figures = label_figures(task, pairs, ab, ba) | revision_figures(task, revisions)
+    shown = dict(figures)
+    for principle in dict.fromkeys(pair.principle for pair in pairs):
+        rows = [i for i, pair in enumerate(pairs) if pair.principle == principle]
+        found = label_figures(task, [pairs[i] for i in rows], ab[rows], ba[rows])
+        shown[f"label_agreement, {principle}"] = found.get("label_agreement")
+    show(f"the skills, on {len(pairs)} pairs and {len(revisions)} revisions of test answers", shown)
+    return figures
+
+
+def show(title, figures):
+    rows = [f"  {name:<36}{x:>8.3f}" for name, x in figures.items() if isinstance(x, float)]
+    data.say("\n".join(["", title, *rows]))

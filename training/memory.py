@@ -1,0 +1,192 @@
+"""What a training step holds in memory: the models, and the bytes of all tensors at its peak.
+
+    ledger     the models that a script holds, by role, as text; `records` as plain facts
+    Tracker    while it is on, every tensor storage is counted from its making to its end
+    track      a Tracker that knows weights, gradients and AdamW's moments
+
+What a tracker counts is the bytes of live storages, each once however many views it has. On a CUDA
+device add the context (about 0.5 GB), the workspaces of its libraries and rounding. Categories:
+
+    weights       parameters of all models
+    casts         their copies in bfloat16, which autocast makes
+    gradients     .grad of the parameters
+    optimizer     AdamW's two moments
+    logits        what has the vocabulary as its last axis: logits, softmax and their gradients
+    sampling      all that sampling makes: the KV cache, uniforms, next-token distributions; and
+                  what judges the samples
+    activations   the rest: what the backward pass keeps and makes, log-probs, the batch
+"""
+
+import weakref
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+PRODUCTS = aten.mm.default, aten.addmm.default, aten.linear.default, aten.bmm.default
+
+
+def records(models):
+    """{role: model} -> a plain record for each: role, trainable, parameters, bytes, their parts"""
+    out = []
+    for role, model in models.items():
+        parameters = list(model.parameters())
+        trainable = parameters[0].requires_grad
+        size = sum(p.numel() * p.element_size() for p in parameters)
+        parts = {
+            "weight_bytes": size,
+            "gradient_bytes": size * trainable,
+            "optimizer_bytes": 2 * size * trainable,
+        }
+        facts = {"role": role, "trainable": trainable}
+        facts["parameters"] = sum(p.numel() for p in parameters)
+        out.append(facts | {"bytes": sum(parts.values())} | parts)
+    return out
+
+
+def ledger(models):
+    """{role: model} -> the ledger as lines to read"""
+    lines = [f"models held: {len(models)}"]
+    for m in records(models):
+        unit, name = size_unit(m["bytes"])
+        kind = "trained" if m["trainable"] else "frozen"
+        size = f"{m['parameters'] / 1e6:,.2f} M parameters, {m['bytes'] / unit:.1f} {name}"
+        line = f"  {m['role']:<8} {kind:<8} {size}"
+        if m["trainable"]:
+            keys = ("weight_bytes", "gradient_bytes", "optimizer_bytes")
+            weights, gradients, moments = (f"{m[key] / unit:.1f}" for key in keys)
+            line += f" (weights {weights}, gradients {gradients}, AdamW {moments})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def size_unit(size):
+    """Bytes -> (the unit to tell them in, its name)"""
+    return (2**30, "GiB") if size >= 2**30 else (1e6, "MB")
+
+
+def peak_text(parts, most):
+    """Bytes by category, at the peak and the most of each -> the sum, the parts, and what is larger
+    at another time, as text"""
+    total = sum(parts.values())
+    unit, symbol = size_unit(total)
+
+    def told(sizes):
+        shown = {name: x / unit for name, x in sizes.items() if x / unit >= 0.05}
+        return ", ".join(f"{name} {x:.1f}" for name, x in shown.items())
+
+    inner = told({name: x for name, x in parts.items() if name != "all"})
+    names = ("logits", "sampling")
+    other = told({name: most[name] for name in names if most.get(name, 0) > parts.get(name, 0)})
+    text = f"{total / unit:.1f} {symbol}"
+    text += f" ({inner})" if inner else ""
+    return text + (f"; at other times {other}" if other else "")
+
+
+def flops(models, forward, backward, recompute=False):
+    """FLOPs a token, without attention: 2N for each forward pass and 4N for each backward pass, 6N
+    with the recomputation of --checkpoint-activations. forward, backward: role -> passes. N: the
+    weights that multiply every token."""
+    back = 6 if recompute else 4
+    passes = {role: 2 * forward[role] + back * backward[role] for role in models}
+    return sum(passes[role] * model.matmul_parameters() for role, model in models.items())
+
+
+@contextmanager
+def track(models, optimizer):
+    """-> the Tracker that counts what happens inside, from weights and moments that are there"""
+    tracker = Tracker({model.config.vocab_size for model in models.values()})
+    hooks = []
+    for model in models.values():
+        for name, p in model.named_parameters():
+            tracker.own(p, "weights", head=name.endswith("wte.weight"))
+            if p.requires_grad:
+                count = p.register_post_accumulate_grad_hook
+                hooks.append(count(lambda p: tracker.own(p.grad, "gradients")))
+    for state in optimizer.state.values():
+        for x in state.values():
+            tracker.own(x, "optimizer")
+    hooks.append(optimizer.register_step_pre_hook(lambda *_: tracker.during("optimizer")))
+    hooks.append(optimizer.register_step_post_hook(lambda *_: tracker.during(None)))
+    try:
+        with tracker:
+            yield tracker
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Tracker(TorchDispatchMode):
+    """`total`: bytes of the storages that are live. `peak`: the greatest that it was. `parts`: that
+    peak by category. `most`: the greatest that each category was by itself."""
+
+    def __init__(self, vocabulary=()):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.live = {}  # storage -> [bytes, category]
+        self.heads = set()  # the storages of the vocabulary's weights
+        self.now = Counter()
+        self.total = 0
+        self.phase = None
+        self.start()
+
+    def start(self):
+        """Begins anew with the peak, from what is live."""
+        self.peak = self.total
+        self.parts = dict(self.now)
+        self.most = dict(self.now)
+
+    def during(self, phase):
+        """What is made from now on has this category; None: what its making says."""
+        self.phase = phase
+
+    def own(self, tensor, category, head=False):
+        """Counts a tensor, or moves one that is counted already to another category."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.live:
+            self.now[self.live[key][1]] -= size
+        else:
+            self.total += size
+            weakref.finalize(storage, self._end, key)
+        self.live[key] = [size, category]
+        self.now[category] += size
+        if head:
+            self.heads.add(key)
+        self.most[category] = max(self.now[category], self.most.get(category, 0))
+        if self.total > self.peak:
+            self.peak = self.total
+            self.parts = dict(self.now)
+
+    def _end(self, key):
+        size, category = self.live.pop(key)
+        self.total -= size
+        self.now[category] -= size
+        self.heads.discard(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        given = [(x, x.untyped_storage()._cdata) for x in tensors]
+        old = {key for _, key in given}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                key = x.untyped_storage()._cdata
+                if key not in self.live and key not in old:
+                    self.own(x, *self._kind(func, given, x))
+        return out
+
+    def _kind(self, func, given, out):
+        """-> the category of what `func` has made of the tensors given, and whether it is a copy of
+        the vocabulary's weights"""
+        kinds = [self.live[key][1] if key in self.live else "" for _, key in given]
+        heads = [key in self.heads for _, key in given]
+        if func is aten._to_copy.default and kinds[0] == "weights":
+            return self.phase or "casts", heads[0]
+        logits = any(heads) and func in PRODUCTS and out.size(-1) in self.vocabulary
+        for (x, _), kind in zip(given, kinds):
+            logits = logits or kind == "logits" and x.shape == out.shape
+        return self.phase or ("logits" if logits else "activations"), False

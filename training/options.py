@@ -1,0 +1,294 @@
+"""A script's command line: a dataclass of options, one line each, read by argparse."""
+
+import argparse
+import fnmatch
+import math
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field, fields
+
+import torch
+
+import data
+from data import UserError
+
+DTYPES = ("auto", "float32", "float64", "bfloat16", "bfloat16-pure")
+SCHEDULES = ("constant", "linear", "cosine")
+RENAMED = {
+    "--tau": "--beta (τ of IPO is β, as in TRL)",
+    "--flip": "--label-smoothing (ε of robust DPO, as in TRL)",
+    "--judge": "--reward X.pt (a reward model of any vocabulary)",
+    "--reward-model": "--reward X.pt",
+    "--missing-end-score": "--missing-eos-penalty, which is subtracted from the score",
+    "--predict": "python compare.py --predict",
+}
+
+
+def opt(default, help, **rules):
+    """One option: its default (... for one that must be given), what it means, and its rules.
+
+    choices, low, high, above, below    the values that it admits
+    like="eps"                          its default is the value of --eps
+    only="loss=ipo", "loss=dpo|ipo"     it is read with --loss ipo alone; elsewhere it is refused
+    clips=True                          it bounds a ratio that is 1 at a rollout's first step
+    file=True                           it names a file that the run reads
+    """
+    return field(default=default, metadata={"help": help, **rules})
+
+
+@dataclass
+class Options:
+    """The options of every training script."""
+
+    task: str = opt("reviews", "reviews, arithmetic:N, exact, tokens:P+C, or a .jsonl", file=True)
+    init: str = opt("", "checkpoint to start from (default: out/<task>/sft.pt)", file=True)
+    out: str = opt("", "checkpoint to write (default: out/<task>/<method>.pt)")
+    eval_file: str = opt("", ".jsonl file to evaluate on (default: 5 % of the prompts)", file=True)
+    steps: int = opt(300, "optimizer steps; of a file: one epoch", low=1)
+    epochs: int = opt(0, "passes over a file or a fixed set, in place of --steps", low=0)
+    batch_size: int = opt(32, "examples an optimizer step", low=1)
+    micro_batch: int = opt(0, "examples a forward pass: less memory, same gradient (0: all)", low=0)
+    lr: float = opt(1e-3, "AdamW learning rate at its peak", above=0)
+    lr_schedule: str = opt("cosine", "after warmup: stay, fall to 0, to a tenth", choices=SCHEDULES)
+    warmup: int = opt(20, "steps over which the learning rate rises from 0", low=0)
+    weight_decay: float = opt(0.0, "of the weight matrices", low=0)
+    grad_clip: float = opt(1.0, "largest norm of the gradient", above=0)
+    max_new_tokens: int = opt(0, "longest sampled response, in tokens (0: the task's)", low=0)
+    block_size: int = opt(0, "longest sequence, in tokens (0: the checkpoint's)", low=0)
+    truncate: bool = opt(False, "cut what does not fit: the prompt first, from its left")
+    strict: bool = opt(False, "refuse a file's useless rows, which are dropped otherwise")
+    seed: int = opt(0, "of weights, data and samples", low=0, below=2**62)
+    device: str = opt("auto", "cpu, cuda, cuda:1, mps")
+    dtype: str = opt("auto", "bfloat16: autocast; bfloat16-pure: the weights too", choices=DTYPES)
+    checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass: less memory")
+    resume: bool = opt(False, "go on from the state that an interrupted run left beside --out")
+    save_every: int = opt(100, "steps between saved states", low=1)
+    log_every: int = opt(10, "steps between lines of the record", low=1)
+    eval_every: int = opt(0, "steps between evaluations (0: at the end; exact: 20 a run)", low=0)
+
+    def endless(self):
+        """Whether every step has rows of its own, so that there are no passes over a set"""
+        return data.kind(self.task) != "file"
+
+    def rows(self):
+        """-> (the rows of an optimizer step, how they come about)"""
+        return self.batch_size, f"--batch-size {self.batch_size}"
+
+    def check(self):
+        """Refuses what cannot work together. Called by parse; a script may add to it."""
+        if self.epochs and self.endless():
+            fresh = f"{self.task} makes fresh rows every step; give --steps"
+            raise UserError(f"--epochs counts passes over a fixed set, but {fresh}")
+        rows, words = self.rows()
+        if self.micro_batch and rows % self.micro_batch:
+            raise UserError(f"--micro-batch {self.micro_batch} does not divide {words}")
+        if 0 < self.block_size < 8:
+            raise UserError(f"--block-size {self.block_size} leaves no room; 8 is the least")
+
+
+@dataclass
+class ScratchOptions(Options):
+    """Of a script that may start from random weights."""
+
+    init: str = opt("", "checkpoint to start from (default: random weights)", file=True)
+    tokenizer: str = opt("", "vocabulary file or tiktoken name", file=True, only="init=")
+    n_layer: int = opt(4, "blocks, where weights start random", low=1, only="init=")
+    n_head: int = opt(4, "attention heads a block, where weights start random", low=1, only="init=")
+    n_embd: int = opt(128, "width, where weights start random", low=1, only="init=")
+
+    def check(self):
+        super().check()
+        if self.n_embd % self.n_head:
+            raise UserError(f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}")
+
+
+@dataclass
+class PairOptions(Options):
+    """Of a script that learns from labelled answers."""
+
+    pairs: int = opt(0, "size of a fixed set (0: fresh ones every step; of a file: all)", low=0)
+
+    def endless(self):
+        return super().endless() and not self.pairs
+
+
+@dataclass
+class JudgedOptions(Options):
+    """Of a script that samples responses and has them judged."""
+
+    reward: str = opt("task", "the judge: task, rm, the X.pt of a reward model, FILE.py:function")
+    temperature: float = opt(1.0, "of the samples and of the log-probs that are trained", above=0)
+
+    def endless(self):
+        return False
+
+
+@dataclass
+class RolloutOptions(JudgedOptions):
+    """Of a script that makes one or more optimizer steps on a rollout."""
+
+    group: int = opt(8, "G: responses to a prompt", low=1)
+    updates: int = opt(1, "passes over a rollout", low=1)
+    minibatches: int = opt(1, "optimizer steps a pass, over shuffled responses", low=1)
+
+    def check(self):
+        super().check()
+        idle = {f.name for f in fields(self) if f.metadata.get("clips")} & self.given
+        if idle and self.updates == self.minibatches == 1:
+            words = f"ρ is 1, and {flag(min(idle))} changes nothing"
+            data.say(f"one optimizer step a rollout: {words}; --minibatches 4 gives it something")
+
+    def rows(self):
+        n, parts = self.batch_size * self.group, self.minibatches
+        words = f"--batch-size {self.batch_size} × --group {self.group}"
+        if n % parts:
+            raise UserError(f"--minibatches {parts} does not divide {words} = {n} responses")
+        return n // parts, f"{words} / --minibatches {parts} = {n // parts} responses"
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse(cls, argv=None, presets=None):
+    """The command line -> an instance of `cls`, with `given`: the names that stood on it.
+
+    presets: {"any": …, "exact": …, "loss=ipo": …, "exact loss=ipo": …}, dicts of defaults.
+    One holds where all its words do: the kind of the task, or an option's value. Later ones win,
+    and what was given wins over all.
+    """
+    presets = presets or {}
+    parser = _Parser(
+        prog=os.path.basename(sys.modules[cls.__module__].__file__),
+        description=sys.modules[cls.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for f in fields(cls):
+        how = {"help": _help(f, presets), "default": argparse.SUPPRESS}
+        if f.default is ...:
+            parser.add_argument(f.name, help=f.metadata["help"])
+        elif f.type is bool:
+            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **how)
+        elif f.type is tuple:
+            parser.add_argument(flag(f.name), nargs="+", metavar="S", **how)
+        else:
+            read = _number(f) if f.type in (int, float) else str
+            choices = f.metadata.get("choices")
+            metavar = None if choices else f.type.__name__[0].upper()
+            parser.add_argument(flag(f.name), type=read, choices=choices, metavar=metavar, **how)
+    given = vars(parser.parse_args(argv))
+
+    values = {f.name: f.default for f in fields(cls)} | presets.get("any", {}) | given
+    for words, preset in presets.items():
+        if words != "any" and all(_holds(word, values) for word in words.split()):
+            values |= preset | given
+    for f in fields(cls):
+        model = f.metadata.get("like")
+        if model and f.name not in given and (values[f.name] is None or model in given):
+            values[f.name] = values[model]
+    o = cls(**values)
+    o.given = set(given)
+    _refuse_unread(o)
+    if {"steps", "epochs"} <= o.given:
+        raise UserError("--steps and --epochs both say how long to train; give one of them")
+    if "epochs" in given or "steps" not in given and data.kind(values.get("task", "")) == "file":
+        o.steps = 0  # the data say how many
+    if hasattr(o, "check"):
+        o.check()
+    return o
+
+
+def _holds(word, values):
+    name, equals, value = word.partition("=")
+    return values[name] == value if equals else data.kind(values["task"]) == word
+
+
+def _refuse_unread(o):
+    """Stops where an option was given that the chosen variant does not read."""
+    for f in fields(o):
+        if f.name in o.given and "only" in f.metadata:
+            name, _, patterns = f.metadata["only"].partition("=")
+            value = str(getattr(o, name))
+            if not any(fnmatch.fnmatchcase(value, pattern) for pattern in patterns.split("|")):
+                readers = patterns.replace("|", " or ")
+                place = f"with {flag(name)} {readers}" if readers else f"without {flag(name)}"
+                chosen = f", not with {value}" if readers else ""
+                if readers == "True":
+                    place, chosen = f"with {flag(name)}", f", not with --no-{flag(name)[2:]}"
+                raise UserError(
+                    f"{flag(f.name)} is read {place} only{chosen}; leave one of the two out"
+                )
+
+
+def _help(f, presets):
+    """-> the help text of an option, with its default, and those of some tasks or variants"""
+    word = {True: "on", False: "off"}.get
+    text = f.metadata["help"]
+    default = presets.get("any", {}).get(f.name, f.default)
+    if default not in ("", (), None) and "default" not in text:
+        text += f" (default: {word(default, default) if f.type is bool else default})"
+    if "like" in f.metadata:
+        text += f" (default: that of {flag(f.metadata['like'])})"
+    for words, preset in presets.items():
+        if words != "any" and f.name in preset:
+            text += f" ({words}: {preset[f.name]})"
+    return text.replace("%", "%%")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        unknown = [word for word in message.split() if word.partition("=")[0] in RENAMED]
+        if "unrecognized" in message and unknown:
+            name = unknown[0].partition("=")[0]
+            raise UserError(f"{name} is now {RENAMED[name]}")
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def _number(f):
+    """-> a function that reads a number within the option's bounds"""
+    rules = f.metadata
+    kind = "whole number" if f.type is int else "number"
+    bounds = [
+        ("low", lambda x, y: x >= y, "at least {}"),
+        ("above", lambda x, y: x > y, "more than {}"),
+        ("high", lambda x, y: x <= y, "at most {}"),
+        ("below", lambda x, y: x < y, "less than {}"),
+    ]
+
+    def read(text):
+        try:
+            x = f.type(text)
+            finite = math.isfinite(x)
+        except (ValueError, OverflowError):
+            finite = False
+        if not finite:
+            raise argparse.ArgumentTypeError(f"must be a {kind}, not {text!r}")
+        for name, holds, words in bounds:
+            if name in rules and not holds(x, rules[name]):
+                what = words.format(rules[name])
+                raise argparse.ArgumentTypeError(f"must be {what}, not {text}")
+        return x
+
+    return read
+
+
+def command(main, argv=None):
+    """Runs main for the shell: a user's mistake is one line and an exit code, no traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    script = os.path.basename(main.__code__.co_filename)
+    try:
+        return main(argv)
+    except UserError as e:
+        code, message = e.code, str(e)
+    except torch.OutOfMemoryError as e:
+        code, remedy = 1, "try a smaller --micro-batch, or --checkpoint-activations"
+        message = f"out of memory ({str(e).splitlines()[0]}): {remedy}"
+    except KeyboardInterrupt as e:
+        again = shlex.join(["python", sys.argv[0], *[x for x in argv if x != "--resume"]])
+        code, message = 130, "interrupted"
+        if str(e):
+            message = f"interrupted; this goes on from {e}: {again} --resume"
+    print(f"{script}: {message}", file=sys.stderr)
+    sys.exit(code)

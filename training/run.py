@@ -1,0 +1,473 @@
+"""One training run: steps, figures, the record. Nothing here appears in an equation."""
+
+import contextlib
+import math
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from torch.nn.functional import pad
+from tqdm import tqdm
+
+import data
+import gpt
+from data import Stopped, UserError
+from training import checkpoint, memory
+from training.device import Compute
+from training.files import Files
+
+FREE = ("resume", "log_every", "save_every", "out")  # options that cannot change a run's bits
+SHOWN = (  # beside the progress bar, where a method logs them
+    *("loss", "reward", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "nll_loss"),
+    *("kl", "entropy", "explained_variance", "frac_reward_zero_std", "kept_fraction", "lr"),
+)
+
+
+class Run(Compute):
+    """
+    run = Run("dpo", o)                            refuses what cannot work, before it writes
+    policy, tokenizer = run.load(path, task)       a checkpoint on this device
+    ref = run.freeze(policy)                       a frozen copy, in the compute precision
+    run.hold(policy=policy, ref=ref)               the models in memory: printed, recorded, saved
+    for step in run.steps(batches, optimizer):     progress, record, --resume, Ctrl-C
+        for micro in run.micro_batches(rows):
+            run.backward((weight * losses).sum(), tokens)
+            run.log(metrics, weight)               adds Σ weight · metric to the step's figures
+        run.update(optimizer)                      learning rate, clipping, optimizer step
+        run.evaluate(evaluator, policy)            every --eval-every steps
+    run.finish(evaluator, policy)                  final figures, checkpoint, summary
+    """
+
+    def __init__(self, method, o):
+        super().__init__(o)
+        self.method = method
+        o.out = o.out or checkpoint.default_path(o.task, method)
+        self.files = Files(o.out)
+        self.generator = torch.Generator().manual_seed(o.seed)  # of samples and minibatches
+        self.wall = time.time()
+        self.first = self.step = self.updates = self.tokens = self.sampled = 0
+        self.init = ""  # the checkpoint that the policy starts from
+        self.tracker = self.peak = None
+        for f in fields(o):
+            if f.metadata.get("file"):
+                self.reads(getattr(o, f.name))
+
+    def reads(self, path, may_change=False):
+        self.files.reads(path, may_change)
+
+    # ---- models: where they live, in what precision
+
+    def stage(self, method):
+        """-> the checkpoint of an earlier stage, whose script runs first if it is missing"""
+        o, path = self.o, checkpoint.default_path(self.o.task, method)
+        self.reads(path)
+        if o.init and not Path(path).exists():
+            checkpoint.load(o.init)  # a wrong one is told before anything is trained
+        return checkpoint.make_if_missing(o.task, method, o.device, o.dtype)
+
+    def load(self, path, task):
+        """-> (policy, tokenizer) of a checkpoint; the task takes over its chat template."""
+        self.reads(path)
+        model, tokenizer, meta = checkpoint.load(path, task)
+        task.template = meta["template"]
+        self.init = path
+        data.say(f"starts from {path}: {checkpoint.describe(meta)}")
+        return self._take(model, tokenizer)
+
+    def create(self, task):
+        """-> (policy, tokenizer) with random weights"""
+        o = self.o
+        tokenizer = data.tokenizer(o.tokenizer, task.tokenizer)
+        task.template = data.TEMPLATE
+        size = o.block_size or gpt.GPTConfig.block_size
+        config = gpt.GPTConfig(tokenizer.size, size, o.n_layer, o.n_head, o.n_embd)
+        return self._take(gpt.GPT(config, o.seed), tokenizer)
+
+    def _take(self, model, tokenizer):
+        own, wanted = model.config.block_size, self.o.block_size
+        if wanted > own:
+            words = f"--block-size {wanted} is more than the checkpoint's {own}"
+            raise UserError(f"{words}; it may only shorten it")
+        self.block_size = wanted or own
+        self.tokenizer = tokenizer
+        return self.prepare(model), tokenizer
+
+    def prepare(self, model):
+        model.checkpoint_activations = self.o.checkpoint_activations
+        return super().prepare(model)
+
+    def hold(self, **models):
+        self.models = {role: model for role, model in models.items() if model is not None}
+        self.ledger = memory.records(self.models)
+        say(memory.ledger(self.models))
+        if self.pure:
+            say("bfloat16-pure: an update below 1/256 of a weight is rounded away")
+
+    def adamw(self, *models):
+        """AdamW with betas (0.9, 0.95), weight decay on the matrices only."""
+        parameters = [p for model in models for p in model.parameters()]
+        matrices = [p for p in parameters if p.dim() >= 2]
+        rest = [p for p in parameters if p.dim() < 2]
+        decay = self.o.weight_decay
+        groups = [
+            {"params": matrices, "weight_decay": decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        fused = self.device.type in ("cpu", "cuda")
+        return torch.optim.AdamW(groups, lr=self.o.lr, betas=(0.9, 0.95), fused=fused)
+
+    # ---- forward passes without a graph
+
+    def sample(self, model, questions, longest, group=1, temperature=1.0, generator=None):
+        """As above; without a generator the run's own draws, and what is drawn counts."""
+        drawn = generator or self.generator
+        rollout = super().sample(model, questions, longest, group, temperature, drawn)
+        if generator is None:
+            self.sampled += int(rollout.mask.sum())
+        return rollout
+
+    def logprobs(self, model, rollout, temperature=1.0):
+        """-> (N, T) log-probs of all responses of a rollout, a micro-batch at a time"""
+        return self._whole(rollout, lambda x: model.logprobs(x.ids, x.mask, temperature))
+
+    def values(self, critic, rollout):
+        """-> (N, T) values of what stands before each token"""
+        return self._whole(rollout, lambda x: critic.values_before(x.ids))
+
+    @torch.no_grad()
+    def _whole(self, rollout, f):
+        parts = []
+        for batch in self.micro_batches(rollout):
+            with self.autocast():
+                x = f(batch)
+            parts.append(pad(x, (0, rollout.ids.size(1) - x.size(1))))
+        return torch.cat(parts)
+
+    # ---- the loop
+
+    def micro_batches(self, rows):
+        """The one place where the rows of an optimizer step are cut."""
+        size = self.o.micro_batch or len(rows)
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+    def steps(self, batches, optimizer, **state):
+        """Yields the number of each step from 0; between two of them the step is recorded, shown
+        and saved. batches: the data, whose passes may set the steps. state: what else --resume must
+        restore: name = object with state_dict and load_state_dict."""
+        o = self.o
+        o.steps = o.steps or (o.epochs or 1) * batches.per_epoch
+        if data.kind(o.task) == "exact" and "eval_every" not in o.given:
+            o.eval_every = max(1, o.steps // 20)
+        trained = {k: m for k, m in self.models.items() if next(m.parameters()).requires_grad}
+        self.weights_state = trained | {"optimizer": optimizer}
+        self.drawn_state = {"batches": batches} if hasattr(batches, "state_dict") else {}
+        self.drawn_state |= state
+        self.options = self._options()
+        self.optimizer, self.times, self.spent = optimizer, [], {}
+        if not (o.resume and self._resume()):
+            self._begin()
+        self.tokens_before = self.tokens
+        measured = min(self.first + 1, o.steps - 1)  # AdamW's moments are there
+        hidden = not sys.stderr.isatty()
+        bar = tqdm(total=o.steps, initial=self.first, desc=self.method, disable=hidden)
+        with bar, finish_step_on_ctrl_c() as interrupted:
+            for step in range(self.first, o.steps):
+                self.step, self.updates = step, 0
+                self.sums, self.logged_in, self.clocks = {}, {}, {}
+                self.drawn = self._drawn()
+                self.started = time.perf_counter()
+                with self._measured() if step == measured else contextlib.nullcontext():
+                    yield step
+                if step != measured or step + 1 == o.steps:  # counting bytes takes time
+                    self.times.append(self.updated - self.started)
+                    for name, seconds in self.clocks.items():
+                        self.spent.setdefault(name, []).append(seconds)
+                self._end_step(bar)
+                if (step + 1) % o.save_every == 0 or step + 1 == o.steps or interrupted:
+                    self._save(step + 1)
+                if interrupted:
+                    raise KeyboardInterrupt(f"step {step + 1}, in {self.files.state_path}")
+
+    def _end_step(self, bar):
+        """Records and shows the step's figures."""
+        o, done = self.o, self.step + 1
+        self.last = {"step": done} | self._figures()
+        if done % o.log_every == 0 or done == o.steps:
+            self.files.record(self.last)
+            shown = {k.split("/")[-1]: self.last[k] for k in SHOWN if k in self.last}
+            text = ", ".join(f"{k} {x:.3g}" for k, x in shown.items())
+            bar.set_postfix_str(text)
+            tenth = done * 10 // o.steps > (done - o.log_every) * 10 // o.steps
+            if bar.disable and not o.eval_every and (tenth or done == o.steps):
+                say(f"{self.method} step {done}/{o.steps}: {text}")
+        bar.update()
+
+    def backward(self, loss, tokens):
+        """tokens: how many of prompt and response the loss was computed on, padding left out"""
+        loss.backward()
+        self.tokens += tokens
+
+    @torch.no_grad()
+    def log(self, metrics, weight=1.0):
+        """Adds Σ weight · metric to the step's figures; the weights of a mean sum to 1. What is
+        logged in several optimizer steps is averaged over them."""
+        for name, x in metrics.items():
+            x = weight * x
+            x = x.sum() if torch.is_tensor(x) else x
+            self.sums[name] = self.sums.get(name, 0.0) + x
+            self.logged_in.setdefault(name, set()).add(self.updates)
+
+    def _figures(self):
+        """-> the step's figures, as numbers"""
+        line = {name: float(x) / len(self.logged_in[name]) for name, x in self.sums.items()}
+        return line | ({"sampled_tokens": self.sampled} if self.sampled else {})
+
+    @contextlib.contextmanager
+    def clock(self, part):
+        """Times a part of the step; the medians stand in the record as <part>_ms."""
+        start = self._now()
+        if self.tracker:
+            self.tracker.during("sampling" if part == "sample" else None)
+        yield
+        if self.tracker:
+            self.tracker.during(None)
+        self.clocks[part] = self.clocks.get(part, 0.0) + self._now() - start
+
+    def update(self, optimizer):
+        """Learning rate, clipped gradient, optimizer step. Stops at a loss or a gradient that is
+        not finite."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.o)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.o.grad_clip)
+        loss = self.sums["loss"]
+        if not torch.isfinite(norm + loss):
+            self.keep()
+            path = self.files.state_path
+            kept = (
+                f"the last good state is kept in {path}" if self.files.interrupted() else "no state"
+            )
+            found = f"the loss is {float(loss)}, the gradient's norm {float(norm)}; {kept}"
+            remedy = "start again with a smaller --lr or a longer --warmup"
+            raise Stopped(f"step {self.step + 1}: {found}; {remedy}")
+        optimizer.step()
+        optimizer.zero_grad()
+        self.log({"grad_norm": norm, "lr": group["lr"]})
+        self.updates += 1
+        if self.tracker:
+            self.peak = self.tracker.parts, dict(self.tracker.most)
+        elif self.device.type == "cuda":
+            self.allocated = torch.cuda.max_memory_allocated(self.device)
+        self.updated = time.perf_counter()
+
+    def cut_short(self, why):
+        """Ends the training before this step; where nothing was learned yet, with an error."""
+        step = self.step
+        if step == 0:
+            raise Stopped(why)
+        say(f"{why}. The run ends after step {step} of {self.o.steps}, with what it has learned")
+        if step > self.first and step % self.o.log_every:
+            self.files.record(self.last)
+        self.o.steps = step
+
+    def evaluate(self, evaluator, policy):
+        """Every --eval-every steps: records and shows figures of 128 test prompts."""
+        done, every = self.step + 1, self.o.eval_every
+        if not every or done % every:
+            return
+        figures = evaluator.measure(policy, 128)
+        self.files.record({"step": done, "eval": figures})
+        shown = ("reward", "score", "kl", "kl_star", "accuracy", "rms", "nll")
+        text = ", ".join(f"{k} {figures[k]:.3f}" for k in shown if k in figures)
+        loss = self._figures()["loss"]
+        say(f"{self.method} step {done}/{self.o.steps}: loss {loss:.4f}, {text}")
+
+    def finish(self, evaluator, policy, forward=None, updates=1, **figures):
+        """Measures the policy, writes its checkpoint, and ends the record. forward: forward passes
+        of a role over a token that is trained on, where they are not one; updates: passes over a
+        rollout. figures: more of them."""
+        final = evaluator.measure(policy) | figures
+        trained = {role: next(m.parameters()).requires_grad for role, m in self.models.items()}
+        forward = dict.fromkeys(self.models, 1) | (forward or {})
+        forward = {role: n for role, n in forward.items() if role in self.models}
+        backward = {role: updates * trained[role] for role in self.models}
+        recompute = self.o.checkpoint_activations
+        meta = {"method": self.method, "task": self.o.task, "options": self.options}
+        meta |= {"steps": self.o.steps, "tokenizer": self.tokenizer.meta}
+        gpt.save(policy, self.o.out, **meta, **evaluator.facts(final))
+        evaluator.report(f"{self.method} on {self.o.task}", final)
+        final |= {
+            "models": self.ledger,
+            "forward_passes": sum(forward.values()),
+            "backward_passes": sum(backward.values()),
+            "flops_per_token": memory.flops(self.models, forward, backward, recompute),
+            "trained_tokens": self.tokens,
+            "wall_s": round(time.time() - self.wall, 2),
+        }
+        final |= {"sampled_tokens": self.sampled} if self.sampled else {}
+        final |= self._times(updates)
+        if self.peak:
+            parts, most = self.peak
+            final |= {"peak_bytes": sum(parts.values()), "peak": parts, "peak_most": most}
+        self.files.record({"final": final})
+        self.files.drop_state()
+        self._summary(final)
+        return final
+
+    def _times(self, updates):
+        """-> the medians of a step and of its parts, and the tokens of a second"""
+        if not self.times:
+            return {}
+        tokens = (self.tokens - self.tokens_before) / updates / (self.step + 1 - self.first)
+        figures = {"step_ms": 1000 * statistics.median(self.times)}
+        figures["tokens_per_s"] = tokens / statistics.fmean(self.times)
+        parts = self.spent.items()
+        return figures | {f"{part}_ms": 1000 * statistics.median(x) for part, x in parts}
+
+    def _summary(self, final):
+        speed = ""
+        if self.times:
+            parts = ", ".join(f"{part} {final[f'{part}_ms']:.0f}" for part in self.spent)
+            speed = f", {final['step_ms']:.0f} ms a step" + (f" ({parts})" if parts else "")
+            speed += f", {final['tokens_per_s']:,.0f} tokens/s"
+        say(memory.ledger(self.models))
+        say(f"time: {final['wall_s']:.0f} s{speed}")
+        if self.peak:
+            say(f"memory at a step's peak: {memory.peak_text(*self.peak)}")
+        say(f"checkpoint {self.o.out}, record {self.files.record_path}")
+
+    @contextlib.contextmanager
+    def _measured(self):
+        """Counts the bytes of a whole step: on a CPU those of its tensors, on a GPU those that its
+        allocator gave out."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            yield
+            self.peak = {"all": self.allocated}, {}
+        elif self.device.type == "cpu":
+            with memory.track(self.models, self.optimizer) as self.tracker:
+                yield
+            self.tracker = None
+        else:
+            yield
+
+    # ---- files
+
+    def _options(self):
+        """-> the options that set a run's bits"""
+        kept = {name: x for name, x in asdict(self.o).items() if name not in FREE}
+        return kept | {"device": self.device.type}
+
+    def past(self):
+        """-> the closing figures of this very run, if it has ended before"""
+        return self.files.past(self.method, self._options())
+
+    def _begin(self):
+        """A fresh run: its record begins, and no older run's state is left to be resumed."""
+        o = self.o
+        if o.warmup > o.steps:
+            last = f"ends at {learning_rate(o.steps - 1, o):.3g}, not {o.lr:g}"
+            say(f"--warmup {o.warmup} outlasts the {o.steps} steps: the learning rate {last}")
+        if self.files.interrupted():
+            say(f"the state that an interrupted run left in {self.files.state_path} is replaced")
+            self.files.drop_state()
+        self.files.begin()
+        head = {"method": self.method, "task": o.task, "options": asdict(o), "commit": commit()}
+        head |= {"device": str(self.device), "dtype": str(self.dtype)[6:], "models": self.ledger}
+        head["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+        self.files.record(head)
+
+    def _drawn(self):
+        """-> the states that a step moves before any weight has moved"""
+        states = {name: x.state_dict() for name, x in self.drawn_state.items()}
+        return states | {"generator": self.generator.get_state(), "sampled": self.sampled}
+
+    def _save(self, step, drawn=None):
+        """drawn: earlier states, to be saved in place of the present ones"""
+        state = {"step": step, "options": self.options, "tokens": self.tokens}
+        state |= {name: x.state_dict() for name, x in self.weights_state.items()}
+        state |= drawn or self._drawn()
+        self.files.save(state | {"wall": time.time() - self.wall})
+
+    def keep(self):
+        """Saves what was done before this step, if no weight has moved in it."""
+        if self.step == self.first or self.updates:
+            return
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if all(torch.isfinite(p).all() for p in weights):
+            self._save(self.step, self.drawn)
+            path = self.files.state_path
+            say(f"step {self.step} is saved in {path}; --resume goes on from there")
+
+    def _resume(self):
+        """Goes on from the saved state; False where there is none, which is said. Ends the process
+        where the run had finished."""
+        if self.past():
+            say(f"--resume: this run has finished, {self.o.out} is its checkpoint")
+            sys.exit(0)
+        if not self.files.interrupted():
+            say(f"--resume: there is no {self.files.state_path} yet, so this run starts afresh")
+            return False
+        state = self.files.load(self.options, self.device)
+        for name, x in (self.weights_state | self.drawn_state).items():
+            x.load_state_dict(state[name])
+        self.generator.set_state(state["generator"].cpu())
+        self.wall = time.time() - state["wall"]
+        self.first, self.tokens, self.sampled = state["step"], state["tokens"], state["sampled"]
+        self.step = self.first - 1
+        self.files.begin()  # cut back to the saved step
+        say(f"resumed after step {self.first} of {self.o.steps}")
+        return True
+
+    def _now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def say(text):
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def learning_rate(step, o):
+    """Linear warmup, then constant, linear to 0, or cosine to a tenth."""
+    if step < o.warmup:
+        return o.lr * (step + 1) / o.warmup
+    done = (step - o.warmup) / max(1, o.steps - o.warmup)
+    if o.lr_schedule == "cosine":
+        return o.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+    return o.lr * (1 - done) if o.lr_schedule == "linear" else o.lr
+
+
+@contextlib.contextmanager
+def finish_step_on_ctrl_c():
+    """-> a list that is empty until Ctrl-C; a second Ctrl-C ends at once."""
+    pressed, before = [], signal.getsignal(signal.SIGINT)
+
+    def press(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    with contextlib.suppress(ValueError):  # not the main thread: Ctrl-C is somebody else's
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, before)
+
+
+def commit():
+    """-> the git commit of these scripts, or "" where there is none"""
+    folder = Path(__file__).parent
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", folder, "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
