@@ -349,9 +349,9 @@ class Rollout:
         columns = {}
         for name, x in vars(parts[0]).items():
             tensors = [getattr(part, name) for part in parts]
-            if x.dim() == 2:
+            if x is not None and x.dim() == 2 and x.size(1) == parts[0].ids.size(1):
                 tensors = [F.pad(y, (0, T - y.size(1))) for y in tensors]
-            columns[name] = torch.cat(tensors)
+            columns[name] = None if x is None else torch.cat(tensors)
         return Rollout(**columns)
 
     @property

@@ -1,11 +1,13 @@
 """The yardstick against figures counted by hand."""
 
 import json
+import math
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import lines
 
 import data
 import dpo
@@ -19,13 +21,13 @@ from training import Compute
 TOKENIZER = data.tokenizer()
 
 
-def evaluator(task, tokens, **more):
-    """On a CPU, in a context of 64, whose responses have so many tokens"""
+def evaluator(task, tokens=0, context=64, **more):
+    """On a CPU; a response has so many tokens, 0: as many as the task says"""
     o = SimpleNamespace(
         device="cpu", dtype="float32", seed=0, truncate=False, max_new_tokens=tokens
     )
     run = Compute(o)
-    run.tokenizer, run.block_size = TOKENIZER, 64
+    run.tokenizer, run.block_size = data.tokenizer(own=task.tokenizer), context
     return Evaluator(run, task, **more)
 
 
@@ -162,3 +164,90 @@ def test_held_out_loss_counts_every_row(tmp_path):
 
 def test_control_characters_do_not_reach_the_terminal():
     assert printable(" a\x1b[2Jb\x00\x07\nnaïve 🎬 ") == "a·[2Jb··\nnaïve 🎬"
+
+
+# ---- by enumeration
+
+
+def test_the_table_is_the_model_s_distribution():
+    """Outcome by outcome the product of the plain next-token probabilities; all 40 sum to 1."""
+    world, policy = data.task("exact"), GPT(GPTConfig(4, 8, 1, 1, 16))
+    measured = evaluator(world, context=8)
+    table, tokenizer = measured.table(policy), measured.run.tokenizer
+    assert table.exp().sum(1).tolist() == pytest.approx([1.0] * 4, abs=1e-5)
+    for i, x in enumerate(world.contexts):
+        for j in (0, 2, 11, 39):
+            ids, y = tokenizer.encode(x), tokenizer.answer(world.outcomes[j])
+            probs = policy(torch.tensor([ids + y]))[0].softmax(-1)[len(ids) - 1 : -1]
+            product = math.prod(p[t].item() for p, t in zip(probs, y))
+            assert table[i, j].exp().item() == pytest.approx(product, rel=1e-4)
+
+
+def test_probabilities_that_do_not_sum_to_one_are_noticed():
+    class Leaky(GPT):
+        def logprobs(self, *args, **more):
+            return super().logprobs(*args, **more) * 1.01
+
+    with pytest.raises(AssertionError, match="sum to"):
+        evaluator(data.task("exact"), context=8).table(Leaky(GPTConfig(4, 8, 1, 1, 16)))
+
+
+def test_figures_by_enumeration(monkeypatch):
+    """exact:1 with π = (1/2, 1/4, 1/8, 1/8), π_ref = 1/4 each, and r = (0, 1, 1, -1) for "", a, b,
+    c at each prompt. E[r] = 1/4; KL = log 4 - H, H = 7/4 log 2; of the 16 (y, y') of equal π_ref:
+    "" wins over c, draws with itself: win rate 1/2 (1 + 1/2)/4 + (1/4 + 1/8)(1 + 1 + 1/2 + 1/2)/4 +
+    1/8 (1/2)/4 = 0.484375. Length 1: a symbol or the end."""
+    world = data.task("exact:1")
+    world.r[:] = [0, 1, 1, -1]
+    policy, ref = object(), object()
+    measured = evaluator(world, context=8, reference=ref)
+    p = torch.tensor([[0.5, 0.25, 0.125, 0.125]] * 4).double()
+    tables = {policy: p.log(), ref: torch.full((4, 4), 0.25).double().log()}
+    monkeypatch.setattr(measured, "table", tables.get)
+    figures = measured.measure(policy)
+    kl, h = math.log(4) - 1.75 * math.log(2), 1.75 * math.log(2)
+    expected = {"reward": 0.25, "ref_reward": 0.25, "kl": kl, "win_rate": 0.484375, "length": 1}
+    expected |= {"ref_length": 1, "ended": 0.5, "entropy": h, "objective": 0.25 - 0.5 * kl}
+    z = 1 + 2 * math.exp(2) + math.exp(-2)  # π* = exp(2r)/z
+    star = torch.tensor([1, math.exp(2), math.exp(2), math.exp(-2)]).double() / z
+    expected["kl_star"] = -h - (p[0] * star.log()).sum().item()
+    expected["tv_star"] = (p[0] - star).abs().sum().item() / 2
+    assert len(figures.pop("frontier")) == 81
+    assert figures == pytest.approx(expected | {"prompts": 4, "outcomes": 4})
+    best = math.log(z / 4) * 0.5  # J(π*) = β log Z
+    assert best - figures["objective"] == pytest.approx(0.5 * figures["kl_star"])
+    text = "\n".join(measured.shown)
+    assert f"{expected['kl_star']:.4f}" in text and "-> (empty)" in text
+    assert f"{math.log(4):.3f} nats" in text
+
+
+def test_evaluate_prints_the_table(world, call):
+    short = "--task exact --steps 60 --batch-size 512 --warmup 5 --device cpu".split()
+    call("dpo", *short, "--out", "out/exact/short.pt", cwd=world)
+    final = lines(world / "out/exact/short.jsonl")[-1]["final"]
+    assert final["kl_star"] < 1 and final["objective"] > final["ref_reward"]
+    assert "kl_se" not in final
+    text = call("evaluate", "out/exact/short.pt", "--device", "cpu", cwd=world)
+    assert f"{final['kl_star']:.4f}" in text and "KL(π_ref‖uniform)" in text
+    assert text.count(" -> ") == 5 and text.count("E[r]") == 3
+
+
+def test_no_policy_lies_above_the_frontier():
+    """The record's curve of (KL, E[r]) is π*'s: of 500 policies none lies above a line that touches
+    it, and it has the slope β."""
+    world, policy = data.task("exact"), GPT(GPTConfig(4, 8, 1, 1, 16))
+    measured = evaluator(world, context=8, reference=policy)
+    curve = torch.tensor(measured.measure(policy)["frontier"], dtype=torch.float64)
+    beta = 10 ** (torch.arange(-40, 41) / 20)
+    slope = curve.diff(dim=0)[:, 1] / curve.diff(dim=0)[:, 0]
+    assert ((slope >= beta[:-1]) & (slope <= beta[1:])).all() and (curve.diff(dim=0) < 0).all()
+    log_ref, r = measured.table(policy), torch.from_numpy(world.r)
+    best = curve[:, 1] - beta * curve[:, 0]  # J of π* at each β
+    generator = torch.Generator().manual_seed(0)
+    for strength in torch.linspace(0.1, 10, 500):
+        noise = torch.randn(r.shape, generator=generator, dtype=torch.float64)
+        tilt = r * torch.rand(1, generator=generator) + noise
+        log_q = (log_ref + strength * tilt).log_softmax(1)
+        kl = (log_q.exp() * (log_q - log_ref)).sum(1).mean()
+        reward = (log_q.exp() * r).sum(1).mean()
+        assert (reward - beta * kl <= best + 1e-9).all()
