@@ -175,7 +175,8 @@ def main(argv=None):
             score = reward + R_len
             figures |= {"overlong": (R_len < 0).float().mean(), "overlong_reward": R_len.mean()}
         rollout.adv = group_advantages(score, norm=o.adv_norm).view(-1, 1)  # (P·G, 1)
-        figures |= group_figures(reward) | rollout.summary()
+        run.log(group_figures(reward) | rollout.summary())
+        run.log(figures)
         if o.overlong_filter:  # nothing may be left of a response, nor of a minibatch
             rollout.mask = rollout.mask & rollout.finished[:, None]
 
@@ -187,9 +188,8 @@ def main(argv=None):
                     weight = token_weight(batch, minibatch, prompts.longest, o.agg)
                     run.backward((weight * losses).sum(), batch.tokens)
                     run.log({"loss": losses}, weight)
-                    run.log(metrics, batch.mask / minibatch.length.sum().clamp(min=1))
+                    run.log(metrics, token_weight(batch, minibatch, prompts.longest, "token_mean"))
                 run.update(optimizer)
-        run.log(figures)
         run.evaluate(evaluator, policy)
 
     passes = 1 + (not once) + o.updates  # sampling, log-probs of π_old, training

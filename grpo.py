@@ -166,6 +166,7 @@ def main(argv=None):
         if o.kl == "reward" and ref:
             score = reward - o.beta * (rollout.logp - rollout.ref_logp).sum(1).view_as(reward)
         rollout.adv = group_advantages(score, norm=o.adv_norm).view(-1, 1)  # (P·G, 1)
+        run.log(group_figures(reward) | rollout.summary())
 
         with run.clock("update"):
             for minibatch in rollout.minibatches(o.updates, o.minibatches, run.generator):
@@ -177,9 +178,8 @@ def main(argv=None):
                     run.log({"loss": losses}, weight)
                     if ref:  # of a response, the sum over its tokens
                         run.log({"kl": metrics.pop("kl")}, batch.mask / len(minibatch))
-                    run.log(metrics, batch.mask / minibatch.length.sum())
+                    run.log(metrics, token_weight(batch, minibatch, prompts.longest, "token_mean"))
                 run.update(optimizer)
-        run.log(group_figures(reward) | rollout.summary())
         run.evaluate(evaluator, policy)
 
     passes = 1 + (not once) + o.updates  # sampling, log-probs of π_old, training

@@ -29,8 +29,8 @@ from gpt import (
 from training import Run, parse
 
 WORLD = data.task("exact")
-R, LOG_D, BEATS = (torch.from_numpy(x) for x in (WORLD.r, WORLD.d, WORLD.beats))
-LOG_D = LOG_D.log()
+R, D, BEATS = (torch.from_numpy(x) for x in (WORLD.r, WORLD.d, WORLD.beats))
+LOG_D = D.log()
 WORDS, TOKENIZER = data.tokenizer(), data.tokenizer(own=WORLD.tokenizer)
 ONE = ["--updates", 1, "--minibatches", 1]
 RM = [*ENDS, "--batch-size", 32, "--reward", "judge.pt"]  # of ppo.py
@@ -195,11 +195,12 @@ def test_the_optimum_of_own_pairs_is_that_of_the_labels():
     assert gradient_at(best, "argmax") > 1e-2
 
 
-def test_equal_rows_are_scored_once_and_count_as_often_as_they_stand(world):
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_equal_rows_are_scored_once_and_count_as_often_as_they_stand(loss, world):
     """A batch of 64 pairs, three times, with many twins: its loss and gradient are those of the 192
     pairs one by one."""
     policy = load(world / "out/exact/sft.pt")[0].double()
-    o, ref = parse(dpo.Options, ["--beta", "0.5"]), small(0).double()
+    o, ref = parse(dpo.Options, ["--loss", loss, "--beta", "0.5"]), small(0).double()
     pairs, _ = data.encode(WORLD.preferences(64, 0), TOKENIZER, 8)
     pairs *= 3
     rows = {(pair[0], y) for pair in pairs for y in pair[1:]}
@@ -520,7 +521,8 @@ def test_overlong_filter_leaves_cut_responses_out_of_the_loss(ends, monkeypatch)
     assert 5 < found[1]["entropy"] < math.log(748)  # a nearly random model's
     for key in ("completions/mean_length", "completions/clipped_ratio", "reward"):
         assert found[0][key] == found[1][key]
-    assert main("dapo", *args[:-4], "--minibatches", 32, "--overlong-filter") == 0  # some are empty
+    assert main("dapo", *args, "--minibatches", 32, "--overlong-filter") == 0  # some are empty
+    assert all(map(math.isfinite, lines(ends / "filter/x.jsonl")[1].values()))
 
 
 # ---- what is old

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import online_dpo
 from dapo import dapo_loss, keep_groups, overlong_penalty
 from dpo import dpo_loss, ipo_loss, robust_dpo_loss
 from gpt import GPT, GPTConfig
@@ -144,6 +145,23 @@ def test_why_the_reference_must_not_share_the_policy_s_weights():
         gradient = torch.autograd.grad(loss, policy.parameters())
         norms.append(sum(g.square().sum() for g in gradient).sqrt())
     assert norms[1] > 1e-4 and norms[0] <= 1e-6 * norms[1]
+
+
+def test_online_dpo_s_losses():
+    """h = (-1 + 3) - (-2 + 2) = 2. DPO, β = ½: log(1 + e⁻¹). IPO, τ = ¼: (2 - 2)²; τ = 1:
+    (2 - ½)². At h = 0 the gradients of DPO are -β/2 and β/2."""
+    one = [t(x) for x in (-1.0, -2.0, -3.0, -2.0)]
+    loss = online_dpo.dpo_loss(*one, beta=0.5).item()
+    assert loss == pytest.approx(math.log(1 + math.exp(-1)))
+    assert online_dpo.ipo_loss(*one, tau=0.25).item() == 0.0
+    assert online_dpo.ipo_loss(*one, tau=1.0).item() == 2.25
+    zero = [torch.zeros(3, requires_grad=True) for _ in range(4)]
+    loss = online_dpo.dpo_loss(*zero, beta=0.5)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([LOG2] * 3)
+    assert [x.grad.tolist() for x in zero[:2]] == [[-0.25] * 3, [0.25] * 3]
+    with pytest.raises(AssertionError):
+        online_dpo.dpo_loss(zero[0], zero[1][:2], *zero[2:])
 
 
 def test_nll_sums_the_tokens():
