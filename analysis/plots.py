@@ -197,6 +197,6 @@ def trends(plt, lines):
             low, high = list(map(min, ys)), list(map(max, ys))
             axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.set(xlabel="thousand sequences trained on", title=name)
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, loc=(1.02, 0.2))
     figure.tight_layout()
     return figure

@@ -104,6 +104,7 @@ def test_predicted_is_measured(row, endless, monkeypatch, capsys):
         assert cache < found == pytest.approx(ran["peak_most"]["sampling"], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", SETTINGS)
 def test_what_rows_say_is_what_scripts_hold(row, endless, monkeypatch, capsys):
     """Roles, which are trained, parameters and bytes: run.hold's ledger. Under autocast frozen
@@ -126,6 +127,7 @@ def test_a_judge_that_is_no_model_is_not_held():
         assert [m["role"] for m in predict.predict(row, o, config)["models"]] == held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row, more",
     [
@@ -236,6 +238,7 @@ def test_the_figures_of_a_7b_model(method, pure, mixed, tmp_path, monkeypatch, c
         assert round(found["predicted_bytes"] / 2**30, 1) == size
 
 
+@pytest.mark.slow
 def test_the_table_has_every_row_and_both_precisions(tmp_path, monkeypatch, capsys):
     """Of a small model; the other sizes reach it, a pair is two, and the card leaves 2 GiB."""
     monkeypatch.chdir(tmp_path)
