@@ -445,31 +445,30 @@ def start(script, args, folder):
     return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True)
 
 
-def press_ctrl_c(process, record):
-    """After its first steps; -> what it said last"""
-    deadline = time.time() + 60
-    while not record.exists() or len(record.read_text().splitlines()) < 2:
+def press_ctrl_c(process, record, after=1):
+    """When the record has more lines than `after`; -> what the process said, and its last line."""
+    deadline = time.time() + 120
+    while not record.exists() or len(record.read_text().splitlines()) <= after:
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    out, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    return said.strip().splitlines()[-1]
+    return out, said.strip().splitlines()[-1]
 
 
 def test_a_stage_ends_with_its_parent_and_goes_on_with_it(tmp_path):
     """Ctrl-C while sft.py, which dpo.py runs in its own process, trains: both end, and the command
-    that is printed goes on with the stage where it stopped, and then with DPO."""
+    that is printed goes on with the stage where it stopped."""
     args = "--task exact:1 --device cpu --steps 2 --batch-size 8".split()
-    record = tmp_path / "out/exact-1/sft.jsonl"
-    said = press_ctrl_c(start("dpo.py", args, tmp_path), record)
+    record, done = tmp_path / "out/exact-1/sft.jsonl", 1
     again = shlex.join(["python", str(ROOT / "dpo.py"), *args, "--resume"])
-    assert said == f"dpo.py: interrupted; this goes on from where sft.py stopped: {again}"
-    done = len(record.read_text().splitlines())
-    assert record.with_suffix(".state").exists() and not record.with_suffix(".pt").exists()
-    said = run("dpo.py", *args, "--resume", cwd=tmp_path).stdout
-    assert re.search(r"resumed after step [1-9]\d* of 1000", said) and "sft.pt is made, in" in said
-    assert len(step_lines(record)) > done and len(step_lines(record.with_name("dpo.jsonl"))) == 3
+    for more, words in ([], "running sft.py first"), (["--resume"], "resumed after step "):
+        out, said = press_ctrl_c(start("dpo.py", args + more, tmp_path), record, done)
+        assert said == f"dpo.py: interrupted; this goes on from where sft.py stopped: {again}"
+        assert words in out and record.with_suffix(".state").exists()
+        assert not record.with_name("dpo.jsonl").exists()
+        done = len(record.read_text().splitlines())
 
 
 # ---- interruptions
@@ -480,7 +479,8 @@ def step_lines(path):
     record = lines(path)
     steps = [line for line in record if "step" in line]
     numbers = [(line["step"], "eval" in line) for line in steps]
-    assert numbers == sorted(set(numbers)) and len(record) == len(steps) + 2
+    assert len(set(numbers)) == len(numbers) == len(record) - 2
+    assert [step for step, _ in numbers] == sorted(step for step, _ in numbers)
     assert "options" in record[0] and "final" in record[-1]
     return steps
 
@@ -643,10 +643,11 @@ def test_a_reward_that_raises_costs_no_step_that_was_done(script, shop, monkeypa
     assert main(script, *args, "--out", "cut/x.pt") == 2
     said = capsys.readouterr()
     assert "--reward fragile.py:odd raised AssertionError (out of service, line 7) at" in said.err
-    assert "step 2 is saved in cut/x.state; --resume goes on from there" in said.out
+    step = re.search(r"step (\d) is saved in cut/x.state; --resume goes on from there", said.out)[1]
+    assert step == "2" or script == "dapo" and step == "1"  # which samples until groups are mixed
     fragile.write_text(FRAGILE.replace("LIMIT", "10**9") + "\n# mended\n")
     assert main(script, *args, "--out", "cut/x.pt", "--resume") == 0
-    assert "resumed after step 2 of 3" in capsys.readouterr().out
+    assert f"resumed after step {step} of 3" in capsys.readouterr().out
     same_run(shop / "cut/x.pt", shop / "whole/x.pt")
 
 
@@ -678,7 +679,7 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(shop):
     args = (
         "--steps 100000 --batch-size 4 --save-every 100000 --out ctrl/dpo.pt --device cpu".split()
     )
-    said = press_ctrl_c(start("dpo.py", args, shop), shop / "ctrl/dpo.jsonl")
+    _, said = press_ctrl_c(start("dpo.py", args, shop), shop / "ctrl/dpo.jsonl")
     assert (shop / "ctrl/dpo.state").exists()
     assert said.endswith(shlex.join(["python", str(ROOT / "dpo.py"), *args, "--resume"]))
 

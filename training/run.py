@@ -386,11 +386,12 @@ class Run(Compute):
     def _drawn(self):
         """-> the states that a step moves before any weight has moved"""
         states = {name: x.state_dict() for name, x in self.drawn_state.items()}
-        return states | {"generator": self.generator.get_state(), "sampled": self.sampled}
+        counts = {"sampled": self.sampled, "tokens": self.tokens}
+        return states | counts | {"generator": self.generator.get_state()}
 
     def _save(self, step, drawn=None):
         """drawn: earlier states, to be saved in place of the present ones"""
-        state = {"step": step, "options": self.options, "tokens": self.tokens}
+        state = {"step": step, "options": self.options}
         state |= {name: x.state_dict() for name, x in self.weights_state.items()}
         state |= drawn or self._drawn()
         self.files.save(state | {"wall": time.time() - self.wall})
