@@ -346,7 +346,7 @@ def tabled(path):
     return again, Evaluator(again, WORLD)
 
 
-def descend(path, normalise=False, uniform=False, drop_end=False, steps=300):
+def descend(path, normalise=False, uniform=False, drop_end=False, steps=225):
     """DPO on the whole population at once, a transformer as the policy, dpo_loss as it stands. ->
     mean KL(π‖π*)"""
     again, evaluator = tabled(path)

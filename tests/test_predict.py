@@ -165,10 +165,9 @@ def sizes(tiny, tmp_path_factory):
 TOYS = [("tokens:32+96", 2, 64), ("tokens:32+96", 4, 128), ("tokens:16+16", 8, 256)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", SETTINGS)
-@pytest.mark.parametrize(
-    "i", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("i", range(3))
 def test_predicted_is_measured_at_three_sizes(i, row, sizes, monkeypatch, capsys):
     """Within 0.5 % where nothing is sampled, 3 % where it is"""
     more = ["--task", TOYS[i][0], "--batch-size", 2]
@@ -224,7 +223,7 @@ def test_predict_allocates_nothing_and_leaves_all_as_it_was(tmp_path, monkeypatc
     "method, pure, mixed",
     [
         ("simpo", 50.7, 100.8),
-        ("dpo", 63.1, 113.6),
+        pytest.param("dpo", 63.1, 113.6, marks=pytest.mark.slow),
         pytest.param("ppo", 125.1, 225.6, marks=pytest.mark.slow),
         pytest.param("reward_model", 50.3, 99.7, marks=pytest.mark.slow),
         pytest.param("rlaif", 75.5, 126.4, marks=pytest.mark.slow),

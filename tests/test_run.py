@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import shlex
@@ -28,7 +27,6 @@ from gpt import GPTConfig, ScalarGPT, load
 from training import Compute, Run, checkpoint
 
 CPU = SimpleNamespace(device="cpu", dtype="float32")
-QUIET = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def snapshot(folder):
@@ -76,14 +74,14 @@ def whole_and_apart(folder, before):
 
 
 @pytest.mark.parametrize("name", HELD)
-def test_end_to_end(name, shop):
+def test_end_to_end(name, shop, call):
     """Exit code, documented finite figures, the ledger's models, an unchanged reference, a policy
     that has changed, and a checkpoint that evaluates to the same."""
     before = snapshot(shop)
     small = "--n-layer 1 --n-embd 16".split() if name == "orpo" else []
     if name in SAMPLING:
         small = "--init ends.pt --group 4 --reward judge.py:odd".split()
-    said = run(f"{name}.py", *TINY, *small, "--eval-every", 2, cwd=shop, env=QUIET).stdout
+    said = call(name, *TINY, *small, "--eval-every", 2, cwd=shop)
     held = [(role.strip("*"), role.endswith("*")) for role in HELD[name].split()]
     assert "reward" in said and "reference |" in said and f"models held: {len(held)}" in said
     whole_and_apart(shop, before)
@@ -122,11 +120,11 @@ def test_end_to_end(name, shop):
     if name != "orpo":
         before = load(shop / init)[0].parameters()
         assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), before))
-    ask = ["evaluate.py", f"out/reviews/{name}.pt", "--device", "cpu"]
-    again = run(*ask, cwd=shop, env=QUIET).stdout
+    ask = ["evaluate", f"out/reviews/{name}.pt", "--device", "cpu"]
+    again = call(*ask, cwd=shop)
     assert re.search(rf"KL\(π‖π_ref\), nats a response +{final['kl']:.2f} ", again)
     if name == "dpo":
-        answer = run(*ask, "--prompt", "A drama, The Last Road:", cwd=shop).stdout
+        answer = call(*ask, "--prompt", "A drama, The Last Road:", cwd=shop)
         assert "A drama, The Last Road:" in answer and "policy |" in answer
 
 
