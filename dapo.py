@@ -1,18 +1,18 @@
 """DAPO: Decoupled Clip and Dynamic sAmpling Policy Optimization (arXiv:2503.14476).
 
-    A_i   = (r_i - mean r) / std r                 over the G responses to one prompt: no critic
+    A_i   = (R_i - mean R) / std R                 over the G responses to one prompt: no critic
     ρ_it  = π_θ(y_it | x, y_i<t) / π_old(y_it | x, y_i<t)
     L(θ)  = 1/Σ_i|y_i| Σ_i Σ_t - min(ρ_it A_i, clip(ρ_it, 1-ε_low, 1+ε_high) A_i)
 
     1. clip-higher        ε_high > ε_low: a rare token may rise further before its gradient stops
-    2. dynamic sampling   groups all correct or all wrong have A = 0: others are sampled instead
+    2. dynamic sampling   groups all correct or all wrong teach nothing: others are sampled instead
     3. token-level loss   the mean over all response tokens of the optimizer step
-    4. overlong shaping   r_i = ±1 (correct or not) + R_len: 0 up to L_max - L_c tokens, then to -1
+    4. overlong shaping   R_i = ±1 (correct or not) + R_len: 0 up to L_max - L_c tokens, then to -1
 
     paper               code                      shape
     G, S                group, len(minibatch)     responses to a prompt; in an optimizer step
-    r, R, A             reward, score, adv        (P, G) of P prompts; A (N, 1), one a response
-    log π_θ, π_old      logp, old_logp            (B, T) of token t, nats
+    r, R, A             reward, score, adv        (P, G) of P prompts; A (P·G, 1), one a response
+    log π_θ, π_old      logp, old_logp            (B, T) of token t, nats, at the temperature
     |y|, L_max          length, longest           response tokens, end token included
 
 Models in memory: 1 (policy, trained), no reference; a learned reward adds one.
@@ -44,7 +44,7 @@ def group_advantages(reward, eps=1e-4, norm="std"):
     adv, G = reward - reward.mean(1, keepdim=True), reward.size(1)
     if norm == "std":
         return adv / (reward.std(1, keepdim=True) + eps)
-    return adv * G / (G - 1) if norm == "loo" else adv
+    return adv * G / (G - 1) if norm == "loo" else adv  # r - mean of the other G - 1
 
 
 def keep_groups(correct):
@@ -99,7 +99,7 @@ PRESETS = {
 def compute_loss(policy, batch, o):
     """A micro-batch of B responses -> (losses, metrics), each (B, T): one entry a token."""
     logp, entropy = policy.logprobs(batch.ids, batch.mask, o.temperature, entropy=True)
-    old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
+    old_logp = logp.detach() if batch.old_logp is None else batch.old_logp  # π_old is π_θ
     losses = dapo_loss(logp, old_logp, batch.adv, o.eps_low, o.eps_high)
 
     logp = logp.detach()

@@ -1,9 +1,9 @@
 """DPO: Direct Preference Optimization (arXiv:2305.18290).
 
     h(θ) = [log π_θ(y_w|x) - log π_ref(y_w|x)] - [log π_θ(y_l|x) - log π_ref(y_l|x)]
-    L(θ) = - log σ(βh)                                                          Eq. 7
+    L(θ) = mean over pairs of - log σ(βh)                                       Eq. 7
 
-    Variants of the last line:
+    Variants of a pair's loss:
     cDPO     - (1-ε) log σ(βh) - ε log σ(-βh)               --label-smoothing ε
     robust   [- (1-ε) log σ(βh) + ε log σ(-βh)] / (1-2ε)    --loss robust   arXiv:2403.00409
     IPO      (h - 1/(2β))², h of means over tokens          --loss ipo      arXiv:2310.12036
@@ -12,14 +12,14 @@
     y_w, y_l                     chosen, rejected            token ids, end tokens included
     log π_θ(y|x)                 logp_w, logp_l              (B,) sums over response tokens, nats
     log π_ref(y|x)               ref_logp_w, ref_logp_l      (B,) the same, under the reference
-    r̂ = β log π_θ/π_ref          reward_w, reward_l          (B,) the implicit reward
+    r̂ = β log π_θ/π_ref          reward_w, reward_l          (B,) implicit rewards (IPO: of means)
     β, ε                         beta, label_smoothing       τ of IPO is β
 
 Models in memory: 2 (policy, trained; ref, frozen), 1 with --precompute-ref, which runs the
 reference once over a fixed set and drops it. Data: (prompt, chosen, rejected).
 Departures from the papers: 1. AdamW with a cosine schedule for RMSprop; 2. a learning rate for toy
 models; 3. IPO takes means over tokens, as its authors' experiments did, and sums with --ipo-sum;
-4. --sft-weight adds the negative log-likelihood of the chosen answer, a nat a token.
+4. --sft-weight w adds -w log π_θ(y_w|x) / |y_w|.
 
     python dpo.py --beta 0.1                    film reviews; trains out/reviews/sft.pt if missing
     python dpo.py --task exact                  40 outcomes: the distance to the known optimum π*
@@ -80,7 +80,7 @@ class Options(PairOptions):
         0.0, "ε: share of labels taken to be wrong", low=0, below=0.5, only="loss=dpo|robust"
     )
     ipo_sum: bool = opt(False, "IPO of summed log-probs, as Eq. 17 reads", only="loss=ipo")
-    sft_weight: float = opt(0.0, "weight of the NLL of chosen, a nat a token (Llama 3: 0.2)", low=0)
+    sft_weight: float = opt(0.0, "weight of the mean NLL of chosen's tokens (Llama 3: 0.2)", low=0)
     precompute_ref: bool = opt(False, "run the reference once over a fixed set: one model")
 
     def check(self):
@@ -102,10 +102,10 @@ PRESETS = {
 def compute_loss(policy, ref, batch, o):
     """A micro-batch of B pairs -> (losses, metrics), each (B,): one entry a pair."""
     mean = o.loss == "ipo" and not o.ipo_sum
-    logp_w, logp_l = response_logprobs(policy, batch).chunk(2)  # (B,)
+    logp_w, logp_l = response_logprobs(policy, batch).chunk(2)  # (B,) twice, chosen first
     len_w, len_l = batch.length.chunk(2)
     with torch.no_grad():
-        if ref is None:  # precomputed, in the rows
+        if ref is None:  # precomputed by with_reference, two columns of the rows
             ref_logp_w, ref_logp_l = (x.to(logp_w) for x in batch.columns)
         else:
             ref_logp_w, ref_logp_l = response_logprobs(ref, batch).chunk(2)
@@ -150,7 +150,7 @@ def main(argv=None):
     run = Run("dpo", o)
     task = data.task(o.task, o.eval_file, o.strict)
     policy, tokenizer = run.load(o.init or run.stage("sft"), task)
-    ref = run.freeze(policy)
+    ref = run.freeze(policy)  # a copy
     batches = data.Batches(task.preferences, o.pairs or task.size, tokenizer, run.block_size, o)
     if o.precompute_ref:
         batches.rows, ref = with_reference(ref, batches.rows, run), None

@@ -361,8 +361,8 @@ class Rollout:
 
     @property
     def tokens(self):
-        """of prompts and responses, in all"""
-        return int(row_lengths(self.mask).sum())
+        """of prompts and responses, in all; a row without a response is not trained on"""
+        return int((row_lengths(self.mask) * self.mask.any(1)).sum())
 
     def minibatches(self, updates, parts, generator):
         """Yields the rows in `parts` shuffled minibatches, once for each of the updates; as they

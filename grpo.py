@@ -1,24 +1,25 @@
 """GRPO: Group Relative Policy Optimization (DeepSeekMath, arXiv:2402.03300).
 
-    A_i   = (r_i - mean r) / std r                 over the G responses to one prompt: no critic
+    A_i   = (R_i - mean R) / std R                 over the G responses to one prompt: no critic
+    R_i   = r_i, with --kl reward r_i - β Σ_t log(π_old/π_ref)
     ρ_it  = π_θ(y_it | x, y_i<t) / π_old(y_it | x, y_i<t)
     k3_it = π_ref/π_θ - log(π_ref/π_θ) - 1         of the same token
     L(θ)  = 1/S Σ_i 1/|y_i| Σ_t [- min(ρ_it A_i, clip(ρ_it, 1-ε, 1+ε) A_i) + β k3_it]
 
-    Dr. GRPO  r - mean r; 1/S Σ_i 1/L_max Σ_t; no KL     --adv-norm none --agg const --kl none
-    RLOO      r - mean of the other r; 1/S Σ_i Σ_t       --adv-norm loo --agg sum --kl reward
+    Dr. GRPO  R - mean R; 1/S Σ_i 1/L_max Σ_t; no KL     --adv-norm none --agg const --kl none
+    RLOO      R - mean of the other R; 1/S Σ_i Σ_t       --adv-norm loo --agg sum --kl reward
     GSPO      ρ_i = (π_θ(y_i|x)/π_old(y_i|x))^(1/|y_i|)   --ratio seq --kl none --minibatches 4
 
     paper               code                      shape
     G, S                group, len(minibatch)     responses to a prompt; in an optimizer step
-    r, R, A             reward, score, adv        (P, G) of P prompts; A (N, 1), one a response
-    log π_θ, π_old      logp, old_logp            (B, T) of token t, nats
+    r, R, A             reward, score, adv        (P, G) of P prompts; A (P·G, 1), one a response
+    log π_θ, π_old      logp, old_logp            (B, T) of token t, nats, at the temperature
     log π_ref           ref_logp                  (B, T)
     |y|, L_max          length, longest           response tokens, end token included
 
 Models in memory: 2 (policy, trained; ref, frozen), 1 with --kl none; a learned reward adds one.
 Data: prompts, and what judges a response.
-Departures: one reward a response; std is the unbiased one, + 1e-4; a reference that stays.
+Departures: one reward a response; std is the unbiased one, + 1e-4; reference and judge stay.
 
     python grpo.py --task arithmetic:2          sums of two digits, reward 1 if right
 """
@@ -45,7 +46,7 @@ def group_advantages(reward, eps=1e-4, norm="std"):
     adv, G = reward - reward.mean(1, keepdim=True), reward.size(1)
     if norm == "std":
         return adv / (reward.std(1, keepdim=True) + eps)
-    return adv * G / (G - 1) if norm == "loo" else adv
+    return adv * G / (G - 1) if norm == "loo" else adv  # r - mean of the other G - 1
 
 
 def k3(logp, ref_logp):
@@ -57,9 +58,8 @@ def k3(logp, ref_logp):
 
 def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, kl="k3"):
     """GRPO, arXiv:2402.03300. logp, old_logp, ref_logp: (B, T) token log-probs in nats; ref_logp
-    may be None where beta = 0. adv: (B, 1). kl: "k3", or "k3-ratio" for ρ k3, whose mean gradient
-    is that of each token's KL(π‖π_ref). Returns (B, T) losses. At logp = old_logp the ratio is 1,
-    and without KL the gradient is that of -A log π."""
+    may be None at beta = 0. adv: (B, 1). kl: "k3", or "k3-ratio" for ρ k3, whose mean gradient is
+    each token's of KL(π‖π_ref). Returns (B, T) losses. At logp = old_logp the ratio is 1."""
     assert logp.shape == old_logp.shape and adv.shape == (len(logp), 1), "(B, T) twice, (B, 1)"
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - eps, 1 + (eps if eps_high is None else eps_high))
@@ -70,8 +70,8 @@ def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, 
 
 
 def sequence_old_logp(logp, old_logp, mask):
-    """GSPO's token form (arXiv:2507.18071), (B, T), no gradient: old log-probs that give each token
-    the ratio (π/π_old)^(1/|y|) of its response, and the gradient of its own log-prob."""
+    """GSPO's token form (arXiv:2507.18071): logp - log s, (B, T), no gradient, where log s is the
+    response's mean of log π/π_old. As old_logp it makes s the ratio of each token."""
     mean = ((logp - old_logp) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
     return (logp - mean).detach()
 
@@ -108,7 +108,7 @@ PRESETS = {
 def compute_loss(policy, batch, o):
     """A micro-batch of B responses -> (losses, metrics), each (B, T): one entry a token."""
     logp, entropy = policy.logprobs(batch.ids, batch.mask, o.temperature, entropy=True)
-    old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
+    old_logp = logp.detach() if batch.old_logp is None else batch.old_logp  # π_old is π_θ
     if o.ratio == "seq":
         old_logp = sequence_old_logp(logp, old_logp, batch.mask)
     losses = grpo_loss(logp, old_logp, batch.ref_logp, batch.adv, o.eps, o.beta, o.eps_high, o.kl)

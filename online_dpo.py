@@ -88,6 +88,7 @@ class Options(JudgedOptions):
     ipo_sum: bool = opt(False, "IPO of summed log-probs, as Eq. 17 reads", only="loss=ipo")
     rounds: int = opt(0, "rounds of sampling, an epoch each (0: one a step, online)", low=0)
     samples_per_prompt: int = opt(2, "n: the best of them is compared with the worst", low=2)
+    temperature: float = opt(1.0, "of the samples; the loss is at 1", above=0)
     ref_update: str = opt(
         "fixed", "π_ref: where the run starts, or each round", choices=("fixed", "per-round")
     )

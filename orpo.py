@@ -7,7 +7,7 @@
     y_w, y_l                     chosen, rejected            token ids, end tokens included
     log π_θ(y|x)                 logp_w, logp_l              (B,) sums over response tokens, nats
     |y_w|, |y_l|                 len_w, len_l                (B,) response tokens, end included
-    - ℓ(y_w) = L_SFT             nll                         (B,) of chosen, a nat a token
+    - ℓ(y_w) = L_SFT             nll                         (B,) of chosen, mean over tokens
     λ                            lam                         λ ℓ is the implicit reward
 
 Nothing is detached: the gradient goes through both answers. One stage does what SFT and DPO do in
@@ -55,15 +55,15 @@ def log_odds(mean_logp):
 
 
 def orpo_loss(logp_w, logp_l, len_w, len_l, lam=0.1):
-    """ORPO, arXiv:2403.07691: the NLL of chosen, a nat a token, + λ · odds_ratio_loss. Arguments as
-    there; lam: λ ≥ 0. Returns (B,) losses."""
+    """ORPO, arXiv:2403.07691: the NLL of chosen, a mean over tokens, + λ · odds_ratio_loss.
+    Arguments as there; lam: λ ≥ 0. Returns (B,) losses."""
     return -logp_w / len_w + lam * odds_ratio_loss(logp_w, logp_l, len_w, len_l)
 
 
 @dataclass
 class Options(ScratchOptions, PairOptions):
     lam: float = opt(0.1, "λ: weight of the odds ratio (paper: 0.1 to 0.25)", low=0)
-    prompt_loss: bool = opt(False, "the NLL over prompt and answer, as in the authors' code")
+    prompt_loss: bool = opt(False, "the NLL over the prompt too")
 
 
 PRESETS = {

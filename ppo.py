@@ -157,9 +157,9 @@ def compute_loss(policy, critic, batch, o):
 
 
 def new_critic(judge, policy, run):
-    """-> the reward model, to be trained on; of another vocabulary, or without one, the policy's
-    trunk, whose V is 0 until it has learned"""
-    if judge.model and judge.reads_tokens:
+    """-> the reward model, to be trained on; of another vocabulary, of a shorter context, or
+    without one, the policy's trunk, whose V is 0 until it has learned"""
+    if judge.model and judge.reads_tokens and judge.model.config.block_size >= run.block_size:
         return run.prepare(load_scalar(judge.path)[0])
     critic = ScalarGPT(policy.config, trunk=copy.deepcopy(policy))
     torch.nn.init.zeros_(critic.head.weight)

@@ -22,7 +22,8 @@ critique and each comparison draws a principle. After the skills no reward and n
 model's own is read in training. Each phase leaves a checkpoint beside --out.
 Departures: 1. a small model cannot criticise unasked, so it is shown how (data/skills.py), and the
 same model judges; 2. p averages both orders (RLAIF); 3. no helpfulness data beside; 4. SL-CAI
-starts from the model with the skills; 5. a leave-one-out baseline (RLOO) for the paper's PPO.
+starts from the model with the skills; 5. a leave-one-out baseline (RLOO) for RLAIF's learned
+value; 6. what did not end loses --missing-eos-penalty.
 
     python rlaif.py                          reviews, all phases, four minutes on a laptop
     python rlaif.py --init out/reviews/rlaif-skills.pt --beta 0.2       with skills learned before

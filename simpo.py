@@ -11,7 +11,7 @@
 
 Models in memory: 1 (policy, trained). Data: (prompt, chosen, rejected).
 Departures from the paper: 1. a learning rate for toy models; 2. --sft-weight adds the negative
-log-likelihood of the chosen answer, a nat a token.
+log-likelihood of the chosen answer, a mean over its tokens.
 
     python simpo.py --beta 2                    film reviews; trains out/reviews/sft.pt if missing
     python simpo.py --gamma-beta-ratio 0.25
@@ -45,7 +45,7 @@ class Options(PairOptions):
     gamma_beta_ratio: float = opt(
         0.5, "γ/β: by how many nats a token chosen should lead (paper: 0.1 to 0.8)", low=0
     )
-    sft_weight: float = opt(0.0, "weight of the NLL of chosen, a nat a token", low=0)
+    sft_weight: float = opt(0.0, "weight of the NLL of chosen, a mean over tokens", low=0)
 
 
 PRESETS = {
