@@ -153,7 +153,7 @@ class Run(Compute):
 
     def micro_batches(self, rows):
         """The one place where the rows of an optimizer step are cut."""
-        size = self.o.micro_batch or len(rows)
+        size = self.o.micro_batch or max(1, len(rows))
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def steps(self, batches, optimizer, **state):
