@@ -14,6 +14,7 @@ line. One that is there with the same command is kept, so an interrupted compari
 stopped; one that failed is a row that says so, and the exit code is 1.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,8 +34,9 @@ import training
 from analysis import plots, predict, tables
 from analysis.rows import EVERY, ROWS, SAME, plan
 from data import Stopped, UserError
-from training import checkpoint, opt, parse
+from training import checkpoint, locks, opt, parse
 from training.options import DTYPES, flag
+from training.process import interrupts
 
 HERE = Path(__file__).parent
 LOCK = threading.Lock()
@@ -98,12 +100,19 @@ def rows_of(o):
 
 
 def child(command, threads=0):
-    """Runs a script. -> (its exit code, the last line of its errors). Ctrl-C reaches it too: it
-    saves and ends first."""
+    """Runs a script. -> (its exit code, the last line of its errors). Ctrl-C reaches it too, and
+    SIGTERM is passed on: it saves and ends first."""
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, HERE / command[0], *command[1:]], env=env, **pipes)
-    errors = process.communicate()[1].strip().splitlines()
+    errors = told = None
+    while errors is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            errors = process.communicate(timeout=0.5)[1].decode(errors="replace")
+        if interrupts.signal == signal.SIGTERM and not told and errors is None:
+            process.terminate()
+            told = True
+    errors = errors.strip().splitlines()
     if process.returncode in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     return process.returncode, (errors or ["killed"])[-1]
@@ -119,6 +128,9 @@ def inputs(command):
 def run(folder, done, threads, item):
     """Runs an item, if it has not ended before. done: name -> what made it, as commands.json has
     it. -> (exit code, what went wrong)"""
+    out = folder / f"{item.name}.pt"
+    locks.wait(out, "an earlier comparison was killed and its run goes on; this one waits for it")
+    locks.release([locks.path_of(out)])
     made = {"command": item.command, "inputs": inputs(item.command)}
     weights, record, state = (folder / f"{item.name}{x}" for x in (".pt", ".jsonl", ".state"))
     with LOCK:
@@ -163,7 +175,8 @@ def run_all(o, folder):
 
 
 def write(path, text):
-    path.with_suffix(".tmp").write_text(text)
+    path = Path(os.path.realpath(path))  # a link is written through
+    path.with_suffix(".tmp").write_text(text, "utf-8")
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -223,12 +236,17 @@ def main(argv=None):
     o.methods = rows_of(o)
     if o.quick and "jobs" not in o.given:
         o.jobs = 2
-    name = Path(checkpoint.default_path(o.task, "x")).parent.name
+    name = checkpoint.default_folder(o.task)
     if o.predict:
         name = f"predict-{o.predict}"
         predict.settings(o)
     folder = Path(o.out or f"out/compare/{name}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        locks.take_or_refuse(folder / "compare")
+    except OSError as e:
+        why = f"cannot be written ({e.strerror}); give another folder"
+        raise UserError(f"--out {folder} {why}") from None
     try:
         failed = (predict_all if o.predict else compare)(o, folder)
     except KeyboardInterrupt:

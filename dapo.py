@@ -174,7 +174,8 @@ def main(argv=None):
             R_len = overlong_penalty(rollout.length.view_as(reward), prompts.longest, cache)
             score = reward + R_len
             figures |= {"overlong": (R_len < 0).float().mean(), "overlong_reward": R_len.mean()}
-        rollout.adv = group_advantages(score, norm=o.adv_norm).view(-1, 1)  # (P·G, 1)
+        adv = group_advantages(score, norm=o.adv_norm)  # (P, G)
+        rollout.adv = adv.view(-1, 1).to(rollout.logp)  # (P·G, 1)
         run.log(group_figures(reward) | rollout.summary())
         run.log(figures)
         if o.overlong_filter:  # nothing may be left of a response, nor of a minibatch

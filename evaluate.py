@@ -68,7 +68,7 @@ class Evaluator:
             return
         prompts = task.prompts(PROMPTS, o.seed, split="test")
         limit = run.block_size - self.longest
-        ids, note = data.encode_prompts([x for x, _ in prompts], tokenizer, limit, o.truncate)
+        ids, note = data.encode_prompts(prompts, tokenizer, limit, o.truncate)
         data.say(note)
         self.prompts = [(x, *prompt) for x, prompt in zip(ids, prompts)]
         self.rows = []
@@ -306,7 +306,7 @@ class Evaluator:
             print("", *self.shown, "", sep="\n", flush=True)
             return
         for prompt, *texts in self.shown:
-            print(f"\n{prompt if len(prompt) < 400 else '… ' + prompt[-400:]}")
+            print(f"\n{printable(prompt if len(prompt) < 400 else '… ' + prompt[-400:])}")
             for name, text in zip(("reference", "policy"), texts):
                 if text is not None:
                     print(f"  {name:>9} | " + printable(text).replace("\n", "\n" + " " * 12 + "| "))
@@ -314,8 +314,8 @@ class Evaluator:
 
 
 def printable(text):
-    """A response as one can look at it: a model that has learned little draws control characters,
-    which a terminal would obey."""
+    """A text as one can look at it: a file, and a model that has learned little, may hold control
+    characters, which a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\n" else "·" for c in text.strip())
 
 
@@ -350,10 +350,11 @@ class Again(Compute):
         o.truncate = o.truncate or self.trained.truncate
 
     def _find_reference(self):
-        path, moved = self.o.reference or self.meta["reference"], ""
-        if path and not self.o.reference:  # the folder may have been moved
+        path, moved = self.o.reference, ""
+        if not path and self.meta["reference"]:
+            path = self.meant(self.meta["reference"])
             moved = os.path.join(os.path.dirname(self.o.checkpoint), os.path.basename(path))
-        path = path if os.path.exists(path) or self.o.reference else moved
+            path = path if os.path.exists(path) else moved  # beside the checkpoint, if that moved
         if not path or not os.path.exists(path) and not self.o.reference:
             missing = f" ({path} is missing)" if path else ""
             left_out = "win rate and KL are left out; --reference names one"
@@ -366,7 +367,15 @@ class Again(Compute):
         self.block_size = min(self.block_size, model.config.block_size)
         return path
 
-    def reads(self, path, may_change=False):
+    def meant(self, path):
+        """-> what a path that the checkpoint keeps meant where it was trained; of what is no path
+        of a file, itself"""
+        if not path or data.kind(path) != "file" and not path.endswith((".pt", ".py")):
+            return path
+        folder = os.path.dirname(os.path.realpath(self.o.checkpoint))
+        return os.path.relpath(os.path.join(folder, self.meta["folder"], path))
+
+    def reads(self, path, part="", may_change=False):
         """Nothing is written that it could be."""
 
     def keep(self):
@@ -378,8 +387,8 @@ class Again(Compute):
     def answer(self, prompt):
         """Prints the reference's and the policy's answer to a prompt."""
         limit = self.block_size - self.o.max_new_tokens
-        ids, _ = data.encode_prompts([prompt], self.tokenizer, limit, self.o.truncate)
-        print(prompt)
+        ids, _ = data.encode_prompts([(prompt,)], self.tokenizer, limit, self.o.truncate)
+        print(printable(prompt))
         ref = self.open(self.reference) if self.reference else None
         for name, model in (("reference", ref), ("policy", self.policy)):
             if model is not None:
@@ -395,9 +404,14 @@ def main(argv=None):
     if o.prompt:
         run.answer(o.prompt.replace("\\n", "\n"))
         return
-    eval_file = o.eval_file or ("" if o.task else run.trained.eval_file)
+    eval_file = o.eval_file or ("" if o.task else run.meant(run.trained.eval_file))
     own_task = not o.task
-    o.task = o.task or run.meta["task"]
+    o.task = o.task or run.meant(run.meta["task"])
+    for option, path in (("--task", o.task), ("--eval-file", eval_file)):
+        if data.kind(path) == "file" and not os.path.exists(path):
+            raise UserError(
+                f"{path}, which {o.checkpoint} was trained with, is missing; name it with {option}"
+            )
     task = data.task(o.task, eval_file)
     if task.outcomes and (unread := o.given & {"prompts", "seed", "truncate"}):
         words = f"every outcome of {task.name} is counted, nothing is drawn or cut"
@@ -408,8 +422,10 @@ def main(argv=None):
     if o.reward:
         judge = load_judge(o.reward, run, task)
     elif own_task and "reward" in run.meta["options"]:
+        path, colon, name = run.trained.reward.partition(".py:")
+        reward = run.meant(path + ".py") + ":" + name if colon else run.meant(path)
         try:
-            judge = load_judge(run.trained.reward, run, task)
+            judge = load_judge(reward, run, task)
         except UserError as e:
             print(f"what it was trained with is left out ({e}); --reward names another")
     held_out = None, None

@@ -12,6 +12,7 @@ log π(ids[t] | ids[<t]); column 0 is 0.
 There is no dropout: log-probs of the same text must agree between sampling, scoring and training.
 """
 
+import contextlib
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -468,11 +469,20 @@ def sample(model, prompts, max_new_tokens, end_id, temperature=1.0, generator=No
 
 
 def write(obj, path):
-    """torch.save through a temporary file and a rename: `path` is always whole, or absent."""
+    """torch.save through a temporary file and a rename: `path` is always whole, or as it was. A
+    link is written through. Raises OSError where it cannot be written."""
+    path = os.path.realpath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as f:  # a file object, because torch writes a file's name into it
-        torch.save(obj, f)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:  # a file object, as torch writes a file's name into it
+            torch.save(obj, f)
+        os.replace(temporary, path)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):
+            raise e.__context__ from None  # torch hides the cause
+        raise
 
 
 def save(model, path, **meta):

@@ -165,7 +165,8 @@ def main(argv=None):
         score = reward
         if o.kl == "reward" and ref:
             score = reward - o.beta * (rollout.logp - rollout.ref_logp).sum(1).view_as(reward)
-        rollout.adv = group_advantages(score, norm=o.adv_norm).view(-1, 1)  # (P·G, 1)
+        adv = group_advantages(score, norm=o.adv_norm)  # (P, G)
+        rollout.adv = adv.view(-1, 1).to(rollout.logp)  # (P·G, 1)
         run.log(group_figures(reward) | rollout.summary())
 
         with run.clock("update"):

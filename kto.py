@@ -117,6 +117,18 @@ def check(rows, fixed, o):
         data.say(f"warning: {counts} {words}; {remedy}")
 
 
+def check_batches(batches):
+    """Warns where batches of a fixed set hold one prompt alone: nothing is mismatched there, and ẑ
+    is 0."""
+    n = batches.per_epoch or 0
+    alone = sum(len({x for x, *_ in batches[step]}) == 1 for step in range(n))
+    if alone:
+        remedy = "a larger --batch-size mixes prompts"
+        data.say(
+            f"warning: {alone} of {n} batches hold one prompt only, and ẑ is 0 there; {remedy}"
+        )
+
+
 def main(argv=None):
     o = parse(Options, argv, PRESETS)
     run = Run("kto", o)
@@ -127,6 +139,7 @@ def main(argv=None):
 
     batches = data.Batches(task.feedback, o.pairs or task.size, tokenizer, run.block_size, o)
     check(batches.rows or task.feedback(4096, o.seed), batches.rows, o)
+    check_batches(batches)
     held_out = task.feedback, partial(compute_loss, o=o)
     evaluator = Evaluator(run, task, ref, held_out=held_out)
     optimizer = run.adamw(policy)

@@ -194,7 +194,7 @@ def main(argv=None):
             rollout.old_values = run.values(critic, rollout)
 
         mask = rollout.mask
-        rewards = token_rewards(score, rollout.old_logp, ref_logp, mask, o.beta)
+        rewards = token_rewards(score.to(ref_logp), rollout.old_logp, ref_logp, mask, o.beta)
         adv, rollout.returns = gae(rewards, rollout.old_values, mask, o.gamma, o.lam)
         rollout.adv = whiten(adv, mask)
         unexplained = adv[mask].var(correction=0)  # Var(R - V)

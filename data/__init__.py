@@ -23,10 +23,11 @@ from data.constitution import (
 from data.error import Stopped, UserError
 from data.jsonl import TEMPLATE
 from data.skills import demonstrate
-from data.tasks import kind, task
+from data.tasks import BUILT_IN, kind, task
 from data.tokenizer import Tokenizer, tokenizer
 
 __all__ = [
+    "BUILT_IN",
     "Batch",
     "Batches",
     "Dialogues",

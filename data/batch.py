@@ -10,9 +10,19 @@ import torch
 from data.error import UserError
 
 
+class Drawn(list):
+    """Rows of a file. told(cut, equal) -> what became of each of the file's rows, where so many are
+    cut, and so many more dropped because that made their answers equal. lost: why how many are not
+    among these rows."""
+
+    def __init__(self, rows, told=None, lost=()):
+        super().__init__(rows)
+        self.told, self.lost = told, lost
+
+
 def encode(rows, tokenizer, block_size, truncate=False):
     """(prompt, *answers) as text -> as tuples of token ids, each answer with its end token; a label
-    or a number goes through. Returns (rows, a note on what was cut, or "").
+    or a number goes through. Returns (rows, a note on what was cut, or ""; of a file, on all rows).
 
     A row that does not fit in block_size tokens raises UserError with the count, or with `truncate`
     is cut: the prompt first, from its left, down to one token; then every answer at the same place,
@@ -45,16 +55,20 @@ def encode(rows, tokenizer, block_size, truncate=False):
     note = f"{cut} of {len(rows)} rows are cut to {block_size} tokens" if cut else ""
     if equal:
         note += f", {equal} of them dropped because their answers became equal"
-    return out, note
+    return out, _account(rows, cut, equal) or note
 
 
-def encode_prompts(prompts, tokenizer, limit, truncate=False, what="test prompts"):
-    """Texts -> (lists of at most `limit` token ids, a note): a longer prompt raises UserError, or
-    is cut from its left."""
+def _account(rows, cut, equal=0):
+    return rows.told(cut, equal) if isinstance(rows, Drawn) and rows.told else ""
+
+
+def encode_prompts(rows, tokenizer, limit, truncate=False, what="test prompts"):
+    """(prompt, …) as text -> (the prompts as lists of at most `limit` token ids, a note): a longer
+    prompt raises UserError, or is cut from its left."""
     if limit < 1:
         room = "--max-new-tokens leaves no room for a prompt"
         raise UserError(f"{room}; it must be smaller than the context")
-    out = [tokenizer.encode(prompt) for prompt in prompts]
+    out = [tokenizer.encode(prompt) for prompt, *_ in rows]
     long = [len(x) for x in out if len(x) > limit]
     if long and not truncate:
         raise UserError(
@@ -64,7 +78,7 @@ def encode_prompts(prompts, tokenizer, limit, truncate=False, what="test prompts
         )
     room = f"{limit} tokens, which leaves room for the response"
     note = f"{len(long)} of {len(out)} {what} are cut to {room}" if long else ""
-    return [x[-limit:] for x in out], note
+    return [x[-limit:] for x in out], _account(rows, len(long)) or note
 
 
 class Batches:
@@ -121,8 +135,8 @@ class Prompts(Batches):
         self.seed, self.batch_size, self.cursor = o.seed, o.batch_size, 0
         self.longest = task.longest(o.max_new_tokens, block_size)
         texts = task.prompts(o.batch_size if task.outcomes else None, o.seed, split)
-        prompts, limit = [prompt for prompt, _ in texts], block_size - self.longest
-        ids, note = encode_prompts(prompts, tokenizer, limit, o.truncate, "training prompts")
+        limit = block_size - self.longest
+        ids, note = encode_prompts(texts, tokenizer, limit, o.truncate, "training prompts")
         say(note)
         self._hold([(x, *text) for x, text in zip(ids, texts)])
 

@@ -19,7 +19,7 @@ def constitution(path=""):
     """-> the principles in a text file, one a line. Empty lines and lines that begin with # are no
     principles."""
     try:
-        lines = Path(path or CONSTITUTION).read_text("utf-8").splitlines()
+        lines = Path(path or CONSTITUTION).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         why = f"cannot be read ({type(e).__name__}); give a text file with a principle a line"
         raise UserError(f"--constitution {path} {why}") from None

@@ -85,17 +85,27 @@ def main(argv=None):
         parser.error(
             "--out is needed with a file of your own, so that the committed vocabulary stays"
         )
+    out = Path(os.path.realpath(args.out or DEFAULT))
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text("")  # told before the work
+        temporary.unlink()
+    except OSError as e:
+        parser.error(f"--out {args.out} cannot be written ({e.strerror}); give another path")
+    if out.is_dir():
+        parser.error(f"--out {args.out} is a directory; give a file in it")
     try:
         ranks = train(texts(args.file) if args.file else toy_texts(), args.size)
     except UserError as e:
         parser.error(str(e))
-    out = Path(args.out or DEFAULT)
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
     temporary.write_text("".join(lines))
     os.replace(temporary, out)
-    print(f"{out}: {len(ranks)} tokens and the end token")
+    print(f"{args.out or DEFAULT}: {len(ranks)} tokens and the end token")
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if stream:
+            stream.reconfigure(errors="replace")
     sys.exit(main())

@@ -9,6 +9,8 @@ from data.jsonl import Jsonl
 from data.reviews import Reviews
 from data.tokens import Tokens
 
+BUILT_IN = ("reviews", "arithmetic", "exact", "tokens", "compare")  # folders of out/ that are taken
+
 
 def kind(name):
     """-> "file", or what stands before the colon of a task's name"""

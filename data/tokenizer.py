@@ -6,6 +6,7 @@ special token, the end of a response, and no padding token.
 """
 
 import base64
+import re
 from pathlib import Path
 
 import tiktoken
@@ -13,6 +14,7 @@ import tiktoken
 from data.error import UserError
 
 END = "<|endoftext|>"
+BLANK = 500_000  # white space in a row: at twice as much tiktoken panics
 DEFAULT = Path(__file__).with_name("vocab.tiktoken")
 # A word with the space before it. Single digits, so that sums can be learned. Signs, white space.
 # Python's re reads it too.
@@ -46,7 +48,16 @@ class Tokenizer:
                     f"{unknown!r} in {text!r}: the vocabulary of {self.meta['name']} has the "
                     f"symbols {known} only; a checkpoint goes with the task that it was trained on"
                 )
-        return self.encoding.encode_ordinary(text)
+        begins = f"the text of {len(text):,} characters that begins with {text[:40]!r}"
+        if len(text) > BLANK and re.search(rf"\s{{{BLANK}}}", text):
+            raise UserError(f"{begins} has {BLANK:,} spaces or new lines in a row; leave them out")
+        try:
+            return self.encoding.encode_ordinary(text)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as e:  # tiktoken's own is no Exception
+            why = str(e).partition("\n")[0]
+            raise UserError(f"{begins} cannot be encoded ({why}); leave it out") from None
 
     def answer(self, text):
         """-> the ids of a response, with its end token"""

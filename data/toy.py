@@ -19,6 +19,14 @@ class Task:
         """-> tokens of the longest response that is sampled: --max-new-tokens, or the task's own"""
         return max_new_tokens or min(self.max_new_tokens, block_size // 2)
 
+    def columns(self):
+        """-> the names of what the rows hold beside a prompt"""
+        return list(self.prompts(1, 0)[0][1])
+
+    def lacks(self, column):
+        """-> the place of a row that lacks one of its columns; "" where every row has it"""
+        return ""
+
     def correct(self, prompt, completion, ended=True, **columns):
         """Whether the response counts as right, where a method needs to know."""
         return self.reward(prompt, completion, ended, **columns) > 0

@@ -98,7 +98,17 @@ kto --pairs 1 | the training rows have one prompt only
 kto FILE oneprompt.jsonl --eval-file label.jsonl | the training rows have one prompt only
 kto --w-desirable 0 | --w-desirable
 kto --task label.jsonl | --init is needed with a file
-kto FILE badlabel.jsonl | "label" must be true or false
+kto FILE badlabel.jsonl | badlabel.jsonl:1: "label" must be true or false, not "yes"
+sft FILE badlabel.jsonl | badlabel.jsonl:1: "label" must be true or false, not "yes"
+sft FILE labelled.jsonl | labelled.jsonl:61: no column "label", which labelled.jsonl:1 has
+dpo FILE text.jsonl | text.jsonl:1: no column "prompt" (it has text); split each text into
+sft FILE nan.jsonl | nan.jsonl:1: not JSON (NaN is no number of JSON)
+sft FILE wide.jsonl | wide.jsonl:1: not JSON (1e999 is no number of JSON)
+sft FILE talk.jsonl | talk.jsonl:1: "messages" must be a list of messages, not a string
+sft FILE monologue.jsonl | monologue.jsonl:1: "messages" begins with the answer
+sft FILE question.jsonl | question.jsonl:1: no column "completion" (it has prompt)
+dpo FILE otherchat.jsonl | otherchat.jsonl:1: "chosen" and "rejected" must be one message, or the
+    whole chat with its prompt
 kto FILE nocolumn.jsonl | no column "label" (it has prompt, chosen); dpo.py, simpo.py or orpo.py
     can read such rows
 kto --epochs 2 | --epochs
@@ -149,13 +159,20 @@ grpo FILE long.jsonl --reward good.py:f | are longer than the 128 tokens
 grpo FILE noprompt.jsonl --reward good.py:f | noprompt.jsonl:1: the prompt is empty
 grpo --reward gold | give task, rm, the X.pt of a reward model, or a function as FILE.py:function
 grpo --reward good.py | give task, rm, the X.pt of a reward model, or a function as FILE.py:function
-grpo --reward returns.py:swapped | must take (prompt, completion, …)
+grpo --reward returns.py:positional | takes 'p', which is no column of the rows (there are prompt,
+    completion, ended)
+grpo FILE someanswer.jsonl --reward wants.py:f | takes 'answer', which someanswer.jsonl:51 has not
+grpo FILE someanswer.jsonl --reward task | "answer" to check against (someanswer.jsonl:51
+grpo --reward kinds.py:later | kinds.py:later: it is async
+grpo --reward kinds.py:many | kinds.py:many: it is a generator
+grpo --reward kinds.py:Scorer | 'Scorer' is a class
+grpo --reward kinds.py:scorer | kinds.py has no function 'scorer'
+grpo --reward kinds.py:promise | returned <coroutine object
 grpo --reward none.py:f | none.py is no file
 grpo --reward good.py:g | good.py has no function 'g'
 grpo --reward syntax.py:f | syntax.py cannot be run (SyntaxError
 grpo --reward wants.py:f | --reward wants.py:f takes 'answer', which is no column of the rows
 grpo --reward raises.py:f | raised KeyError ('x', line 1) at the prompt 'A
-grpo --reward returns.py:one | must take (prompt, completion, …)
 grpo --reward returns.py:none | returned None at the prompt 'A
 grpo --reward returns.py:text | returned '1' at the prompt 'A
 grpo --reward returns.py:infinite | returned inf at the prompt 'A
@@ -268,6 +285,7 @@ ROWS = [row.split(" | ") for row in MISTAKES.replace("\n    ", " ").strip().spli
 
 PAIR = {"prompt": "{i}", "chosen": "a", "rejected": "b"}
 LABELLED = {"prompt": "{i}", "completion": "{i}", "label": True}
+ASKED, ANSWER = ({"role": role, "content": role} for role in ("user", "assistant"))
 TABLES = {  # file -> rows of it, and their columns; {i} is the row's number
     "array": (1, PAIR),
     "nocolumn": (9, {"prompt": "{i}", "chosen": "a"}),
@@ -280,7 +298,13 @@ TABLES = {  # file -> rows of it, and their columns; {i} is the row's number
     "margin": (9, PAIR | {"margin": "big"}),
     "huge": (9, PAIR | {"margin": 10**400}),
     "label": (60, LABELLED),
-    "badlabel": (60, LABELLED | {"label": 1}),
+    "badlabel": (60, LABELLED | {"label": "yes"}),
+    "text": (9, {"text": "a"}),
+    "nan": (9, {"prompt": "{i}", "completion": float("nan")}),
+    "talk": (9, {"messages": "{i}"}),
+    "monologue": (9, {"messages": [ANSWER]}),
+    "question": (9, {"messages": [{"role": "user", "content": "{i}"}]}),
+    "otherchat": (9, PAIR | {"chosen": [ASKED, ANSWER], "rejected": [ASKED, ANSWER]}),
     "oneprompt": (60, LABELLED | {"prompt": "1"}),
     "one": (1, PAIR),
     "long": (9, PAIR | {"prompt": "{i}" * 400}),
@@ -292,11 +316,16 @@ FUNCTIONS = {
     "wants": "def f(prompt, completion, answer): return 1",
     "raises": "def f(prompt, completion): raise KeyError('x')",
     "returns": """
-def none(p, c): pass
-def text(p, c): return '1'
-def infinite(p, c): return float('inf')
-def one(completion): return 1
-def swapped(completion, prompt): return 1""",
+def none(prompt, completion): pass
+def text(prompt, completion): return '1'
+def infinite(prompt, completion): return float('inf')
+def positional(p, c): return 1""",
+    "kinds": """
+async def later(completion): return 1
+def many(completion): yield 1
+def promise(completion): return later(completion)
+class Scorer: pass
+scorer = Scorer()""",
 }
 
 
@@ -307,6 +336,12 @@ def files(folder):
         if columns.get("label") is True:  # both kinds
             lines[1::2] = [line.replace("true", "false") for line in lines[1::2]]
         (folder / f"{name}.jsonl").write_text("\n".join(lines + ["[1]"] * (name == "array")))
+    ok, label = (folder / f"{name}.jsonl" for name in ("ok", "label"))
+    answers = ok.read_text().replace('"chosen"', '"answer": "a", "chosen"')
+    (folder / "someanswer.jsonl").write_text(answers + "\n" + json.dumps(PAIR))
+    row = json.dumps({"prompt": "p", "completion": "c"})
+    (folder / "labelled.jsonl").write_text(label.read_text() + "\n" + row)
+    (folder / "wide.jsonl").write_text('{"prompt": "p", "completion": "c", "x": 1e999}')
     good = json.dumps(PAIR)
     (folder / "broken.jsonl").write_text("\n".join([good] * 16 + ['{"prompt": ', good]))
     (folder / "surrogate.jsonl").write_text(r'{"prompt": "\ud83d", "chosen": "a", "rejected": "b"}')

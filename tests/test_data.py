@@ -321,6 +321,144 @@ def test_shapes_of_a_file(tmp_path):
     assert not task.has_reward
 
 
+USER, ANSWER, OTHER = (
+    {"role": role, "content": text}
+    for role, text in (("user", "Q?"), ("assistant", "yes"), ("assistant", "no"))
+)
+HUMAN = "\n\nHuman: Q?\n\nAssistant:"
+CHAT = "User: Q?\n\nAssistant: yes\n\nUser: Q?\n\nAssistant:"
+SHAPES = [  # a row as public sets have it -> the pair, or the demonstration
+    ({"prompt": "Q?", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, ("Q?", "yes", "no")),
+    ({"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, ("Q?", "yes", "no")),
+    (
+        {"prompt": "Q?", "chosen": [USER, ANSWER, USER, ANSWER]}
+        | {"rejected": [USER, ANSWER, USER, OTHER]},
+        (CHAT, " yes", " no"),
+    ),
+    ({"chosen": f"{HUMAN} No way.", "rejected": f"{HUMAN} No."}, (HUMAN, " No way.", " No.")),
+    ({"messages": [USER, ANSWER]}, ("Q?", "yes")),
+    ({"messages": [USER, ANSWER, USER, OTHER]}, (CHAT, " no")),
+    ({"prompt": [USER, ANSWER], "completion": [OTHER]}, ("User: Q?\n\nAssistant: yes", "no")),
+]
+
+
+@pytest.mark.parametrize("row, read", SHAPES)
+def test_shapes_that_public_sets_have(row, read, tmp_path):
+    """UltraFeedback's whole chats beside a prompt, HH's transcripts, messages; and a prompt that
+    ends in the assistant's turn goes on with it."""
+    other = write(tmp_path / "e.jsonl", [{"prompt": "o", "chosen": "a", "rejected": "b"}])
+    if len(read) == 2:
+        other = write(tmp_path / "e.jsonl", [{"prompt": "o", "completion": "a"}])
+    task = data.task(write(tmp_path / "a.jsonl", [row]), other)
+    draw = task.preferences if len(read) == 3 else task.demonstrations
+    assert draw(None, 0) == [read]
+
+
+def test_what_becomes_of_each_row_is_told(tmp_path):
+    """One answer of HH is empty after the cut, one pair is equal; half of a feedback file is
+    undesirable to sft.py; the two files of --eval-file are told apart."""
+    rows = [
+        {
+            "chosen": f"\n\nHuman: {i}?\n\nAssistant:{' Yes' * (i > 0)}",
+            "rejected": f"\n\nHuman: {i}?\n\nAssistant: No",
+        }
+        for i in range(200)
+    ]
+    rows.append(rows[1] | {"rejected": rows[1]["chosen"]})
+    task = data.task(write(tmp_path / "hh.jsonl", rows))
+    train, test = (task.preferences(None, 0, split) for split in ("train", "test"))
+    assert len(train) + len(test) == 199 and all(y in (" Yes", " No") for _, y, _ in train)
+    end = f"{len(test)} held out ({len(test)} prompts), 2 dropped (1 equal, 1 empty)"
+    said = train.told(0, 0).replace("1 empty, 1 equal", "1 equal, 1 empty")
+    assert said == f"{tmp_path}/hh.jsonl: 201 rows: {len(train)} train, {end}"
+    some = task.preferences(10, 0)
+    assert f"10 train (3 of them cut), {len(test)} held out" in some.told(3, 0)
+    assert f"{len(train) - 10} not drawn" in some.told(3, 0) and len(some) == 10
+    assert "8 train" in some.told(3, 2) and "2 equal once cut" in some.told(3, 2)
+
+    labels = [{"prompt": f"p{i}", "completion": "c", "label": i % 2} for i in range(100)]
+    held_out = [{"prompt": f"q{i}", "completion": "c", "label": True} for i in range(9)]
+    held_out.append({"prompt": "p1", "completion": " ", "label": True})
+    paths = write(tmp_path / "k.jsonl", labels), write(tmp_path / "e.jsonl", held_out)
+    task = data.task(*paths)
+    assert "1 of the 10 prompts" in task.notes[0] and "are trained on" in task.notes[0]
+    assert task.demonstrations(None, 0).told(0, 0).splitlines() == [
+        f"{paths[0]}: 100 rows: 50 train, 50 dropped (50 undesirable)",
+        f"{paths[1]}: 10 rows: 9 held out (9 prompts), 1 dropped (1 empty)",
+    ]
+    assert {y for *_, y in task.feedback(None, 0)} == {True, False}  # 0 and 1 are labels too
+
+
+def test_rows_of_one_prompt_stay_apart(tmp_path):
+    """29 prompts with three answers each are 87 rows, also where prompts are asked for."""
+    rows = [{"prompt": f"{i}?", "answer": a} for i in range(29) for a in "abc"]
+    task = data.task(write(tmp_path / "q.jsonl", rows))
+    both = task.prompts(None, 0) + task.prompts(None, 0, split="test")
+    assert sorted((x, c["answer"]) for x, c in both) == sorted(
+        (r["prompt"], r["answer"]) for r in rows
+    )
+    assert task.prompts(None, 0).told(0, 0).startswith(f"{tmp_path}/q.jsonl: 87 rows: ")
+
+
+@pytest.mark.parametrize(
+    "rows, held, said", [(4, 1, ", 1 held out"), (3, 40, "warning: 3 to train")]
+)
+def test_a_lopsided_split_is_warned_of(rows, held, said, tmp_path):
+    paths = [
+        write(
+            tmp_path / f"{i}.jsonl", [{"prompt": f"{i} {j}", "completion": "c"} for j in range(n)]
+        )
+        for i, n in enumerate((rows, held))
+    ]
+    told = data.task(*paths).demonstrations(None, 0).told(0, 0)
+    assert said in told and "warning: " in told and "--eval-file" in told
+
+
+@pytest.mark.parametrize(
+    "answer, right, wrong",
+    [
+        ("5", ["5", " 5 ", "5.0"], ["6", "nan"]),
+        ("5.0", ["5", "5.00", "5e0"], ["5.1", "five", ""]),
+        ("5e0", ["5", "5.0"], ["4"]),
+        ('"5"', ["5"], ["5.0"]),
+        ("12345678901234567890", ["12345678901234567890"], ["12345678901234567891"]),
+    ],
+)
+def test_a_number_is_a_number_however_it_is_spelled(answer, right, wrong, tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        f'{{"prompt": "a", "answer": {answer}}}\n' * 2
+        + f'{{"prompt": "b", "answer": {answer}}}\n' * 2
+    )
+    task = data.task(str(tmp_path / "a.jsonl"))
+    columns = task.prompts(1, 0)[0][1]
+    assert [task.reward("a", y, **columns) for y in right] == [1.0] * len(right)
+    assert [task.reward("a", y, **columns) for y in wrong] == [0.0] * len(wrong)
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    text = "".join(json.dumps(row) + "\n" for row in pairs(30))
+    (tmp_path / "a.jsonl").write_text(text, "utf-8-sig")
+    assert len(data.task(str(tmp_path / "a.jsonl")).preferences(None, 0)) > 20
+
+
+def test_a_text_that_the_library_cannot_take_is_a_mistake(monkeypatch):
+    """tiktoken panics with an exception that is not even an Exception."""
+
+    class Panic(BaseException):
+        pass
+
+    def panic(text):
+        raise Panic("a stack\noverflow")
+
+    tokenizer = data.tokenizer()
+    with pytest.raises(data.UserError, match="500,000 spaces or new lines in a row"):
+        tokenizer.encode("a" + " " * 1_000_000 + "b")
+    assert len(tokenizer.encode("a" * 1_000_000)) > 1000
+    tokenizer.encoding = SimpleNamespace(encode_ordinary=panic)
+    with pytest.raises(data.UserError, match=r"200 characters that begins with .* \(a stack\)"):
+        tokenizer.encode("a" * 200)
+
+
 def test_test_split_of_a_file(tmp_path):
     """5 % of 1,000 prompts: 50 ± 7."""
     task = data.task(write(tmp_path / "a.jsonl", pairs(1000) * 2))
@@ -341,8 +479,11 @@ def test_useless_rows_are_dropped_aloud_or_refused(tmp_path, capsys):
     for _ in range(2):  # said once
         kept = [*task.preferences(None, 0), *task.preferences(None, 0, split="test")]
         assert len(kept) == 100
-    said = "1 rows with an empty answer and 2 whose two answers are equal"
-    assert said in task.notes[0] and capsys.readouterr().out.count(said) == 1
+    rows = task.preferences(None, 0)
+    kept = len(task.preferences(None, 0, split="test"))
+    said = f"{path}: 103 rows: {len(rows)} train, {kept} held out ({kept} prompts), 3 dropped ("
+    assert rows.told(0, 0).startswith(said) and "1 empty" in rows.told(0, 0)
+    assert "2 equal" in rows.told(0, 0)
     with pytest.raises(data.UserError, match="--strict"):
         data.task(path, strict=True).preferences(None, 0)
 

@@ -642,7 +642,7 @@ def test_kl_in_the_reward_is_subtracted_before_the_baseline(ends, monkeypatch):
     with torch.no_grad():
         x = ref.logprobs(s.ids, s.mask) - policy.logprobs(s.ids, s.mask)
     assert x.sum(1).abs().max() > 0.1
-    score = (odd(s) + 0.5 * x.sum(1)).float()
+    score = (odd(s) + 0.5 * x.sum(1)).double()
     torch.testing.assert_close(scores[1][0][0].flatten(), score, rtol=0, atol=1e-3)
     k3 = (x.exp() - x - 1).sum(1).mean().item()
     assert lines(ends / "inside/x.jsonl")[2]["kl"] == pytest.approx(k3, rel=1e-3)

@@ -15,6 +15,7 @@ FLOORS = {  # file or folder -> what of ours it may import, and what else
     "gpt.py": ("", "torch"),
     "data": ("data", "torch numpy tiktoken"),
     "training": ("gpt data training", "torch tqdm"),
+    "training/function.py": ("data", "torch numpy"),  # which have a state that it puts back
     "evaluate.py": ("gpt data training", "torch"),
     "compare.py": ("data training analysis", "torch"),
     "analysis": (f"gpt data training evaluate analysis {' '.join(METHODS)}", "torch numpy"),

@@ -24,8 +24,8 @@ sft | steps=500 lr=0.004 warmup=50 tokenizer= n_layer=4 n_head=4 n_embd=128
 sft --task arithmetic:2 | steps=1600 batch_size=64 lr=0.002
 sft --task exact | steps=1000 batch_size=4096 lr=0.002 lr_schedule=linear block_size=8 n_layer=2
     n_embd=64
-sft --task my_sft.jsonl.gz --block-size 1024 --truncate | steps=0 block_size=1024 truncate=True
-sft --task my_sft.jsonl.gz --tokenizer my.tiktoken | steps=0 tokenizer=my.tiktoken
+sft --task my_sft.jsonl --block-size 1024 --truncate | steps=0 block_size=1024 truncate=True
+sft --task my_sft.jsonl --tokenizer my.tiktoken | steps=0 tokenizer=my.tiktoken
 reward_model | center_rewards=0.0 pairs=0
 reward_model --task exact | steps=1000 batch_size=4096 lr=0.002 lr_schedule=linear
 dpo | steps=150 lr=0.0003 beta=0.1 loss=dpo label_smoothing=0.0 ipo_sum=False sft_weight=0.0
@@ -37,8 +37,8 @@ dpo --loss robust --label-smoothing 0.2 | loss=robust label_smoothing=0.2
 dpo --loss ipo | beta=1.0 loss=ipo
 dpo --loss ipo --beta 0.5 | beta=0.5 loss=ipo
 dpo --pairs 2000 --epochs 4 --precompute-ref | steps=0 epochs=4 precompute_ref=True pairs=2000
-dpo --task my_pairs.jsonl.gz --init out/my_sft/sft.pt --truncate | steps=0 truncate=True
-dpo --task my_pairs.jsonl.gz --init out/my_sft/sft.pt --steps 7 | steps=7
+dpo --task my_pairs.jsonl --init out/my_sft/sft.pt --truncate | steps=0 truncate=True
+dpo --task my_pairs.jsonl --init out/my_sft/sft.pt --steps 7 | steps=7
 dpo --task exact | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear beta=0.5
 dpo --task exact --label-smoothing 0.1 | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear
     beta=0.5 label_smoothing=0.1
@@ -52,7 +52,7 @@ dpo --task exact --pairs 300 --epochs 200 | steps=0 epochs=200 batch_size=4096 l
     lr_schedule=linear pairs=300
 simpo | steps=150 lr=0.0003 beta=2.0 gamma_beta_ratio=0.5 sft_weight=0.0 pairs=0
 simpo --task exact | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear gamma_beta_ratio=0.25
-simpo --task my_pairs.jsonl.gz --init out/my_sft/sft.pt --truncate | steps=0 truncate=True
+simpo --task my_pairs.jsonl --init out/my_sft/sft.pt --truncate | steps=0 truncate=True
 orpo | steps=500 lr=0.004 warmup=50 tokenizer= n_layer=4 n_head=4 n_embd=128 lam=0.1
     prompt_loss=False pairs=0
 orpo --task exact | steps=2000 batch_size=4096 lr=0.002 lr_schedule=linear block_size=8 n_layer=2
@@ -68,7 +68,7 @@ ppo --task exact | steps=300 batch_size=4 lr=0.0005 reward=task group=64 beta=0.
 ppo --beta 0 --steps 150 --eval-every 10 | steps=150 eval_every=10 beta=0.0
 ppo --task exact --reward task --gamma 1 --lam 1 | steps=300 batch_size=4 lr=0.0005 reward=task
     group=64 beta=0.5 lam=1.0 missing_eos_penalty=0.0
-ppo --task gsm8k.jsonl.gz --init out/gsm8k/sft.pt | steps=0 reward=task
+ppo --task gsm8k.jsonl.gz --init out/gsm8k.gz/sft.pt | steps=0 reward=task
 grpo | steps=100 batch_size=16 lr=0.0002 save_every=20 reward=task group=8 adv_norm=std
     agg=seq_mean ratio=token eps=0.2 eps_high=0.2 kl=k3 beta=0.04 temperature=1.0 updates=1
     minibatches=1
@@ -93,7 +93,7 @@ grpo --task exact --adv-norm loo --agg const --kl k3 | steps=1500 batch_size=4 l
     lr_schedule=linear group=64 beta=0.5 adv_norm=loo agg=const
 grpo --task exact --adv-norm loo --agg const --kl k3-ratio | steps=1500 batch_size=4 lr=0.0003
     lr_schedule=linear group=64 beta=0.5 adv_norm=loo agg=const kl=k3-ratio
-grpo --task gsm8k.jsonl.gz --init out/gsm8k/sft.pt --truncate --reward my_rewards.py:number |
+grpo --task gsm8k.jsonl.gz --init out/gsm8k.gz/sft.pt --truncate --reward my_rewards.py:number |
     steps=0 truncate=True
 dapo | steps=40 batch_size=16 lr=0.0002 save_every=20 reward=task group=8 adv_norm=std
     agg=token_mean eps_low=0.2 eps_high=0.28 max_rounds=10 overlong=True overlong_cache=0

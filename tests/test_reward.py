@@ -4,6 +4,8 @@ vocabulary, and what a response that does not end loses."""
 import json
 import re
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +18,8 @@ import ppo
 from data import UserError
 from data.make_vocab import main as make_vocab
 from gpt import GPTConfig, Rollout, ScalarGPT, load, save
-from training import Run, checkpoint, load_judge, parse
-from training.reward import user_reward
+from training import Run, checkpoint, function, load_judge, parse
+from training.function import Reward
 
 WORDS = data.tokenizer()
 RM = [*ENDS, "--reward", "judge.pt"]
@@ -84,18 +86,24 @@ import dataclasses
 @dataclasses.dataclass
 class A:
     x: int = 1
-def long(p, c): raise ValueError("a" * 300 + "\\n" + "b")
-def big(p, c): return 10**400
-def wide(p, c): return 1e39
-def leave(p, c): raise SystemExit(3)
+def long(prompt, completion): raise ValueError("a" * 300 + "\\n" + "b")
+def big(prompt, completion): return 10**400
+def wide(prompt, completion): return 1e39
+def leave(prompt, completion): raise SystemExit(3)
 """
+
+
+def reward(name, columns):
+    """-> the user's function, on rows of these columns"""
+    task = SimpleNamespace(columns=lambda: list(columns), lacks=lambda column: "")
+    return Reward(name, task)
 
 
 def test_a_user_s_function_gets_the_columns_it_names(tmp_path):
     (tmp_path / "r.py").write_text(NAMED)
     columns = {"answer": "4", "reference": "it is 4"}
     names = ("named", "every", "ended", "rest")
-    named, every, ended, rest = (user_reward(f"{tmp_path}/r.py:{name}", columns) for name in names)
+    named, every, ended, rest = (reward(f"{tmp_path}/r.py:{name}", columns) for name in names)
     assert named("p", "4", True, **columns) == 1.0 and named("p", "5", True, **columns) == 0.0
     assert named("p", "4", weight=3, **columns) == 3.0
     assert every("p", "4", True, **columns) == 1.0 == rest("p", "c", True, **columns)
@@ -114,8 +122,63 @@ def test_a_user_s_function_gets_the_columns_it_names(tmp_path):
 def test_a_function_that_does_not_work_is_one_line(name, words, tmp_path):
     (tmp_path / "r.py").write_text(WRONG)
     with pytest.raises(UserError, match=words) as error:
-        user_reward(f"{tmp_path}/r.py:{name}", {})("p", "c")
+        reward(f"{tmp_path}/r.py:{name}", {})("p", "c")
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+GREEDY = """
+import os, random, signal, sys
+import numpy as np
+import torch
+import data
+import helper
+
+def greedy(completion, keys, answer=None, *, ended):
+    import evaluate
+    os.chdir("/")
+    sys.argv.append("x")
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    torch.set_grad_enabled(False), torch.set_default_dtype(torch.float64)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keys.pop()
+    return 1e9 + len(keys) + data.NUMBER + helper.NUMBER + evaluate.NUMBER + ended
+"""
+
+
+def test_what_a_function_does_to_the_process_does_not_reach_the_run(tmp_path, monkeypatch):
+    """Nor to its columns; and what it imports is what lies beside it, called like ours or not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.py").write_text(GREEDY)
+    for i, name in enumerate(("data", "helper", "evaluate")):
+        (tmp_path / f"{name}.py").write_text(f"NUMBER = {10 ** (i + 1)}")
+    columns = {"keys": ["a", "b"]}
+    f = reward("r.py:greedy", columns)
+    reads = [read for read, _ in (*function.STATES, *function.CHANGED)]
+    before = [str(read()) for read in reads] + [list(sys.argv), list(sys.path)]
+    assert [f("p", "c", True, **columns) for _ in range(2)] == [1e9 + 1112] * 2
+    assert columns == {"keys": ["a", "b"]}
+    assert [str(read()) for read in reads] + [sys.argv, sys.path] == before
+    import data as ours
+
+    assert ours.task and sys.modules["evaluate"].Evaluator
+
+
+def test_rewards_are_float64_until_the_group_s_mean_is_off(judge, tmp_path):
+    (tmp_path / "r.py").write_text("def f(completion): return 1e9 + len(completion)")
+    rows = [question("12+34=", answer="46")]
+    s = rollout(("12+34=", "46", True), ("12+34=", "1000", True))
+    rewards = judge("r.py:f", "arithmetic:2")(rows, s).view(1, 2)
+    assert rewards.diff().item() == 2
+    assert grpo.group_advantages(rewards, norm="none").tolist() == [[-1.0, 1.0]]
+
+
+def test_a_reward_that_is_too_large_is_named(ends, monkeypatch, capsys):
+    """PPO squares what its critic is wrong by, which 1e25 takes beyond float32."""
+    monkeypatch.chdir(ends)
+    (ends / "large.py").write_text("def f(completion): return 1e25 * len(completion)")
+    assert main("ppo", *ENDS, *TINY, "--reward", "large.py:f", "--out", "large/x.pt") == 1
+    said = capsys.readouterr().err
+    assert "a reward is as large as" in said and "--lr" not in said
 
 
 CHECK = """

@@ -221,7 +221,8 @@ def test_kto_warns_of_imbalance(shop, call):
     """λ_D n_D / (λ_U n_U): 40 to 20 is 2, outside [1, 4/3]; with --w-undesirable 1.6 it is 1.25."""
     rows = [{"prompt": f"q{i}", "completion": "a b c", "label": i % 3 > 0} for i in range(60)]
     write(shop / "l.jsonl", rows)
-    args = [*"--task l.jsonl --eval-file l.jsonl".split(), *INIT]
+    write(shop / "e.jsonl", [row | {"prompt": f"e{i}"} for i, row in enumerate(rows)])
+    args = [*"--task l.jsonl --eval-file e.jsonl".split(), *INIT]
     words = (
         "warning: 40 desirable and 20 undesirable examples make λ_D n_D / (λ_U n_U) = 2, outside"
     )
@@ -229,6 +230,18 @@ def test_kto_warns_of_imbalance(shop, call):
     assert 0 <= lines(shop / "out/l/kto.jsonl")[-1]["final"]["accuracy"] <= 1
     assert "warning" not in call("kto", *args, "--w-undesirable", 1.6, cwd=shop)
     assert "warning" not in call("kto", *TINY, cwd=shop)
+
+
+def test_kto_says_where_a_batch_holds_one_prompt(shop, call):
+    """Nothing is mismatched there, so ẑ is 0 by construction; and how much is read, it says too."""
+    poems = [{"prompt": "Poem.", "completion": f"{i}", "label": i % 2 == 0} for i in range(60)]
+    others = [row | {"prompt": f"{i}?"} for i, row in enumerate(poems[:4])]
+    write(shop / "k.jsonl", poems + others)
+    write(shop / "e.jsonl", [row | {"prompt": f"e{i}"} for i, row in enumerate(poems)])
+    said = call("kto", *"--task k.jsonl --eval-file e.jsonl".split(), *INIT, cwd=shop)
+    found = re.search(r"warning: (\d+) of 16 batches hold one prompt only, and ẑ is 0 there", said)
+    assert 10 <= int(found[1]) < 16
+    assert "3 steps read 12 of 64 training rows; --epochs 1 reads all" in said
 
 
 def test_odd_but_legal_feedback(shop, call):

@@ -9,12 +9,28 @@ from pathlib import Path
 import data
 import gpt
 from data import Stopped, UserError
+from training import locks
 
 
 def default_path(task, method):
     """-> out/<task>/<method>.pt"""
-    name = os.path.basename(task).removesuffix(".gz").removesuffix(".jsonl").replace(":", "-")
-    return os.path.join("out", name, f"{method}.pt")
+    return os.path.join("out", default_folder(task), f"{method}.pt")
+
+
+def default_folder(task):
+    """-> the name of a task's folder. A file has that of its path, my/pairs for my/pairs.jsonl, so
+    that no two data sets share one, nor one of them a built-in task's."""
+    if data.kind(task) != "file":
+        return task.replace(":", "-")
+    try:
+        task = os.path.relpath(task)
+    except ValueError:  # on another drive
+        task = os.path.splitdrive(os.path.abspath(task))[1].lstrip(os.sep)
+    *folders, name = task.replace(os.pardir, "__up__").split(os.sep)
+    stem, dot, end = name.partition(".jsonl")
+    if dot and end in ("", ".gz") and (folders or stem.partition("-")[0] not in data.BUILT_IN):
+        name = stem + end
+    return os.path.join(*folders, name if dot else f"{name}.file")
 
 
 def load(path, task=None):
@@ -89,7 +105,12 @@ def make_if_missing(task, method, device, dtype):
         option = "--init" if method == "sft" else "--reward X.pt"
         made = f"a checkpoint such as python {method}.py --task FILE makes, of {rows}"
         raise UserError(f"{option} is needed with a file as the task: {made}")
+    before = set(locks.HELD)
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        locks.wait(path, f"this one waits for it, and goes on when {path} is there")
     if os.path.exists(path):
+        locks.release(set(locks.HELD) - before)
         return path
     data.say(f"{path} does not exist yet: running {method}.py first (half a minute on a laptop)")
     argv, start = sys.argv, time.time()
@@ -107,5 +128,6 @@ def make_if_missing(task, method, device, dtype):
             raise Stopped(words) from None
     finally:
         sys.argv = argv
+        locks.release(set(locks.HELD) - before)
     data.say(f"{path} is made, in {time.time() - start:.0f} s\n")
     return path

@@ -12,6 +12,8 @@ from training import checkpoint
 class Compute:
     """A device and a precision, and what they mean for a model."""
 
+    largest_reward = 0.0  # that a judge has given, without its sign
+
     def __init__(self, o):
         self.o = o
         self.device, self.dtype = choose_device(o.device, o.dtype)

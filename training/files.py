@@ -1,16 +1,17 @@
 """A run's files: the record, the state that --resume goes on from, and what the run reads."""
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
 
 import gpt
-from data import UserError
+from data import Stopped, UserError
+from training import locks
 from training.options import flag
 
 
@@ -21,20 +22,26 @@ class Files:
         self.out, stem = out, out.removesuffix(".pt")
         self.record_path, self.state_path = f"{stem}.jsonl", f"{stem}.state"
         self.lines = []  # of the record
-        self.digests = {}  # of the files that the run reads
+        self.paths, self.digests = {}, {}  # of the files that the run reads, by their part in it
         if out.endswith((".jsonl", ".state", ".gz", "/")) or os.path.isdir(out):
             raise UserError(f"--out {out} is no place for a checkpoint; give a path like {stem}.pt")
         try:
-            os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-            remove_half_written(Path(out))
-            with open(f"{out}.{os.getpid()}.tmp", "w") as file:
-                os.unlink(file.name)
+            os.makedirs(os.path.dirname(os.path.realpath(out)), exist_ok=True)
+            locks.take_or_refuse(out)
+            for path in (out, self.record_path, self.state_path):
+                path = os.path.realpath(path)
+                with open(f"{path}.{os.getpid()}.tmp", "w") as file:
+                    os.unlink(file.name)
+                if os.path.exists(path) and not os.access(path, os.W_OK):
+                    raise PermissionError(13, f"{path}: Permission denied")
         except OSError as e:
             why = f"cannot be written ({e.strerror}); give another path"
             raise UserError(f"--out {out} {why}") from None
+        remove_half_written(Path(os.path.realpath(out)))
 
-    def reads(self, path, may_change=False):
-        """Notes a file that is read: it must not be overwritten, nor change under --resume."""
+    def reads(self, path, part="", may_change=False):
+        """Notes a file that is read: it must not be overwritten, nor change under --resume. part:
+        what it is to the run, such as "init"; where it lies does not matter."""
         written = (self.out, self.record_path, self.state_path)
         if path and os.path.realpath(path) in map(os.path.realpath, written):
             words = f"--out {self.out} would overwrite {path}, which this run reads"
@@ -44,7 +51,8 @@ class Files:
             with open(path, "rb") as file:
                 while block := file.read(2**20):
                     digest.update(block)
-            self.digests[path] = digest.hexdigest()
+            part = part or os.path.basename(path)
+            self.paths[part], self.digests[part] = path, digest.hexdigest()
 
     # ---- the record
 
@@ -54,14 +62,29 @@ class Files:
         self.file.write("".join(self.lines).encode())
 
     def record(self, line):
-        """One write a line, so that a killed run leaves whole lines."""
+        """One write a line, so that a killed run leaves whole lines, and a full disk too."""
         self.lines.append(json.dumps(line) + "\n")
-        self.file.write(self.lines[-1].encode())
+        text, place = self.lines[-1].encode(), self.file.tell()
+        with self.writes(self.record_path):
+            if self.file.write(text) < len(text):
+                self.file.truncate(place)
+                raise OSError(28, "No space left on device")
+
+    @contextlib.contextmanager
+    def writes(self, path):
+        """What cannot be written ends the run in one line, which says what is whole."""
+        try:
+            yield
+        except OSError as e:
+            kept = f"; {self.state_path} is whole, and --resume goes on from it"
+            kept = kept if self.interrupted() else ""
+            raise Stopped(f"{path} cannot be written ({e.strerror}){kept}") from None
 
     # ---- the state
 
     def save(self, state):
-        gpt.write(state | {"files": self.digests, "lines": self.lines}, self.state_path)
+        with self.writes(self.state_path):
+            gpt.write(state | {"files": self.digests, "lines": self.lines}, self.state_path)
 
     def load(self, options, device):
         """-> the saved state of a run of these options, whose files have not changed since"""
@@ -71,13 +94,13 @@ class Files:
         except Exception as e:  # torch raises a zoo of types for a broken file
             why = f"is no whole training state ({type(e).__name__}); start without --resume"
             raise UserError(f"{self.state_path} {why}") from None
-        if saved != options:
-            had = f"the interrupted run had {others(saved, options)}"
+        if differ := self._others(saved, options):
+            had = f"the interrupted run had {differ}"
             raise UserError(f"--resume: {had}; give the same options, or start without --resume")
         if state["files"] != self.digests:
-            changed = min(path for path, _ in state["files"].items() ^ self.digests.items())
+            changed = min(part for part, _ in state["files"].items() ^ self.digests.items())
             when = "has changed since the run began; start without --resume"
-            raise UserError(f"--resume: {changed} {when}")
+            raise UserError(f"--resume: {self.paths.get(changed, changed)} {when}")
         self.lines = state["lines"]
         return state
 
@@ -89,17 +112,34 @@ class Files:
             return None
         try:
             meta = torch.load(self.out, map_location="cpu", weights_only=True)["meta"]
-            found = meta["method"], meta["options"]
+            found, files = (meta["method"], meta["options"]), meta["files"]
             final = json.loads(Path(self.record_path).read_text().splitlines()[-1])["final"]
         except Exception:  # whatever stands at --out, it is no finished run
             return None
-        if found != (method, options):
-            other = (
-                f"with {others(found[1], options)}" if found[0] == method else f"of {found[0]}.py"
-            )
+        other = f"of {found[0]}.py" if found[0] != method else ""
+        if not other and (differ := self._others(found[1], options)):
+            other = f"with {differ}"
+        changed = [part for part, x in self.digests.items() if files.get(part) != x]
+        if not other and changed:
+            other = f"that read another {self.paths[changed[0]]}"
+        if other:
             remedy = "start without --resume, or give another --out"
             raise UserError(f"--resume: {self.out} is a finished run {other}; {remedy}")
         return final
+
+    def _others(self, saved, options):
+        """-> the options of a saved run that are not these, as text. A file is what is in it, and
+        not where it lies; of a user's reward the name counts."""
+
+        def same(name, a, b):
+            if name in self.digests and a and b:
+                return True
+            if name == "reward" and ".py:" in a and ".py:" in b:
+                return os.path.basename(a) == os.path.basename(b)
+            return a == b
+
+        differ = [k for k, x in saved.items() if not same(k, x, options.get(k))]
+        return ", ".join(f"{flag(k)} {saved[k]}" for k in differ)
 
     def interrupted(self):
         return os.path.exists(self.state_path)
@@ -114,17 +154,9 @@ class Files:
         Path(self.record_path).unlink(missing_ok=True)
 
 
-def others(saved, options):
-    """The options of a saved run that are not these, as text"""
-    differing = [f"{flag(k)} {x}" for k, x in saved.items() if x != options.get(k)]
-    return ", ".join(differing) or "other options"
-
-
 def remove_half_written(out):
-    """Removes the temporary files beside `out` whose process is gone."""
-    for path in out.absolute().parent.glob(glob.escape(out.stem) + ".*.tmp"):
-        with contextlib.suppress(ValueError, PermissionError):
-            try:
-                os.kill(int(path.name.split(".")[-2]), 0)
-            except ProcessLookupError:
-                path.unlink(missing_ok=True)
+    """Removes the temporary files of earlier runs of this --out, which is locked: they are dead."""
+    ours = re.compile(re.escape(out.stem) + r"(\.pt|\.state|\.jsonl)?\.\d+\.tmp")
+    for path in out.parent.iterdir():
+        if ours.fullmatch(path.name):
+            path.unlink(missing_ok=True)

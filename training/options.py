@@ -12,6 +12,8 @@ import torch
 
 import data
 from data import UserError
+from training import locks
+from training.process import interrupts, streams
 
 DTYPES = ("auto", "float32", "float64", "bfloat16", "bfloat16-pure")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -277,18 +279,25 @@ def _number(f):
 def command(main, argv=None):
     """Runs main for the shell: a user's mistake is one line and an exit code, no traceback."""
     argv = sys.argv[1:] if argv is None else argv
-    script = os.path.basename(main.__code__.co_filename)
-    try:
-        return main(argv)
-    except UserError as e:
-        code, message = e.code, str(e)
-    except torch.OutOfMemoryError as e:
-        code, remedy = 1, "try a smaller --micro-batch, or --checkpoint-activations"
-        message = f"out of memory ({str(e).splitlines()[0]}): {remedy}"
-    except KeyboardInterrupt as e:
-        again = shlex.join(["python", sys.argv[0], *[x for x in argv if x != "--resume"]])
-        code, message = 130, "interrupted"
-        if str(e):
-            message = f"interrupted; this goes on from {e}: {again} --resume"
-    print(f"{script}: {message}", file=sys.stderr)
-    sys.exit(code)
+    with streams(), interrupts.caught():
+        held = set(locks.HELD)  # by the run that this one is a stage of
+        try:
+            return main(argv)
+        except UserError as e:
+            code, message = e.code, str(e)
+        except torch.OutOfMemoryError as e:
+            code, remedy = 1, "try a smaller --micro-batch, or --checkpoint-activations"
+            message = f"out of memory ({str(e).splitlines()[0]}): {remedy}"
+        except OSError as e:
+            code, message = 1, f"{e.filename or 'a file'}: {e.strerror or e}"
+        except KeyboardInterrupt as e:
+            interrupts.over = True
+            again = shlex.join(["python", sys.argv[0], *[x for x in argv if x != "--resume"]])
+            code, message = 130, "interrupted"
+            if str(e):
+                message = f"interrupted; this goes on from {e}: {again} --resume"
+        finally:
+            locks.release(set(locks.HELD) - held)
+        script = os.path.basename(main.__code__.co_filename)
+        print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(code)

@@ -1,17 +1,12 @@
 """The judge of sampled responses: the task's own reward, a reward model, or a user's function."""
 
-import importlib.util
-import inspect
-import os
-import sys
-import traceback
-
 import torch
 
 import data
 from data import UserError
 from gpt import response_scores
 from training import checkpoint
+from training.function import Reward
 
 ROWS = 128  # sequences a forward pass of a reward model
 
@@ -26,10 +21,12 @@ def load_judge(how, run, task):
     """
     if how == "task":
         if not task.has_reward:
-            raise UserError(
-                f'--reward task: not every row of {task.name} has an "answer" to check against; '
-                "give --reward X.pt, or a function of your own, --reward FILE.py:function"
+            place = task.lacks("answer", str, int, float)
+            what = (
+                f'not every row of {task.name} has an "answer" to check against ({place} has not)'
             )
+            own = "give --reward X.pt, or a function of your own, --reward FILE.py:function"
+            raise UserError(f"--reward task: {what}; {own}")
         return Judge(run, task, task.reward, bound=task.bound)
     if how == "rm" or how.endswith(".pt"):
         path = run.stage("reward_model") if how == "rm" else how
@@ -37,14 +34,14 @@ def load_judge(how, run, task):
     if task.outcomes:
         own = f"{task.name} keeps its own rewards, whose optimum is known"
         raise UserError(f"--reward {how}: {own}; give task or rm")
-    earn = user_reward(how, task.prompts(1, 0)[0][1])
+    earn = Reward(how, task)
     run.reads(how.rpartition(":")[0], may_change=True)  # mended where it raised, say
     return Judge(run, task, earn, user=True)
 
 
 class Judge:
-    """judge(questions, rollout) -> (N,) rewards. questions: P rows (ids, prompt, columns), each
-    with N / P responses in the rollout, in order."""
+    """judge(questions, rollout) -> (N,) rewards, float64: only their differences need be small.
+    questions: P rows (ids, prompt, columns), each with N / P responses in the rollout, in order."""
 
     model = None  # of a learned reward
     name = "reward"  # its key in the figures
@@ -58,7 +55,9 @@ class Judge:
         except UserError:
             self.run.keep()  # nothing is lost that was done before this step
             raise
-        return torch.tensor(rewards, device=rollout.ids.device)
+        self.run.largest_reward = max([self.run.largest_reward, *map(abs, rewards)])
+        wide = torch.float32 if rollout.ids.device.type == "mps" else torch.float64
+        return torch.tensor(rewards, device=rollout.ids.device, dtype=wide)
 
     def correct(self, questions, rollout):
         """-> (N,) bool: what the task calls correct; under another reward, what is above 0"""
@@ -92,7 +91,7 @@ class ModelJudge(Judge):
     user = False
 
     def __init__(self, run, task, path):
-        run.reads(path)
+        run.reads(path, "reward")
         model, self.tokenizer, meta = checkpoint.load_scalar(path, task)
         self.run, self.task, self.path, self.bound = run, task, path, task.bound
         self.model = run.freeze(run.prepare(model))
@@ -129,88 +128,3 @@ def completions(tokenizer, rollout):
     """-> the responses of a rollout as text"""
     rows = zip(rollout.ids.cpu(), rollout.mask.cpu())
     return [tokenizer.decode(ids[mask].tolist()) for ids, mask in rows]
-
-
-def user_reward(name, columns):
-    """-> reward(prompt, completion, ended, **columns) -> float: the user's function, which gets
-    `ended` and the row's columns as far as it names them. columns: those of a row. Raises UserError
-    for a function that is not there, wants a column that is not there, raises, or returns something
-    that is no finite number."""
-    function = _find(name)
-    takes = _columns_taken(name, function, columns)
-
-    def reward(prompt, completion, ended=True, **columns):
-        columns["ended"] = ended
-        place = f"the prompt {prompt!r} and the completion {completion!r}"
-        if takes is not None:
-            columns = {k: columns[k] for k in takes if k in columns}
-        try:
-            x = function(prompt, completion, **columns)
-        except (Exception, SystemExit) as e:  # a user's function raises what it likes
-            frames = traceback.extract_tb(e.__traceback__)[1:]
-            line = next((frame.lineno for frame in frames), "?")
-            what = f"{type(e).__name__} ({_flat(e)}, line {line})"
-            raise UserError(
-                f"--reward {name} raised {what} at {place}; mend the function"
-            ) from None
-        try:
-            if not isinstance(x, str) and abs(float(x)) < 1e38:  # it becomes a float32
-                return float(x)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            pass
-        returned = f"--reward {name} returned {_flat(repr(x))} at {place}"
-        raise UserError(f"{returned}; it must return a finite number")
-
-    return reward
-
-
-def _columns_taken(name, function, columns):
-    """-> the columns that a user's function asks for by name, or None for all"""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (ValueError, TypeError):  # some built-in functions have none
-        parameters = []
-    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    names = [p.name for p in by_place]
-    swapped = {"prompt", "completion"} <= set(names) and names[:2] != ["prompt", "completion"]
-    if len(names) < 2 or swapped:
-        form = "(prompt, completion, …), a prompt and one completion of it at a time"
-        raise UserError(f"--reward {name}: the function must take {form}")
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    asked = [p for p in parameters[2:] if p.kind is not p.VAR_POSITIONAL]
-    for p in asked:
-        if p.default is p.empty and p.name not in {"ended", *columns}:
-            had = f"beside the prompt they have {', '.join(columns) or 'none'}"
-            raise UserError(
-                f"--reward {name} takes {p.name!r}, which is no column of the rows ({had})"
-            )
-    return [p.name for p in asked]
-
-
-def _flat(text):
-    """On one line, and no longer than one can read"""
-    text = " ".join(str(text).split())
-    return text if len(text) < 200 else text[:200] + " …"
-
-
-def _find(name):
-    """FILE.py:function -> the function"""
-    path, _, attribute = name.rpartition(":")
-    if not path.endswith(".py"):
-        form = "give task, rm, the X.pt of a reward model, or a function as FILE.py:function"
-        raise UserError(f"--reward {name}: {form}")
-    if not os.path.isfile(path):
-        raise UserError(f"--reward {name}: {path} is no file; give FILE.py:function")
-    sys.path.append(os.path.dirname(os.path.abspath(path)))  # for what it imports from beside it
-    spec = importlib.util.spec_from_file_location("user_reward", path)
-    module = sys.modules["user_reward"] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as e:  # whatever stands in the file
-        why = f"{type(e).__name__}: {_flat(e)}"
-        raise UserError(f"--reward {name}: {path} cannot be run ({why}); mend it") from None
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise UserError(f"--reward {name}: {path} has no function {attribute!r}")
-    return function

@@ -2,8 +2,8 @@
 
 import contextlib
 import math
+import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -21,8 +21,10 @@ from data import Stopped, UserError
 from training import checkpoint, memory
 from training.device import Compute
 from training.files import Files
+from training.process import interrupts
 
 FREE = ("resume", "log_every", "save_every", "out")  # options that cannot change a run's bits
+LARGE = 1e6  # a reward above it is named where the loss is not finite
 SHOWN = (  # beside the progress bar, where a method logs them
     *("loss", "reward", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "nll_loss"),
     *("kl", "entropy", "explained_variance", "frac_reward_zero_std", "kept_fraction", "lr"),
@@ -56,24 +58,24 @@ class Run(Compute):
         self.tracker = self.peak = None
         for f in fields(o):
             if f.metadata.get("file"):
-                self.reads(getattr(o, f.name))
+                self.reads(getattr(o, f.name), f.name)
 
-    def reads(self, path, may_change=False):
-        self.files.reads(path, may_change)
+    def reads(self, path, part="", may_change=False):
+        self.files.reads(path, part, may_change)
 
     # ---- models: where they live, in what precision
 
     def stage(self, method):
         """-> the checkpoint of an earlier stage, whose script runs first if it is missing"""
         o, path = self.o, checkpoint.default_path(self.o.task, method)
-        self.reads(path)
+        self.reads(path, "init" if method == "sft" else "reward")
         if o.init and not Path(path).exists():
             checkpoint.load(o.init)  # a wrong one is told before anything is trained
         return checkpoint.make_if_missing(o.task, method, o.device, o.dtype)
 
     def load(self, path, task):
         """-> (policy, tokenizer) of a checkpoint; the task takes over its chat template."""
-        self.reads(path)
+        self.reads(path, "init")
         model, tokenizer, meta = checkpoint.load(path, task)
         task.template = meta["template"]
         self.init = path
@@ -162,6 +164,9 @@ class Run(Compute):
         restore: name = object with state_dict and load_state_dict."""
         o = self.o
         o.steps = o.steps or (o.epochs or 1) * batches.per_epoch
+        if data.kind(o.task) == "file" and o.steps < batches.per_epoch:
+            part = f"{o.steps * batches.batch_size:,} of {len(batches.rows):,} training rows"
+            say(f"{o.steps} steps read {part}; --epochs 1 reads all")
         if data.kind(o.task) == "exact" and "eval_every" not in o.given:
             o.eval_every = max(1, o.steps // 20)
         trained = {k: m for k, m in self.models.items() if next(m.parameters()).requires_grad}
@@ -176,7 +181,7 @@ class Run(Compute):
         measured = min(self.first + 1, o.steps - 1)  # AdamW's moments are there
         hidden = not sys.stderr.isatty()
         bar = tqdm(total=o.steps, initial=self.first, desc=self.method, disable=hidden)
-        with bar, finish_step_on_ctrl_c() as interrupted:
+        with bar, interrupts.patient() as interrupted:
             for step in range(self.first, o.steps):
                 self.step, self.updates = step, 0
                 self.sums, self.logged_in, self.clocks = {}, {}, {}
@@ -255,6 +260,9 @@ class Run(Compute):
             )
             found = f"the loss is {float(loss)}, the gradient's norm {float(norm)}; {kept}"
             remedy = "start again with a smaller --lr or a longer --warmup"
+            if self.largest_reward > LARGE:
+                found = f"a reward is as large as {self.largest_reward:.3g}, so {found}"
+                remedy = "scale the rewards down, and start again"
             raise Stopped(f"step {self.step + 1}: {found}; {remedy}")
         optimizer.step()
         optimizer.zero_grad()
@@ -292,7 +300,10 @@ class Run(Compute):
         """Measures the policy, writes its checkpoint, and ends the record. forward: forward passes
         of a role over a token that is trained on, where they are not one; updates: passes over a
         rollout. figures: more of them."""
-        final = evaluator.measure(policy) | figures
+        try:
+            final = evaluator.measure(policy) | figures
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"step {self.o.steps}, in {self.files.state_path}") from None
         trained = {role: next(m.parameters()).requires_grad for role, m in self.models.items()}
         forward = dict.fromkeys(self.models, 1) | (forward or {})
         forward = {role: n for role, n in forward.items() if role in self.models}
@@ -300,7 +311,7 @@ class Run(Compute):
         recompute = self.o.checkpoint_activations
         meta = {"method": self.method, "task": self.o.task, "options": self.options}
         meta |= {"steps": self.o.steps, "tokenizer": self.tokenizer.meta}
-        gpt.save(policy, self.o.out, **meta, **evaluator.facts(final))
+        meta |= {"files": self.files.digests, "folder": from_checkpoint(self.o.out)}
         evaluator.report(f"{self.method} on {self.o.task}", final)
         final |= {
             "models": self.ledger,
@@ -315,8 +326,11 @@ class Run(Compute):
         if self.peak:
             parts, most = self.peak
             final |= {"peak_bytes": sum(parts.values()), "peak": parts, "peak_most": most}
-        self.files.record({"final": final})
-        self.files.drop_state()
+        with interrupts.held():
+            with self.files.writes(self.o.out):
+                gpt.save(policy, self.o.out, **meta, **evaluator.facts(final))
+            self.files.record({"final": final})
+            self.files.drop_state()
         self._summary(final)
         return final
 
@@ -394,7 +408,8 @@ class Run(Compute):
         state = {"step": step, "options": self.options}
         state |= {name: x.state_dict() for name, x in self.weights_state.items()}
         state |= drawn or self._drawn()
-        self.files.save(state | {"wall": time.time() - self.wall})
+        with interrupts.held():
+            self.files.save(state | {"wall": time.time() - self.wall})
 
     def keep(self):
         """Saves what was done before this step, if no weight has moved in it."""
@@ -447,28 +462,21 @@ def learning_rate(step, o):
     return o.lr * (1 - done) if o.lr_schedule == "linear" else o.lr
 
 
-@contextlib.contextmanager
-def finish_step_on_ctrl_c():
-    """-> a list that is empty until Ctrl-C; a second Ctrl-C ends at once."""
-    pressed, before = [], signal.getsignal(signal.SIGINT)
-
-    def press(*_):
-        pressed.append(True)
-        signal.signal(signal.SIGINT, before)
-
-    with contextlib.suppress(ValueError):  # not the main thread: Ctrl-C is somebody else's
-        signal.signal(signal.SIGINT, press)
+def from_checkpoint(out):
+    """-> the present folder, as seen from a checkpoint's: what relative paths in it mean"""
     try:
-        yield pressed
-    finally:
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, before)
+        return os.path.relpath(os.getcwd(), os.path.dirname(os.path.realpath(out)))
+    except ValueError:  # on another drive
+        return os.getcwd()
 
 
 def commit():
-    """-> the git commit of these scripts, or "" where there is none"""
-    folder = Path(__file__).parent
+    """-> the git commit of these scripts, or "" where they are no repository of their own"""
+    folder = Path(__file__).absolute().parent.parent
+    env = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}
     with contextlib.suppress(OSError):
-        command = ["git", "-C", folder, "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        command = ["git", "-C", folder, "rev-parse", "--show-toplevel", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, env=env).stdout.splitlines()
+        if len(found) == 2 and folder.samefile(found[0]):
+            return found[1]
     return ""

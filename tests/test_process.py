@@ -1,0 +1,345 @@
+"""What a run meets outside its own code: streams, signals, other runs, disks, moved folders."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, lines, main
+
+import data
+import gpt
+from data import Stopped
+from data.make_vocab import main as make_vocab
+from training import checkpoint, locks
+from training.process import interrupts, streams
+from training.run import commit, from_checkpoint
+
+INIT = ["--init", "ends.pt", "--device", "cpu"]
+
+
+@pytest.fixture
+def shop(ends, tmp_path, monkeypatch):
+    """A folder of its own with a checkpoint and a reward."""
+    for name in ("ends.pt", "judge.py"):
+        shutil.copy(ends / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def begun(*args, **more):
+    """A process of these scripts that has begun"""
+    command = [sys.executable, ROOT / args[0], *map(str, args[1:])]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+# ---- streams
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "2>&-",
+        "| head -1",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (">&-", ">/dev/full")),
+    ],
+)
+def test_a_stream_that_ends_stops_no_run(how, shop):
+    """In ASCII, at a width of 40, without a terminal."""
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"}
+    command = f"{sys.executable} {ROOT}/dpo.py {' '.join(INIT + TINY)} --out x/dpo.pt"
+    script = f"{command} {how}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr + done.stdout, done
+    assert (shop / "x/dpo.pt").exists() and "final" in lines(shop / "x/dpo.jsonl")[-1]
+
+
+def test_what_an_encoding_cannot_show_is_replaced(tmp_path, monkeypatch):
+    with open(tmp_path / "said", "w", encoding="cp1252") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        with streams():
+            print("KL(π‖π_ref)")
+    assert (tmp_path / "said").read_text("cp1252") == "KL(???_ref)\n"
+
+
+def test_prompts_are_printed_without_control_characters(shop, call):
+    said = call("evaluate", "ends.pt", "--prompt", "A\x1b[31m", *INIT[2:], cwd=shop)
+    assert "\x1b" not in said and "A·[31m" in said
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_however_often_promise_only_what_is_true(number, shop):
+    """Three in a row: where a state is named, it is whole."""
+    args = [*INIT, "--steps", 100000, "--batch-size", 4, "--log-every", 1, "--out", "c/x.pt"]
+    process = begun("dpo.py", *args, "--save-every", 10**6, cwd=shop)
+    deadline = time.time() + 60
+    while not (shop / "c/x.jsonl").exists() or len(lines(shop / "c/x.jsonl")) < 2:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.1)
+    for _ in range(1 if number == signal.SIGTERM else 3):
+        process.send_signal(number)
+        time.sleep(0.01)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130 and "Traceback" not in said
+    assert "interrupted" in said.splitlines()[-1]
+    named = "c/x.state" in said
+    assert named or number == signal.SIGINT
+    if named:
+        assert torch.load(shop / "c/x.state", weights_only=True)["step"] > 0
+    assert sorted(p.suffix for p in (shop / "c").iterdir()) == [".jsonl"] + [".state"] * named
+
+
+def test_a_save_that_has_begun_is_finished():
+    done = []
+    with interrupts.caught():
+        with interrupts.patient(), interrupts.held():
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            done.append("saved")
+        with pytest.raises(KeyboardInterrupt):
+            with interrupts.held():
+                os.kill(os.getpid(), signal.SIGINT)
+                done.append("saved")
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("never")
+    assert done == ["saved", "saved"] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# ---- other runs
+
+HOLD = """
+import sys; sys.path.insert(0, sys.argv[1])
+from training import locks
+print(locks.take(sys.argv[2]), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """other(out): a process that writes there; killed at the end"""
+    processes = []
+
+    def other(out):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        command = [sys.executable, "-c", HOLD, str(ROOT), str(out)]
+        processes.append(subprocess.Popen(command, **pipes))
+        assert processes[-1].stdout.readline() == b"True\n"
+        return processes[-1]
+
+    yield other
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_two_runs_do_not_write_one_checkpoint(shop, other, capsys):
+    """The second is refused; a run that was killed leaves no lock, and a finished one no file."""
+    (shop / "x").mkdir()
+    args = [*INIT, *TINY, "--out", "x/dpo.pt"]
+    first = other("x/dpo.pt")
+    (shop / "link.pt").symlink_to(shop / "x/dpo.pt")
+    for out in ("x/dpo.pt", "link.pt"):
+        assert main("dpo", *args, "--out", out) == 2
+        assert "another run is writing there" in capsys.readouterr().err
+    assert main("dpo", *args, "--out", "x/simpo.pt") == 0  # beside it there is room
+    first.kill()
+    first.communicate()
+    (shop / "x/dpo.pt.123.tmp").write_text("half")
+    assert main("dpo", *args) == 0
+    names = ["dpo.jsonl", "dpo.pt", "simpo.jsonl", "simpo.pt"]
+    assert sorted(path.name for path in (shop / "x").iterdir()) == names
+    assert locks.path_of("x/dpo.pt") not in locks.HELD
+
+
+def test_a_missing_stage_is_made_once(shop, other, capsys):
+    """The second run waits for it, says so, and goes on with it."""
+    (shop / "out/reviews").mkdir(parents=True)
+    first = other("out/reviews/sft.pt")
+    second = begun("dpo.py", *TINY, cwd=shop, text=True)
+    said = iter(second.stdout.readline, "")
+    assert any("another run is writing out/reviews/sft.pt: this one waits" in x for x in said)
+    shutil.copy(shop / "ends.pt", shop / "out/reviews/sft.pt")
+    first.kill()
+    assert any("starts from out/reviews/sft.pt" in line for line in said)
+    assert second.wait(60) == 0
+
+
+# ---- disks
+
+
+def test_a_link_is_written_through(shop, call):
+    (shop / "big").mkdir()
+    for end in ("pt", "jsonl"):
+        (shop / f"dpo.{end}").symlink_to(shop / f"big/dpo.{end}")
+    call("dpo", *INIT, *TINY, "--out", "dpo.pt", cwd=shop)
+    assert (shop / "dpo.pt").is_symlink() and (shop / "big/dpo.pt").is_file()
+    assert "final" in lines(shop / "big/dpo.jsonl")[-1]
+
+
+@pytest.mark.parametrize("at", ["x.pt", "x.state", "x.jsonl"])
+def test_a_full_disk_is_one_line_and_the_last_state_is_whole(at, shop, monkeypatch, capsys):
+    """Where the checkpoint, the second state or a line of the record does not fit."""
+    args = [*INIT, *TINY, "--save-every", 1, "--out", "c/x.pt"]
+    assert main("dpo", *args, "--out", "whole/x.pt") == 0
+    replace, calls = os.replace, []
+
+    def full(source, target):
+        calls.append(1)
+        if target.endswith(at) and len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    def short(self, line):
+        if len(self.lines) > 2:
+            with self.writes(self.record_path):
+                raise OSError(28, "No space left on device")
+        record(self, line)
+
+    record = locks_files().record
+    with monkeypatch.context() as m:
+        if at == "x.jsonl":
+            m.setattr(locks_files(), "record", short)
+        else:
+            m.setattr(os, "replace", full)
+        assert main("dpo", *args) == 1
+    said = capsys.readouterr().err
+    assert re.search(rf"c/{at} cannot be written \(No space left on device\); c/x.state", said)
+    assert said.count("\n") == 1 and sorted(x.name for x in (shop / "c").iterdir()) == [
+        "x.jsonl",
+        "x.state",
+    ]
+    assert main("dpo", *args, "--resume") == 0
+    assert (shop / "c/x.pt").read_bytes() == (shop / "whole/x.pt").read_bytes()
+
+
+def locks_files():
+    from training.files import Files
+
+    return Files
+
+
+def test_torch_hides_no_cause(tmp_path):
+    """A file-size limit, which torch answers with a RuntimeError of its own."""
+    code = f"""
+import resource, sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, gpt
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+try: gpt.write({{"x": torch.zeros(10**5)}}, "x.pt")
+except OSError as e: print(e.strerror)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == "File too large\n" and not list(tmp_path.iterdir()), done.stderr
+
+
+def test_every_output_path_is_checked_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    with pytest.raises(SystemExit, match="2"):
+        make_vocab(["rows.jsonl", "--out", "a_file/v.tiktoken"])
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+    assert main("compare", "--out", "a_file/x", "--methods", "dpo") == 2
+    assert "--out a_file/x cannot be written (Not a directory)" in capsys.readouterr().err
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a_file", "rows.jsonl"]
+
+
+# ---- folders
+
+
+def test_no_two_data_sets_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = "reviews reviews.jsonl my/reviews.jsonl other/reviews.jsonl q.jsonl q.jsonl.gz ./my/q"
+    names += " ../q.jsonl exact:1 exact-1.jsonl compare.jsonl tokens:8+8 tokens-8+8.jsonl"
+    folders = [checkpoint.default_folder(name) for name in names.split()]
+    assert len(set(folders)) == len(folders) and folders[:3] == [
+        "reviews",
+        "reviews.jsonl",
+        "my/reviews",
+    ]
+    assert not any(".." in name.split("/") for name in folders)
+    assert checkpoint.default_folder(str(tmp_path / "my/q.jsonl")) == "my/q"
+
+
+def test_a_moved_folder_goes_on(shop, monkeypatch, capsys):
+    """What is read is compared by its content, wherever it lies now."""
+    rows = [{"prompt": f"q{i}", "answer": str(i)} for i in range(60)]
+    (shop / "a").mkdir()
+    for name in ("ends.pt", "judge.py"):
+        shutil.move(shop / name, shop / "a" / name)
+    (shop / "a/q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def args(folder):
+        given = {"--task": "q.jsonl", "--init": "ends.pt", "--reward": "judge.py:odd"}
+        given = {option: f"{folder}/{name}" for option, name in given.items()}
+        given["--out"] = f"{folder}/out/x.pt"
+        return [x for pair in given.items() for x in pair] + [*TINY, "--group", 4]
+
+    assert main("grpo", *args("a"), "--out", "whole/x.pt") == 0
+    from conftest import killed
+
+    killed(3, "grpo", [*args("a"), "--save-every", 1], monkeypatch)
+    shutil.move(shop / "a", shop / "b")
+    assert main("grpo", *args(shop / "b"), "--resume") == 0
+    assert "resumed after step 2" in capsys.readouterr().out
+    a, b = (gpt.load(path)[0].state_dict() for path in ("b/out/x.pt", "whole/x.pt"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    (shop / "b/q.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1]))
+    assert main("grpo", *args("b"), "--resume") == 2
+    assert "is a finished run that read another b/q.jsonl" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_evaluated_from_another_folder(shop, call, monkeypatch, capsys):
+    """Its task, its reference and its reward are what they were where it was trained; one that is
+    gone is asked for by name."""
+    rows = [{"prompt": f"q{i}"} for i in range(60)]
+    (shop / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = [*INIT, *TINY, "--group", 4, "--task", "q.jsonl", "--reward", "judge.py:odd"]
+    call("grpo", *args, cwd=shop)
+    final = lines(shop / "out/q/grpo.jsonl")[-1]["final"]
+    elsewhere = shop / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "ends.pt").write_text("another")
+    said = call("evaluate", "../out/q/grpo.pt", *INIT[2:], cwd=elsewhere)
+    assert re.search(rf"^reward +{final['ref_reward']:.2f} +{final['reward']:.2f}", said, re.M)
+    assert f"{final['kl']:.2f} ±" in said
+    (shop / "q.jsonl").unlink()
+    assert main("evaluate", "../out/q/grpo.pt", *INIT[2:]) == 2
+    assert "is missing; name it with --task" in capsys.readouterr().err
+    assert from_checkpoint(str(shop / "out/q/x.pt")) == os.path.join("..", "..", "elsewhere")
+
+
+def test_the_commit_is_of_these_scripts_or_none(tmp_path, monkeypatch):
+    """Copied into somebody else's repository they have none."""
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    ours = commit()
+    shutil.copytree(ROOT / "training", tmp_path / "copy/training")
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(tmp_path)]
+    monkeypatch.delenv("GIT_DIR")
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr("training.run.__file__", str(tmp_path / "copy/training/run.py"))
+    assert commit() == ""
+    assert not ours or re.fullmatch(r"[0-9a-f]{40}", ours)
+
+
+def test_an_os_error_is_one_line(shop, monkeypatch, capsys):
+    def fail(*_, **models):
+        raise OSError(5, "Input/output error", "somewhere")
+
+    monkeypatch.setattr("dpo.Run.hold", fail)
+    assert main("dpo", *INIT, *TINY, "--out", "x/dpo.pt") == 1
+    assert capsys.readouterr().err == "dpo.py: somewhere: Input/output error\n"
+    assert issubclass(Stopped, data.UserError) and locks.path_of("x/dpo.pt") not in locks.HELD
