@@ -58,8 +58,9 @@ class Files:
 
     def begin(self):
         """Opens the record, with the lines that a resumed run has already."""
-        self.file = open(self.record_path, "wb", buffering=0)
-        self.file.write("".join(self.lines).encode())
+        with self.writes(self.record_path):
+            self.file = open(self.record_path, "wb", buffering=0)
+            self.file.write("".join(self.lines).encode())
 
     def record(self, line):
         """One write a line, so that a killed run leaves whole lines, and a full disk too."""

@@ -18,7 +18,8 @@ import torch
 from data import UserError
 
 OURS = Path(__file__).parent.parent
-STATES = (  # what a process has one of: (how it is read, how it is put back)
+STATES = (  # what a process has one of, and the user's code has its own: (read, put back)
+    (lambda: list(sys.path), lambda path: sys.path.__setitem__(slice(None), path)),
     (os.getcwd, os.chdir),
     (random.getstate, random.setstate),
     (np.random.get_state, np.random.set_state),
@@ -145,21 +146,23 @@ class Apart:
         ours = {x.stem for x in OURS.glob("*.py")} | {x.parent.name for x in OURS.glob("*/*.py")}
         self.clashing = set() if self.folder.samefile(OURS) else beside & ours
         self.modules = {}  # of the user's, called like ours
+        self.states = None  # of STATES, as the user's code left them
 
     @contextlib.contextmanager
     def __call__(self):
-        kept = [(put_back, read()) for read, put_back in STATES]
         same = [(read, put_back, read()) for read, put_back in CHANGED]
-        path, argv, outputs = list(sys.path), list(sys.argv), (sys.stdout, sys.stderr)
-        ours = self._swap(self.modules)
-        sys.path.insert(0, str(self.folder))
+        argv, outputs = list(sys.argv), (sys.stdout, sys.stderr)
+        ours, states = self._swap(self.modules), read_states()
+        if self.states is None:
+            sys.path.insert(0, str(self.folder))
+        else:
+            put_back_states(self.states)
         try:
             yield
         finally:
-            self.modules = self._swap(ours)
-            sys.path[:], sys.argv[:], (sys.stdout, sys.stderr) = path, argv, outputs
-            for put_back, state in kept:
-                put_back(state)
+            self.modules, self.states = self._swap(ours), read_states()
+            put_back_states(states)
+            sys.argv[:], (sys.stdout, sys.stderr) = argv, outputs
             for read, put_back, state in same:
                 if read() != state:
                     put_back(state)
@@ -172,6 +175,15 @@ class Apart:
         taken = {name: sys.modules.pop(name) for name in names}
         sys.modules.update(modules)
         return taken
+
+
+def read_states():
+    return [read() for read, _ in STATES]
+
+
+def put_back_states(states):
+    for (_, put_back), state in zip(STATES, states):
+        put_back(state)
 
 
 def _kind(function):

@@ -63,6 +63,7 @@ class Interrupts:
     first of them on."""
 
     def __init__(self):
+        self.depth = 0  # of commands: a run may make an earlier stage
         self.begin()
 
     def begin(self):
@@ -103,11 +104,13 @@ class Interrupts:
             before = {number: signal.signal(number, self) for number in SIGNALS}
         except ValueError:  # not the main thread: signals are somebody else's
             before = {}
-        if self not in before.values():
+        if self.depth == 0:
             self.begin()
+        self.depth += 1
         try:
             yield
         finally:
+            self.depth -= 1
             if not self.over:
                 for number, handler in before.items():
                     signal.signal(number, handler)
