@@ -35,6 +35,7 @@ TEMPLATE = {
 TEST_SHARE = 0.05
 KINDS = {dict: "an object", list: "a list", bool: "a boolean", str: "a string", type(None): "null"}
 TURN = "\n\nAssistant:"  # where an answer begins in a transcript, as in HH
+WHY = ("empty", "equal", "equal once cut", "undesirable", "not drawn")  # rows are dropped
 REMEDIES = {  # columns of other shapes, and what to do about them
     "text": 'split each text into "prompt" and "completion"',
     "conversations": 'write them as "messages", a list of {"role", "content"}',
@@ -281,7 +282,9 @@ class Jsonl(Task):
         for name, split, words, dropped in files:
             total = sum(len(rows) for key, rows in self.lines.items() if split in ("", key))
             if n := sum(dropped.values()):
-                why = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
+                why = ", ".join(
+                    f"{dropped[reason]:,} {reason}" for reason in WHY if dropped[reason]
+                )
                 words.append(f"{n:,} dropped ({why})")
             lines.append(f"{name}: {total:,} rows: {', '.join(words)}")
         if used - equal < held or 1 in (used - equal, held):

@@ -41,6 +41,7 @@ dpo --out out | --out
 dpo --out out/reviews/sft.pt --init out/reviews/sft.pt | would overwrite out/reviews/sft.pt
 dpo --out out/reviews/sft.pt | would overwrite out/reviews/sft.pt
 sft --task ok.jsonl --out ok.pt | would overwrite ok.jsonl
+dpo --out /dev/null | --out /dev/null is no place for a checkpoint
 dpo --out new/ | --out new/ is no place for a checkpoint
 dpo --seed 99999999999999999999 | --seed
 sft --block-size 1 | --block-size 1 leaves no room

@@ -23,7 +23,8 @@ class Files:
         self.record_path, self.state_path = f"{stem}.jsonl", f"{stem}.state"
         self.lines = []  # of the record
         self.paths, self.digests = {}, {}  # of the files that the run reads, by their part in it
-        if out.endswith((".jsonl", ".state", ".gz", "/")) or os.path.isdir(out):
+        taken = os.path.exists(out) and not os.path.isfile(out)  # a folder, /dev/null
+        if out.endswith((".jsonl", ".state", ".gz", "/")) or taken:
             raise UserError(f"--out {out} is no place for a checkpoint; give a path like {stem}.pt")
         try:
             os.makedirs(os.path.dirname(os.path.realpath(out)), exist_ok=True)

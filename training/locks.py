@@ -22,7 +22,8 @@ def take(out):
     while path not in HELD:
         open(path, "a").close()
         file = os.stat(path).st_ino
-        connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        how = {"timeout": 0, "isolation_level": None, "check_same_thread": False}
+        connection = sqlite3.connect(os.fsencode(path), **how)
         try:
             connection.execute("PRAGMA journal_mode = OFF")  # nothing is ever written
             connection.execute("BEGIN EXCLUSIVE")
