@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,9 @@ def main(script, *args):
     try:
         training.command(importlib.import_module(script).main, [str(a) for a in args])
     except SystemExit as e:
+        if e.code == 130:  # where the process would end, and signals are ignored
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return e.code or 0
     return 0
 

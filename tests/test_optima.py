@@ -413,6 +413,7 @@ def test_the_command_s_mistakes_are_one_line(tiny, monkeypatch, capsys):
         assert said in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_kto_is_measured_against_its_limit(world, call):
     call("kto", *SHORT, "--out", "out/exact/k.pt", cwd=world)
     found = measured(world / "out/exact/k.pt")

@@ -219,14 +219,15 @@ def test_predict_allocates_nothing_and_leaves_all_as_it_was(tmp_path, monkeypatc
     assert "--predict 7b, tokens:256+256, 4 sequences a step (a pair is two), 4 a forward" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, pure, mixed",
     [
         ("simpo", 50.7, 100.8),
-        pytest.param("dpo", 63.1, 113.6, marks=pytest.mark.slow),
-        pytest.param("ppo", 125.1, 225.6, marks=pytest.mark.slow),
-        pytest.param("reward_model", 50.3, 99.7, marks=pytest.mark.slow),
-        pytest.param("rlaif", 75.5, 126.4, marks=pytest.mark.slow),
+        ("dpo", 63.1, 113.6),
+        ("ppo", 125.1, 225.6),
+        ("reward_model", 50.3, 99.7),
+        ("rlaif", 75.5, 126.4),
     ],
 )
 def test_the_figures_of_a_7b_model(method, pure, mixed, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -45,9 +46,8 @@ def begun(*args, **more):
 @pytest.mark.parametrize(
     "how",
     [
-        "2>&-",
         "| head -1",
-        *(pytest.param(x, marks=pytest.mark.slow) for x in (">&-", ">/dev/full")),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("2>&-", ">&-", ">/dev/full")),
     ],
 )
 def test_a_stream_that_ends_stops_no_run(how, shop):
@@ -91,7 +91,8 @@ def test_signals_however_often_promise_only_what_is_true(number, shop):
     said = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130 and "Traceback" not in said
     assert "interrupted" in said.splitlines()[-1]
-    named = "c/x.state" in said
+    again = shlex.join(["python", str(ROOT / "dpo.py"), *map(str, args), "--save-every", "1000000"])
+    named = said.rstrip().endswith(f"in c/x.state: {again} --resume")
     assert named or number == signal.SIGINT
     if named:
         assert torch.load(shop / "c/x.state", weights_only=True)["step"] > 0
@@ -99,20 +100,22 @@ def test_signals_however_often_promise_only_what_is_true(number, shop):
 
 
 def test_a_save_that_has_begun_is_finished():
-    done = []
-    with interrupts.caught():
-        with interrupts.patient(), interrupts.held():
-            for _ in range(3):
-                os.kill(os.getpid(), signal.SIGTERM)
-            done.append("saved")
-        with pytest.raises(KeyboardInterrupt):
-            with interrupts.held():
-                os.kill(os.getpid(), signal.SIGINT)
-                done.append("saved")
-        with pytest.raises(KeyboardInterrupt):
+    done, before = [], {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    with interrupts.caught(), interrupts.patient(), interrupts.held():
+        for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
-            done.append("never")
-    assert done == ["saved", "saved"] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        done.append("saved")
+    assert before == {n: signal.getsignal(n) for n in before}
+    with pytest.raises(KeyboardInterrupt), interrupts.caught(), interrupts.held():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("saved")
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    with pytest.raises(KeyboardInterrupt), interrupts.caught():
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("never")
+    assert done == ["saved", "saved"]
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 # ---- other runs

@@ -128,10 +128,10 @@ def test_end_to_end(name, shop, call):
         assert "A drama, The Last Road:" in answer and "policy |" in answer
 
 
-def test_reward_model_end_to_end(shop):
+def test_reward_model_end_to_end(shop, call, capsys):
     """Documented finite figures, a checkpoint that reloads, demonstrations that average 0."""
     before = snapshot(shop)
-    said = run("reward_model.py", *TRAIN, "--eval-every", 2, cwd=shop).stdout
+    said = call("reward_model", *TRAIN, "--eval-every", 2, cwd=shop)
     assert "held-out preference accuracy" in said and "the labels' noise allows 0.8" in said
     whole_and_apart(shop, before)
     _, *steps, last = lines(shop / "out/reviews/reward_model.jsonl")
@@ -149,8 +149,8 @@ def test_reward_model_end_to_end(shop):
     rows, _ = data.encode(data.task("reviews").demonstrations(1024, 0), tokenizer, 256)
     assert abs(reward_model.scores(model, rows, Compute(CPU)).mean()) < 1e-4
     assert abs(model.head.bias.item()) > 1e-4
-    refused = run("evaluate.py", "out/reviews/reward_model.pt", cwd=shop, ok=False)
-    assert refused.returncode == 2 and "is a reward model" in refused.stderr
+    assert main("evaluate", "out/reviews/reward_model.pt") == 2
+    assert "is a reward model" in capsys.readouterr().err
 
 
 def test_exact_figures_are_documented(tmp_path, call):
@@ -684,15 +684,6 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(shop, monkeypatch, 
     assert not (shop / "nan/dpo.pt").exists()
     assert main("dpo", *TINY, "--out", "nan/dpo.pt", "--resume") == 0
     same_run(shop / "nan/dpo.pt", shop / "whole/dpo.pt")
-
-
-def test_ctrl_c_saves_and_tells_how_to_go_on(shop):
-    args = (
-        "--steps 100000 --batch-size 4 --save-every 100000 --out ctrl/dpo.pt --device cpu".split()
-    )
-    _, said = press_ctrl_c(start("dpo.py", args, shop), shop / "ctrl/dpo.jsonl")
-    assert (shop / "ctrl/dpo.state").exists()
-    assert said.endswith(shlex.join(["python", str(ROOT / "dpo.py"), *args, "--resume"]))
 
 
 @pytest.mark.slow

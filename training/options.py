@@ -291,7 +291,6 @@ def command(main, argv=None):
         except OSError as e:
             code, message = 1, f"{e.filename or 'a file'}: {e.strerror or e}"
         except KeyboardInterrupt as e:
-            interrupts.over = True
             again = shlex.join(["python", sys.argv[0], *[x for x in argv if x != "--resume"]])
             code, message = 130, "interrupted"
             if str(e):

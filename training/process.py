@@ -76,7 +76,12 @@ class Interrupts:
     def __call__(self, number, frame):
         self.count, self.signal = self.count + 1, number
         if not (self.over or self.holds or self.waits and self.count == 1):
-            raise KeyboardInterrupt
+            self.stop()
+
+    def stop(self, message=""):
+        """The process ends now, and a further signal has nothing to stop."""
+        self.over = True
+        raise KeyboardInterrupt(message)
 
     @contextlib.contextmanager
     def patient(self):
@@ -93,13 +98,13 @@ class Interrupts:
             yield
         finally:
             self.holds = outer
-        if self.count > count and not (outer or self.waits):
-            raise KeyboardInterrupt
+        if self.count > count and not (outer or self.waits or self.over):
+            self.stop()
 
     @contextlib.contextmanager
     def caught(self):
-        """Within it the signals come here. Once the process ends because of one, it stays so: a
-        further one has nothing to stop."""
+        """Within it the signals come here. Once the process ends because of one, further ones are
+        ignored to its very end."""
         try:
             before = {number: signal.signal(number, self) for number in SIGNALS}
         except ValueError:  # not the main thread: signals are somebody else's
@@ -111,9 +116,8 @@ class Interrupts:
             yield
         finally:
             self.depth -= 1
-            if not self.over:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_IGN if self.over else handler)
 
 
 interrupts = Interrupts()

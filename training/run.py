@@ -197,7 +197,7 @@ class Run(Compute):
                 if (step + 1) % o.save_every == 0 or step + 1 == o.steps or interrupted:
                     self._save(step + 1)
                 if interrupted:
-                    raise KeyboardInterrupt(f"step {step + 1}, in {self.files.state_path}")
+                    interrupts.stop(f"step {step + 1}, in {self.files.state_path}")
 
     def _end_step(self, bar):
         """Records and shows the step's figures."""
