@@ -128,9 +128,8 @@ def inputs(command):
 def run(folder, done, threads, item):
     """Runs an item, if it has not ended before. done: name -> what made it, as commands.json has
     it. -> (exit code, what went wrong)"""
-    out = folder / f"{item.name}.pt"
-    locks.wait(out, "an earlier comparison was killed and its run goes on; this one waits for it")
-    locks.release([locks.path_of(out)])
+    why = "an earlier comparison was killed and its run goes on; this one waits for it"
+    locks.wait_until_free(folder / f"{item.name}.pt", why)
     made = {"command": item.command, "inputs": inputs(item.command)}
     weights, record, state = (folder / f"{item.name}{x}" for x in (".pt", ".jsonl", ".state"))
     with LOCK:

@@ -12,13 +12,14 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, lines, main
+from conftest import ROOT, TINY, killed, lines, main
 
 import data
 import gpt
 from data import Stopped
 from data.make_vocab import main as make_vocab
 from training import checkpoint, locks
+from training.files import Files
 from training.process import interrupts, streams
 from training.run import commit, from_checkpoint
 
@@ -209,10 +210,10 @@ def test_a_full_disk_is_one_line_and_the_last_state_is_whole(at, shop, monkeypat
                 raise OSError(28, "No space left on device")
         record(self, line)
 
-    record = locks_files().record
+    record = Files.record
     with monkeypatch.context() as m:
         if at == "x.jsonl":
-            m.setattr(locks_files(), "record", short)
+            m.setattr(Files, "record", short)
         else:
             m.setattr(os, "replace", full)
         assert main("dpo", *args) == 1
@@ -224,12 +225,6 @@ def test_a_full_disk_is_one_line_and_the_last_state_is_whole(at, shop, monkeypat
     ]
     assert main("dpo", *args, "--resume") == 0
     assert (shop / "c/x.pt").read_bytes() == (shop / "whole/x.pt").read_bytes()
-
-
-def locks_files():
-    from training.files import Files
-
-    return Files
 
 
 def test_torch_hides_no_cause(tmp_path):
@@ -291,8 +286,6 @@ def test_a_moved_folder_goes_on(shop, monkeypatch, capsys):
         return [x for pair in given.items() for x in pair] + [*TINY, "--group", 4]
 
     assert main("grpo", *args("a"), "--out", "whole/x.pt") == 0
-    from conftest import killed
-
     killed(3, "grpo", [*args("a"), "--save-every", 1], monkeypatch)
     shutil.move(shop / "a", shop / "b")
     assert main("grpo", *args(shop / "b"), "--resume") == 0

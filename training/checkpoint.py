@@ -105,13 +105,18 @@ def make_if_missing(task, method, device, dtype):
         option = "--init" if method == "sft" else "--reward X.pt"
         made = f"a checkpoint such as python {method}.py --task FILE makes, of {rows}"
         raise UserError(f"{option} is needed with a file as the task: {made}")
-    before = set(locks.HELD)
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        locks.wait(path, f"this one waits for it, and goes on when {path} is there")
     if os.path.exists(path):
-        locks.release(set(locks.HELD) - before)
         return path
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with locks.given_back():
+        locks.wait(path, f"this one waits for it, and goes on when {path} is there")
+        if not os.path.exists(path):
+            _make(path, task, method, device, dtype)
+    return path
+
+
+def _make(path, task, method, device, dtype):
+    """Runs the script of a stage, or goes on with it."""
     data.say(f"{path} does not exist yet: running {method}.py first (half a minute on a laptop)")
     argv, start = sys.argv, time.time()
     script = str(Path(gpt.__file__).with_name(f"{method}.py"))
@@ -128,6 +133,4 @@ def make_if_missing(task, method, device, dtype):
             raise Stopped(words) from None
     finally:
         sys.argv = argv
-        locks.release(set(locks.HELD) - before)
     data.say(f"{path} is made, in {time.time() - start:.0f} s\n")
-    return path

@@ -1,6 +1,7 @@
 """A run's files: the record, the state that --resume goes on from, and what the run reads."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -34,7 +35,7 @@ class Files:
                 with open(f"{path}.{os.getpid()}.tmp", "w") as file:
                     os.unlink(file.name)
                 if os.path.exists(path) and not os.access(path, os.W_OK):
-                    raise PermissionError(13, f"{path}: Permission denied")
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         except OSError as e:
             why = f"cannot be written ({e.strerror}); give another path"
             raise UserError(f"--out {out} {why}") from None
@@ -70,7 +71,7 @@ class Files:
         with self.writes(self.record_path):
             if self.file.write(text) < len(text):
                 self.file.truncate(place)
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @contextlib.contextmanager
     def writes(self, path):

@@ -53,6 +53,7 @@ class Reward:
         self.name, self.apart = name, Apart(path)
         self.function = self._find(path, attribute)
         self.takes = self._parameters(task)
+        self.names = {p.name for p in self.takes}
 
     def _find(self, path, attribute):
         spec = importlib.util.spec_from_file_location("user_reward", path)
@@ -98,7 +99,6 @@ class Reward:
         return list(parameters)
 
     def __call__(self, prompt, completion, ended=True, **columns):
-        place = f"the prompt {_flat(repr(prompt))} and the completion {_flat(repr(completion))}"
         values = {**columns, "prompt": prompt, "completion": completion, "ended": ended}
         args, kwargs = self._bind(values)
         try:
@@ -107,10 +107,8 @@ class Reward:
         except (Exception, SystemExit) as e:  # a user's function raises what it likes
             frames = traceback.extract_tb(e.__traceback__)[1:]
             line = next((frame.lineno for frame in frames), "?")
-            what = f"{type(e).__name__} ({_flat(e)}, line {line})"
-            raise UserError(
-                f"--reward {self.name} raised {what} at {place}; mend the function"
-            ) from None
+            what = f"raised {type(e).__name__} ({_flat(e)}, line {line})"
+            raise self._at(prompt, completion, what, "mend the function") from None
         try:
             if not isinstance(x, str) and abs(float(x)) < 1e38:  # the loss is of float32
                 return float(x)
@@ -118,8 +116,12 @@ class Reward:
             pass
         if inspect.iscoroutine(x) or inspect.isgenerator(x):
             x.close()
-        returned = f"--reward {self.name} returned {_flat(repr(x))} at {place}"
-        raise UserError(f"{returned}; it must return a finite number")
+        what = f"returned {_flat(repr(x))}"
+        raise self._at(prompt, completion, what, "it must return a finite number")
+
+    def _at(self, prompt, completion, what, remedy):
+        place = f"the prompt {_flat(repr(prompt))} and the completion {_flat(repr(completion))}"
+        return UserError(f"--reward {self.name} {what} at {place}; {remedy}")
 
     def _bind(self, values):
         """-> (positional, named) arguments"""
@@ -128,7 +130,7 @@ class Reward:
             if p.kind is p.POSITIONAL_ONLY:
                 args.append(copy.deepcopy(values.get(p.name, p.default)))
             elif p.kind is p.VAR_KEYWORD:
-                rest = {k: x for k, x in values.items() if k not in {p.name for p in self.takes}}
+                rest = {name: x for name, x in values.items() if name not in self.names}
                 kwargs |= copy.deepcopy(rest)
             elif p.name in values:
                 kwargs[p.name] = copy.deepcopy(values[p.name])

@@ -54,10 +54,25 @@ def wait(out, why):
             time.sleep(0.5)
 
 
-def release(paths=None):
-    """Gives locks back, with their files; all that are held, if no paths are given"""
-    for path in list(HELD if paths is None else paths):
-        if path in HELD:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            HELD.pop(path).close()
+@contextlib.contextmanager
+def given_back():
+    """What is taken within is given back at its end, with the locks' files."""
+    before = set(HELD)
+    try:
+        yield
+    finally:
+        for path in set(HELD) - before:
+            _give_back(path)
+
+
+def wait_until_free(out, why):
+    """Waits for another run's end, and writes nothing."""
+    wait(out, why)
+    _give_back(path_of(out))
+
+
+def _give_back(path):
+    if path in HELD:  # it is not where nothing can be locked
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        HELD.pop(path).close()

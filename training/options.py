@@ -280,9 +280,9 @@ def command(main, argv=None):
     """Runs main for the shell: a user's mistake is one line and an exit code, no traceback."""
     argv = sys.argv[1:] if argv is None else argv
     with streams(), interrupts.caught():
-        held = set(locks.HELD)  # by the run that this one is a stage of
         try:
-            return main(argv)
+            with locks.given_back():
+                return main(argv)
         except UserError as e:
             code, message = e.code, str(e)
         except torch.OutOfMemoryError as e:
@@ -295,8 +295,6 @@ def command(main, argv=None):
             code, message = 130, "interrupted"
             if str(e):
                 message = f"interrupted; this goes on from {e}: {again} --resume"
-        finally:
-            locks.release(set(locks.HELD) - held)
         script = os.path.basename(main.__code__.co_filename)
         print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(code)
