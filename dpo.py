@@ -150,7 +150,7 @@ def main(argv=None):
     run = Run("dpo", o)
     task = data.task(o.task, o.eval_file, o.strict)
     policy, tokenizer = run.load(o.init or run.stage("sft"), task)
-    ref = run.freeze(policy)  # a copy
+    ref = run.reference(policy)
     batches = data.Batches(task.preferences, o.pairs or task.size, tokenizer, run.block_size, o)
     if o.precompute_ref:
         batches.rows, ref = with_reference(ref, batches.rows, run), None

@@ -29,6 +29,7 @@ import inspect
 import math
 import os
 import statistics
+import time
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -40,10 +41,13 @@ import training
 from data import UserError
 from data.exact import kl, star, tv
 from training import Compute, checkpoint, load_judge, opt, parse
+from training.options import flag
 from training.reward import Judge, completions
 
 ROWS = 128  # sequences a forward pass
-PROMPTS = 512
+LONG = 60  # seconds of an evaluation that are told before the training
+SHORT = 2e12  # FLOPs of an evaluation whose time is not asked for
+UNTOLD = {"block_size": 0, "truncate": False, "eval_file": "", "eval_prompts": 512}
 
 
 class Evaluator:
@@ -66,30 +70,53 @@ class Evaluator:
             rows, _ = data.encode(task.rows, tokenizer, run.block_size)
             self.world = data.pad(rows, run.device)
             return
-        prompts = task.prompts(PROMPTS, o.seed, split="test")
+        prompts = task.prompts(o.eval_prompts, o.seed, split="test")
         limit = run.block_size - self.longest
         ids, note = data.encode_prompts(prompts, tokenizer, limit, o.truncate)
         data.say(note)
         self.prompts = [(x, *prompt) for x, prompt in zip(ids, prompts)]
         self.rows = []
         if self.draw and not task.has_reward:
-            rows = self.draw(PROMPTS, o.seed, split="test")
+            rows = self.draw(o.eval_prompts, o.seed, split="test")
             self.rows, note = data.encode(rows, tokenizer, run.block_size, o.truncate)
             data.say(note and f"held out: {note}")
             if task.unpaired and self.draw == task.feedback and len({y for *_, y in self.rows}) < 2:
                 self.rows = []
                 left_out = "accuracy will be left out; --eval-file names others"
                 data.say(f"the held-out rows all have the same label: {left_out}")
+        if policy := run.models.get("policy"):
+            self._tell_time(policy)
+
+    def _tell_time(self, policy):
+        """Says how long the closing evaluation takes, if it is long: by eight prompts' first token,
+        and by the four after it"""
+        n, times = len(self.prompts), []
+        models = 2 if self.reference else 1
+        tokens = n * models * (self.longest + max(len(x) for x, *_ in self.prompts[:8]))
+        if 2 * policy.matmul_parameters() * tokens < SHORT:
+            return
+        for longest in (1, 5):
+            start = time.perf_counter()
+            generator = torch.Generator().manual_seed(0)
+            self.run.sample(policy, self.prompts[:8], longest, generator=generator)
+            times.append(time.perf_counter() - start)
+        first, four = times[0], max(0.0, times[1] - times[0])
+        seconds = models * n / min(n, 8) * (first + four * self.longest / 4)
+        if seconds > LONG:
+            what = f"{n} prompts, {models} models, up to {self.longest} tokens"
+            minutes = f"up to {seconds / 60:.0f} min"
+            remedy = "--eval-prompts N shortens it"
+            data.say(f"the closing evaluation takes {minutes} ({what}); {remedy}")
 
     @torch.no_grad()
-    def measure(self, policy, prompts=PROMPTS):
-        """-> the figures of this file's docstring"""
+    def measure(self, policy, prompts=0):
+        """-> the figures of this file's docstring, of the first so many prompts; 0: of all"""
         ref = self.reference
         if isinstance(ref, str):
             ref = self.run.open(ref) if ref else None
         if self.task.outcomes:
-            return self._enumerate(policy, ref, prompts == PROMPTS)
-        return self._sample(policy, ref, prompts)
+            return self._enumerate(policy, ref, not prompts)
+        return self._sample(policy, ref, prompts or len(self.prompts))
 
     def facts(self, figures):
         """-> what a checkpoint keeps, so that the command measures it again"""
@@ -183,12 +210,12 @@ class Evaluator:
             return {"nll": losses / tokens}
         found = torch.cat(found)
         if "rewards" not in metrics:
-            return {"accuracy": found.float().mean().item()}
+            return share(found)
         desirable = torch.tensor([row[2] for row in self.rows], device=found.device)
         chosen, rejected = found[desirable], found[~desirable]
         if not self.task.unpaired:  # rows of a file of pairs, one after the other
-            return {"accuracy": (chosen > rejected).float().mean().item()}
-        return {"accuracy": (chosen[:, None] > rejected).float().mean().item()}
+            return share(chosen > rejected)
+        return share(chosen[:, None] > rejected, min(len(chosen), len(rejected)))
 
     # ---- by enumeration
 
@@ -301,6 +328,7 @@ class Evaluator:
             if key in f:
                 before = f"{f[f'ref_{key}']:.2f}" if f"ref_{key}" in f else ""
                 spread = f" ± {f[f'{key}_se']:.2f}" if f"{key}_se" in f else ""
+                spread += f" (n = {f['accuracy_n']})" if key == "accuracy" else ""
                 print(f"{name:<34}{before:>10}{f[key]:>10.2f}{spread}")
         if self.task.outcomes:
             print("", *self.shown, "", sep="\n", flush=True)
@@ -311,6 +339,13 @@ class Evaluator:
                 if text is not None:
                     print(f"  {name:>9} | " + printable(text).replace("\n", "\n" + " " * 12 + "| "))
         print(flush=True)
+
+
+def share(found, n=0):
+    """(…) bool -> the figures of an accuracy. n: how many of them are independent, if not all"""
+    n, accuracy = n or found.numel(), found.float().mean().item()
+    error = (accuracy * (1 - accuracy) / n) ** 0.5
+    return {"accuracy": accuracy, "accuracy_se": error, "accuracy_n": n}
 
 
 def printable(text):
@@ -327,8 +362,10 @@ class Options:
     eval_file: str = opt("", "JSONL file to evaluate on (default: the task's test split)")
     reference: str = opt("", "checkpoint to compare with (default: the one it started from)")
     reward: str = opt("", "the judge: task, rm, X.pt, FILE.py:function (default: its training's)")
-    prompts: int = opt(PROMPTS, "test prompts, at most 512", low=1)
+    eval_prompts: int = opt(0, "test prompts (0: as many as after the training)", low=0)
     max_new_tokens: int = opt(0, "longest response (0: as at the end of the training)", low=0)
+    chat: bool = opt(True, "a plain prompt is a user message, where a checkpoint has a template")
+    template_args: tuple = opt((), "of the checkpoint's chat template: enable_thinking=false")
     truncate: bool = opt(False, "cut prompts that do not fit, from their left")
     seed: int = opt(0, "of the samples", low=0)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps")
@@ -341,13 +378,15 @@ class Again(Compute):
     def __init__(self, o):
         super().__init__(o)
         policy, self.tokenizer, self.meta = checkpoint.load(o.checkpoint)
-        self.policy = self.freeze(self.prepare(policy))
-        self.trained = SimpleNamespace(**self.meta["options"])
+        self.policy = self.freeze(self.place(policy))
+        self.models = {"policy": self.policy}
+        self.trained = SimpleNamespace(**UNTOLD | self.meta["options"])
         self.block_size = self.trained.block_size or policy.config.block_size
         self.reference = self._find_reference()
         self.init = self.reference
         o.max_new_tokens = o.max_new_tokens or self.meta["max_new_tokens"]
         o.truncate = o.truncate or self.trained.truncate
+        o.eval_prompts = o.eval_prompts or self.trained.eval_prompts
 
     def _find_reference(self):
         path, moved = self.o.reference, ""
@@ -361,7 +400,7 @@ class Again(Compute):
             print(f"no reference{missing}: {left_out}")
             return ""
         model, tokenizer, _ = checkpoint.load(path)
-        if tokenizer.meta != self.tokenizer.meta:
+        if tokenizer.vocabulary != self.tokenizer.vocabulary:
             words = f"{path} has another vocabulary than {self.o.checkpoint}"
             raise UserError(f"{words}; give another --reference")
         self.block_size = min(self.block_size, model.config.block_size)
@@ -401,9 +440,13 @@ class Again(Compute):
 def main(argv=None):
     o = parse(Options, argv)
     run = Again(o)
+    run.tokenizer = run.told(run.tokenizer)
     if o.prompt:
         run.answer(o.prompt.replace("\\n", "\n"))
         return
+    if not o.task and not run.meta["options"]:
+        words = "was trained on no task of these scripts; give --task, or a --prompt"
+        raise UserError(f"{o.checkpoint} {words}")
     eval_file = o.eval_file or ("" if o.task else run.meant(run.trained.eval_file))
     own_task = not o.task
     o.task = o.task or run.meant(run.meta["task"])
@@ -413,9 +456,9 @@ def main(argv=None):
                 f"{path}, which {o.checkpoint} was trained with, is missing; name it with {option}"
             )
     task = data.task(o.task, eval_file)
-    if task.outcomes and (unread := o.given & {"prompts", "seed", "truncate"}):
+    if task.outcomes and (unread := o.given & {"eval_prompts", "seed", "truncate"}):
         words = f"every outcome of {task.name} is counted, nothing is drawn or cut"
-        raise UserError(f"--{min(unread)}: {words}; leave it out")
+        raise UserError(f"{flag(min(unread))}: {words}; leave it out")
     checkpoint.load(o.checkpoint, task)
     task.template = run.meta["template"]
     judge = None
@@ -434,7 +477,7 @@ def main(argv=None):
         held_out = getattr(task, run.meta["held_out"]), partial(script.compute_loss, o=run.trained)
     is_reference = run.meta["method"] == "sft"
     evaluator = Evaluator(run, task, run.reference, judge, held_out, is_reference)
-    figures = evaluator.measure(run.policy, o.prompts)
+    figures = evaluator.measure(run.policy)
     evaluator.report(f"{run.meta['method']} on {task.name}", figures)
 
 

@@ -5,10 +5,10 @@
     sample       prompts of mixed length -> a Rollout of responses to them
     save, load   a checkpoint: weights, config, and the plain facts that a later stage needs
 
-Shapes: B sequences, T tokens, V vocabulary, C width, H heads, D = C / H. Rows are padded on the
-right with id 0. Under causal attention the padding changes nothing before it, so there is no
-attention mask, only the mask of what is trained. Entry t of a (B, T) table of log-probs is
-log π(ids[t] | ids[<t]); column 0 is 0.
+Shapes: B sequences, T tokens, V vocabulary, C width, H heads of queries, K of keys and of values,
+D width of a head. Rows are padded on the right with id 0. Under causal attention the padding
+changes nothing before it, so there is no attention mask, only the mask of what is trained. Entry t
+of a (B, T) table of log-probs is log π(ids[t] | ids[<t]); column 0 is 0.
 There is no dropout: log-probs of the same text must agree between sampling, scoring and training.
 """
 
@@ -33,6 +33,25 @@ class GPTConfig:
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
+    # what checkpoints of others differ in
+    llama: bool = False  # RMSNorm, SwiGLU, rotary positions, no biases: all four, or GPT-2's
+    n_kv_head: int = 0  # K: heads of keys and of values; 0: as many as of queries
+    head_dim: int = 0  # D; 0: n_embd / n_head
+    n_inner: int = 0  # width inside the MLP; 0: 4 n_embd
+    norm_eps: float = 1e-5
+    tied: bool = True  # the head is the token embedding
+    qkv_bias: bool = False  # Qwen2: biases on queries, keys and values alone
+    qk_norm: bool = False  # Qwen3: RMSNorm of each query and key
+    rope_theta: float = 10000.0
+    rope_scaling: tuple = ()  # Llama 3.1: (factor, low, high, context)
+
+    def heads(self):
+        """-> (H, K, D)"""
+        return (
+            self.n_head,
+            self.n_kv_head or self.n_head,
+            self.head_dim or self.n_embd // self.n_head,
+        )
 
 
 # ---- the transformer
@@ -46,53 +65,84 @@ class LayerNorm(nn.LayerNorm):
     __call__ = nn.LayerNorm.forward
 
 
+class RMSNorm(nn.RMSNorm):
+    def __call__(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd)
-        self.proj = Linear(config.n_embd, config.n_embd)
+        self.H, self.K, self.D = config.heads()
+        bias = not config.llama
+        self.qkv = Linear(config.n_embd, (self.H + 2 * self.K) * self.D, bias or config.qkv_bias)
+        self.proj = Linear(self.H * self.D, config.n_embd, bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.D, config.norm_eps)
+            self.k_norm = RMSNorm(self.D, config.norm_eps)
 
-    def forward(self, x, cache=None, layer=0):
-        B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+    def forward(self, x, cache=None, layer=0, angles=None):
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.D).transpose(1, 2)  # (B, H + 2K, T, D)
+        if angles:
+            qkv = self.rotate(qkv, *angles)
         if cache is None:
-            q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, T, D) each
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            q, k, v = qkv.split((self.H, self.K, self.K), 1)
+            grouped = {"enable_gqa": True} if self.K < self.H else {}
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, **grouped)
         else:
             y = cache.attend(layer, qkv)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))
+
+    def rotate(self, qkv, cos, sin):
+        """Turns each pair (i, i + D/2) of queries and keys by its angle. RoPE, arXiv:2104.09864"""
+        q, k, v = qkv.split((self.H, self.K, self.K), 1)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        turned = [(x * cos + x.roll(self.D // 2, -1) * sin).to(v.dtype) for x in (q, k)]
+        return torch.cat([*turned, v], 1)
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm_1 = LayerNorm(config.n_embd)
+        C, inner, bias = config.n_embd, config.n_inner or 4 * config.n_embd, not config.llama
+        Norm = RMSNorm if config.llama else LayerNorm
+        self.llama = config.llama
+        self.norm_1 = Norm(C, config.norm_eps)
         self.attention = Attention(config)
-        self.norm_2 = LayerNorm(config.n_embd)
-        self.up = Linear(config.n_embd, 4 * config.n_embd)
-        self.down = Linear(4 * config.n_embd, config.n_embd)
+        self.norm_2 = Norm(C, config.norm_eps)
+        self.up = Linear(C, 2 * inner if config.llama else inner, bias)  # llama: gate and up
+        self.down = Linear(inner, C, bias)
 
-    def forward(self, x, cache=None, layer=0):
-        x = x + self.attention(self.norm_1(x), cache, layer)
-        h = F.gelu(self.up(self.norm_2(x)), approximate="tanh")  # one kernel; the exact form: many
-        return x + self.down(h)
+    def forward(self, x, cache=None, layer=0, angles=None):
+        x = x + self.attention(self.norm_1(x), cache, layer, angles)
+        h = self.up(self.norm_2(x))
+        if self.llama:
+            gate, h = h.chunk(2, -1)
+            return x + self.down(F.silu(gate) * h)
+        return x + self.down(F.gelu(h, approximate="tanh"))  # one kernel; the exact form: many
 
 
 class GPT(nn.Module):
-    """A language model whose head is its token embedding (tied). Weights come from `seed` and are
-    drawn on the CPU, so that every machine starts from the same ones: N(0, 0.02), residual
-    projections N(0, 0.02 / sqrt(2 n_layer))."""
+    """A language model. Weights come from `seed` and are drawn on the CPU, so that every machine
+    starts from the same ones: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer))."""
 
     def __init__(self, config, seed=0):
         super().__init__()
-        assert config.n_embd % config.n_head == 0, f"n_embd {config.n_embd}, n_head {config.n_head}"
+        whole = config.head_dim or config.n_embd % config.n_head == 0
+        assert whole, f"n_embd {config.n_embd}, n_head {config.n_head}"
         self.config = config
         self.checkpoint_activations = False  # True: recompute each block in the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if not config.llama:
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = LayerNorm(config.n_embd)
+        self.norm = (RMSNorm if config.llama else LayerNorm)(config.n_embd, config.norm_eps)
+        self.lm_head = None
+        if not config.tied:
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -102,29 +152,38 @@ class GPT(nn.Module):
                 std = 0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02
                 nn.init.normal_(p, 0.0, std, generator=generator)
 
+    @property
+    def head(self):
+        """(V, C): the weights that give the logits"""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
     def hidden(self, ids, cache=None):
         """ids (B, T) int64 -> (B, T, C), after the final norm. With a cache, ids continue what it
         holds, and are added to it."""
         T, limit = ids.size(1), self.config.block_size
         assert T <= limit, f"{T} tokens, but the context is {limit}"
         position = cache.advance(T) if cache else torch.arange(T, device=ids.device)
-        x = self.wte(ids) + self.wpe(position)
+        x, angles = self.wte(ids), None
+        if self.config.llama:
+            angles = rotations(self.config, position, x.dtype)
+        else:
+            x = x + self.wpe(position)
         for layer, block in enumerate(self.blocks):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, None, layer, angles, use_reentrant=False)
             else:
-                x = block(x, cache, layer)
+                x = block(x, cache, layer, angles)
         return self.norm(x)
 
     def forward(self, ids, cache=None):
         """ids (B, T) -> logits (B, T, V), every position."""
-        return F.linear(self.hidden(ids, cache), self.wte.weight)
+        return F.linear(self.hidden(ids, cache), self.head)
 
     def matmul_parameters(self):
-        """N of the FLOP counts: the weights that multiply every token, the tied head among them.
-        A forward pass is 2N a token."""
-        matrices = (p for name, p in self.named_parameters() if name != "wpe.weight")
-        return sum(p.numel() for p in matrices if p.dim() == 2)
+        """N of the FLOP counts: the weights that multiply every token, the head among them. A
+        forward pass is 2N a token."""
+        inner = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
+        return inner + self.head.numel()
 
     def logprobs(self, ids, mask, temperature=1.0, index=None, entropy=False):
         """Log-probs in nats of the tokens that `mask` marks, each given all that stands before it.
@@ -151,7 +210,7 @@ class GPT(nn.Module):
     def _score(self, h, target, temperature, entropy):
         """h (N, C), target (N,) -> log-probs (N,), and with `entropy` the entropies (N,). The
         softmax is never below float32."""
-        logits = F.linear(h, self.wte.weight)
+        logits = F.linear(h, self.head)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         logits = logits if temperature == 1.0 else logits / temperature
         logp = -F.cross_entropy(logits, target, reduction="none")
@@ -160,6 +219,21 @@ class GPT(nn.Module):
         with torch.no_grad():
             log_p = logits.log_softmax(-1)
             return logp, -(log_p.exp() * log_p).sum(-1)
+
+
+def rotations(config, position, dtype):
+    """position (T,) or (B, T) -> (cos, sin), (1 or B, 1, T, D): by what angles queries and keys are
+    turned. Not below float32, and no state of the model, which a cast would round."""
+    D, wide = config.heads()[2], torch.promote_types(dtype, torch.float32)
+    two_i = torch.arange(0, D, 2, device=position.device, dtype=wide)
+    frequency = 1 / config.rope_theta ** (two_i / D)
+    if config.rope_scaling:  # long waves are stretched by the factor, short ones are not
+        factor, low, high, context = config.rope_scaling
+        kept = ((context * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
+    angle = position.view(-1, 1, position.size(-1), 1) * frequency
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def places(mask):
@@ -207,6 +281,7 @@ class ScalarGPT(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = trunk or GPT(config, seed)
+        self.trunk.lm_head = None
         self.head = nn.Linear(config.n_embd, 1)
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(
@@ -241,7 +316,7 @@ class ScalarGPT(nn.Module):
 
     def matmul_parameters(self):
         """N of the FLOP counts, as in GPT; there is no vocabulary head here."""
-        trunk = self.trunk.matmul_parameters() - self.trunk.wte.weight.numel()
+        trunk = self.trunk.matmul_parameters() - self.trunk.head.numel()
         return trunk + self.head.weight.numel()
 
     @property
@@ -266,7 +341,8 @@ class KVCache:
     """
 
     def __init__(self, config, rows, capacity, device="cpu", dtype=torch.float32):
-        shape = (2, rows, config.n_head, capacity, config.n_embd // config.n_head)
+        self.H, self.K, D = config.heads()
+        shape = (2, rows, self.K, capacity, D)
         self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         self.row = torch.arange(rows, device=device)[:, None]
@@ -284,25 +360,30 @@ class KVCache:
             later = (
                 self.column[: self.width] > self.position[:, None, :, None]
             )  # (rows, 1, T, width)
-            mask = torch.where(later, self.hidden, self.seen)
-            mask = mask.expand(-1, self.kv[0].size(2), -1, -1)
-            self.mask = mask.flatten(0, 1)  # (rows·H, T, width)
+            mask = torch.where(later, self.hidden, self.seen).expand(-1, self.H, -1, -1)
+            groups = len(mask) * self.K, T * self.H // self.K, self.width
+            self.mask = mask.reshape(groups)  # (rows·K, H/K·T, width)
         self.length = self.length + T
         return self.position
 
     def attend(self, layer, qkv):
-        """qkv (rows, T, 3, H, D) of the tokens that `advance` made room for -> (rows, H, T, D)."""
+        """qkv (rows, H + 2K, T, D) of tokens that `advance` made room for -> (rows, H, T, D)"""
+        rows, _, T, D = qkv.size()
+        q, kv = qkv.split((self.H, 2 * self.K), 1)
+        new = kv.view(rows, 2, self.K, T, D)
         if self.ragged:
-            self.kv[layer][:, self.row, :, self.position] = qkv[:, :, 1:]
+            self.kv[layer][:, self.row, :, self.position] = new.permute(0, 3, 1, 2, 4)
         else:
-            new = slice(self.width - qkv.size(1), self.width)
-            self.kv[layer][:, :, :, new] = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # (rows, H, T, D) each
+            self.kv[layer][:, :, :, self.width - T : self.width] = new.transpose(0, 1)
         if self.empty:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        k, v = self.kv[layer].flatten(1, 2)[:, :, : self.width]  # (rows·H, width, D) each
-        q_, scale = q.flatten(0, 1), q.size(-1) ** -0.5
-        scores = torch.baddbmm(self.mask, q_, k.mT, alpha=scale)  # for one query, faster than SDPA
+            k, v = kv.chunk(2, 1)
+            grouped = {"enable_gqa": True} if self.K < self.H else {}
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **grouped)
+        k, v = self.kv[layer].flatten(1, 2)[:, :, : self.width]  # (rows·K, width, D) each
+        q_ = q.reshape(rows * self.K, -1, D)  # the H/K queries of a key, one after the other
+        scores = torch.baddbmm(
+            self.mask, q_, k.mT, alpha=D**-0.5
+        )  # for one query, faster than SDPA
         return torch.bmm(scores.softmax(-1), v).view(q.shape)
 
     def take(self, rows):
@@ -398,7 +479,7 @@ def sample(model, prompts, max_new_tokens, end_id, temperature=1.0, generator=No
     The end is looked for every 8 tokens, and rows that have ended are dropped once they are a
     quarter of the batch.
     """
-    weight = model.wte.weight
+    weight = model.head
     device = weight.device
     lengths = torch.tensor([len(p) for p in prompts])
     longest, B, R = int(lengths.max()), len(prompts), len(prompts) * group

@@ -53,7 +53,7 @@ def k3(logp, ref_logp):
     """π_ref/π - log(π_ref/π) - 1 ≥ 0, (B, T), nats. Its mean over samples from π is KL(π‖π_ref),
     its mean gradient that of KL(π_ref‖π). The log-ratio is clamped to ±20."""
     x = (ref_logp - logp).clamp(-20, 20)
-    return x.exp() - x - 1
+    return x.expm1() - x  # e^x - 1 - x, of which nothing cancels near 0
 
 
 def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, kl="k3"):
@@ -144,7 +144,7 @@ def main(argv=None):
     task = data.task(o.task, o.eval_file, o.strict)
     judge = load_judge(o.reward, run, task)
     policy, tokenizer = run.load(o.init or run.stage("sft"), task)
-    ref = run.freeze(policy) if o.kl != "none" and o.beta else None
+    ref = run.reference(policy) if o.kl != "none" and o.beta else None
     run.hold(policy=policy, ref=ref, reward=judge.model)
 
     prompts = data.Prompts(task, tokenizer, run.block_size, o)

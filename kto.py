@@ -134,7 +134,7 @@ def main(argv=None):
     run = Run("kto", o)
     task = data.task(o.task, o.eval_file, o.strict)
     policy, tokenizer = run.load(o.init or run.stage("sft"), task)
-    ref = run.freeze(policy)
+    ref = run.reference(policy)
     run.hold(policy=policy, ref=ref)
 
     batches = data.Batches(task.feedback, o.pairs or task.size, tokenizer, run.block_size, o)

@@ -90,7 +90,10 @@ class Options(JudgedOptions):
     samples_per_prompt: int = opt(2, "n: the best of them is compared with the worst", low=2)
     temperature: float = opt(1.0, "of the samples; the loss is at 1", above=0)
     ref_update: str = opt(
-        "fixed", "π_ref: where the run starts, or each round", choices=("fixed", "per-round")
+        "fixed",
+        "π_ref: where the run starts, or each round",
+        choices=("fixed", "per-round"),
+        only="lora=0",
     )
 
     def check(self):
@@ -209,7 +212,7 @@ def main(argv=None):
     task = data.task(o.task, o.eval_file, o.strict)
     judge = load_judge(o.reward, run, task)
     policy, tokenizer = run.load(o.init or run.stage("sft"), task)
-    ref = run.freeze(policy)
+    ref = run.reference(policy)
     run.hold(policy=policy, ref=ref, reward=judge.model)
 
     prompts = data.Prompts(task, tokenizer, run.block_size, o)

@@ -173,7 +173,7 @@ def main(argv=None):
     judge = load_judge(o.reward, run, task)
     policy, tokenizer = run.load(o.init or run.stage("sft"), task)
     critic = new_critic(judge, policy, run)
-    ref = run.freeze(policy)
+    ref = run.reference(policy)
     run.hold(policy=policy, critic=critic, ref=ref, reward=judge.model)
 
     prompts = data.Prompts(task, tokenizer, run.block_size, o)

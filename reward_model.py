@@ -55,7 +55,7 @@ class Options(PairOptions):
 
 
 PRESETS = {
-    "any": dict(steps=300, lr=1e-3),
+    "any": dict(steps=300, lr=1e-3, eval_prompts=2048),
     "exact": dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear"),
 }
 
@@ -91,10 +91,10 @@ class HeldOut:
     """Held-out pairs, encoded before the training so that what does not fit is told then. On
     `exact` also every outcome."""
 
-    def __init__(self, run, task, n=2048):
+    def __init__(self, run, task):
         self.run, self.task = run, task
         o, fit = run.o, (run.tokenizer, run.block_size, run.o.truncate)
-        self.texts = task.graded(n, o.seed, split="test")
+        self.texts = task.graded(o.eval_prompts, o.seed, split="test")
         self.pairs, note = data.encode(self.texts, *fit)
         data.say(note and f"held out: {note}")
         self.gold = task.size == 0 and not note  # a cut answer was never judged
@@ -115,7 +115,13 @@ class HeldOut:
         delta = torch.sub(*score.chunk(2))
         p = torch.tensor([pair[4] for pair in pairs], dtype=score.dtype)
         agreed = torch.where(delta > 0, p, torch.where(delta < 0, 1 - p, 0.0))
-        figures = {"accuracy": agreed.mean(), "margin": delta.mean(), "mean_reward": score.mean()}
+        error = (agreed.mean() * (1 - agreed.mean()) / len(pairs)).sqrt()
+        figures = {
+            "accuracy": agreed.mean(),
+            "accuracy_se": error,
+            "margin": delta.mean(),
+            "mean_reward": score.mean(),
+        }
         figures |= {"min_reward": score.min(), "max_reward": score.max()}
         if self.gold:
             known = [self.task.preferred(*text[:3], {}) for text in texts]
@@ -155,7 +161,8 @@ class HeldOut:
                 bound = f"{f['accuracy_bound']:.3f} ± {f['accuracy_bound_se']:.3f}"
                 note = f" (the labels' noise allows {bound})"
             if key in f:
-                print(f"{name:<34}{f[key]:>10.3f}{note}")
+                spread = f" ± {f['accuracy_se']:.3f}" if key == "accuracy" else ""
+                print(f"{name:<34}{f[key]:>10.3f}{spread}{note}")
         for prompt, *answers in [pair[:3] for pair in self.pairs[:2]]:
             print("\n" + self.run.tokenizer.decode(prompt)[-400:])
             score = scores(self.run.models["reward"], [(prompt, y) for y in answers], self.run)

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import data
 import training
 from data import Stopped, UserError, say
-from evaluate import PROMPTS, Evaluator, printable
+from evaluate import Evaluator, printable
 from gpt import Rollout, ScalarGPT, response_scores, token_logprobs
 from training import Run, ScratchOptions, checkpoint, feedback, load_judge, opt, parse
 
@@ -151,9 +151,7 @@ class Pipeline:
         self.judge = None
         if o.judge:
             model, tokenizer, _ = checkpoint.load(o.judge)
-            self.judge = feedback.Judge(
-                self.run.freeze(self.run.prepare(model)), tokenizer, self.run
-            )
+            self.judge = feedback.Judge(self.run.freeze(self.run.place(model)), tokenizer, self.run)
 
     def writer(self, run, path):
         model, _ = run.load(path, self.task)
@@ -242,7 +240,7 @@ def learn_preferences(p, run):
         raise Stopped("no two answers to a prompt differed and ended, so nothing can be compared")
     labels = ai_label(*p.judge.compare(pairs), o.clamp).tolist()
     rows = [(x.prompt, x.a, x.b, label) for x, label in zip(pairs, labels)]
-    held_out = HeldOut(p, run, writer.pairs(PROMPTS, "held out", "test"))
+    held_out = HeldOut(p, run, writer.pairs(o.eval_prompts, "held out", "test"))
     del writer  # only one model is in memory while it learns
     start, tokenizer = run.load(p.start, p.task)
     reward = run.prepare(ScalarGPT(start.config, o.seed, trunk=start))
@@ -279,7 +277,7 @@ def reinforce(p, run, figures):
     o, prompts = run.o, p.prompts
     judge = load_judge(p.runs["pm"].o.out, run, p.task)
     policy, _ = run.load(p.runs["sl"].o.out, p.task)
-    ref = run.freeze(policy)
+    ref = run.reference(policy)
     run.hold(policy=policy, ref=ref, reward=judge.model)
     evaluator = Evaluator(run, p.task, p.start, judge)
     optimizer = run.adamw(policy)
@@ -338,7 +336,7 @@ def main(argv=None):
     if "skills" in p.runs:
         p.do("skills", learn_skills)
     p.open()
-    skills = feedback.skill_figures(p.skilled, p.judge, PROMPTS)
+    skills = feedback.skill_figures(p.skilled, p.judge, p.run.o.eval_prompts)
     sl = p.do("sl", learn_revisions)
     p.ended["skills"] |= {x: sl[f"ref_{x}"] for x in ("reward", "length") if f"ref_{x}" in sl}
     p.do("pm", learn_preferences)

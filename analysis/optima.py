@@ -310,7 +310,7 @@ class Options:
     reference: str = opt("", "π_ref (default: the checkpoint that it started from)")
     device: str = opt("auto", "cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "precision", choices=DTYPES[:-1])
-    max_new_tokens = seed = truncate = 0  # what else evaluate.py asks for
+    max_new_tokens = seed = truncate = eval_prompts = 0  # what else evaluate.py asks for
 
 
 @torch.no_grad()

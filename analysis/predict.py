@@ -20,7 +20,7 @@ import data
 from analysis.rows import EVERY, SAMPLED, in_pairs, longest_context
 from data import UserError
 from gpt import GPT, GPTConfig, KVCache, Rollout, ScalarGPT, load
-from training import Compute, memory, parse
+from training import Compute, lora, memory, parse
 from training.reward import ROWS
 
 SIZES = {
@@ -68,6 +68,9 @@ def predict(row, o, config):
     with FakeTensorMode(allow_non_fake_inputs=True), patch("gpt.places", places):
         for model in models.values():
             model.to_empty(device="cpu")
+        if o.lora and "ref" in models:
+            models["ref"] = lora.base(models["policy"])
+            asked |= {"ref": models["ref"]} if "ref" in asked else {}
         trained = [p for model in models.values() for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
         for p in trained:
@@ -110,7 +113,7 @@ def outlines(held, o, config, compute):
                 model = (GPT if role in ("policy", "ref") else ScalarGPT)(config)
             model.checkpoint_activations = o.checkpoint_activations
             model.to(compute.weights)
-            models[role] = model if name.endswith("*") else compute.freeze(model)
+            models[role] = compute.adapt(model) if name.endswith("*") else compute.freeze(model)
     return models
 
 
@@ -159,6 +162,7 @@ def sample(models, prompts, group, prompt, response, compute):
     n, width = prompts * group, prompt + response
     uniforms_and_draws = torch.empty(4, n, response)  # draws are int64, with probabilities
     with compute.autocast(), torch.inference_mode():
+        policy = compute.to_sample(policy)
         cache = KVCache(policy.config, prompts, width, dtype=compute.dtype)
         policy.hidden(torch.zeros(prompts, prompt, dtype=torch.int64), cache)
         if group > 1:
@@ -166,8 +170,8 @@ def sample(models, prompts, group, prompt, response, compute):
         cache.width = width - 2
         before = torch.empty(2, n, policy.config.vocab_size)  # the last distribution, summed up
         h = policy.hidden(torch.zeros(n, 1, dtype=torch.int64), cache)[:, 0]
-        (F.linear(h, policy.wte.weight).float() / 1.0).softmax(-1)
-    del uniforms_and_draws, cache, before
+        (F.linear(h, policy.head).float() / 1.0).softmax(-1)
+    del uniforms_and_draws, cache, before, policy
     for part in cut(drawn(n, width), ROWS) if "reward" in models else ():
         with compute.autocast():
             models["reward"].score(part.ids, part.mask)

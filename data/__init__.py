@@ -24,7 +24,7 @@ from data.error import Stopped, UserError
 from data.jsonl import TEMPLATE
 from data.skills import demonstrate
 from data.tasks import BUILT_IN, kind, task
-from data.tokenizer import Tokenizer, tokenizer
+from data.tokenizer import Tokenizer, of_checkpoint, tokenizer
 
 __all__ = [
     "BUILT_IN",
@@ -45,6 +45,7 @@ __all__ = [
     "encode_prompts",
     "kind",
     "mismatched",
+    "of_checkpoint",
     "pad",
     "pad_dialogues",
     "pad_pairs",

@@ -29,16 +29,18 @@ def encode(rows, tokenizer, block_size, truncate=False):
     losing its end. A pair whose answers are equal after that is dropped.
     """
     out, cut, equal, widest = [], 0, 0, 0
-    prompt_ids = cache(lambda text: tuple(tokenizer.encode(text)))
+    prompt_ids = cache(lambda text, messages: tuple(tokenizer.prompt(text)))
     answer_ids = cache(lambda text: tuple(tokenizer.answer(text)))
     for prompt, *answers in rows:
-        x = prompt_ids(prompt)
+        x = prompt_ids(prompt, getattr(prompt, "messages", None))
         ys = [answer_ids(y) if isinstance(y, str) else y for y in answers]
         longest = max([len(y) for y in ys if isinstance(y, tuple)])
         if len(x) + longest > block_size:
             cut += 1
             widest = max(widest, len(x) + longest)
-            x = x[-max(1, block_size - longest) :]
+            if truncate:
+                x = tuple(tokenizer.cut(prompt, max(1, block_size - longest)))
+                _room(len(x), block_size - 1)
             ys = [y[: block_size - len(x)] if isinstance(y, tuple) else y for y in ys]
             if ys[0] in ys[1:]:
                 equal += 1
@@ -68,7 +70,7 @@ def encode_prompts(rows, tokenizer, limit, truncate=False, what="test prompts"):
     if limit < 1:
         room = "--max-new-tokens leaves no room for a prompt"
         raise UserError(f"{room}; it must be smaller than the context")
-    out = [tokenizer.encode(prompt) for prompt, *_ in rows]
+    out = [tokenizer.prompt(prompt) for prompt, *_ in rows]
     long = [len(x) for x in out if len(x) > limit]
     if long and not truncate:
         raise UserError(
@@ -78,7 +80,17 @@ def encode_prompts(rows, tokenizer, limit, truncate=False, what="test prompts"):
         )
     room = f"{limit} tokens, which leaves room for the response"
     note = f"{len(long)} of {len(out)} {what} are cut to {room}" if long else ""
-    return [x[-limit:] for x in out], _account(rows, len(long)) or note
+    for i, (prompt, *_) in enumerate(rows if long else ()):
+        if len(out[i]) > limit:
+            out[i] = tokenizer.cut(prompt, limit)
+            _room(len(out[i]), limit)
+    return out, _account(rows, len(long)) or note
+
+
+def _room(least, limit):
+    if least > limit:
+        words = f"the chat template alone takes {least} tokens of a prompt, and there is room for"
+        raise UserError(f"{words} {limit}; give a larger --block-size, or smaller --max-new-tokens")
 
 
 class Batches:

@@ -6,9 +6,10 @@
 Each is a string or a message list [{"role", "content"}]. Where chosen and rejected share their
 beginning, "prompt" may be left out, or stand in both of them once more. Of "messages" the last is
 the completion and the rest the prompt. A single user message stands as its bare content, as a
-string does; a longer chat is rendered by TEMPLATE. 5 % of the prompts, by a hash, are the test
-split. A bad line stops the run with file:line. Rows that are well formed but useless (an empty
-answer, chosen equal to rejected) are dropped and counted, or refused where `strict`.
+string does; a longer chat is rendered by TEMPLATE, or by the checkpoint's own template. 5 % of the
+prompts, by a hash, are the test split. A bad line stops the run with file:line. Rows that are well
+formed but useless (an empty answer, chosen equal to rejected) are dropped and counted, or refused
+where `strict`.
 """
 
 import codecs
@@ -23,6 +24,7 @@ from decimal import Decimal
 from functools import partial
 
 from data.batch import Drawn, say
+from data.chat import Chat
 from data.error import UserError
 from data.toy import Task, hash_share
 
@@ -31,6 +33,7 @@ TEMPLATE = {
     "user": "User: {}\n\n",
     "assistant": "Assistant: {}\n\n",
     "answer": "Assistant:",
+    "before": " ",  # an answer
 }
 TEST_SHARE = 0.05
 KINDS = {dict: "an object", list: "a list", bool: "a boolean", str: "a string", type(None): "null"}
@@ -211,6 +214,7 @@ class Jsonl(Task):
                 text = chat[-1][1]
                 opened = self.template["assistant"].partition("{}")[0]
                 prompt = "".join(turns[:-1]) + opened + text
+            prompt = Chat(prompt, chat)
         if not _text(place, "prompt", prompt).strip():
             raise UserError(
                 f"{place}: the prompt is empty; a model needs at least one token to answer to"
@@ -231,7 +235,8 @@ class Jsonl(Task):
                 f"then one, not {len(chat)} of {_short(', '.join(roles))}"
             )
         text = chat[0][1]
-        return " " + text if text and _is_dialogue(row) and not _goes_on(row) else text
+        joined = text and _is_dialogue(row) and not _goes_on(row)
+        return self.template.get("before", " ") + text if joined else text
 
     # ---- which rows are read
 

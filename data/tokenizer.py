@@ -30,6 +30,8 @@ class Tokenizer:
     is complete without an end token.
     """
 
+    template = None  # of chats
+
     def __init__(self, meta):
         self.meta = meta
         self.longest = meta.get("longest")
@@ -59,12 +61,50 @@ class Tokenizer:
             why = str(e).partition("\n")[0]
             raise UserError(f"{begins} cannot be encoded ({why}); leave it out") from None
 
+    def prompt(self, text):
+        """-> the ids of a prompt, which a response follows"""
+        return self.encode(text)
+
+    def cut(self, text, n):
+        """-> those of a prompt that loses its beginning, so that n are left"""
+        return self.encode(text)[-n:]
+
     def answer(self, text):
         """-> the ids of a response, with its end token"""
         return [*self.encode(text), self.end_id][: self.longest]
 
+    def dialogue(self, turns):
+        """Turns of user and model, joined as they are -> ids, up to the model's next turn"""
+        parts = [self.answer(x) if i % 2 else self.encode(x) for i, x in enumerate(turns)]
+        return [token for part in parts for token in part]
+
     def decode(self, ids):
         return self.encoding.decode([i for i in ids if i != self.end_id])
+
+    @property
+    def vocabulary(self):
+        """What two tokenizers have in common whose ids mean the same"""
+        return self.meta
+
+    def fits(self, vocab_size):
+        """Whether a model with so many logits may have this vocabulary"""
+        return self.size == vocab_size
+
+    def told(self, chat, args):
+        """-> itself, with other settings of the chat template that it has not"""
+        if chat is not None or args:
+            what = "--chat and --template-args are for checkpoints with a chat template"
+            raise UserError(f"{what}; this one has none")
+        return self
+
+
+def of_checkpoint(meta):
+    """-> the Tokenizer that a checkpoint names"""
+    if "files" in meta:
+        from data.hf_tokenizer import HFTokenizer  # which needs a package that is optional
+
+        return HFTokenizer(meta)
+    return Tokenizer(meta)
 
 
 def tokenizer(name="", own=None):

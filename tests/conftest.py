@@ -75,6 +75,12 @@ def killed(at, script, args, monkeypatch):
         assert main(script, *args) == 1
 
 
+def few_prompts(monkeypatch, n):
+    """The default of --eval-prompts, where the figures at the end of a run are not looked at"""
+    default = training.Options.__dataclass_fields__["eval_prompts"]
+    monkeypatch.setattr(default, "default", n)
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """call(script, *args, cwd=folder): its main in this process, which must succeed; -> what it

@@ -24,9 +24,15 @@ TOKENIZER = data.tokenizer()
 def evaluator(task, tokens=0, context=64, **more):
     """On a CPU; a response has so many tokens, 0: as many as the task says"""
     o = SimpleNamespace(
-        device="cpu", dtype="float32", seed=0, truncate=False, max_new_tokens=tokens
+        device="cpu",
+        dtype="float32",
+        seed=0,
+        truncate=False,
+        max_new_tokens=tokens,
+        eval_prompts=512,
     )
     run = Compute(o)
+    run.models = {}
     run.tokenizer, run.block_size = data.tokenizer(own=task.tokenizer), context
     return Evaluator(run, task, **more)
 

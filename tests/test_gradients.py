@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import BATCH, ENDS, TINY, first_gradient, lines, main
+from conftest import BATCH, ENDS, TINY, few_prompts, first_gradient, lines, main
 from torch.nn.functional import cosine_similarity, linear, pad
 
 import dapo
@@ -40,7 +40,7 @@ PAIRS = [*ENDS, "--batch-size", 8, "--reward", "judge.py:odd"]  # of online_dpo.
 @pytest.fixture(autouse=True)
 def few_test_prompts(monkeypatch):
     """The figures at the end of a run are not looked at here."""
-    monkeypatch.setattr("evaluate.PROMPTS", 8)
+    few_prompts(monkeypatch, 8)
 
 
 def gradient(value, *models):

@@ -111,7 +111,7 @@ def test_ledger_and_flops_by_hand():
     assert facts[0] == ("policy", True, n, 16 * n)
     assert facts[1] == ("ref", False, n, 2 * n)
     assert facts[2] == ("reward", False, n + 5, 4 * (n + 5))
-    said = memory.ledger(held).splitlines()
+    said = memory.ledger(memory.records(held)).splitlines()
     assert said[0] == "models held: 3" and "policy   trained" in said[1] and "frozen" in said[2]
     forward, backward = {"policy": 3, "ref": 1, "reward": 1}, {"policy": 2, "ref": 0, "reward": 0}
     N, R = 12 * 16 + 40, 12 * 16 + 4  # a reward model has no vocabulary head

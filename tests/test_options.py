@@ -12,8 +12,10 @@ from data import UserError
 from training import parse
 from training.options import RENAMED, flag
 
-COMMON = """init= out= eval_file= steps=300 epochs=0 batch_size=32 micro_batch=0 lr=0.001 warmup=20
+COMMON = """init= reference= out= eval_file= steps=300 epochs=0 batch_size=32 micro_batch=0 lr=0.001
+warmup=20
 lr_schedule=cosine weight_decay=0.0 grad_clip=1.0 max_new_tokens=0 block_size=0 truncate=False
+lora=0 lora_alpha=0 chat=True template_args=() eval_prompts=512
 strict=False seed=0 device=auto dtype=auto checkpoint_activations=False resume=False save_every=100
 log_every=10 eval_every=0"""
 # What a command trains with, as the scripts of version 3a1338c had it: a script's first row names
@@ -26,7 +28,7 @@ sft --task exact | steps=1000 batch_size=4096 lr=0.002 lr_schedule=linear block_
     n_embd=64
 sft --task my_sft.jsonl --block-size 1024 --truncate | steps=0 block_size=1024 truncate=True
 sft --task my_sft.jsonl --tokenizer my.tiktoken | steps=0 tokenizer=my.tiktoken
-reward_model | center_rewards=0.0 pairs=0
+reward_model | eval_prompts=2048 center_rewards=0.0 pairs=0
 reward_model --task exact | steps=1000 batch_size=4096 lr=0.002 lr_schedule=linear
 dpo | steps=150 lr=0.0003 beta=0.1 loss=dpo label_smoothing=0.0 ipo_sum=False sft_weight=0.0
     precompute_ref=False pairs=0
@@ -180,7 +182,7 @@ def test_every_option_is_read_and_explained(script, capsys, monkeypatch):
         assert f" {flag(f.name)} " in text or f" {flag(f.name)}, --no-" in text
         usual = module.PRESETS["any"].get(f.name, f.default)
         words = f.metadata["help"]
-        if usual not in ("", None) and "default" not in words:
+        if usual not in ("", (), None) and "default" not in words:
             words += f" (default: {('off', 'on')[usual] if f.type is bool else usual})"
         if "like" in f.metadata:
             words += f" (default: that of {flag(f.metadata['like'])})"
@@ -238,6 +240,7 @@ ppo --missing-eos-penalty 1 | --reward task | with --reward rm or *.pt only, not
 ppo --missing-eos-penalty 1 --reward x.pt | --reward a.py:f | only, not with a.py:f
 grpo --beta 1 --kl k3-ratio | --kl none | with --kl k3 or k3-ratio or reward only, not with none
 grpo --beta 1 --kl reward | --kl none | with --kl k3 or k3-ratio or reward only, not with none
+online_dpo --rounds 3 --ref-update per-round | --lora 8 | with --lora 0 only, not with 8
 dapo --overlong-cache 9 | --no-overlong | with --overlong only, not with --no-overlong
 online_dpo --loss ipo --ipo-sum | --loss dpo | with --loss ipo only, not with dpo
 online_dpo --missing-eos-penalty 1 --reward rm | --reward task | rm or *.pt only, not with task
@@ -269,6 +272,7 @@ def test_an_old_spelling_names_the_new_one(old, form):
     new = {
         "--tau": "--beta",
         "--flip": "--label-smoothing",
+        "--prompts": "--eval-prompts",
         "--judge": "--reward X.pt",
         "--reward-model": "--reward X.pt",
         "--missing-end-score": "--missing-eos-penalty",

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TRAIN, lines, main
+from conftest import TRAIN, few_prompts, lines, main
 
 import compare
 import data
@@ -63,7 +63,7 @@ EARLIER = {"sl": "endless.pt", "pm": "endless-judge.pt"}
 def both(row, folder, monkeypatch, capsys, *more):
     """-> the closing figures of a run of three steps, and what is predicted from its record"""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("evaluate.PROMPTS", 8)  # verdicts that always are mixed
+    few_prompts(monkeypatch, 8)  # verdicts that always are mixed
 
     def verdict(self, prompt, completion, ended=True):
         return sum(map(ord, completion)) % 2 == 0

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, documented, first_gradient, killed, lines, main, run
+from conftest import few_prompts as few
 
 import data
-import evaluate
 import rlaif
 from data import Stopped, reviews, skills
 from data.make_vocab import main as make_vocab
@@ -36,8 +36,7 @@ PHASES = ("x-skills", "x-sl", "x-pm", "x")
 
 @pytest.fixture(autouse=True)
 def few_prompts(monkeypatch):
-    for module in (rlaif, evaluate):
-        monkeypatch.setattr(module, "PROMPTS", 16)
+    few(monkeypatch, 16)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +45,7 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rlaif")
     with pytest.MonkeyPatch.context() as m:
         m.chdir(folder)
-        m.setattr(rlaif, "PROMPTS", 16)
-        m.setattr(evaluate, "PROMPTS", 16)
+        few(m, 16)
         assert main("rlaif", *SMALL, *SHORT, "--out", "a/x.pt") == 0
     return folder
 
@@ -289,8 +287,7 @@ def watched(done):
 
     with pytest.MonkeyPatch.context() as m:
         m.chdir(done)
-        m.setattr(rlaif, "PROMPTS", 16)
-        m.setattr(evaluate, "PROMPTS", 16)
+        few(m, 16)
         m.setattr(Run, "update", watch)
         m.setattr(Judge, "compare", by_length)
         m.setattr(Writer, "revise", keep(Writer.revise))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BATCH, ENDS, TINY, documented, lines, main
+from conftest import BATCH, ENDS, TINY, documented, few_prompts, lines, main
 from test_gradients import NEVER_TIED, PAIRS, rollouts, spy
 
 import dapo
@@ -18,7 +18,7 @@ from training import Run
 @pytest.fixture
 def few_test_prompts(monkeypatch):
     """The figures at the end of a run are not looked at."""
-    monkeypatch.setattr("evaluate.PROMPTS", 8)
+    few_prompts(monkeypatch, 8)
 
 
 # ---- rollouts

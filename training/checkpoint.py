@@ -9,7 +9,7 @@ from pathlib import Path
 import data
 import gpt
 from data import Stopped, UserError
-from training import locks
+from training import hf, locks
 
 
 def default_path(task, method):
@@ -49,16 +49,16 @@ def load_scalar(path, task=None):
 
 def _open(path, task, wanted, otherwise):
     try:
-        model, meta = gpt.load(path)
+        model, meta = hf.load(path) if os.path.isdir(path) else gpt.load(path)
     except ValueError as e:
         raise UserError(str(e)) from None
     if not isinstance(model, wanted):
         raise UserError(f"{path} is {otherwise}")
     if "tokenizer" not in meta:
         raise UserError(f"{path} does not say which tokenizer it was trained with; train it again")
-    tokenizer = data.Tokenizer(meta["tokenizer"])
+    tokenizer = data.of_checkpoint(meta["tokenizer"])
     size = model.config.vocab_size
-    if tokenizer.size != size:
+    if not tokenizer.fits(size):
         words = f"{path} has a vocabulary of {size}, but its tokenizer {tokenizer.size}"
         raise UserError(f"{words}; train it again")
     if task:
@@ -81,7 +81,7 @@ def find_reference(path, task, tokenizer, block_size):
     path = path or default_path(task.name, "sft")
     try:
         ref, own, _ = load(path)
-        if own.meta == tokenizer.meta and ref.config.block_size >= block_size:
+        if own.vocabulary == tokenizer.vocabulary and ref.config.block_size >= block_size:
             return path
         why = f"{path} has another vocabulary or a shorter context"
     except UserError as e:
@@ -92,6 +92,8 @@ def find_reference(path, task, tokenizer, block_size):
 
 def describe(meta):
     """One line on a checkpoint, so that a smoke test's two steps are not mistaken for training."""
+    if "steps" not in meta:
+        return meta["method"]
     reward = "" if meta["reward"] is None else f", reward {meta['reward']:.2f}"
     return f"{meta['method']} on {meta['task']}, {meta['steps']} steps{reward}"
 

@@ -1,12 +1,14 @@
 """Where and how precisely a script computes: --device and --dtype of its options."""
 
 import copy
+import json
 
 import torch
 
+import data
 import gpt
 from data import UserError
-from training import checkpoint
+from training import checkpoint, lora
 
 
 class Compute:
@@ -22,9 +24,17 @@ class Compute:
         self.weights = torch.bfloat16 if self.pure else wide
         self.mixed = self.dtype == torch.bfloat16 and not self.pure  # autocast
 
-    def prepare(self, model):
+    def place(self, model):
         """The one place where a model is moved and cast: to float32 master weights."""
         return model.to(self.device, self.weights)
+
+    def adapt(self, model):
+        """-> the model; with --lora frozen, but for the adapters that it is given"""
+        o = self.o
+        if o.lora:
+            low = torch.bfloat16 if self.mixed else None
+            lora.adapt(model, o.lora, o.lora_alpha, o.seed, low)
+        return model
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
@@ -32,21 +42,71 @@ class Compute:
     def freeze(self, model):
         """-> a frozen copy. Its linear weights have the compute precision, so that it agrees with
         the original to the bit; a scalar head, which reads in float32, stays."""
-        model = copy.deepcopy(model).requires_grad_(False).eval()
+        return self._copy(model, torch.clone)
+
+    def _copy(self, model, take):
+        """-> a frozen copy, whose other weights are what `take` makes of the model's"""
+        made = {}
         for name, module in model.named_modules():
-            if self.mixed and isinstance(module, torch.nn.Linear) and name != "head":
-                module.to(torch.bfloat16)
+            low = self.mixed and isinstance(module, torch.nn.Linear) and name != "head"
+            for p in module.parameters(recurse=False):
+                x = p.detach().to(torch.bfloat16) if low else take(p.detach())
+                made[id(p)] = torch.nn.Parameter(x, requires_grad=False)
+        return copy.deepcopy(model, made).eval()
+
+    def to_sample(self, model):
+        """-> the model in the compute precision: under autocast a copy that is cast once, as it
+        would be cast at every token. The embedding is read in float32, the head in bfloat16."""
+        if not self.mixed:
+            return model
+        model = self._copy(model, lambda x: x)
+        head = gpt.Linear(*reversed(model.head.shape), bias=False, device="meta")
+        head.weight = torch.nn.Parameter(model.head.to(torch.bfloat16), requires_grad=False)
+        model.lm_head = head
         return model
+
+    def reference(self, policy):
+        """-> π_ref, frozen: a copy of the policy where it starts, or the checkpoint of --reference.
+        With --lora it is the policy without its adapters, and no weight is held twice."""
+        path = self.o.reference
+        if not path:
+            return lora.base(policy) if self.o.lora else self.freeze(policy)
+        ref, tokenizer, _ = checkpoint.load(path)
+        if tokenizer.vocabulary != self.tokenizer.vocabulary:
+            raise UserError(f"--reference {path} has another vocabulary than the policy")
+        if ref.config.block_size < self.block_size:
+            words = f"has a context of {ref.config.block_size}, and the run one of"
+            raise UserError(f"--reference {path} {words} {self.block_size}; set --block-size")
+        return self.freeze(self.place(ref))
 
     def sample(self, model, questions, longest, group=1, temperature=1.0, generator=None):
         """-> a Rollout of `group` responses to each question, a row that begins with its ids"""
         ids, end = [row[0] for row in questions], self.tokenizer.end_id
         with self.autocast():
+            model = self.to_sample(model)
             return gpt.sample(model, ids, longest, end, temperature, generator, group)
+
+    def told(self, tokenizer):
+        """-> the tokenizer with what --chat and --template-args say of its chat template"""
+        o, args = self.o, {}
+        for text in o.template_args:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise UserError(f"--template-args {text}: give name=value")
+            try:
+                args[name] = json.loads(value)
+            except ValueError:
+                args[name] = value
+        tokenizer = tokenizer.told(o.chat if "chat" in o.given else None, args)
+        if tokenizer.template:
+            plain = "is one user message (--no-chat keeps it bare)"
+            plain = plain if tokenizer.chat else "stays bare"
+            data.say(f"chats are rendered by the checkpoint's template; a plain prompt {plain}")
+        return tokenizer
 
     def open(self, path):
         """-> a frozen language model, for an evaluation"""
-        return self.freeze(self.prepare(checkpoint.load(path)[0]))
+        return self.freeze(self.place(checkpoint.load(path)[0]))
 
 
 def choose_device(name, dtype):

@@ -95,7 +95,7 @@ class Judge:
     def read(self, questions):
         """-> (N, 2) log-probs of A and B as the next token, up to a constant of each question. A
         question that is too long loses its beginning."""
-        weight, room = self.model.wte.weight[self.options].float(), self.model.config.block_size
+        weight, room = self.model.head[self.options].float(), self.model.config.block_size
         rows = [(data.spell(question, self.tokenizer)[0][-room:], ()) for question in questions]
         out = [weight.new_zeros(0, 2)]
         for i in range(0, len(rows), ROWS):
@@ -109,7 +109,7 @@ class Judge:
 
 def asked(what, **models):
     """Shows which models are asked, frozen, before a phase. -> their records"""
-    data.say(f"asked {what}\n{memory.ledger(models)}")
+    data.say(f"asked {what}\n{memory.ledger(memory.records(models))}")
     return memory.records(models)
 
 

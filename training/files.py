@@ -12,7 +12,7 @@ import torch
 
 import gpt
 from data import Stopped, UserError
-from training import locks
+from training import hf, locks
 from training.options import flag
 
 
@@ -48,13 +48,10 @@ class Files:
         if path and os.path.realpath(path) in map(os.path.realpath, written):
             words = f"--out {self.out} would overwrite {path}, which this run reads"
             raise UserError(f"{words}; give another path")
-        if os.path.isfile(path) and not may_change:
-            digest = hashlib.sha256()
-            with open(path, "rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
+        if (os.path.isfile(path) or os.path.isdir(path)) and not may_change:
             part = part or os.path.basename(path)
-            self.paths[part], self.digests[part] = path, digest.hexdigest()
+            self.paths[part] = path
+            self.digests[part] = hf.digest(path) if os.path.isdir(path) else digest(path)
 
     # ---- the record
 
@@ -155,6 +152,15 @@ class Files:
         """Takes away an earlier run's record and state, which are not to be gone on with."""
         self.drop_state()
         Path(self.record_path).unlink(missing_ok=True)
+
+
+def digest(path):
+    """-> of a file's content"""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def remove_half_written(out):

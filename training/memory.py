@@ -30,30 +30,47 @@ PRODUCTS = aten.mm.default, aten.addmm.default, aten.linear.default, aten.bmm.de
 
 
 def records(models):
-    """{role: model} -> a plain record for each: role, trainable, parameters, bytes, their parts"""
-    out = []
+    """{role: model} -> a plain record for each: role, trainable, parameters, how many of them are
+    trained, bytes, their parts. Weights that an earlier model has too count once: there."""
+    out, counted = [], set()
     for role, model in models.items():
         parameters = list(model.parameters())
-        trainable = parameters[0].requires_grad
-        size = sum(p.numel() * p.element_size() for p in parameters)
+        own = [p for p in parameters if id(p) not in counted]
+        counted |= {id(p) for p in own}
+        trained = [p for p in parameters if p.requires_grad]
+        size = _bytes(trained)
         parts = {
-            "weight_bytes": size,
-            "gradient_bytes": size * trainable,
-            "optimizer_bytes": 2 * size * trainable,
+            "weight_bytes": _bytes(own),
+            "gradient_bytes": size,
+            "optimizer_bytes": 2 * size,
         }
-        facts = {"role": role, "trainable": trainable}
+        facts = {"role": role, "trainable": bool(trained)}
         facts["parameters"] = sum(p.numel() for p in parameters)
+        facts["trained_parameters"] = sum(p.numel() for p in trained)
         out.append(facts | {"bytes": sum(parts.values())} | parts)
     return out
 
 
-def ledger(models):
-    """{role: model} -> the ledger as lines to read"""
-    lines = [f"models held: {len(models)}"]
-    for m in records(models):
+def _bytes(parameters):
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def ledger(records):
+    """-> the records as lines to read"""
+    lines = [f"models held: {len(records)}"]
+    for m in records:
         unit, name = size_unit(m["bytes"])
         kind = "trained" if m["trainable"] else "frozen"
+        if not m["weight_bytes"]:
+            lines.append(f"  {m['role']:<8} shared   the policy's weights, without its adapters")
+            continue
         size = f"{m['parameters'] / 1e6:,.2f} M parameters, {m['bytes'] / unit:.1f} {name}"
+        if 0 < m["trained_parameters"] < m["parameters"]:
+            kind = "adapters"
+            part = f"{m['trained_parameters'] / 1e6:,.2f} M of them trained"
+            size = (
+                f"{m['parameters'] / 1e6:,.2f} M parameters, {part}, {m['bytes'] / unit:.1f} {name}"
+            )
         line = f"  {m['role']:<8} {kind:<8} {size}"
         if m["trainable"]:
             keys = ("weight_bytes", "gradient_bytes", "optimizer_bytes")
@@ -89,10 +106,16 @@ def peak_text(parts, most):
 def flops(models, forward, backward, recompute=False):
     """FLOPs a token, without attention: 2N for each forward pass and 4N for each backward pass, 6N
     with the recomputation of --checkpoint-activations. forward, backward: role -> passes. N: the
-    weights that multiply every token."""
-    back = 6 if recompute else 4
-    passes = {role: 2 * forward[role] + back * backward[role] for role in models}
-    return sum(passes[role] * model.matmul_parameters() for role, model in models.items())
+    weights that multiply every token. Of frozen weights the backward pass takes 2N less."""
+    total = 0
+    for role, model in models.items():
+        N = model.matmul_parameters()
+        matrices = [p for p in model.parameters() if p.dim() == 2]
+        trained = sum(p.numel() for p in matrices if p.requires_grad)
+        trained = N if all(p.requires_grad for p in matrices) else trained
+        back = (4 if recompute else 2) * N + 2 * trained
+        total += 2 * N * forward[role] + back * backward[role]
+    return total
 
 
 @contextmanager
@@ -101,8 +124,8 @@ def track(models, optimizer):
     tracker = Tracker({model.config.vocab_size for model in models.values()})
     hooks = []
     for model in models.values():
-        for name, p in model.named_parameters():
-            tracker.own(p, "weights", head=name.endswith("wte.weight"))
+        for p in model.parameters():
+            tracker.own(p, "weights", head=p is getattr(model, "head", None))
             if p.requires_grad:
                 count = p.register_post_accumulate_grad_hook
                 hooks.append(count(lambda p: tracker.own(p.grad, "gradients")))

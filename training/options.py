@@ -20,6 +20,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 RENAMED = {
     "--tau": "--beta (τ of IPO is β, as in TRL)",
     "--flip": "--label-smoothing (ε of robust DPO, as in TRL)",
+    "--prompts": "--eval-prompts",
     "--judge": "--reward X.pt (a reward model of any vocabulary)",
     "--reward-model": "--reward X.pt",
     "--missing-end-score": "--missing-eos-penalty, which is subtracted from the score",
@@ -45,6 +46,9 @@ class Options:
 
     task: str = opt("reviews", "reviews, arithmetic:N, exact, tokens:P+C, or a .jsonl", file=True)
     init: str = opt("", "checkpoint to start from (default: out/<task>/sft.pt)", file=True)
+    reference: str = opt(
+        "", "π_ref, and what to compare with (default: where it starts)", file=True
+    )
     out: str = opt("", "checkpoint to write (default: out/<task>/<method>.pt)")
     eval_file: str = opt("", ".jsonl file to evaluate on (default: 5 % of the prompts)", file=True)
     steps: int = opt(300, "optimizer steps; of a file: one epoch", low=1)
@@ -58,6 +62,10 @@ class Options:
     grad_clip: float = opt(1.0, "largest norm of the gradient", above=0)
     max_new_tokens: int = opt(0, "longest sampled response, in tokens (0: the task's)", low=0)
     block_size: int = opt(0, "longest sequence, in tokens (0: the checkpoint's)", low=0)
+    lora: int = opt(0, "r: rank of the adapters that are trained, not the weights (0: none)", low=0)
+    lora_alpha: float = opt(None, "α: adapters count α/r times", above=0, like="lora")
+    chat: bool = opt(True, "a plain prompt is a user message, where a checkpoint has a template")
+    template_args: tuple = opt((), "of the checkpoint's chat template: enable_thinking=false")
     truncate: bool = opt(False, "cut what does not fit: the prompt first, from its left")
     strict: bool = opt(False, "refuse a file's useless rows, which are dropped otherwise")
     seed: int = opt(0, "of weights, data and samples", low=0, below=2**62)
@@ -67,6 +75,7 @@ class Options:
     resume: bool = opt(False, "go on from the state that an interrupted run left beside --out")
     save_every: int = opt(100, "steps between saved states", low=1)
     log_every: int = opt(10, "steps between lines of the record", low=1)
+    eval_prompts: int = opt(512, "test prompts and held-out rows of the last evaluation", low=1)
     eval_every: int = opt(0, "steps between evaluations (0: at the end; exact: 20 a run)", low=0)
 
     def endless(self):
@@ -82,6 +91,10 @@ class Options:
         if self.epochs and self.endless():
             fresh = f"{self.task} makes fresh rows every step; give --steps"
             raise UserError(f"--epochs counts passes over a fixed set, but {fresh}")
+        if data.kind(self.task) == "exact" and "eval_prompts" in self.given:
+            raise UserError(f"--eval-prompts: {self.task} counts every outcome; leave it out")
+        if "lora_alpha" in self.given and not self.lora:
+            raise UserError("--lora-alpha is read with --lora R only; leave it out, or give both")
         rows, words = self.rows()
         if self.micro_batch and rows % self.micro_batch:
             raise UserError(f"--micro-batch {self.micro_batch} does not divide {words}")

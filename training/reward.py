@@ -94,7 +94,7 @@ class ModelJudge(Judge):
         run.reads(path, "reward")
         model, self.tokenizer, meta = checkpoint.load_scalar(path, task)
         self.run, self.task, self.path, self.bound = run, task, path, task.bound
-        self.model = run.freeze(run.prepare(model))
+        self.model = run.freeze(run.place(model))
         data.say(f"{path} judges the responses: {checkpoint.describe(meta)}")
 
     @property

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import data
 import gpt
 from data import Stopped, UserError
-from training import checkpoint, memory
+from training import checkpoint, lora, memory
 from training.device import Compute
 from training.files import Files
 from training.process import interrupts
@@ -35,7 +35,7 @@ class Run(Compute):
     """
     run = Run("dpo", o)                            refuses what cannot work, before it writes
     policy, tokenizer = run.load(path, task)       a checkpoint on this device
-    ref = run.freeze(policy)                       a frozen copy, in the compute precision
+    ref = run.reference(policy)                    π_ref: a frozen copy, in the compute precision
     run.hold(policy=policy, ref=ref)               the models in memory: printed, recorded, saved
     for step in run.steps(batches, optimizer):     progress, record, --resume, Ctrl-C
         for micro in run.micro_batches(rows):
@@ -54,8 +54,9 @@ class Run(Compute):
         self.generator = torch.Generator().manual_seed(o.seed)  # of samples and minibatches
         self.wall = time.time()
         self.first = self.step = self.updates = self.tokens = self.sampled = 0
-        self.init = ""  # the checkpoint that the policy starts from
-        self.tracker = self.peak = None
+        self.start = ""  # the checkpoint that the policy starts from
+        self.init = o.reference  # what it is compared with: --reference, or where it starts
+        self.models, self.tracker, self.peak = {}, None, None
         for f in fields(o):
             if f.metadata.get("file"):
                 self.reads(getattr(o, f.name), f.name)
@@ -77,14 +78,17 @@ class Run(Compute):
         """-> (policy, tokenizer) of a checkpoint; the task takes over its chat template."""
         self.reads(path, "init")
         model, tokenizer, meta = checkpoint.load(path, task)
-        task.template = meta["template"]
-        self.init = path
+        tokenizer = self.told(tokenizer)
+        task.template = meta["template"] | ({"before": ""} if tokenizer.template else {})
+        self.start, self.init = path, self.o.reference or path
         data.say(f"starts from {path}: {checkpoint.describe(meta)}")
         return self._take(model, tokenizer)
 
     def create(self, task):
         """-> (policy, tokenizer) with random weights"""
         o = self.o
+        if o.lora:
+            raise UserError("--lora adapts a checkpoint; give one with --init, or leave --lora out")
         tokenizer = data.tokenizer(o.tokenizer, task.tokenizer)
         task.template = data.TEMPLATE
         size = o.block_size or gpt.GPTConfig.block_size
@@ -101,19 +105,24 @@ class Run(Compute):
         return self.prepare(model), tokenizer
 
     def prepare(self, model):
+        """-> a model that is to be trained"""
         model.checkpoint_activations = self.o.checkpoint_activations
-        return super().prepare(model)
+        return self.adapt(self.place(model))
 
     def hold(self, **models):
         self.models = {role: model for role, model in models.items() if model is not None}
         self.ledger = memory.records(self.models)
-        say(memory.ledger(self.models))
+        say(memory.ledger(self.ledger))
         if self.pure:
             say("bfloat16-pure: an update below 1/256 of a weight is rounded away")
 
+    def trained(self):
+        """-> the roles of the models that are trained, or whose adapters are"""
+        return [m["role"] for m in self.ledger if m["trainable"]]
+
     def adamw(self, *models):
         """AdamW with betas (0.9, 0.95), weight decay on the matrices only."""
-        parameters = [p for model in models for p in model.parameters()]
+        parameters = [p for model in models for p in model.parameters() if p.requires_grad]
         matrices = [p for p in parameters if p.dim() >= 2]
         rest = [p for p in parameters if p.dim() < 2]
         decay = self.o.weight_decay
@@ -169,8 +178,8 @@ class Run(Compute):
             say(f"{o.steps} steps read {part}; --epochs 1 reads all")
         if data.kind(o.task) == "exact" and "eval_every" not in o.given:
             o.eval_every = max(1, o.steps // 20)
-        trained = {k: m for k, m in self.models.items() if next(m.parameters()).requires_grad}
-        self.weights_state = trained | {"optimizer": optimizer}
+        self.weights_state = {x: Weights(self.models[x]) for x in self.trained()}
+        self.weights_state |= {"optimizer": optimizer}
         self.drawn_state = {"batches": batches} if hasattr(batches, "state_dict") else {}
         self.drawn_state |= state
         self.options = self._options()
@@ -304,10 +313,9 @@ class Run(Compute):
             final = evaluator.measure(policy) | figures
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"step {self.o.steps}, in {self.files.state_path}") from None
-        trained = {role: next(m.parameters()).requires_grad for role, m in self.models.items()}
         forward = dict.fromkeys(self.models, 1) | (forward or {})
         forward = {role: n for role, n in forward.items() if role in self.models}
-        backward = {role: updates * trained[role] for role in self.models}
+        backward = {role: updates * (role in self.trained()) for role in self.models}
         recompute = self.o.checkpoint_activations
         meta = {"method": self.method, "task": self.o.task, "options": self.options}
         meta |= {"steps": self.o.steps, "tokenizer": self.tokenizer.meta}
@@ -328,11 +336,18 @@ class Run(Compute):
             final |= {"peak_bytes": sum(parts.values()), "peak": parts, "peak_most": most}
         with interrupts.held():
             with self.files.writes(self.o.out):
+                meta |= self._adapters(policy)
                 gpt.save(policy, self.o.out, **meta, **evaluator.facts(final))
             self.files.record({"final": final})
             self.files.drop_state()
         self._summary(final)
         return final
+
+    def _adapters(self, policy):
+        """Merges them into the weights. -> what a checkpoint keeps of them"""
+        o, tensors = self.o, lora.merge(policy)
+        facts = {"rank": o.lora, "alpha": o.lora_alpha, "start": self.start, "tensors": tensors}
+        return {"lora": facts} if tensors else {}
 
     def _times(self, updates):
         """-> the medians of a step and of its parts, and the tokens of a second"""
@@ -350,7 +365,7 @@ class Run(Compute):
             parts = ", ".join(f"{part} {final[f'{part}_ms']:.0f}" for part in self.spent)
             speed = f", {final['step_ms']:.0f} ms a step" + (f" ({parts})" if parts else "")
             speed += f", {final['tokens_per_s']:,.0f} tokens/s"
-        say(memory.ledger(self.models))
+        say(memory.ledger(self.ledger))
         say(f"time: {final['wall_s']:.0f} s{speed}")
         if self.peak:
             say(f"memory at a step's peak: {memory.peak_text(*self.peak)}")
@@ -445,6 +460,22 @@ class Run(Compute):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+class Weights:
+    """What is trained of a model, as --resume saves it"""
+
+    def __init__(self, model):
+        self.model = model
+
+    def state_dict(self):
+        return {k: p.detach() for k, p in self.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        parameters = dict(self.model.named_parameters())
+        for name, x in state.items():
+            parameters[name].copy_(x)
 
 
 def say(text):

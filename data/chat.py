@@ -1,0 +1,129 @@
+"""The chat template of a Hugging Face checkpoint: a Jinja program that renders messages as text.
+
+It is a stranger's program. It runs in Jinja's sandbox, where it reaches nothing but its messages,
+and within limits of steps and of output. Jinja comes with torch.
+"""
+
+import contextlib
+import json
+import sys
+from datetime import datetime
+
+from data.error import UserError
+
+STEPS, CHARACTERS, REPEATS = 1_000_000, 10_000_000, 100_000  # of one rendering
+DAY = datetime(
+    2024, 7, 26
+)  # what Llama's template writes where it has no clock: runs do not differ
+MARK = "\ufdd1"  # a code point that is no character: no text has it
+
+
+class Chat(str):
+    """A prompt of messages, ((role, text), …). As a string it is what TEMPLATE makes of them, for
+    vocabularies that have no template of their own."""
+
+    def __new__(cls, text, messages=()):
+        self = super().__new__(cls, text)
+        self.messages = tuple(messages)
+        return self
+
+
+class Template:
+    """A compiled template. arguments: what it knows beside the messages: bos_token, and what
+    --template-args says. Raises UserError, with `name`, wherever it fails."""
+
+    def __init__(self, source, name, arguments):
+        self.name, self.arguments = name, arguments
+        with self._told("cannot be read"):
+            self.template = _environment().from_string(source)
+
+    def render(self, messages, generation_prompt):
+        """-> the text of a conversation, with what opens the answer where one is asked for"""
+        rows = [{"role": role, "content": text} for role, text in messages]
+        given = {"tools": None, "documents": None} | self.arguments
+        given |= {"messages": rows, "add_generation_prompt": generation_prompt}
+        pieces, length = [], 0
+        with self._told("cannot render a conversation"), _limited():
+            for piece in self.template.generate(**given):
+                pieces.append(piece)
+                length += len(piece)
+                if length > CHARACTERS:
+                    raise ValueError(f"more than {CHARACTERS:,} characters")
+        return "".join(pieces)
+
+    def prompt(self, messages):
+        """-> the text that an answer follows. An answer that the messages begin is not closed."""
+        if messages[-1][0] != "assistant":
+            return self.render(messages, True)
+        *before, (role, text) = messages
+        before, mark, _ = self.render([*before, (role, text + MARK)], False).rpartition(MARK)
+        if not mark:
+            raise UserError(f"the chat template of {self.name} drops an answer that goes on")
+        return before
+
+    @contextlib.contextmanager
+    def _told(self, what):
+        try:
+            yield
+        except Exception as e:  # whatever the program raises
+            why = str(e).strip().partition("\n")[0] or type(e).__name__
+            raise UserError(f"the chat template of {self.name} {what} ({why})") from None
+
+
+def _environment():
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+    class Generation(Extension):
+        """{% generation %} … {% endgeneration %} marks the answer, for others."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    class Environment(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(["*", "**"])
+
+        def call_binop(self, context, operator, left, right):
+            sizes = [x for x in (left, right) if isinstance(x, int)]
+            if operator == "**" or len(sizes) == 1 and max(sizes) > REPEATS:
+                raise SecurityError(f"{operator} of that size")
+            return super().call_binop(context, operator, left, right)
+
+    def raise_exception(message):
+        raise ValueError(message)
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        more = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+        return json.dumps(x, ensure_ascii=ensure_ascii, **more)
+
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": DAY.strftime}
+    return environment
+
+
+@contextlib.contextmanager
+def _limited():
+    """Within it a template may run so many lines: its loops are what could go on for ever."""
+    left, before = STEPS, sys.gettrace()
+
+    def step(frame, event, arg):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"more than {STEPS:,} steps")
+        return step
+
+    def called(frame, event, arg):
+        return step if frame.f_code.co_filename == "<template>" else None
+
+    sys.settrace(called)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

@@ -1,0 +1,375 @@
+"""Checkpoints of Hugging Face: a folder with config.json, model.safetensors and tokenizer.json.
+
+GPT-2, Llama 2 and 3, SmolLM2, Mistral, Qwen2 and 2.5, Qwen3. The rest is refused by its name, and
+so are pickled and quantised weights. Of transformers nothing is imported: a name there is a name
+here (`theirs`), and what it calls three matrices is one here, one below the other.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from data import TEMPLATE, UserError
+from gpt import GPT, GPTConfig, ScalarGPT
+
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+TEXTS = (  # the files that a checkpoint of ours keeps
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "chat_template.jinja"),
+)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+UNREAD = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # of old files: no weights
+NAMES = {  # ours -> theirs, inside a block and outside
+    "attention.q_norm": ["self_attn.q_norm"],
+    "attention.k_norm": ["self_attn.k_norm"],
+    "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.proj": ["self_attn.o_proj"],
+    "norm_1": ["input_layernorm"],
+    "norm_2": ["post_attention_layernorm"],
+    "up": ["mlp.gate_proj", "mlp.up_proj"],
+    "down": ["mlp.down_proj"],
+    "wte": ["embed_tokens"],
+    "norm": ["norm"],
+}
+GPT2_NAMES = {
+    "attention.qkv": ["attn.c_attn"],
+    "attention.proj": ["attn.c_proj"],
+    "norm_1": ["ln_1"],
+    "norm_2": ["ln_2"],
+    "up": ["mlp.c_fc"],
+    "down": ["mlp.c_proj"],
+    "wte": ["wte"],
+    "wpe": ["wpe"],
+    "norm": ["ln_f"],
+}
+INSTALL = "pip install -r requirements-hf.txt"
+
+
+def is_folder(path):
+    return os.path.isdir(path)
+
+
+def theirs(name, config):
+    """A name of ours -> the names of the tensors that it joins"""
+    module, _, kind = name.removeprefix("trunk.").rpartition(".")
+    if module in ("lm_head", "head"):
+        return [f"score.{kind}" if module == "head" else name]
+    trunk, names = ("model.", NAMES) if config.llama else ("transformer.", GPT2_NAMES)
+    if module.startswith("blocks."):
+        _, layer, module = module.split(".", 2)
+        trunk += f"layers.{layer}." if config.llama else f"h.{layer}."
+    return [f"{trunk}{part}.{kind}" for part in names[module]]
+
+
+def transposed(name, config):
+    """Whether a weight of ours stands the other way there: GPT-2's are (in, out)"""
+    inner = name.endswith(("qkv.weight", "proj.weight", "up.weight", "down.weight"))
+    return inner and not config.llama
+
+
+def cuts(name, config):
+    """-> the heights of the tensors that one of ours joins"""
+    H, K, D = config.heads()
+    if ".qkv." in name:
+        return [H * D, K * D, K * D]
+    return [config.n_inner or 4 * config.n_embd] * 2
+
+
+# ---- in
+
+
+def load(folder):
+    """-> (GPT or ScalarGPT, meta), with the tensors of the files: no weight is drawn first, and
+    none is copied but those that are joined. Raises UserError."""
+    config = read_config(folder)
+    facts = read_json(folder, "config.json")
+    scalar = str(facts.get("architectures")).count("ForSequenceClassification")
+    if scalar and len(facts.get("id2label") or "1") != 1:
+        raise refused(folder, "classifies; a reward model has one label")
+    tensors = Tensors(folder)
+    if config.n_layer > len(tensors.files):
+        raise refused(folder, f"names {config.n_layer} layers, more than its files have weights")
+    with torch.device("meta"):
+        model = (ScalarGPT if scalar else GPT)(config)
+    state = {}
+    for name, x in model.state_dict().items():
+        if name == "head.bias":
+            bias = facts.get("score_bias", 0.0)
+            state[name] = torch.tensor([float(bias) if type(bias) in (int, float) else 0.0])
+            continue
+        parts = [tensors.take(part) for part in theirs(name, config)]
+        if transposed(name, config):
+            parts = [part.T.contiguous() for part in parts]
+        fits = all(part.shape[1:] == x.shape[1:] for part in parts)
+        if not fits or sum(len(part) for part in parts) != len(x):
+            found = ", ".join(str(tuple(part.shape)) for part in parts)
+            raise refused(folder, f"has {name} of shape {found}, where config.json says otherwise")
+        if len(parts) > 1 and [len(part) for part in parts] != cuts(name, config):
+            raise refused(folder, f"has parts of {name} that config.json cuts otherwise")
+        state[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if scalar or config.tied:
+        tensors.left.discard("lm_head.weight")
+    if left := sorted(x for x in tensors.left if not x.endswith(UNREAD)):
+        raise refused(folder, f"has weights that no part of this model reads: {left[0]}")
+    model.load_state_dict(state, assign=True)
+    name = os.path.basename(os.path.abspath(folder))
+    tokenizer = {"name": name, "files": read_texts(folder), "chat": True, "args": {}}
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    return model, {
+        "method": f"{facts['model_type']}, {size:,.1f} M parameters",
+        "task": name,
+        "tokenizer": tokenizer,
+        "template": TEMPLATE,
+        "options": {},
+        "reference": "",
+        "max_new_tokens": 0,
+        "folder": "",
+    }
+
+
+def refused(folder, why):
+    return UserError(f"{folder} {why}")
+
+
+class Tensors:
+    """The weights of a folder by their names without the trunk's. `left`: those not taken yet."""
+
+    def __init__(self, folder):
+        try:
+            from safetensors import safe_open
+        except ImportError:
+            raise UserError(f"{folder} needs the package safetensors: {INSTALL}") from None
+        self.folder, self.files = folder, {}
+        for path in weight_files(folder):
+            try:
+                file = safe_open(path, framework="pt")
+                for name in file.keys():
+                    self.files[bare(name)] = file, name
+            except Exception as e:  # a SafetensorError, whatever is wrong with the file
+                why = str(e).partition("\n")[0] or type(e).__name__
+                raise UserError(f"{path} is no whole safetensors file ({why})") from None
+        self.left = set(self.files)
+
+    def take(self, name):
+        name = bare(name)
+        if name not in self.files:
+            raise refused(self.folder, f"lacks the weights {name}")
+        self.left.discard(name)
+        file, full = self.files[name]
+        try:
+            x = file.get_tensor(full)
+        except Exception as e:
+            why = str(e).partition("\n")[0]
+            raise refused(self.folder, f"has {name} that cannot be read ({why})") from None
+        if x.dtype not in DTYPES:
+            kind = str(x.dtype).removeprefix("torch.")
+            raise refused(self.folder, f"has weights of {kind}: quantised ones are not read")
+        return x
+
+
+def bare(name):
+    return name.removeprefix("transformer.").removeprefix("model.")
+
+
+def weight_files(folder):
+    """-> the paths of model.safetensors, or of the shards that its index names"""
+    whole, index = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        pickled = [*Path(folder).glob("*.bin"), *Path(folder).glob("*.pt*")]
+        why = ": pickled weights are never loaded, as they can run code" if pickled else ""
+        raise refused(folder, f"has no model.safetensors{why}; save it as safetensors")
+    named = read_json(folder, index.name).get("weight_map")
+    names = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
+    if not names or any(name != os.path.basename(name) for name in names):
+        raise UserError(f"{index} does not name the files of the weights")
+    for name in names:
+        if not Path(folder, name).is_file():
+            raise refused(folder, f"lacks {name}, which its index names; fetch it again")
+    return [Path(folder, name) for name in names]
+
+
+def read_json(folder, name):
+    """-> the object in a file of the folder"""
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except FileNotFoundError:
+        needed = "config.json, model.safetensors and tokenizer.json"
+        words = f"is a directory without {name}; give the .pt file in it, or a folder with {needed}"
+        raise refused(folder, words) from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} cannot be read ({str(e).splitlines()[0]})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no JSON object")
+    return found
+
+
+def read_texts(folder):
+    """-> {name: text} of the small files, for a checkpoint that stands alone"""
+    texts = {}
+    for name in TEXTS:
+        path = Path(folder, name)
+        if path.is_file():
+            try:
+                texts[name] = path.read_text("utf-8")
+            except (OSError, ValueError) as e:
+                raise UserError(f"{path} cannot be read ({e})") from None
+    if "tokenizer.json" not in texts:
+        raise refused(folder, "has no tokenizer.json; save it with a fast tokenizer")
+    return texts
+
+
+def read_config(folder):
+    """config.json -> GPTConfig. Raises UserError where it names what these scripts do not have."""
+    facts = read_json(folder, "config.json")
+    kind, known = facts.get("model_type"), "GPT-2, Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3"
+    if kind not in FAMILIES:
+        raise refused(folder, f"is of the type {str(kind)[:40]!r}; known are {known}")
+
+    def fact(name, kind=int, default=None):
+        x = facts.get(name)
+        x = default if x is None else x
+        good = type(x) in ((int, float) if kind is float else (kind,))
+        if not good or kind is not bool and not 0 < x < 1e9:
+            words = f"has a config.json whose {name} is {str(x)[:40]}, not a {kind.__name__}"
+            raise refused(folder, words if name in facts else f"has a config.json without {name}")
+        return x
+
+    def only(name, *values):
+        if facts.get(name, values[0]) not in values:
+            what = f"{name} {str(facts[name])[:40]!r}"
+            raise refused(folder, f"has {what}, which is not built here")
+
+    only("quantization_config", None)
+    if kind == "gpt2":
+        only("activation_function", "gelu_new", "gelu_pytorch_tanh")
+        only("scale_attn_weights", True)
+        only("scale_attn_by_inverse_layer_idx", False)
+        only("add_cross_attention", False, None)
+        sizes = (fact(x) for x in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"))
+        inner = fact("n_inner", default=4 * fact("n_embd"))
+        small = fact("layer_norm_epsilon", float, 1e-5)
+        tied = fact("tie_word_embeddings", bool, True)
+        config = GPTConfig(*sizes, n_inner=inner, norm_eps=small, tied=tied)
+    else:
+        only("hidden_act", "silu")
+        only("attention_bias", False, *([True] if kind == "qwen2" else []))
+        only("mlp_bias", False)
+        only("partial_rotary_factor", 1.0, None)
+        heads = fact("num_attention_heads")
+        config = GPTConfig(
+            vocab_size=fact("vocab_size"),
+            block_size=context(facts, fact),
+            n_layer=fact("num_hidden_layers"),
+            n_head=heads,
+            n_embd=fact("hidden_size"),
+            llama=True,
+            n_kv_head=fact("num_key_value_heads", default=heads if kind == "llama" else None),
+            head_dim=fact(
+                "head_dim", default=128 if kind == "qwen3" else fact("hidden_size") // heads
+            ),
+            n_inner=fact("intermediate_size"),
+            norm_eps=fact("rms_norm_eps", float, 1e-6),
+            tied=fact("tie_word_embeddings", bool, False),
+            qkv_bias=kind == "qwen2",
+            qk_norm=kind == "qwen3",
+            **rope(folder, facts),
+        )
+    H, K, D = config.heads()
+    if H % K or D % 2 and config.llama or config.head_dim == 0 and config.n_embd % H:
+        raise refused(folder, f"has {H} heads, {K} of keys, {config.n_embd} wide: they do not fit")
+    return config
+
+
+def context(facts, fact):
+    """-> the longest sequence; within a sliding window, where full attention is the same"""
+    longest, window = fact("max_position_embeddings"), facts.get("sliding_window")
+    slides = facts.get("use_sliding_window", facts["model_type"] == "mistral")
+    return min(longest, fact("sliding_window")) if slides and window is not None else longest
+
+
+def rope(folder, facts):
+    """-> the fields of rotary positions; transformers 5 calls them rope_parameters"""
+    found = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
+    found = found if isinstance(found, dict) else {"type": found}
+    kind = found.get("rope_type", found.get("type", "default"))
+    theta = found.get("rope_theta", facts.get("rope_theta", 10000.0))
+    keys = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+    scaling = tuple(found.get(key) for key in keys) if kind == "llama3" else ()
+    if any(type(x) not in (int, float) or x <= 0 for x in (theta, *scaling)):
+        raise refused(folder, "has rotary positions whose numbers are missing or wrong")
+    if kind not in ("default", "llama3") or found.get("partial_rotary_factor", 1) != 1:
+        raise refused(folder, f"has rotary positions {str(kind)[:40]!r}, which are not built here")
+    return {"rope_theta": float(theta), "rope_scaling": tuple(map(float, scaling))}
+
+
+def digest(folder):
+    """-> what --resume compares: the texts, and header, size and time of each file of weights"""
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".json", ".jinja") and path.is_file():
+            found.update(path.name.encode() + b"\0" + path.read_bytes())
+        elif path.suffix == ".safetensors":
+            facts = path.stat()
+            with open(path, "rb") as file:
+                header = file.read(min(2**24, 8 + int.from_bytes(file.read(8), "little")))
+            found.update(f"{path.name} {facts.st_size} {facts.st_mtime_ns}".encode() + header)
+    return found.hexdigest()
+
+
+# ---- out
+
+
+def write_config(model, facts, dtype):
+    """-> config.json of a model. facts: that of the folder it comes from, {} for a toy's"""
+    c, scalar = model.config, isinstance(model, ScalarGPT)
+    kind = facts.get("model_type")
+    if not facts and not c.llama:
+        kind = "gpt2"
+        facts = {
+            **dict(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd),
+            **dict(n_layer=c.n_layer, n_head=c.n_head, activation_function="gelu_new"),
+            **dict(layer_norm_epsilon=c.norm_eps, tie_word_embeddings=c.tied),
+            **dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+        }
+    what = "SequenceClassification" if scalar else "LMHeadModel" if kind == "gpt2" else "CausalLM"
+    name = {"gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral"}.get(kind, str(kind).title())
+    dtype = str(dtype).removeprefix("torch.")
+    facts = facts | {"model_type": kind, "architectures": [f"{name}For{what}"], "dtype": dtype}
+    facts["architectures"] = (
+        ["GPT2LMHeadModel"] if what == "LMHeadModel" else facts["architectures"]
+    )
+    facts["torch_dtype"] = dtype
+    if scalar:
+        labels = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        facts |= labels | {"score_bias": model.head.bias.item()}
+    else:
+        for name in ("num_labels", "id2label", "label2id", "score_bias"):
+            facts.pop(name, None)
+    return facts
+
+
+def tensors_of(model, dtype):
+    """-> {their name: tensor} of a model's weights"""
+    config, out = model.config, {}
+    for name, x in model.state_dict().items():
+        if name == "head.bias":
+            continue
+        x = x.detach().to("cpu", dtype)
+        x = x.T if transposed(name, config) else x
+        names = theirs(name, config)
+        parts = x.split(cuts(name, config)) if len(names) > 1 else [x]
+        out |= {part: y.contiguous() for part, y in zip(names, parts)}
+    return out
+
+
+def save_tensors(tensors, path):
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
