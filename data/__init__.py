@@ -21,6 +21,7 @@ from data.constitution import (
     spell,
 )
 from data.error import Stopped, UserError
+from data.hf_export import tokenizer_files
 from data.jsonl import TEMPLATE
 from data.skills import demonstrate
 from data.tasks import BUILT_IN, kind, task
@@ -53,4 +54,5 @@ __all__ = [
     "spell",
     "task",
     "tokenizer",
+    "tokenizer_files",
 ]

@@ -16,9 +16,11 @@ FLOORS = {  # file or folder -> what of ours it may import, and what else
     "data": ("data", "torch numpy tiktoken"),
     "data/chat.py": ("data", "jinja2"),  # which comes with torch
     "data/hf_tokenizer.py": ("data", "tokenizers"),
+    "data/hf_export.py": ("data", "tokenizers"),
     "training": ("gpt data training", "torch tqdm"),
     "training/hf.py": ("gpt data", "torch safetensors"),
     "training/function.py": ("data", "torch numpy"),  # which have a state that it puts back
+    "export.py": ("gpt data training", "torch"),
     "evaluate.py": ("gpt data training", "torch"),
     "compare.py": ("data training analysis", "torch"),
     "analysis": (f"gpt data training evaluate analysis {' '.join(METHODS)}", "torch numpy"),

@@ -47,6 +47,11 @@ def load_scalar(path, task=None):
     return _open(path, task, gpt.ScalarGPT, kind)
 
 
+def load_any(path):
+    """-> (GPT or ScalarGPT, Tokenizer, meta)"""
+    return _open(path, None, (gpt.GPT, gpt.ScalarGPT), "")
+
+
 def _open(path, task, wanted, otherwise):
     try:
         model, meta = hf.load(path) if os.path.isdir(path) else gpt.load(path)

@@ -1,0 +1,139 @@
+"""A checkpoint as a Hugging Face folder, which transformers reads with the same logits.
+
+    python export.py out/reviews/dpo.pt --to folder          a toy model, as a GPT-2
+    python export.py out/gsm8k/dpo.pt --to folder --dtype bfloat16
+    python export.py out/gsm8k/dpo.pt --to folder --adapter  what --lora has trained, for PEFT
+
+A language model is read by AutoModelForCausalLM, a reward model by
+AutoModelForSequenceClassification, both by AutoTokenizer. What the other side does not see is
+printed.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+import training
+from data import UserError
+from gpt import ScalarGPT
+from training import checkpoint, hf, opt, parse
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+@dataclass
+class Options:
+    checkpoint: str = opt(..., "the .pt file of a language model or of a reward model")
+    to: str = opt("", "folder to write: a new or an empty one (default: beside the checkpoint)")
+    dtype: str = opt("auto", "of the weights (auto: as they are)", choices=DTYPES)
+    adapter: bool = opt(False, "write the adapters of --lora alone, as PEFT has them")
+
+
+def whole(model, tokenizer, meta, dtype):
+    """-> (config.json, tensors, other files, what the other side does not see) of a model"""
+    files = dict(tokenizer.meta.get("files", {}))
+    config, unseen = hf.write_config(model, json.loads(files.get("config.json", "{}")), dtype), []
+    if not files:
+        files = data.tokenizer_files(tokenizer, model.config.block_size)
+        config |= {"bos_token_id": tokenizer.end_id}
+        unseen.append("no chat template: prompts and answers are plain text, joined as they are")
+    generation = json.loads(files.get("generation_config.json", "{}"))
+    named = generation.get("eos_token_id", config.get("eos_token_id"))
+    named = named if isinstance(named, list) else [named] * (named is not None)
+    ends = list(dict.fromkeys([tokenizer.end_id, *named]))
+    files["generation_config.json"] = json.dumps(generation | {"eos_token_id": ends})
+    config.setdefault("eos_token_id", tokenizer.end_id)
+    if tokenizer.longest:
+        unseen.append(f"a response of {tokenizer.longest} tokens is complete without an end token")
+    if tokenizer.template:
+        if arguments := tokenizer.meta["args"]:
+            unseen.append(f"apply_chat_template was called with {json.dumps(arguments)}")
+        if not tokenizer.chat:
+            unseen.append("plain prompts were not rendered by the chat template (--no-chat)")
+    if isinstance(model, ScalarGPT):
+        config["pad_token_id"] = pad = pad_token(tokenizer)
+        unseen.append(f"batches are to be padded with token {pad}, which ends no response")
+        if bias := model.head.bias.item():
+            unseen.append(f"every score is {bias:.4f} higher here (score_bias in config.json)")
+    return config, hf.tensors_of(model, dtype), files, unseen
+
+
+def pad_token(tokenizer):
+    """-> a token that ends no response. transformers reads a score at the last one that is not
+    pad_token_id: were that the end token, it would read the token before it."""
+    if tokenizer.template is None and not tokenizer.meta.get("files"):
+        return 0
+    pad = tokenizer.controls.get(tokenizer.named.get("pad_token"))
+    others = [i for i in tokenizer.controls.values() if i != tokenizer.end_id]
+    return pad if pad not in (None, tokenizer.end_id) else min(others, default=0)
+
+
+def adapters(model, meta, path):
+    """-> (adapter_config.json, tensors, no files, where they belong) for PEFT"""
+    if "lora" not in meta or isinstance(model, ScalarGPT):
+        what = "holds no adapters of a policy, which --lora trains; leave --adapter out"
+        raise UserError(f"{path} {what}")
+    facts, config, tensors = meta["lora"], model.config, {}
+    for name, x in facts["tensors"].items():
+        name, _, letter = name.rpartition(".")
+        parts = hf.theirs(f"{name}.weight", config)
+        if letter == "A" or len(parts) == 1:
+            cut = [x] * len(parts)
+        else:
+            cut = x.split(hf.cuts(f"{name}.weight", config))
+        for part, y in zip(parts, cut):
+            full = part.removesuffix("weight") + f"lora_{letter}.weight"
+            tensors[f"base_model.model.{full}"] = y.clone().contiguous()
+    modules = {full.split(".lora_")[0].rpartition(".")[2] for full in tensors}
+    said = {
+        **dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=facts["start"]),
+        **dict(r=facts["rank"], lora_alpha=facts["alpha"], lora_dropout=0.0, bias="none"),
+        **dict(target_modules=sorted(modules), fan_in_fan_out=not config.llama),
+        **dict(inference_mode=True, modules_to_save=None),
+    }
+    return said, tensors, {}, [f"they belong on {facts['start']}, and on no other weights"]
+
+
+def write(folder, config_name, config, tensors, weights_name, files):
+    """Writes the folder whole, or not at all."""
+    half = Path(f"{folder}.{os.getpid()}.tmp")
+    try:
+        half.mkdir(parents=True)
+        for name, text in files.items():
+            (half / name).write_text(text, "utf-8")
+        (half / config_name).write_text(json.dumps(config, indent=2), "utf-8")
+        hf.save_tensors(tensors, half / weights_name)
+        os.replace(half, folder)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def main(argv=None):
+    o = parse(Options, argv)
+    folder = Path(o.to or o.checkpoint.removesuffix(".pt"))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--to {folder} is there already; give a new folder, or an empty one")
+    model, tokenizer, meta = checkpoint.load_any(o.checkpoint)
+    own = model.state_dict()["head.weight" if isinstance(model, ScalarGPT) else "wte.weight"].dtype
+    dtype = own if o.dtype == "auto" else getattr(torch, o.dtype)
+    if o.adapter:
+        config, tensors, files, unseen = adapters(model, meta, o.checkpoint)
+        names = "adapter_config.json", "adapter_model.safetensors"
+    else:
+        config, tensors, files, unseen = whole(model, tokenizer, meta, dtype)
+        names = "config.json", "model.safetensors"
+    write(folder, names[0], config, tensors, names[1], files)
+    size = sum(x.numel() for x in tensors.values())
+    kind = next(iter(tensors.values())).dtype
+    print(f"{folder}: {size / 1e6:,.2f} M numbers in {str(kind).removeprefix('torch.')}")
+    for text in unseen:
+        print(f"  not seen there: {text}")
+
+
+if __name__ == "__main__":
+    training.command(main)
