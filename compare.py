@@ -7,6 +7,7 @@
     python compare.py --quick                   a smoke pass of all methods, under four minutes
     python compare.py --task tokens:128+128     sequences of one length: memory and time alone
     python compare.py --predict 7b              a 7B model's step, predicted without hardware
+    python compare.py --predict FOLDER --lora 16     that of a Hugging Face checkpoint
 
 The budget is a number of response sequences that are trained on: a pair is two, and a sequence that
 is trained on twice counts twice. Each run is a process of its own, through its script's command
@@ -35,6 +36,7 @@ from analysis import plots, predict, tables
 from analysis.rows import EVERY, ROWS, SAME, plan
 from data import Stopped, UserError
 from training import checkpoint, locks, opt, parse
+from training.files import digest
 from training.options import DTYPES, flag
 from training.process import interrupts
 
@@ -60,16 +62,15 @@ class Options:
     n_layer: int = opt(0, "blocks of the model (default: the task's)", low=1)
     n_head: int = opt(0, "its attention heads a block (default: the task's)", low=1)
     n_embd: int = opt(0, "its width (default: the task's)", low=1)
-    predict: str = opt(
-        "", "train nothing: the memory of a step at that size", choices=("own", "1b", "7b")
-    )
+    predict: str = opt("", "train nothing: a step's memory at own, 1b, 7b or a folder's size")
+    lora: int = opt(0, "rank of the adapters that are trained, with --predict (0: none)", low=0)
     vocab_size: int = opt(0, "its tokens, with --predict (default: the size's)", low=1)
     batch_size: int = opt(4, "sequences a step, with --predict; a pair is two", low=1)
     micro_batch: int = opt(0, "sequences a forward pass, with --predict (0: all)", low=0)
     seq_len: int = opt(0, "tokens of one (default: 2048; own: the task's)", low=4)
 
     def check(self):
-        unread = self.given & {"vocab_size", "batch_size", "micro_batch", "seq_len"}
+        unread = self.given & {"vocab_size", "batch_size", "micro_batch", "seq_len", "lora"}
         if unread and not self.predict:
             with_it = "is read with --predict only; leave one of the two out"
             raise UserError(f"{flag(min(unread))} {with_it}")
@@ -79,7 +80,7 @@ class Options:
         if "rlaif" in self.methods and self.task != "reviews" and not self.predict:
             words = f"rlaif learns its skills on reviews only, not on {self.task}"
             raise UserError(f"--methods {words}; leave it out")
-        if self.init and not os.path.isfile(self.init):
+        if self.init and not os.path.exists(self.init):
             raise UserError(f"--init {self.init}: no such file; leave it out to make one")
         if data.kind(self.task) == "file" and not self.init and not self.predict:
             words = "the SFT checkpoint that all methods start from"
@@ -121,8 +122,9 @@ def child(command, threads=0):
 def inputs(command):
     """-> a digest of the checkpoints that a command reads"""
     given = zip(command, command[1:])
-    paths = [Path(path) for option, path in given if option in ("--init", "--reward")]
-    return hashlib.sha256(b"".join(x.read_bytes() for x in paths if x.is_file())).hexdigest()
+    paths = [path for option, path in given if option in ("--init", "--reward")]
+    found = [digest(path) for path in paths if os.path.exists(path)]
+    return hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def run(folder, done, threads, item):
@@ -209,6 +211,7 @@ def predict_all(o, folder):
     task, _ = predict.settings(o)
     text = (
         f"Memory of a step at its peak, {symbol}, predicted: --predict {o.predict}, {task}, "
+        f"{f'--lora {o.lora}, ' if o.lora else ''}"
         f"{o.batch_size} sequences a step (a pair is two), {o.micro_batch or o.batch_size} a "
         "forward pass. In each cell: float32 weights with bfloat16 autocast / bfloat16 weights and "
         "moments. Logits and sampling are the most that they take by themselves, which may be at "
@@ -237,7 +240,7 @@ def main(argv=None):
         o.jobs = 2
     name = checkpoint.default_folder(o.task)
     if o.predict:
-        name = f"predict-{o.predict}"
+        name = f"predict-{Path(o.predict).absolute().name}" + (f"-lora-{o.lora}" if o.lora else "")
         predict.settings(o)
     folder = Path(o.out or f"out/compare/{name}")
     try:

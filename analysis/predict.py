@@ -7,6 +7,7 @@ is said in rows.py; what its loop makes around compute_loss is said here.
 
 import importlib
 import inspect
+import os
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -20,7 +21,8 @@ import data
 from analysis.rows import EVERY, SAMPLED, in_pairs, longest_context
 from data import UserError
 from gpt import GPT, GPTConfig, KVCache, Rollout, ScalarGPT, load
-from training import Compute, lora, memory, parse
+from training import Compute, hf, lora, memory, parse
+from training.options import flag
 from training.reward import ROWS
 
 SIZES = {
@@ -220,19 +222,31 @@ def settings(o):
         sizes = f"--batch-size {n} --micro-batch {micro}"
         raise UserError(f"{sizes}: sequences come in pairs; give even numbers")
     made_up = o.predict != "own" or data.kind(o.task) == "file"
-    length = o.seq_len or (2048 if made_up else 0)
+    longest = 2048 if o.predict in ("own", *SIZES) else min(2048, of_folder(o).block_size)
+    length = o.seq_len or (longest if made_up else 0)
     task = f"tokens:{length - length // 2}+{length // 2}" if length else o.task
     if o.predict == "own":
         sft = options("sft", "--task", task)
         size = data.tokenizer(own=data.task(task).tokenizer).size
         length = sft.block_size or longest_context(task)
         config = GPTConfig(size, length, sft.n_layer, sft.n_head, sft.n_embd)
-    else:
+    elif o.predict in SIZES:
         config = replace(SIZES[o.predict], block_size=length)
+    else:
+        config = of_folder(o)
     config = replace(config, **{x: getattr(o, x) for x in asdict(config) if x in o.given})
     if config.n_embd % config.n_head:
         raise UserError(f"--n-embd {config.n_embd} is not a multiple of --n-head {config.n_head}")
     return task, config
+
+
+def of_folder(o):
+    """-> the config of the checkpoint that --predict names, whose config.json alone is read"""
+    if not os.path.isdir(o.predict):
+        raise UserError(f"--predict {o.predict}: give own, 1b, 7b, or a checkpoint's folder")
+    if sizes := o.given & {"n_layer", "n_head", "n_embd", "vocab_size"}:
+        raise UserError(f"{flag(min(sizes))}: {o.predict} has its own sizes; leave it out")
+    return hf.read_config(o.predict)
 
 
 def ask(row, o, recompute, dtype):
@@ -251,6 +265,7 @@ def ask(row, o, recompute, dtype):
     if row in SAMPLED and row != "rlaif":
         argv += ["--minibatches", 1, "--updates", 1]
     argv += ["--checkpoint-activations" if recompute else "--no-checkpoint-activations"]
+    argv += ["--lora", o.lora] if o.lora else []
     argv += ["--batch-size", n, "--micro-batch", micro, "--dtype", dtype, "--task", task]
     found = predict(row, options(row, *argv), config)
     facts = {"method": row, "dtype": dtype, "checkpoint_activations": recompute}

@@ -51,7 +51,7 @@ class Files:
         if (os.path.isfile(path) or os.path.isdir(path)) and not may_change:
             part = part or os.path.basename(path)
             self.paths[part] = path
-            self.digests[part] = hf.digest(path) if os.path.isdir(path) else digest(path)
+            self.digests[part] = digest(path)
 
     # ---- the record
 
@@ -155,7 +155,9 @@ class Files:
 
 
 def digest(path):
-    """-> of a file's content"""
+    """-> of a file's content, or of a checkpoint's folder"""
+    if os.path.isdir(path):
+        return hf.digest(path)
     found = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
