@@ -1,30 +1,27 @@
-"""Checkpoints of Hugging Face: six families against golden numbers, broken folders, a way out."""
+"""Checkpoints of Hugging Face: six families against golden numbers, broken folders, and back."""
 
 import copy
 import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from golden import IDS, weight
-from safetensors.torch import save_file
+from conftest import ROOT, main
+from folders import GOLDEN, edit, folder
+from golden import IDS
+from house import METHODS
+from safetensors.torch import load_file, save_file
 
-from gpt import KVCache, sample
-from training import hf
+import data
+from data import UserError
+from gpt import KVCache, ScalarGPT, sample, save
+from training import checkpoint, hf
 
-GOLDEN = json.loads((ROOT / "tests/golden.json").read_text())
 IDS = torch.tensor(IDS)
-
-
-def folder(path, family, dtype=torch.float32, **config):
-    """Writes the checkpoint of golden.json. -> its folder"""
-    golden = GOLDEN[family]
-    path.mkdir(exist_ok=True)
-    state = {name: weight(name, shape).to(dtype) for name, shape in golden["shapes"].items()}
-    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(golden["config"] | config))
-    (path / "tokenizer.json").write_text("{}")
-    return path
 
 
 @pytest.fixture(params=GOLDEN, scope="module")
@@ -32,6 +29,9 @@ def golden(request, tmp_path_factory):
     """-> (a model of a family, what transformers says of it)"""
     path = tmp_path_factory.mktemp("golden") / request.param
     return hf.load(folder(path, request.param))[0], GOLDEN[request.param]
+
+
+# ---- the same numbers
 
 
 @torch.no_grad()
@@ -45,14 +45,13 @@ def test_logits_are_those_of_transformers(golden):
 @torch.no_grad()
 @pytest.mark.parametrize("ragged", [False, True])
 def test_the_cache_gives_the_same_logits(golden, ragged):
-    """Prompts of 5 and 7 tokens, or of 5, then the rest at once, then a token at a time."""
+    """Prompts of one length, then three tokens at once and two alone; or of two lengths."""
     model = copy.deepcopy(golden[0]).double()
     n = torch.tensor([5, 7] if ragged else [5, 5])
     cache = KVCache(model.config, 2, 16, dtype=torch.float64)
     model.hidden(IDS[:, : n.max()], cache)
     cache.length, cache.ragged = n, ragged
-    steps = [3, 1, 1] if not ragged else [1, 1, 1]
-    for T in steps:
+    for T in [1, 1, 1] if ragged else [3, 1, 1]:
         new = torch.stack([row[i : i + T] for row, i in zip(IDS, n)])
         cache.width = int(n.max())
         found = model(new, cache)
@@ -70,3 +69,269 @@ def test_groups_of_ragged_prompts_are_drawn_with_their_own_probabilities(golden)
     rollout = sample(model, prompts, 7, 22, generator=generator, group=3)
     logp = model.logprobs(rollout.ids, rollout.mask).detach()
     torch.testing.assert_close(logp.float(), rollout.logp, rtol=0, atol=2e-5)
+
+
+def test_checkpointed_activations_change_no_gradient(golden):
+    model, gradients = copy.deepcopy(golden[0]), []
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    for on in (False, True):
+        model.checkpoint_activations = on
+        model.zero_grad()
+        model.logprobs(IDS, mask).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_matmul_parameters_by_hand(tmp_path):
+    """Llama, untied: 24² each of q and o, 8·24 each of k and v, three of 40·24, twice; the head."""
+    model, _ = hf.load(folder(tmp_path, "llama-2", num_key_value_heads=6))
+    assert model.matmul_parameters() == 2 * (4 * 24**2 + 3 * 40 * 24) + 23 * 24
+
+
+def test_nothing_is_drawn_or_copied_but_what_is_joined(tmp_path, monkeypatch):
+    """7B models have no room for random weights first."""
+    path = folder(tmp_path, "llama-2", dtype=torch.bfloat16)
+    monkeypatch.setattr("torch.nn.init.normal_", lambda p, *_, **__: p.is_meta or 1 / 0)
+    model, _ = hf.load(path)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(p.is_meta for p in model.parameters())
+
+
+# ---- the forms that a folder may have
+
+
+def test_shards_old_names_and_a_sliding_window(tmp_path):
+    whole, _ = hf.load(folder(tmp_path / "a", "mistral", sliding_window=12))
+    assert whole.config.block_size == 12
+    path = folder(tmp_path / "b", "gpt2")
+    state = load_file(path / "model.safetensors")
+    state = {name.removeprefix("transformer."): x for name, x in state.items()}
+    state |= {"h.0.attn.bias": torch.ones(1, 1, 32, 32), "lm_head.weight": state["wte.weight"] + 0}
+    names = sorted(state)
+    for i, part in enumerate((names[:9], names[9:])):
+        save_file({name: state[name] for name in part}, path / f"part-{i}.safetensors")
+    shards = {name: f"part-{int(name in names[9:])}.safetensors" for name in names}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (path / "model.safetensors").unlink()
+    model, _ = hf.load(path)
+    assert torch.equal(model(IDS), hf.load(folder(tmp_path / "c", "gpt2"))[0](IDS))
+
+
+def test_transformers_5_writes_rope_parameters(tmp_path):
+    path = folder(tmp_path / "a", "llama-3.2")
+    config = hf.read_config(path)
+    assert config.rope_theta == 100.0 and config.rope_scaling == (8.0, 1.0, 4.0, 16.0)
+    rope = GOLDEN["llama-3.2"]["config"]["rope_scaling"] | {"rope_theta": 100.0}
+    edit(path / "config.json", rope_scaling=None, rope_theta=None, rope_parameters=rope)
+    assert hf.read_config(path) == config
+
+
+def test_the_digest_is_of_texts_and_of_the_weights_facts(tmp_path):
+    path = folder(tmp_path / "a")
+    before = hf.digest(path)
+    assert hf.digest(path) == before
+    os.utime(path / "model.safetensors", (1, 1))
+    changed = hf.digest(path)
+    assert changed != before
+    edit(path / "config.json", torch_dtype="float32")
+    assert hf.digest(path) not in (before, changed)
+
+
+# ---- broken folders
+
+
+def cut(path):
+    text = path.read_bytes()
+    path.write_bytes(text[: len(text) // 2])
+
+
+def header(path, size, text=b"{}"):
+    path.write_bytes(struct.pack("<Q", size) + text)
+
+
+def shard(path, names):
+    (path / "model.safetensors").unlink()
+    text = json.dumps({"weight_map": dict(enumerate(names))})
+    (path / "model.safetensors.index.json").write_text(text)
+
+
+def weights(path, take=(), **more):
+    state = load_file(path / "model.safetensors")
+    state = {name: x for name, x in state.items() if name not in take} | more
+    save_file(state, path / "model.safetensors")
+
+
+def config(**changes):
+    return lambda path: edit(path / "config.json", **changes)
+
+
+def template(text):
+    return lambda path: edit(path / "tokenizer_config.json", chat_template=text)
+
+
+W, Q = "model.safetensors", "model.layers.0.self_attn"
+BROKEN = {
+    "no config": (lambda p: (p / "config.json").unlink(), "is a directory without config.json"),
+    "config is no JSON": (lambda p: cut(p / "config.json"), "config.json cannot be read"),
+    "config is a list": (lambda p: (p / "config.json").write_text("[1]"), "is no JSON object"),
+    "other model": (config(model_type="mamba"), "of the type 'mamba'; known are GPT-2, Llama"),
+    "other activation": (config(hidden_act="gelu"), "hidden_act 'gelu', which is not built"),
+    "yarn": (config(rope_scaling={"type": "yarn"}), "rotary positions 'yarn'"),
+    "scaling without numbers": (config(rope_scaling={"type": "llama3"}), "missing or wrong"),
+    "part of the rotation": (config(partial_rotary_factor=0.5), "partial_rotary_factor '0.5'"),
+    "biases": (config(model_type="llama", attention_bias=True), "attention_bias 'True'"),
+    "quantised": (config(quantization_config={"bits": 4}), "quantization_config"),
+    "a size is no number": (config(vocab_size="many"), "vocab_size is many, not a int"),
+    "a size is missing": (config(hidden_size=None), "config.json without hidden_size"),
+    "heads that do not divide": (config(num_key_value_heads=4), "they do not fit"),
+    "layers without end": (config(num_hidden_layers=10**8), "more than its files have weights"),
+    "too few layers": (config(num_hidden_layers=1), "weights that no part of this model reads"),
+    "other vocabulary": (config(vocab_size=29), "where config.json says otherwise"),
+    "parts cut otherwise": (
+        lambda p: weights(p, **{f"{Q}.{x}_proj.weight": torch.ones(16, 24) for x in "qk"}),
+        "config.json cuts otherwise",
+    ),
+    "no weights": (lambda p: (p / W).unlink(), "has no model.safetensors; save it as"),
+    "pickled weights": (
+        lambda p: (p / W).rename(p / "pytorch_model.bin"),
+        "pickled weights are never loaded",
+    ),
+    "a pickle with the name": (lambda p: (p / W).write_bytes(pickle.dumps({"a": 1})), "no whole"),
+    "cut weights": (lambda p: cut(p / W), "is no whole safetensors file"),
+    "empty weights": (lambda p: (p / W).write_bytes(b""), "is no whole safetensors file"),
+    "endless header": (lambda p: header(p / W, 2**62), "is no whole safetensors file"),
+    "header is no JSON": (lambda p: header(p / W, 4, b"????"), "is no whole safetensors file"),
+    "missing shard": (lambda p: shard(p, ["a.safetensors"]), "lacks a.safetensors"),
+    "shard elsewhere": (lambda p: shard(p, ["../a.safetensors"]), "does not name the files"),
+    "a weight is missing": (lambda p: weights(p, ["model.norm.weight"]), "lacks the weights norm"),
+    "a weight too many": (lambda p: weights(p, x=torch.ones(2)), "no part of this model reads: x"),
+    "whole numbers": (
+        lambda p: weights(p, **{"model.norm.weight": torch.ones(24, dtype=torch.int8)}),
+        "weights of int8: quantised ones are not read",
+    ),
+    "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "has no tokenizer.json"),
+    "broken tokenizer": (lambda p: cut(p / "tokenizer.json"), "tokenizer.json of"),
+    "no end": (
+        lambda p: edit(p / "tokenizer_config.json", eos_token=None, chat_template=None),
+        "names no end token",
+    ),
+    "template that is none": (template("{% if %}"), "cannot be read"),
+    "template that refuses": (template("{{ raise_exception('no') }}"), "(no)"),
+    "the system": (
+        template("{{ cycler.__init__.__globals__.os.system('touch hacked') }}"),
+        "cannot render a conversation",
+    ),
+    "a range too long": (template("{% for i in range(10**9) %}{% endfor %}"), "cannot render"),
+    "loops in loops": (
+        template(
+            "{% for i in range(9999) %}{% for j in range(9999) %}{% set x = j %}{% endfor %}"
+            "{% endfor %}"
+        ),
+        "more than 1,000,000 steps",
+    ),
+    "output without end": (
+        template("{% for i in range(9999) %}{{ 'xxxxxxxxxx' * 9999 }}{% endfor %}"),
+        "more than 10,000,000 characters",
+    ),
+    "a string of a terabyte": (template("{{ 'x' * 10**12 }}"), "* of that size"),
+    "a power": (template("{{ 9 ** 9 ** 9 }}"), "** of that size"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_one_line(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spoil, words = BROKEN[name]
+    path = folder(tmp_path / "x", "qwen2.5")
+    spoil(path)
+    with pytest.raises(UserError) as e:
+        _, tokenizer, _ = checkpoint.load("x")
+        tokenizer.prompt("the")
+    assert words in str(e.value) and "\n" not in str(e.value)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_the_command_ends_with_2_and_has_written_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "x", quantization_config={"bits": 4})
+    before = sorted(os.listdir())
+    for script, *args in (["dpo", "--init", "x"], ["evaluate", "x"], ["export", "x"]):
+        assert main(script, *args, "--task" if script == "evaluate" else "--to", "y") == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert sorted(os.listdir()) in (before, [*before, "out"])
+
+
+def test_a_folder_of_another_kind_is_named(tmp_path):
+    path = folder(tmp_path / "x")
+    with pytest.raises(UserError, match="is a language model"):
+        checkpoint.load_scalar(path)
+    with pytest.raises(UserError, match="exact has a vocabulary of its own"):
+        checkpoint.load(path, data.task("exact"))
+
+
+WITHOUT = """
+import sys
+sys.modules["safetensors"] = sys.modules["tokenizers"] = None
+sys.path.insert(0, {root!r})
+import importlib
+for name in {names}:
+    importlib.import_module(name)
+from training import checkpoint
+checkpoint.load("x")
+"""
+
+
+def test_the_packages_are_asked_for_by_folders_alone(tmp_path):
+    """Every script is imported without them; a folder names what to install."""
+    folder(tmp_path / "x")
+    names = [*METHODS, "evaluate", "compare", "export"]
+    code = WITHOUT.format(root=str(ROOT), names=names)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    last = done.stderr.decode().strip().splitlines()[-1]
+    assert "UserError: x needs the package safetensors: pip install -r requirements-hf.txt" in last
+
+
+# ---- out again
+
+
+@pytest.mark.parametrize("family", GOLDEN)
+def test_a_folder_goes_out_to_the_bit(family, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "a", family, dtype=torch.bfloat16)
+    assert main("export", "a", "--to", "b") == 0
+    before, after = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert hf.read_config("a") == hf.read_config("b")
+    facts = json.loads((tmp_path / "b/config.json").read_text())
+    assert facts["model_type"] == GOLDEN[family]["config"]["model_type"]
+    assert facts["dtype"] == "bfloat16" and (tmp_path / "b/tokenizer.json").exists()
+    assert main("export", "a", "--to", "b") == 2  # nothing on disk is lost
+
+
+def test_a_reward_model_goes_out_and_in(tmp_path, monkeypatch, capsys):
+    """With its bias, and with a padding token that ends no response."""
+    monkeypatch.chdir(tmp_path)
+    start, _, meta = checkpoint.load(folder(tmp_path / "a", "llama-2"))
+    reward = ScalarGPT(start.config, trunk=start)
+    with torch.no_grad():
+        reward.head.bias += 0.25
+    save(reward, "reward.pt", **meta)
+    assert main("export", "reward.pt", "--to", "b") == 0
+    assert "every score is 0.2500 higher here" in capsys.readouterr().out
+    back, tokenizer, _ = checkpoint.load_scalar("b")
+    assert torch.equal(back.values(IDS), reward.values(IDS))
+    pad = json.loads((tmp_path / "b/config.json").read_text())["pad_token_id"]
+    assert pad != tokenizer.end_id and "lm_head.weight" not in load_file("b/model.safetensors")
+
+
+def test_a_toy_goes_out_and_in(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = str(tiny / "out/reviews/sft.pt")
+    assert main("export", path, "--to", "b", "--dtype", "float32") == 0
+    model, own, _ = checkpoint.load(path)
+    back, tokenizer, _ = checkpoint.load("b")
+    assert torch.equal(back(IDS), model(IDS)) and tokenizer.end_id == own.end_id
+    for text in ("A drama, The Last Road: ", "a  b\n\n\tc_1234 don't é日🙂", "<|endoftext|>!!"):
+        assert tokenizer.encode(text) == own.encode(text)
+        assert tokenizer.decode(own.encode(text)) == own.decode(own.encode(text))
