@@ -139,6 +139,9 @@ def test_a_judge_that_is_no_model_is_not_held():
         ("ppo", ["--micro-batch", 1, "--dtype", "bfloat16"]),
         ("online_dpo", ["--micro-batch", 2, "--rounds", 2]),
         ("rlaif", ["--micro-batch", 4]),
+        ("dpo", ["--lora", 4]),
+        ("ppo", ["--lora", 4, "--dtype", "bfloat16"]),
+        ("grpo", ["--lora", 4, "--checkpoint-activations"]),
     ],
 )
 def test_predicted_is_measured_in_other_settings(row, more, endless, monkeypatch, capsys):
