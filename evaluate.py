@@ -89,19 +89,19 @@ class Evaluator:
 
     def _tell_time(self, policy):
         """Says how long the closing evaluation takes, if it is long: by eight prompts' first token,
-        and by the four after it"""
-        n, times = len(self.prompts), []
+        and by a few after it"""
+        n, few, times = len(self.prompts), min(5, self.longest), []
         models = 2 if self.reference else 1
         tokens = n * models * (self.longest + max(len(x) for x, *_ in self.prompts[:8]))
         if 2 * policy.matmul_parameters() * tokens < SHORT:
             return
-        for longest in (1, 5):
+        for longest in (1, few):
             start = time.perf_counter()
             generator = torch.Generator().manual_seed(0)
             self.run.sample(policy, self.prompts[:8], longest, generator=generator)
             times.append(time.perf_counter() - start)
-        first, four = times[0], max(0.0, times[1] - times[0])
-        seconds = models * n / min(n, 8) * (first + four * self.longest / 4)
+        a_token = max(0.0, times[1] - times[0]) / max(1, few - 1)
+        seconds = models * n / min(n, 8) * (times[0] + a_token * self.longest)
         if seconds > LONG:
             what = f"{n} prompts, {models} models, up to {self.longest} tokens"
             minutes = f"up to {seconds / 60:.0f} min"
@@ -409,7 +409,7 @@ class Again(Compute):
     def meant(self, path):
         """-> what a path that the checkpoint keeps meant where it was trained; of what is no path
         of a file, itself"""
-        if not path or data.kind(path) != "file" and not path.endswith((".pt", ".py")):
+        if not path or path in ("task", "rm") or data.kind(path) in data.BUILT_IN:
             return path
         folder = os.path.dirname(os.path.realpath(self.o.checkpoint))
         return os.path.relpath(os.path.join(folder, self.meta["folder"], path))

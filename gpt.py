@@ -47,11 +47,8 @@ class GPTConfig:
 
     def heads(self):
         """-> (H, K, D)"""
-        return (
-            self.n_head,
-            self.n_kv_head or self.n_head,
-            self.head_dim or self.n_embd // self.n_head,
-        )
+        H = self.n_head
+        return H, self.n_kv_head or H, self.head_dim or self.n_embd // H
 
 
 # ---- the transformer
@@ -89,8 +86,8 @@ class Attention(nn.Module):
             qkv = self.rotate(qkv, *angles)
         if cache is None:
             q, k, v = qkv.split((self.H, self.K, self.K), 1)
-            grouped = {"enable_gqa": True} if self.K < self.H else {}
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, **grouped)
+            grouped = self.K < self.H
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
             y = cache.attend(layer, qkv)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))
@@ -377,8 +374,8 @@ class KVCache:
             self.kv[layer][:, :, :, self.width - T : self.width] = new.transpose(0, 1)
         if self.empty:
             k, v = kv.chunk(2, 1)
-            grouped = {"enable_gqa": True} if self.K < self.H else {}
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **grouped)
+            grouped = self.K < self.H
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         k, v = self.kv[layer].flatten(1, 2)[:, :, : self.width]  # (rows·K, width, D) each
         q_ = q.reshape(rows * self.K, -1, D)  # the H/K queries of a key, one after the other
         scores = torch.baddbmm(

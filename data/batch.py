@@ -171,7 +171,7 @@ def say(note):
 def mismatched(rows, block_size):
     """Rows (prompt, response, …) -> rows (prompt, another prompt's response): that of the next row,
     around the end, whose prompt differs. None is left where all prompts are equal. Where the two do
-    not fit in block_size, the prompt loses its beginning."""
+    not fit in block_size, the response loses its end."""
     n, partner = len(rows), None
     partners = []
     for i in reversed(range(2 * n - 1)):  # twice around, so that the last rows know their partner
@@ -180,7 +180,7 @@ def mismatched(rows, block_size):
         if i < n and partner is not None:
             partners.append((i, partner))
     pairs = [(rows[i][0], rows[j][1]) for i, j in reversed(partners)]
-    return [(x[-max(1, block_size - len(y)) :], y) for x, y in pairs]
+    return [(x, y[: block_size - len(x)]) for x, y in pairs]
 
 
 class Batch(NamedTuple):

@@ -603,4 +603,4 @@ def test_a_mismatched_answer_belongs_to_another_prompt():
     assert found == [(1, 12), (1, 12), (2, 13), (3, 14), (1, 12)]
     assert data.mismatched(rows[:2], 8) == [] and data.mismatched([], 8) == []
     rows = [((1, 2, 3), (4,), True), ((5,), (6, 7, 8), False)]
-    assert data.mismatched(rows, 4) == [((3,), (6, 7, 8)), ((5,), (4,))]
+    assert data.mismatched(rows, 4) == [((1, 2, 3), (6,)), ((5,), (4,))]

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, main
+from conftest import ROOT, killed, main
 from folders import GOLDEN, edit, folder
 from golden import IDS
 from house import METHODS
@@ -335,3 +335,109 @@ def test_a_toy_goes_out_and_in(tiny, tmp_path, monkeypatch):
     for text in ("A drama, The Last Road: ", "a  b\n\n\tc_1234 don't é日🙂", "<|endoftext|>!!"):
         assert tokenizer.encode(text) == own.encode(text)
         assert tokenizer.decode(own.encode(text)) == own.decode(own.encode(text))
+
+
+# ---- runs
+
+
+ARGS = (
+    "--steps 2 --batch-size 4 --warmup 1 --lr 1e-3 --block-size 32 --truncate --device cpu".split()
+)
+MORE = ["--max-new-tokens", "4", "--eval-prompts", "4", "--task", "x.jsonl"]
+
+
+@pytest.fixture
+def chats(tmp_path, monkeypatch):
+    """A folder with the checkpoint "base", the reward model "judge" and rows of chats."""
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "base")
+    start, _, meta = checkpoint.load("base")
+    save(ScalarGPT(start.config, trunk=start), "judge.pt", **meta)
+    assert main("export", "judge.pt", "--to", "judge") == 0
+    user = [[{"role": "user", "content": "a" * n}] for n in range(1, 60)]
+    rows = [{"prompt": x, "chosen": "hi", "rejected": "the " * 20} for x in user]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def test_a_run_from_a_folder_and_its_evaluation_from_elsewhere(chats, monkeypatch, capsys):
+    """What it says first, and the same figures again."""
+    assert main("dpo", *ARGS, *MORE, "--init", "base", "--out", "y.pt") == 0
+    said = capsys.readouterr().out
+    assert "a plain prompt is one user message (--no-chat keeps it bare)" in said
+    assert "starts from base: qwen2, 0.0 M parameters" in said and "(n = 2)" in said
+    shown = said[said.rindex("2 test prompts") :].splitlines()[1:5]
+    (chats / "elsewhere").mkdir()
+    monkeypatch.chdir(chats / "elsewhere")
+    assert main("evaluate", "../y.pt", "--device", "cpu") == 0
+    again = capsys.readouterr().out
+    assert [line for line in shown if line not in again] == []
+    tokenizer = checkpoint.load("../y.pt")[1]
+    assert tokenizer.chat and tokenizer.meta["files"].keys() >= {"tokenizer.json", "config.json"}
+
+
+def test_no_chat_is_kept_and_toys_have_none(chats, capsys):
+    args = ["--no-chat", "--template-args", "think=true", "name=x"]
+    assert main("sft", *ARGS, *MORE, *args, "--init", "base", "--out", "y.pt") == 0
+    assert "a plain prompt stays bare" in capsys.readouterr().out
+    meta = checkpoint.load("y.pt")[1].meta
+    assert meta["chat"] is False and meta["args"] == {"think": True, "name": "x"}
+    assert main("sft", *ARGS, "--no-chat") == 2
+    assert "are for checkpoints with a chat template" in capsys.readouterr().err
+    assert main("sft", *ARGS, "--init", "base", "--template-args", "think") == 2
+    assert "--template-args think: give name=value" in capsys.readouterr().err
+
+
+def test_a_folder_is_a_judge_and_a_reference(chats, capsys):
+    """A reward model of the policy's vocabulary reads its tokens; both are named in the ledger."""
+    args = ["--init", "base", "--reward", "judge", "--missing-eos-penalty", 1, "--out", "y.pt"]
+    assert main("ppo", *ARGS, *MORE, *args, "--reference", "base") == 0
+    said = capsys.readouterr().out
+    assert "judge judges the responses: qwen2" in said and "models held: 4" in said
+    assert main("evaluate", "y.pt", "--device", "cpu") == 0
+    assert "score of the reward model" in capsys.readouterr().out
+
+
+def test_a_folder_alone_is_asked_and_measured(chats, capsys):
+    assert main("evaluate", "base", "--prompt", "the", "--max-new-tokens", 4) == 0
+    assert "policy |" in capsys.readouterr().out
+    assert main("evaluate", "base", "--task", "x.jsonl", "--truncate", *MORE[:4]) == 0
+    assert "2 test prompts" in capsys.readouterr().out
+    assert main("evaluate", "base") == 2
+    assert "give --task, or a --prompt" in capsys.readouterr().err
+
+
+def test_a_folder_that_has_changed_is_not_gone_on_with(chats, monkeypatch, capsys):
+    args = [*ARGS, *MORE, "--init", "base", "--save-every", 1, "--out", "y.pt"]
+    killed(2, "dpo", args, monkeypatch)
+    os.utime("base/model.safetensors", (1, 1))
+    capsys.readouterr()
+    assert main("dpo", *args, "--resume") == 2
+    assert "base has changed since the run began" in capsys.readouterr().err
+
+
+def test_a_long_evaluation_is_told_before_the_first_step(chats, monkeypatch, capsys):
+    monkeypatch.setattr("evaluate.SHORT", 0)
+    monkeypatch.setattr("evaluate.LONG", 0)
+    assert main("dpo", *ARGS, *MORE, "--init", "base", "--out", "y.pt") == 0
+    said = capsys.readouterr().out
+    words = "the closing evaluation takes up to 0 min (2 prompts, 2 models, up to 4 tokens)"
+    assert said.index(words) < said.index("dpo step 2/2")
+
+
+def test_predict_reads_config_json_alone(chats, capsys):
+    for name in ("model.safetensors", "tokenizer.json"):
+        (chats / "base" / name).unlink()
+    args = ["--methods", "dpo", "--seq-len", 16, "--out", "p"]
+    assert main("compare", "--predict", "base", *args, "--lora", 2) == 0
+    records = json.loads((chats / "p/compare.json").read_text())["methods"]
+    n = 23 * 24 + 2 * (2 * 24**2 + 2 * 8 * 24 + 24 + 16 + 3 * 40 * 24 + 2 * 24) + 24
+    adapters = 2 * 2 * (24 + 40 + 24 + 24 + 24 + 80 + 40 + 24)
+    policy, ref = records[0]["models"]
+    assert policy["parameters"] == n + adapters and policy["trained_parameters"] == adapters
+    assert ref["parameters"] == n and ref["bytes"] == 0
+    for more, words in ((["--n-layer", 3], "has its own sizes"), ([], "give own, 1b, 7b")):
+        capsys.readouterr()
+        path = "base" if more else "nowhere"
+        assert main("compare", "--predict", path, *args, *more) == 2
+        assert words in capsys.readouterr().err

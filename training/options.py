@@ -226,6 +226,7 @@ def _refuse_unread(o):
         if f.name in o.given and "only" in f.metadata:
             name, _, patterns = f.metadata["only"].partition("=")
             value = str(getattr(o, name))
+            value += ".pt" if os.path.isdir(value) else ""  # a folder stands where a .pt may
             if not any(fnmatch.fnmatchcase(value, pattern) for pattern in patterns.split("|")):
                 readers = patterns.replace("|", " or ")
                 place = f"with {flag(name)} {readers}" if readers else f"without {flag(name)}"

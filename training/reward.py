@@ -1,5 +1,7 @@
 """The judge of sampled responses: the task's own reward, a reward model, or a user's function."""
 
+import os
+
 import torch
 
 import data
@@ -16,7 +18,7 @@ def load_judge(how, run, task):
 
     "task"              the task's own reward
     "rm"                out/<task>/reward_model.pt, made first where it is missing
-    "X.pt"              another reward model, of any vocabulary
+    "X.pt"              another reward model, of any vocabulary; a folder of Hugging Face too
     "FILE.py:function"  a user's function
     """
     if how == "task":
@@ -28,7 +30,7 @@ def load_judge(how, run, task):
             own = "give --reward X.pt, or a function of your own, --reward FILE.py:function"
             raise UserError(f"--reward task: {what}; {own}")
         return Judge(run, task, task.reward, bound=task.bound)
-    if how == "rm" or how.endswith(".pt"):
+    if how == "rm" or how.endswith(".pt") or os.path.isdir(how):
         path = run.stage("reward_model") if how == "rm" else how
         return ModelJudge(run, task, path)
     if task.outcomes:

@@ -89,7 +89,7 @@ class Run(Compute):
         o = self.o
         if o.lora:
             raise UserError("--lora adapts a checkpoint; give one with --init, or leave --lora out")
-        tokenizer = data.tokenizer(o.tokenizer, task.tokenizer)
+        tokenizer = self.told(data.tokenizer(o.tokenizer, task.tokenizer))
         task.template = data.TEMPLATE
         size = o.block_size or gpt.GPTConfig.block_size
         config = gpt.GPTConfig(tokenizer.size, size, o.n_layer, o.n_head, o.n_embd)
