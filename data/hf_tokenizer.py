@@ -114,6 +114,8 @@ class HFTokenizer(Tokenizer):
         if (chat is not None or args) and not self.template:
             raise UserError(f"--chat, --template-args: {self.name} has no chat template")
         chat = self.meta["chat"] if chat is None else chat
+        if chat == self.meta["chat"] and not args:
+            return self
         return HFTokenizer(self.meta | {"chat": chat, "args": self.meta["args"] | args})
 
     def fits(self, vocab_size):

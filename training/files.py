@@ -48,7 +48,8 @@ class Files:
         if path and os.path.realpath(path) in map(os.path.realpath, written):
             words = f"--out {self.out} would overwrite {path}, which this run reads"
             raise UserError(f"{words}; give another path")
-        if (os.path.isfile(path) or os.path.isdir(path)) and not may_change:
+        found = os.path.isfile(path) or os.path.isfile(os.path.join(path, "config.json"))
+        if found and not may_change:
             part = part or os.path.basename(path)
             self.paths[part] = path
             self.digests[part] = digest(path)

@@ -67,10 +67,9 @@ def ledger(records):
         size = f"{m['parameters'] / 1e6:,.2f} M parameters, {m['bytes'] / unit:.1f} {name}"
         if 0 < m["trained_parameters"] < m["parameters"]:
             kind = "adapters"
-            part = f"{m['trained_parameters'] / 1e6:,.2f} M of them trained"
-            size = (
-                f"{m['parameters'] / 1e6:,.2f} M parameters, {part}, {m['bytes'] / unit:.1f} {name}"
-            )
+            frozen = m["parameters"] - m["trained_parameters"]
+            part = f"{m['trained_parameters'] / 1e6:,.2f} M of adapters trained"
+            size = f"{frozen / 1e6:,.2f} M frozen, {part}, {m['bytes'] / unit:.1f} {name}"
         line = f"  {m['role']:<8} {kind:<8} {size}"
         if m["trainable"]:
             keys = ("weight_bytes", "gradient_bytes", "optimizer_bytes")
