@@ -209,6 +209,11 @@ BROKEN = {
         lambda p: weights(p, **{"model.norm.weight": torch.ones(24, dtype=torch.int8)}),
         "weights of int8: quantised ones are not read",
     ),
+    "a weight without axes": (
+        lambda p: weights(p, **{"model.norm.weight": torch.tensor(1.0)}),
+        "another number of axes",
+    ),
+    "an endless base": (config(rope_theta=10**400), "numbers are missing or wrong"),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "broken tokenizer": (lambda p: cut(p / "tokenizer.json"), "tokenizer.json of"),
     "no end": (

@@ -28,6 +28,10 @@ sft --task exact | steps=1000 batch_size=4096 lr=0.002 lr_schedule=linear block_
     n_embd=64
 sft --task my_sft.jsonl --block-size 1024 --truncate | steps=0 block_size=1024 truncate=True
 sft --task my_sft.jsonl --tokenizer my.tiktoken | steps=0 tokenizer=my.tiktoken
+sft --task gsm8k_sft.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens 96
+    --warmup 4 --steps 30 --batch-size 8 --micro-batch 4 --block-size 384 --lr 2e-5 |
+    truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 steps=30 batch_size=8 micro_batch=4
+    block_size=384 lr=2e-05
 reward_model | eval_prompts=2048 center_rewards=0.0 pairs=0
 reward_model --task exact | steps=1000 batch_size=4096 lr=0.002 lr_schedule=linear
 dpo | steps=150 lr=0.0003 beta=0.1 loss=dpo label_smoothing=0.0 ipo_sum=False sft_weight=0.0
@@ -52,6 +56,17 @@ dpo --task exact --loss ipo --beta 0.7 --steps 9 | steps=9 batch_size=4096 lr=0.
     lr_schedule=linear loss=ipo
 dpo --task exact --pairs 300 --epochs 200 | steps=0 epochs=200 batch_size=4096 lr=0.0005 beta=0.5
     lr_schedule=linear pairs=300
+dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate | truncate=True steps=0
+dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens
+    96 --warmup 4 --pairs 32 --epochs 4 --batch-size 4 --micro-batch 2 --block-size 320 --lr 5e-6
+    | truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 pairs=32 epochs=4 batch_size=4
+    micro_batch=2 block_size=320 lr=5e-06 steps=0
+dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens
+    96 --warmup 4 --pairs 32 --epochs 4 --batch-size 4 --micro-batch 2 --block-size 320 --lr 2e-4
+    --lora 8 | truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 pairs=32 epochs=4
+    batch_size=4 micro_batch=2 block_size=320 lr=0.0002 lora=8 steps=0 lora_alpha=8
+dpo --task my_pairs.jsonl --init SmolLM2-135M-Instruct --lora 8 --truncate | lora=8 truncate=True
+    steps=0 lora_alpha=8
 simpo | steps=150 lr=0.0003 beta=2.0 gamma_beta_ratio=0.5 sft_weight=0.0 pairs=0
 simpo --task exact | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear gamma_beta_ratio=0.25
 simpo --task my_pairs.jsonl --init out/my_sft/sft.pt --truncate | steps=0 truncate=True
@@ -61,6 +76,10 @@ orpo --task exact | steps=2000 batch_size=4096 lr=0.002 lr_schedule=linear block
     n_embd=64 lam=0.25
 kto | steps=150 batch_size=64 lr=0.0003 beta=0.1 w_desirable=1.0 w_undesirable=1.0 pairs=0
 kto --task exact | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear beta=0.5
+kto --task gsm8k_feedback.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens 96
+    --warmup 4 --pairs 64 --epochs 3 --batch-size 8 --micro-batch 4 --block-size 320 --lr 5e-6 |
+    truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 pairs=64 epochs=3 batch_size=8
+    micro_batch=4 block_size=320 lr=5e-06 steps=0
 ppo | steps=60 batch_size=128 lr=0.0002 lr_schedule=linear warmup=10 save_every=20 reward=rm
     group=1 beta=0.05 gamma=1.0 lam=0.95 eps=0.2 eps_v=0.2 vf_coef=0.1 temperature=1.0 updates=2
     minibatches=4 missing_eos_penalty=3.0
@@ -97,6 +116,10 @@ grpo --task exact --adv-norm loo --agg const --kl k3-ratio | steps=1500 batch_si
     lr_schedule=linear group=64 beta=0.5 adv_norm=loo agg=const kl=k3-ratio
 grpo --task gsm8k.jsonl.gz --init out/gsm8k.gz/sft.pt --truncate --reward my_rewards.py:number |
     steps=0 truncate=True
+grpo --task gsm8k_sft.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens 96
+    --warmup 2 --steps 10 --batch-size 2 --group 8 --micro-batch 8 --block-size 384 --lr 3e-6
+    --reward my_rewards.py:steps | truncate=True eval_prompts=24 max_new_tokens=96 warmup=2
+    steps=10 batch_size=2 group=8 micro_batch=8 block_size=384 lr=3e-06
 dapo | steps=40 batch_size=16 lr=0.0002 save_every=20 reward=task group=8 adv_norm=std
     agg=token_mean eps_low=0.2 eps_high=0.28 max_rounds=10 overlong=True overlong_cache=0
     overlong_filter=False temperature=1.0 updates=1 minibatches=8

@@ -87,7 +87,8 @@ def load(folder):
     config = read_config(folder)
     facts = read_json(folder, "config.json")
     scalar = str(facts.get("architectures")).count("ForSequenceClassification")
-    if scalar and len(facts.get("id2label") or "1") != 1:
+    labels = facts.get("id2label")
+    if scalar and isinstance(labels, dict) and len(labels) != 1:
         raise refused(folder, "classifies; a reward model has one label")
     tensors = Tensors(folder)
     if config.n_layer > len(tensors.files):
@@ -101,6 +102,8 @@ def load(folder):
             state[name] = torch.tensor([float(bias) if type(bias) in (int, float) else 0.0])
             continue
         parts = [tensors.take(part) for part in theirs(name, config)]
+        if any(part.dim() != x.dim() for part in parts):
+            raise refused(folder, f"has {name} with another number of axes")
         if transposed(name, config):
             parts = [part.T.contiguous() for part in parts]
         fits = all(part.shape[1:] == x.shape[1:] for part in parts)
@@ -302,7 +305,7 @@ def rope(folder, facts):
     theta = found.get("rope_theta", facts.get("rope_theta", 10000.0))
     keys = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
     scaling = tuple(found.get(key) for key in keys) if kind == "llama3" else ()
-    if any(type(x) not in (int, float) or x <= 0 for x in (theta, *scaling)):
+    if any(type(x) not in (int, float) or not 0 < x < 1e15 for x in (theta, *scaling)):
         raise refused(folder, "has rotary positions whose numbers are missing or wrong")
     if kind not in ("default", "llama3") or found.get("partial_rotary_factor", 1) != 1:
         raise refused(folder, f"has rotary positions {str(kind)[:40]!r}, which are not built here")
