@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -240,7 +241,8 @@ def main(argv=None):
         o.jobs = 2
     name = checkpoint.default_folder(o.task)
     if o.predict:
-        name = f"predict-{Path(o.predict).absolute().name}" + (f"-lora-{o.lora}" if o.lora else "")
+        path = re.sub(r"[^\w.]+", "-", os.path.relpath(o.predict)).strip("-.")
+        name = f"predict-{path}" + (f"-lora-{o.lora}" if o.lora else "")
         predict.settings(o)
     folder = Path(o.out or f"out/compare/{name}")
     try:

@@ -425,14 +425,14 @@ class Again(Compute):
 
     def answer(self, prompt):
         """Prints the reference's and the policy's answer to a prompt."""
-        limit = self.block_size - self.o.max_new_tokens
+        n = self.o.max_new_tokens or min(256, self.block_size // 2)
+        limit = self.block_size - n
         ids, _ = data.encode_prompts([(prompt,)], self.tokenizer, limit, self.o.truncate)
         print(printable(prompt))
         ref = self.open(self.reference) if self.reference else None
         for name, model in (("reference", ref), ("policy", self.policy)):
             if model is not None:
                 generator = torch.Generator().manual_seed(self.o.seed)
-                n = self.o.max_new_tokens
                 rollout = self.sample(model, [ids], n, generator=generator)
                 print(f"  {name:>9} | {printable(completions(self.tokenizer, rollout)[0])}")
 

@@ -52,6 +52,7 @@ def bradley_terry_loss(reward_w, reward_l, margin=0.0, p=1.0):
 class Options(PairOptions):
     center_rewards: float = opt(0.0, "η: weight of (r_w + r_l)² in the loss (TRL: 0.01)", low=0)
     max_new_tokens: int = opt(0, "not read: a reward model samples nothing", high=0)
+    reference: str = opt("", "not read: a reward model has none", choices=("",))
 
 
 PRESETS = {

@@ -279,7 +279,7 @@ def reinforce(p, run, figures):
     policy, _ = run.load(p.runs["sl"].o.out, p.task)
     ref = run.reference(policy)
     run.hold(policy=policy, ref=ref, reward=judge.model)
-    evaluator = Evaluator(run, p.task, p.start, judge)
+    evaluator = Evaluator(run, p.task, o.reference or p.start, judge)
     optimizer = run.adamw(policy)
 
     for _ in run.steps(prompts, optimizer):

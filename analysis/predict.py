@@ -235,7 +235,7 @@ def settings(o):
     else:
         config = of_folder(o)
     config = replace(config, **{x: getattr(o, x) for x in asdict(config) if x in o.given})
-    if config.n_embd % config.n_head:
+    if not config.head_dim and config.n_embd % config.n_head:
         raise UserError(f"--n-embd {config.n_embd} is not a multiple of --n-head {config.n_head}")
     return task, config
 

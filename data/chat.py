@@ -7,11 +7,13 @@ and within limits of steps and of output. Jinja comes with torch.
 import contextlib
 import json
 import sys
+import time
 from datetime import datetime
 
 from data.error import UserError
 
-STEPS, CHARACTERS, REPEATS = 1_000_000, 10_000_000, 100_000  # of one rendering
+STEPS, SECONDS, CHARACTERS, REPEATS = 1_000_000, 10, 10_000_000, 100_000  # of one rendering
+GIVEN = {"messages", "add_generation_prompt", "tools", "documents"}  # no argument of a user's
 DAY = datetime(
     2024, 7, 26
 )  # what Llama's template writes where it has no clock: runs do not differ
@@ -35,7 +37,11 @@ class Template:
     def __init__(self, source, name, arguments):
         self.name, self.arguments = name, arguments
         with self._told("cannot be read"):
-            self.template = _environment().from_string(source)
+            from jinja2.meta import find_undeclared_variables
+
+            environment = _environment()
+            self.template = environment.from_string(source)
+            self.reads = find_undeclared_variables(environment.parse(source)) - GIVEN
 
     def render(self, messages, generation_prompt):
         """-> the text of a conversation, with what opens the answer where one is asked for"""
@@ -84,13 +90,25 @@ def _environment():
             return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     class Environment(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["*", "**"])
+        intercepted_binops = frozenset(["+", "*", "**"])
 
         def call_binop(self, context, operator, left, right):
-            sizes = [x for x in (left, right) if isinstance(x, int)]
-            if operator == "**" or len(sizes) == 1 and max(sizes) > REPEATS:
+            large = any(size(x) > CHARACTERS for x in (left, right))
+            repeats = operator == "*" and isinstance(left, int) != isinstance(right, int)
+            if repeats:
+                large = any(isinstance(x, int) and x > REPEATS for x in (left, right))
+            if operator == "**" or large:
                 raise SecurityError(f"{operator} of that size")
             return super().call_binop(context, operator, left, right)
+
+        def call(self, context, function, *args, **kwargs):
+            numbers = [x for x in (*args, *kwargs.values()) if isinstance(x, int)]
+            if any(abs(x) > REPEATS for x in numbers):
+                raise SecurityError("a call with a number of that size")
+            return super().call(context, function, *args, **kwargs)
+
+    def size(x):
+        return x.bit_length() if isinstance(x, int) else len(x) if hasattr(x, "__len__") else 0
 
     def raise_exception(message):
         raise ValueError(message)
@@ -103,26 +121,28 @@ def _environment():
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson
+    for name in ("center", "slice", "batch", "wordwrap", "format", "indent"):  # of any width
+        del environment.filters[name]
+    del environment.globals["lipsum"]
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": DAY.strftime}
     return environment
 
 
 @contextlib.contextmanager
 def _limited():
-    """Within it a template may run so many lines: its loops are what could go on for ever."""
-    left, before = STEPS, sys.gettrace()
+    """Within it so many lines may run, and for so long: loops are what could go on for ever."""
+    left, before, end = STEPS, sys.gettrace(), time.monotonic() + SECONDS
 
     def step(frame, event, arg):
         nonlocal left
         left -= 1
         if left < 0:
             raise ValueError(f"more than {STEPS:,} steps")
+        if left % 16 == 0 and time.monotonic() > end:
+            raise ValueError(f"more than {SECONDS} seconds")
         return step
 
-    def called(frame, event, arg):
-        return step if frame.f_code.co_filename == "<template>" else None
-
-    sys.settrace(called)
+    sys.settrace(step)
     try:
         yield
     finally:

@@ -50,9 +50,6 @@ def ask_rating(prompt, answer, principle):
 def spell(dialogue, tokenizer):
     """-> (ids, weight) of a dialogue, as tuples. In a turn of the model's every token weighs
     1 / its tokens. In a turn that asks none weighs anything."""
-    if len(dialogue) % 2:
-        ids = tokenizer.dialogue(dialogue)
-        return tuple(ids), (0.0,) * len(ids)
     ids = []
     weight = []
     for turn, text in enumerate(dialogue):

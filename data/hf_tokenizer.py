@@ -5,6 +5,7 @@ A prompt of messages is rendered by the template, and its control tokens are rea
 token that a message spells stays text. A plain string is one user message, where `chat` is on.
 """
 
+import contextlib
 import json
 import re
 from functools import cached_property
@@ -14,7 +15,18 @@ from data.error import UserError
 from data.tokenizer import Tokenizer
 
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-GUARDS = [chr(i) for i in range(0xFDD2, 0xFDF0)]  # code points that are no characters
+GUARD, PRIVATE = "\ufdd2", 0xF0000  # no character, and the first of the private ones
+
+
+@contextlib.contextmanager
+def _told(what, remedy):
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as e:  # a panic of the package is no Exception
+        why = str(e).partition("\n")[0] or type(e).__name__
+        raise UserError(f"{what} ({why}); {remedy}") from None
 
 
 class HFTokenizer(Tokenizer):
@@ -25,29 +37,51 @@ class HFTokenizer(Tokenizer):
 
     def __init__(self, meta):
         self.meta, self.name, files = meta, meta["name"], meta["files"]
+        self.settings = self._json("tokenizer_config.json")
+        self.named = {name: x for name in NAMED if (x := self._named(name))}
+        self.source = files.get("chat_template.jinja") or self._template()
+        self.template, opens = None, ""
+        if self.source:
+            plain = Template(self.source, self.name, self.named)
+            opens = self._try(plain, [("user", "1")], True)
+            self.template = Template(self.source, self.name, self.named | meta["args"])
+            if unknown := sorted(set(meta["args"]) - plain.reads):
+                has = ", ".join(sorted(plain.reads - set(self.named))) or "none"
+                words = f"the chat template of {self.name} has no argument {unknown[0]}"
+                raise UserError(f"{words}; it has {has}")
+        self.chat = bool(self.source) and meta["chat"]
+        self.hf, self.controls = self._read(files["tokenizer.json"], opens)
+        self.size = max(self.hf.get_vocab().values(), default=-1) + 1
+        self.end_id = self._end()
+
+    def _read(self, text, opens):
+        """-> (the tokenizer, its control tokens and their ids). All that opens a chat is one, also
+        where the file does not call it special: a message can spell none of them."""
         try:
             import tokenizers
         except ImportError:
             needs = "needs the package tokenizers: pip install -r requirements-hf.txt"
             raise UserError(f"the vocabulary of {self.name} {needs}") from None
+        with _told(f"tokenizer.json of {self.name} cannot be read", "save it again"):
+            facts = json.loads(text)
+            controls = {}
+            for token in facts.get("added_tokens") or []:
+                if token["special"] or token["content"] in opens:
+                    token |= {"special": True, "normalized": False}
+                    controls[token["content"]] = token["id"]
+            made = tokenizers.Tokenizer.from_str(json.dumps(facts))
+            made.no_padding()
+            made.no_truncation()
+            made.encode("1")
+        return made, controls
+
+    @staticmethod
+    def _try(template, messages, generation_prompt):
+        """-> what a template says, "" where it asks for more: its prompts may still work"""
         try:
-            self.hf = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
-        except Exception as e:  # whatever it raises
-            why = str(e).partition("\n")[0]
-            raise UserError(f"tokenizer.json of {self.name} cannot be read ({why})") from None
-        self.hf.no_padding()
-        self.hf.no_truncation()
-        self.size = max(self.hf.get_vocab().values(), default=-1) + 1
-        self.settings = self._json("tokenizer_config.json")
-        added = self.hf.get_added_tokens_decoder().items()
-        self.controls = {token.content: i for i, token in added if token.special}
-        self.named = {name: x for name in NAMED if (x := self._named(name))}
-        source = files.get("chat_template.jinja") or self._template()
-        self.template = None
-        if source:
-            self.template = Template(source, self.name, self.named | meta["args"])
-        self.chat = bool(source) and meta["chat"]
-        self.end_id = self._end()
+            return template.render(messages, generation_prompt)
+        except UserError:
+            return ""
 
     def _json(self, name):
         try:
@@ -67,17 +101,14 @@ class HFTokenizer(Tokenizer):
     def _template(self):
         found = self.settings.get("chat_template") or ""
         if isinstance(found, list):  # several, by their names
-            named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
-            found = named.get("default") or ""
+            found = [x for x in found if isinstance(x, dict) and x.get("name") == "default"]
+            found = found[0].get("template") or "" if found else ""
         return found
 
     def _end(self):
         """-> the id that ends an answer: what the template writes behind one, else eos_token"""
         if self.template:
-            try:
-                said = self.template.render([("user", "1"), ("assistant", MARK)], False)
-            except UserError:  # a template that asks for more: its prompts may still work
-                said = ""
+            said = self._try(self.template, [("user", "1"), ("assistant", MARK)], False)
             _, found, after = said.rpartition(MARK)
             if found and (token := self._split.search(after)):
                 return self.controls[token[0]]
@@ -118,6 +149,10 @@ class HFTokenizer(Tokenizer):
             return self
         return HFTokenizer(self.meta | {"chat": chat, "args": self.meta["args"] | args})
 
+    @property
+    def way(self):
+        return self.vocabulary, self.source, self.chat, self.meta["args"]
+
     def fits(self, vocab_size):
         return self.size <= vocab_size  # which may be padded
 
@@ -125,12 +160,9 @@ class HFTokenizer(Tokenizer):
 
     def _ids(self, text, control=False):
         self.hf.encode_special_tokens = not control
-        try:
+        begins = f"the text of {len(text):,} characters that begins with {text[:40]!r}"
+        with _told(f"{begins} cannot be encoded", "leave it out"):
             return self.hf.encode(text, add_special_tokens=False).ids
-        except Exception as e:
-            begins = f"the text of {len(text):,} characters that begins with {text[:40]!r}"
-            why = str(e).partition("\n")[0]
-            raise UserError(f"{begins} cannot be encoded ({why}); leave it out") from None
 
     def encode(self, text):
         return self._ids(str(text))
@@ -147,21 +179,35 @@ class HFTokenizer(Tokenizer):
         return self.begin + self.encode(prompt) if messages is None else self._render(messages)
 
     def _render(self, messages):
-        texts = "".join(text for _, text in messages)
-        if not self._split.search(texts):
-            return self._ids(self.template.prompt(messages), control=True)
-        guard = next(c for c in GUARDS if c not in texts)
+        """-> the ids of a conversation. Each control token that a message spells has a code point
+        of its own while the template runs, and is text again when its piece is encoded."""
+        hidden = {}
 
         def hide(token):
-            return token[0][0] + guard + token[0][1:]
+            code = chr(PRIVATE + len(hidden))
+            hidden[GUARD + code] = token[0]
+            return GUARD + code
 
-        guarded = [(role, self._split.sub(hide, text)) for role, text in messages]
-        said, ids, start = self.template.prompt(guarded), [], 0
-        for token in [*self._split.finditer(said), None]:
-            piece = said[start : token.start() if token else None].replace(guard, "")
-            ids += self.encode(piece) if piece else []
-            ids += [self.controls[token[0]]] if token else []
-            start = token.end() if token else 0
+        if GUARD in "".join(text for _, text in messages):
+            raise UserError(f"a message has the code point {GUARD!r}, which is no character")
+        messages = [(role, self._split.sub(hide, text)) for role, text in messages]
+        said = self.template.prompt(messages)
+        if not hidden:
+            return self._ids(said, control=True)
+        ids, before = [], ""
+        ends = [*self._split.finditer(said), None]
+        starts = [0, *(token.end() for token in ends[:-1])]
+        for start, token in zip(starts, ends):
+            piece = said[start : token.start() if token else None]
+            if GUARD in piece:
+                for code, text in hidden.items():
+                    piece = piece.replace(code, text)
+                ids += self.encode(piece)
+            elif piece:  # behind its control token, as some vocabularies mark a text's beginning
+                ids += self._ids(before + piece, control=True)[bool(before) :]
+            if token:
+                ids.append(self.controls[token[0]])
+                before = token[0]
         return ids
 
     def cut(self, prompt, n):
@@ -179,12 +225,12 @@ class HFTokenizer(Tokenizer):
                 ids = self._render(messages)
         return ids
 
-    def dialogue(self, turns):
-        """Turns of user and model -> ids, up to where the model's next turn begins"""
+    def dialogue(self, turns, n=0):
         if not self.template:
-            return super().dialogue(turns)
+            return super().dialogue(turns, n)
         roles = ("user", "assistant")
-        return self.prompt(Chat("", [(roles[i % 2], text) for i, text in enumerate(turns)]))
+        chat = Chat("", [(roles[i % 2], text) for i, text in enumerate(turns)])
+        return self.cut(chat, n) if n else self.prompt(chat)
 
     # ---- ids to text
 

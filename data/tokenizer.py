@@ -73,10 +73,11 @@ class Tokenizer:
         """-> the ids of a response, with its end token"""
         return [*self.encode(text), self.end_id][: self.longest]
 
-    def dialogue(self, turns):
-        """Turns of user and model, joined as they are -> ids, up to the model's next turn"""
+    def dialogue(self, turns, n=0):
+        """Turns of user and model, joined as they are -> ids, up to the model's next turn; the last
+        n of them, if they are more"""
         parts = [self.answer(x) if i % 2 else self.encode(x) for i, x in enumerate(turns)]
-        return [token for part in parts for token in part]
+        return [token for part in parts for token in part][-n:]
 
     def decode(self, ids):
         return self.encoding.decode([i for i in ids if i != self.end_id])
@@ -84,6 +85,11 @@ class Tokenizer:
     @property
     def vocabulary(self):
         """What two tokenizers have in common whose ids mean the same"""
+        return self.meta
+
+    @property
+    def way(self):
+        """What two tokenizers have in common that make the same ids of the same prompt"""
         return self.meta
 
     def fits(self, vocab_size):

@@ -57,6 +57,21 @@ def test_a_control_token_that_a_text_spells_stays_text(tokenizer):
     assert tokenizer.encode("<|im_end|>").count(ID["]"]) == 0
 
 
+@pytest.mark.parametrize("flags", [{"special": False}, {"normalized": True}])
+def test_what_opens_a_chat_is_a_control_token_whatever_the_file_says(flags, tmp_path):
+    """<|im_end|> that is not called special, or that a normalizer would find in capitals."""
+    path = folder(tmp_path)
+    facts = json.loads((path / "tokenizer.json").read_text())
+    for token in facts["added_tokens"]:
+        token |= flags
+    facts["normalizer"] = {"type": "Lowercase"}
+    (path / "tokenizer.json").write_text(json.dumps(facts))
+    tokenizer = checkpoint.load(path)[1]
+    assert tokenizer.end_id == ID["]"] and tokenizer.prompt("a") == ids("[u\na]\n[a\n")
+    for text in ("h<|im_end|>h", "h<|IM_END|>h"):
+        assert tokenizer.prompt(text).count(ID["]"]) == 1
+
+
 def test_pieces_of_template_and_text_join(tmp_path):
     """t of the template and he of the text: "the" is th + e, as if it were one text; also where a
     control token that is spelled makes the pieces be read one by one."""
@@ -64,6 +79,18 @@ def test_pieces_of_template_and_text_join(tmp_path):
     tokenizer = open_tokenizer(tmp_path, template)
     assert tokenizer.prompt("he") == [ID["<s>"], ID["th"], ID["e"], ID["]"]]
     assert tokenizer.prompt("he<s>")[:3] == [ID["<s>"], ID["th"], ID["e"]]
+
+
+def test_a_hidden_token_adds_no_prefix_to_the_template_s_pieces(tmp_path):
+    """Metaspace marks the beginning of a text alone, as in Llama 2."""
+    path = folder(tmp_path)
+    facts = json.loads((path / "tokenizer.json").read_text())
+    space = {"type": "Metaspace", "replacement": "x", "prepend_scheme": "first", "split": False}
+    facts["pre_tokenizer"] = space
+    (path / "tokenizer.json").write_text(json.dumps(facts))
+    tokenizer = checkpoint.load(path)[1]
+    plain, spelled = tokenizer.prompt("h"), tokenizer.prompt("h<s>")
+    assert spelled[-3:] == plain[-3:] and plain.count(ID["x"]) == 0
 
 
 def test_no_chat_keeps_strings_bare_and_messages_rendered(tmp_path):

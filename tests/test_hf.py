@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 import data
 from data import UserError
 from gpt import KVCache, ScalarGPT, sample, save
-from training import checkpoint, hf
+from training import checkpoint, hf, parse
+from training.options import Options
 
 IDS = torch.tensor(IDS)
 
@@ -238,6 +239,30 @@ BROKEN = {
         template("{% for i in range(9999) %}{{ 'xxxxxxxxxx' * 9999 }}{% endfor %}"),
         "more than 10,000,000 characters",
     ),
+    "a string of a gigabyte": (template("{{ 'x'.center(1000000000) }}"), "a number of that size"),
+    "a format too wide": (template("{{ '{:>20000000}'.format(1) }}"), "more than 10,000,000 ch"),
+    "sums in loops": (
+        template("{% for i in range(99999) %}{% set x = range(99999) | sum %}{% endfor %}"),
+        "more than 1 seconds",
+    ),
+    "squares of squares": (
+        template(
+            "{% set n = namespace(x=10**6) %}"
+            "{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}"
+        ),
+        "of that size",
+    ),
+    "a panic of the package": (
+        lambda p: edit(
+            p / "tokenizer.json",
+            normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+        ),
+        "tokenizer.json of x cannot be read",
+    ),
+    "settings that are no object": (
+        lambda p: (p / "generation_config.json").write_text("[1]"),
+        "generation_config.json is no JSON object",
+    ),
     "a string of a terabyte": (template("{{ 'x' * 10**12 }}"), "* of that size"),
     "a power": (template("{{ 9 ** 9 ** 9 }}"), "** of that size"),
 }
@@ -246,6 +271,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_folder_is_one_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("data.chat.SECONDS", 1)
     spoil, words = BROKEN[name]
     path = folder(tmp_path / "x", "qwen2.5")
     spoil(path)
@@ -382,15 +408,34 @@ def test_a_run_from_a_folder_and_its_evaluation_from_elsewhere(chats, monkeypatc
 
 
 def test_no_chat_is_kept_and_toys_have_none(chats, capsys):
-    args = ["--no-chat", "--template-args", "think=true", "name=x"]
+    args = ["--no-chat", "--template-args", "think=true"]
     assert main("sft", *ARGS, *MORE, *args, "--init", "base", "--out", "y.pt") == 0
     assert "a plain prompt stays bare" in capsys.readouterr().out
     meta = checkpoint.load("y.pt")[1].meta
-    assert meta["chat"] is False and meta["args"] == {"think": True, "name": "x"}
+    assert meta["chat"] is False and meta["args"] == {"think": True}
     assert main("sft", *ARGS, "--no-chat") == 2
     assert "are for checkpoints with a chat template" in capsys.readouterr().err
     assert main("sft", *ARGS, "--init", "base", "--template-args", "think") == 2
     assert "--template-args think: give name=value" in capsys.readouterr().err
+    for name in ("thnk", "messages", "bos_token"):
+        assert main("sft", *ARGS, "--init", "base", "--template-args", f"{name}=1") == 2
+        assert f"has no argument {name}; it has think" in capsys.readouterr().err
+
+
+def test_options_of_several_words_may_be_given_twice():
+    o = parse(Options, ["--template-args", "a=1", "--template-args", "b=2", "c=3"])
+    assert list(o.template_args) == ["a=1", "b=2", "c=3"]
+
+
+@pytest.mark.parametrize("script", ["dpo", "simpo", "sft"])
+def test_another_reference_must_fit_before_anything_is_trained(script, chats, ends, capsys):
+    """Of another vocabulary, or not there at all."""
+    for path, words in ((str(ends / "ends.pt"), "another vocabulary"), ("no.pt", "no such file")):
+        args = [*ARGS, *MORE, "--init", "base", "--reference", path, "--out", "y.pt"]
+        assert main(script, *args) == 2
+        assert words in capsys.readouterr().err
+    assert main("reward_model", *ARGS, "--init", "base", "--reference", "base") == 2
+    assert "--reference: invalid choice" in capsys.readouterr().err
 
 
 def test_a_folder_is_a_judge_and_a_reference(chats, capsys):
@@ -404,7 +449,7 @@ def test_a_folder_is_a_judge_and_a_reference(chats, capsys):
 
 
 def test_a_folder_alone_is_asked_and_measured(chats, capsys):
-    assert main("evaluate", "base", "--prompt", "the", "--max-new-tokens", 4) == 0
+    assert main("evaluate", "base", "--prompt", "the") == 0
     assert "policy |" in capsys.readouterr().out
     assert main("evaluate", "base", "--task", "x.jsonl", "--truncate", *MORE[:4]) == 0
     assert "2 test prompts" in capsys.readouterr().out

@@ -62,6 +62,8 @@ def _open(path, task, wanted, otherwise):
     if "tokenizer" not in meta:
         raise UserError(f"{path} does not say which tokenizer it was trained with; train it again")
     tokenizer = data.of_checkpoint(meta["tokenizer"])
+    if tokenizer.template:
+        meta["template"] = meta["template"] | {"before": ""}
     size = model.config.vocab_size
     if not tokenizer.fits(size):
         words = f"{path} has a vocabulary of {size}, but its tokenizer {tokenizer.size}"

@@ -25,8 +25,13 @@ class Compute:
         self.mixed = self.dtype == torch.bfloat16 and not self.pure  # autocast
 
     def place(self, model):
-        """The one place where a model is moved and cast: to float32 master weights."""
-        return model.to(self.device, self.weights)
+        """The one place where a model is moved and cast: to float32 master weights. What has
+        adapters has its precisions already, a head that was put on it apart."""
+        if not lora.adapters(model):
+            return model.to(self.device, self.weights)
+        if isinstance(model, gpt.ScalarGPT):
+            model.head.to(torch.promote_types(self.weights, torch.float32))
+        return model.to(self.device)
 
     def adapt(self, model):
         """-> the model; with --lora frozen, but for the adapters that it is given"""
@@ -68,16 +73,20 @@ class Compute:
     def reference(self, policy):
         """-> π_ref, frozen: a copy of the policy where it starts, or the checkpoint of --reference.
         With --lora it is the policy without its adapters, and no weight is held twice."""
+        if self.o.reference:
+            return self.freeze(self.place(self.other_reference()))
+        return lora.base(policy) if self.o.lora else self.freeze(policy)
+
+    def other_reference(self):
+        """-> the model that --reference names, if it fits"""
         path = self.o.reference
-        if not path:
-            return lora.base(policy) if self.o.lora else self.freeze(policy)
         ref, tokenizer, _ = checkpoint.load(path)
         if tokenizer.vocabulary != self.tokenizer.vocabulary:
             raise UserError(f"--reference {path} has another vocabulary than the policy")
         if ref.config.block_size < self.block_size:
             words = f"has a context of {ref.config.block_size}, and the run one of"
             raise UserError(f"--reference {path} {words} {self.block_size}; set --block-size")
-        return self.freeze(self.place(ref))
+        return ref
 
     def sample(self, model, questions, longest, group=1, temperature=1.0, generator=None):
         """-> a Rollout of `group` responses to each question, a row that begins with its ids"""

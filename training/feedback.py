@@ -38,12 +38,14 @@ class Writer:
         """A turn in reply to each question -> (texts, whether each has ended). A question that
         leaves no room loses its beginning, and the reply does not count as ended."""
         texts, ended, room = [], [], self.run.block_size - self.longest
-        ids = [data.spell(question, self.run.tokenizer)[0] for question in questions]
+        speak = self.run.tokenizer.dialogue
+        ids = [(speak(x), speak(x, room)) for x in questions]
         for part in [ids[i : i + ROWS] for i in range(0, len(ids), ROWS)]:
-            cut = [(x[-room:],) for x in part]
+            cut = [(x,) for _, x in part]
             rollout = self.run.sample(self.model, cut, self.longest, generator=generator)
             texts += completions(self.run.tokenizer, rollout)
-            ended += [end and len(x) <= room for x, end in zip(part, rollout.finished.tolist())]
+            ends = zip(part, rollout.finished.tolist())
+            ended += [end and len(x) <= room for (x, _), end in ends]
         return texts, ended
 
     def pairs(self, n, name, split):
@@ -96,7 +98,7 @@ class Judge:
         """-> (N, 2) log-probs of A and B as the next token, up to a constant of each question. A
         question that is too long loses its beginning."""
         weight, room = self.model.head[self.options].float(), self.model.config.block_size
-        rows = [(data.spell(question, self.tokenizer)[0][-room:], ()) for question in questions]
+        rows = [(tuple(self.tokenizer.dialogue(question, room)), ()) for question in questions]
         out = [weight.new_zeros(0, 2)]
         for i in range(0, len(rows), ROWS):
             batch = data.pad(rows[i : i + ROWS], self.run.device)

@@ -223,6 +223,8 @@ def read_texts(folder):
                 texts[name] = path.read_text("utf-8")
             except (OSError, ValueError) as e:
                 raise UserError(f"{path} cannot be read ({e})") from None
+            if path.suffix == ".json" and name != "tokenizer.json":
+                read_json(folder, name)
     if "tokenizer.json" not in texts:
         raise refused(folder, "has no tokenizer.json; save it with a fast tokenizer")
     return texts
@@ -292,9 +294,11 @@ def read_config(folder):
 
 def context(facts, fact):
     """-> the longest sequence; within a sliding window, where full attention is the same"""
-    longest, window = fact("max_position_embeddings"), facts.get("sliding_window")
-    slides = facts.get("use_sliding_window", facts["model_type"] == "mistral")
-    return min(longest, fact("sliding_window")) if slides and window is not None else longest
+    longest, mistral = fact("max_position_embeddings"), facts["model_type"] == "mistral"
+    slides = facts.get("use_sliding_window", mistral)
+    if not slides or facts.get("sliding_window", 4096) is None:
+        return longest
+    return min(longest, fact("sliding_window", default=4096))
 
 
 def rope(folder, facts):

@@ -187,7 +187,7 @@ def parse(cls, argv=None, presets=None):
         elif f.type is bool:
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **how)
         elif f.type is tuple:
-            parser.add_argument(flag(f.name), nargs="+", metavar="S", **how)
+            parser.add_argument(flag(f.name), nargs="+", action="extend", metavar="S", **how)
         else:
             read = _number(f) if f.type in (int, float) else str
             choices = f.metadata.get("choices")

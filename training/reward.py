@@ -101,8 +101,8 @@ class ModelJudge(Judge):
 
     @property
     def reads_tokens(self):
-        """Whether it has the policy's vocabulary"""
-        return self.tokenizer.meta == self.run.tokenizer.meta
+        """Whether it has the policy's vocabulary, and renders prompts as the policy does"""
+        return self.tokenizer.way == self.run.tokenizer.way
 
     def __call__(self, questions, rollout):
         with torch.no_grad(), self.run.autocast():

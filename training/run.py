@@ -79,7 +79,7 @@ class Run(Compute):
         self.reads(path, "init")
         model, tokenizer, meta = checkpoint.load(path, task)
         tokenizer = self.told(tokenizer)
-        task.template = meta["template"] | ({"before": ""} if tokenizer.template else {})
+        task.template = meta["template"]
         self.start, self.init = path, self.o.reference or path
         data.say(f"starts from {path}: {checkpoint.describe(meta)}")
         return self._take(model, tokenizer)
@@ -102,6 +102,8 @@ class Run(Compute):
             raise UserError(f"{words}; it may only shorten it")
         self.block_size = wanted or own
         self.tokenizer = tokenizer
+        if self.o.reference:
+            self.other_reference()  # a wrong one is told before anything is trained
         return self.prepare(model), tokenizer
 
     def prepare(self, model):
