@@ -279,7 +279,7 @@ def test_a_run_is_predicted_from_its_record(endless, monkeypatch, capsys):
     [
         (["--seq-len", 64], "--seq-len is read with --predict only"),
         (["--vocab-size", 64], "--vocab-size is read with --predict only"),
-        (["--predict", "2b"], "invalid choice"),
+        (["--predict", "2b"], "give own, 1b, 7b, or a checkpoint's folder"),
         (["--predict", "1b", "--seq-len", 2], "must be at least 4"),
         (["--predict", "own", "--n-embd", 30], "--n-embd 30 is not a multiple of --n-head 4"),
         (["--predict", "own", "--batch-size", 3], "sequences come in pairs; give even numbers"),
