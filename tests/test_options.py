@@ -56,7 +56,8 @@ dpo --task exact --loss ipo --beta 0.7 --steps 9 | steps=9 batch_size=4096 lr=0.
     lr_schedule=linear loss=ipo
 dpo --task exact --pairs 300 --epochs 200 | steps=0 epochs=200 batch_size=4096 lr=0.0005 beta=0.5
     lr_schedule=linear pairs=300
-dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate | truncate=True steps=0
+dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --lr 1e-6 |
+    truncate=True steps=0 lr=1e-06
 dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens
     96 --warmup 4 --pairs 32 --epochs 4 --batch-size 4 --micro-batch 2 --block-size 320 --lr 5e-6
     | truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 pairs=32 epochs=4 batch_size=4

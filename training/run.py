@@ -82,6 +82,9 @@ class Run(Compute):
         task.template = meta["template"]
         self.start, self.init = path, self.o.reference or path
         data.say(f"starts from {path}: {checkpoint.describe(meta)}")
+        if os.path.isdir(path) and "lr" not in self.o.given and not self.o.lora:
+            real = "a pretrained one wants 1e-6 to 1e-5"
+            data.say(f"warning: --lr {self.o.lr:g} is made for toy models; {real}")
         return self._take(model, tokenizer)
 
     def create(self, task):
