@@ -221,7 +221,8 @@ def learn_revisions(p, run):
     made = p.skilled.revise(o.answers, "revisions", p.split, o.revisions)
     if not made:
         what = "answer, critique and revision, so there is nothing to learn"
-        remedy = "it needs more --skill-steps, or more --max-new-tokens"
+        more = "another --init" if o.init else "more --skill-steps"
+        remedy = f"it needs {more}, or more --max-new-tokens"
         raise Stopped(f"{p.start} ended no {what}: {remedy}")
     rows = [(x.prompt, x.b) for x in made]
     policy, tokenizer = run.load(p.start, p.task)
