@@ -344,8 +344,11 @@ class Evaluator:
 def share(found, n=0):
     """(…) bool -> the figures of an accuracy. n: how many of them are independent, if not all"""
     n, accuracy = n or found.numel(), found.float().mean().item()
-    error = (accuracy * (1 - accuracy) / n) ** 0.5
-    return {"accuracy": accuracy, "accuracy_se": error, "accuracy_n": n}
+    return {"accuracy": accuracy, "accuracy_se": standard_error(accuracy, n), "accuracy_n": n}
+
+
+def standard_error(accuracy, n):
+    return (accuracy * (1 - accuracy) / n) ** 0.5
 
 
 def printable(text):
@@ -459,7 +462,7 @@ def main(argv=None):
     if task.outcomes and (unread := o.given & {"eval_prompts", "seed", "truncate"}):
         words = f"every outcome of {task.name} is counted, nothing is drawn or cut"
         raise UserError(f"{flag(min(unread))}: {words}; leave it out")
-    checkpoint.load(o.checkpoint, task)
+    checkpoint.same_world(o.checkpoint, run.tokenizer, run.meta, task)
     task.template = run.meta["template"]
     judge = None
     if o.reward:

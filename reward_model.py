@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 import data
 import training
-from evaluate import printable
+from evaluate import printable, standard_error
 from gpt import ScalarGPT, response_scores
 from training import PairOptions, Run, opt, parse
 
@@ -116,10 +116,9 @@ class HeldOut:
         delta = torch.sub(*score.chunk(2))
         p = torch.tensor([pair[4] for pair in pairs], dtype=score.dtype)
         agreed = torch.where(delta > 0, p, torch.where(delta < 0, 1 - p, 0.0))
-        error = (agreed.mean() * (1 - agreed.mean()) / len(pairs)).sqrt()
         figures = {
             "accuracy": agreed.mean(),
-            "accuracy_se": error,
+            "accuracy_se": standard_error(agreed.mean(), len(pairs)),
             "margin": delta.mean(),
             "mean_reward": score.mean(),
         }

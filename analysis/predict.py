@@ -22,6 +22,7 @@ from analysis.rows import EVERY, SAMPLED, in_pairs, longest_context
 from data import UserError
 from gpt import GPT, GPTConfig, KVCache, Rollout, ScalarGPT, load
 from training import Compute, hf, lora, memory, parse
+from training.checkpoint import is_checkpoint
 from training.options import flag
 from training.reward import ROWS
 
@@ -110,7 +111,7 @@ def outlines(held, o, config, compute):
     models = {}
     for name in held:
         role = name.strip("*")
-        if name != "reward" or reward == "rm" or reward.endswith(".pt"):
+        if name != "reward" or reward == "rm" or is_checkpoint(reward):
             with torch.device("meta"):
                 model = (GPT if role in ("policy", "ref") else ScalarGPT)(config)
             model.checkpoint_activations = o.checkpoint_activations

@@ -10,13 +10,11 @@ import sys
 import time
 from datetime import datetime
 
-from data.error import UserError
+from data.error import UserError, told
 
 STEPS, SECONDS, CHARACTERS, REPEATS = 1_000_000, 10, 10_000_000, 100_000  # of one rendering
 GIVEN = {"messages", "add_generation_prompt", "tools", "documents"}  # no argument of a user's
-DAY = datetime(
-    2024, 7, 26
-)  # what Llama's template writes where it has no clock: runs do not differ
+DAY = datetime(2024, 7, 26)  # Llama's own where there is no clock: runs do not differ by the day
 MARK = "\ufdd1"  # a code point that is no character: no text has it
 
 
@@ -35,8 +33,8 @@ class Template:
     --template-args says. Raises UserError, with `name`, wherever it fails."""
 
     def __init__(self, source, name, arguments):
-        self.name, self.arguments = name, arguments
-        with self._told("cannot be read"):
+        self.name, self.arguments = name, dict(arguments)
+        with told(f"the chat template of {name} cannot be read"):
             from jinja2.meta import find_undeclared_variables
 
             environment = _environment()
@@ -49,7 +47,7 @@ class Template:
         given = {"tools": None, "documents": None} | self.arguments
         given |= {"messages": rows, "add_generation_prompt": generation_prompt}
         pieces, length = [], 0
-        with self._told("cannot render a conversation"), _limited():
+        with told(f"the chat template of {self.name} cannot render a conversation"), _limited():
             for piece in self.template.generate(**given):
                 pieces.append(piece)
                 length += len(piece)
@@ -66,14 +64,6 @@ class Template:
         if not mark:
             raise UserError(f"the chat template of {self.name} drops an answer that goes on")
         return before
-
-    @contextlib.contextmanager
-    def _told(self, what):
-        try:
-            yield
-        except Exception as e:  # whatever the program raises
-            why = str(e).strip().partition("\n")[0] or type(e).__name__
-            raise UserError(f"the chat template of {self.name} {what} ({why})") from None
 
 
 def _environment():

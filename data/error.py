@@ -1,3 +1,8 @@
+"""A user's mistake, told in one line."""
+
+import contextlib
+
+
 class UserError(Exception):
     """A mistake of the user's: its message is one line, what is wrong and how to mend it."""
 
@@ -11,3 +16,16 @@ class Stopped(UserError):
     """Training cannot go on: a loss that is not finite, an earlier stage that failed."""
 
     code = 1
+
+
+@contextlib.contextmanager
+def told(what, remedy=""):
+    """Whatever a stranger's code raises within it becomes a UserError: what, why and the remedy. A
+    panic of a package in Rust is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as e:
+        why = str(e).strip().partition("\n")[0] or type(e).__name__
+        raise UserError(f"{what} ({why})" + (f"; {remedy}" if remedy else "")) from None

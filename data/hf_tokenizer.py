@@ -5,28 +5,16 @@ A prompt of messages is rendered by the template, and its control tokens are rea
 token that a message spells stays text. A plain string is one user message, where `chat` is on.
 """
 
-import contextlib
 import json
 import re
 from functools import cached_property
 
 from data.chat import MARK, Chat, Template
-from data.error import UserError
-from data.tokenizer import Tokenizer
+from data.error import UserError, told
+from data.tokenizer import Tokenizer, beginning
 
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 GUARD, PRIVATE = "\ufdd2", 0xF0000  # no character, and the first of the private ones
-
-
-@contextlib.contextmanager
-def _told(what, remedy):
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as e:  # a panic of the package is no Exception
-        why = str(e).partition("\n")[0] or type(e).__name__
-        raise UserError(f"{what} ({why}); {remedy}") from None
 
 
 class HFTokenizer(Tokenizer):
@@ -42,13 +30,14 @@ class HFTokenizer(Tokenizer):
         self.source = files.get("chat_template.jinja") or self._template()
         self.template, opens = None, ""
         if self.source:
-            plain = Template(self.source, self.name, self.named)
-            opens = self._try(plain, [("user", "1")], True)
-            self.template = Template(self.source, self.name, self.named | meta["args"])
-            if unknown := sorted(set(meta["args"]) - plain.reads):
-                has = ", ".join(sorted(plain.reads - set(self.named))) or "none"
+            self.template = Template(self.source, self.name, self.named)
+            opens = self._try([("user", "1")], True)
+            known = self.template.reads
+            if unknown := sorted(set(meta["args"]) - known):
+                has = ", ".join(sorted(known - set(self.named))) or "none"
                 words = f"the chat template of {self.name} has no argument {unknown[0]}"
                 raise UserError(f"{words}; it has {has}")
+            self.template.arguments |= meta["args"]
         self.chat = bool(self.source) and meta["chat"]
         self.hf, self.controls = self._read(files["tokenizer.json"], opens)
         self.size = max(self.hf.get_vocab().values(), default=-1) + 1
@@ -62,7 +51,7 @@ class HFTokenizer(Tokenizer):
         except ImportError:
             needs = "needs the package tokenizers: pip install -r requirements-hf.txt"
             raise UserError(f"the vocabulary of {self.name} {needs}") from None
-        with _told(f"tokenizer.json of {self.name} cannot be read", "save it again"):
+        with told(f"tokenizer.json of {self.name} cannot be read", "save it again"):
             facts = json.loads(text)
             controls = {}
             for token in facts.get("added_tokens") or []:
@@ -75,20 +64,15 @@ class HFTokenizer(Tokenizer):
             made.encode("1")
         return made, controls
 
-    @staticmethod
-    def _try(template, messages, generation_prompt):
-        """-> what a template says, "" where it asks for more: its prompts may still work"""
+    def _try(self, messages, generation_prompt):
+        """-> what the template says, "" where it asks for more: its prompts may still work"""
         try:
-            return template.render(messages, generation_prompt)
+            return self.template.render(messages, generation_prompt)
         except UserError:
             return ""
 
     def _json(self, name):
-        try:
-            found = json.loads(self.meta["files"].get(name, "{}"))
-        except ValueError as e:
-            raise UserError(f"{name} of {self.name} is no JSON ({e})") from None
-        return found if isinstance(found, dict) else {}
+        return json.loads(self.meta["files"].get(name, "{}"))  # an object: see training/hf.py
 
     def _named(self, name):
         for found in (self.settings, self._json("special_tokens_map.json")):
@@ -108,7 +92,7 @@ class HFTokenizer(Tokenizer):
     def _end(self):
         """-> the id that ends an answer: what the template writes behind one, else eos_token"""
         if self.template:
-            said = self._try(self.template, [("user", "1"), ("assistant", MARK)], False)
+            said = self._try([("user", "1"), ("assistant", MARK)], False)
             _, found, after = said.rpartition(MARK)
             if found and (token := self._split.search(after)):
                 return self.controls[token[0]]
@@ -160,8 +144,7 @@ class HFTokenizer(Tokenizer):
 
     def _ids(self, text, control=False):
         self.hf.encode_special_tokens = not control
-        begins = f"the text of {len(text):,} characters that begins with {text[:40]!r}"
-        with _told(f"{begins} cannot be encoded", "leave it out"):
+        with told(f"{beginning(text)} cannot be encoded", "leave it out"):
             return self.hf.encode(text, add_special_tokens=False).ids
 
     def encode(self, text):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tiktoken
 
-from data.error import UserError
+from data.error import UserError, told
 
 END = "<|endoftext|>"
 BLANK = 500_000  # white space in a row: at twice as much tiktoken panics
@@ -50,16 +50,11 @@ class Tokenizer:
                     f"{unknown!r} in {text!r}: the vocabulary of {self.meta['name']} has the "
                     f"symbols {known} only; a checkpoint goes with the task that it was trained on"
                 )
-        begins = f"the text of {len(text):,} characters that begins with {text[:40]!r}"
+        begins = beginning(text)
         if len(text) > BLANK and re.search(rf"\s{{{BLANK}}}", text):
             raise UserError(f"{begins} has {BLANK:,} spaces or new lines in a row; leave them out")
-        try:
+        with told(f"{begins} cannot be encoded", "leave it out"):
             return self.encoding.encode_ordinary(text)
-        except (KeyboardInterrupt, SystemExit, MemoryError):
-            raise
-        except BaseException as e:  # tiktoken's own is no Exception
-            why = str(e).partition("\n")[0]
-            raise UserError(f"{begins} cannot be encoded ({why}); leave it out") from None
 
     def prompt(self, text):
         """-> the ids of a prompt, which a response follows"""
@@ -102,6 +97,11 @@ class Tokenizer:
             what = "--chat and --template-args are for checkpoints with a chat template"
             raise UserError(f"{what}; this one has none")
         return self
+
+
+def beginning(text):
+    """-> how a message names a text"""
+    return f"the text of {len(text):,} characters that begins with {text[:40]!r}"
 
 
 def of_checkpoint(meta):

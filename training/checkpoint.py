@@ -17,6 +17,11 @@ def default_path(task, method):
     return os.path.join("out", default_folder(task), f"{method}.pt")
 
 
+def is_checkpoint(path):
+    """Whether an option's value is the path of a checkpoint: a .pt, or a folder"""
+    return path.endswith(".pt") or os.path.isdir(path)
+
+
 def default_folder(task):
     """-> the name of a task's folder. A file has that of its path, my/pairs for my/pairs.jsonl, so
     that no two data sets share one, nor one of them a built-in task's."""
@@ -69,11 +74,12 @@ def _open(path, task, wanted, otherwise):
         words = f"{path} has a vocabulary of {size}, but its tokenizer {tokenizer.size}"
         raise UserError(f"{words}; train it again")
     if task:
-        _same_world(path, tokenizer, meta, task)
+        same_world(path, tokenizer, meta, task)
     return model, tokenizer, meta
 
 
-def _same_world(path, tokenizer, meta, task):
+def same_world(path, tokenizer, meta, task):
+    """Refuses a task or a checkpoint with a vocabulary of its own that the other lacks."""
     if task.tokenizer != (tokenizer.meta if tokenizer.longest else None):
         owner = task.name if task.tokenizer else meta["task"]
         raise UserError(

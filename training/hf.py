@@ -48,10 +48,6 @@ GPT2_NAMES = {
 INSTALL = "pip install -r requirements-hf.txt"
 
 
-def is_folder(path):
-    return os.path.isdir(path)
-
-
 def theirs(name, config):
     """A name of ours -> the names of the tensors that it joins"""
     module, _, kind = name.removeprefix("trunk.").rpartition(".")
@@ -345,14 +341,13 @@ def write_config(model, facts, dtype):
             **dict(layer_norm_epsilon=c.norm_eps, tie_word_embeddings=c.tied),
             **dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
         }
-    what = "SequenceClassification" if scalar else "LMHeadModel" if kind == "gpt2" else "CausalLM"
-    name = {"gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral"}.get(kind, str(kind).title())
+    name = "GPT2" if kind == "gpt2" else kind.title()
+    model_class = "GPT2LMHeadModel" if kind == "gpt2" else f"{name}ForCausalLM"
+    if scalar:
+        model_class = f"{name}ForSequenceClassification"
     dtype = str(dtype).removeprefix("torch.")
-    facts = facts | {"model_type": kind, "architectures": [f"{name}For{what}"], "dtype": dtype}
-    facts["architectures"] = (
-        ["GPT2LMHeadModel"] if what == "LMHeadModel" else facts["architectures"]
-    )
-    facts["torch_dtype"] = dtype
+    facts = facts | {"model_type": kind, "architectures": [model_class]}
+    facts |= {"dtype": dtype, "torch_dtype": dtype}
     if scalar:
         labels = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         facts |= labels | {"score_bias": model.head.bias.item()}

@@ -1,13 +1,12 @@
 """The judge of sampled responses: the task's own reward, a reward model, or a user's function."""
 
-import os
-
 import torch
 
 import data
 from data import UserError
 from gpt import response_scores
 from training import checkpoint
+from training.checkpoint import is_checkpoint
 from training.function import Reward
 
 ROWS = 128  # sequences a forward pass of a reward model
@@ -30,7 +29,7 @@ def load_judge(how, run, task):
             own = "give --reward X.pt, or a function of your own, --reward FILE.py:function"
             raise UserError(f"--reward task: {what}; {own}")
         return Judge(run, task, task.reward, bound=task.bound)
-    if how == "rm" or how.endswith(".pt") or os.path.isdir(how):
+    if how == "rm" or is_checkpoint(how):
         path = run.stage("reward_model") if how == "rm" else how
         return ModelJudge(run, task, path)
     if task.outcomes:
