@@ -134,15 +134,13 @@ def compute_loss(policy, ref, batch, o):
     }
 
 
-@torch.no_grad()
 def with_reference(ref, pairs, run):
     """-> the pairs with two more columns, the log-probs of chosen and of rejected under ref"""
-    out = []
-    for micro in run.micro_batches(pairs):
-        with run.autocast():
-            logp = response_logprobs(ref, data.pad_pairs(micro, run.device))
-        out += [(*pair, *both) for pair, both in zip(micro, logp.view(2, -1).T.tolist())]
-    return out
+
+    def both(micro):
+        return response_logprobs(ref, data.pad_pairs(micro, run.device)).view(2, -1).T
+
+    return [(*pair, *logp) for pair, logp in zip(pairs, run.scores(pairs, both).tolist())]
 
 
 def main(argv=None):

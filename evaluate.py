@@ -167,12 +167,9 @@ class Evaluator:
             questions = self.prompts[i : min(i + ROWS, n)]
             rollout = self.run.sample(model, questions, self.longest, generator=generator)
             if scored_by:
-                policy, ref = scored_by
-                with self.run.autocast():
-                    logp, entropy = policy.logprobs(rollout.ids, rollout.mask, entropy=True)
-                    if ref is not None:
-                        ref_logp = ref.logprobs(rollout.ids, rollout.mask)
-                        found.log_ratio.append((logp - ref_logp).sum(1))
+                score = partial(log_ratio_and_entropy, *scored_by)
+                log_ratio, entropy = self.run.scores(rollout, score, ROWS).T
+                found.log_ratio.append(log_ratio)
                 found.entropy += entropy.sum().item()
             found.texts += completions(self.run.tokenizer, rollout)
             for name, judge in self.judges.items():
@@ -198,19 +195,20 @@ class Evaluator:
         if None in models.values():
             return {}
         pad = data.pad_pairs if self.draw.__name__ == "preferences" else data.pad
-        losses, tokens, found = 0.0, 0, []
-        for i in range(0, len(self.rows), 32):
-            batch = pad(self.rows[i : i + 32], self.run.device)
-            with self.run.autocast():
-                loss, metrics = self.compute_loss(**models, batch=batch)
-            losses += loss.sum().item()
-            tokens += batch.length.sum().item()
-            found += [metrics.get("rewards/accuracies", metrics.get("rewards"))]
-        if found[0] is None:
-            return {"nll": losses / tokens}
-        found = torch.cat(found)
-        if "rewards" not in metrics:
-            return share(found)
+        kinds = set()
+
+        def score(rows):
+            batch = pad(rows, self.run.device)
+            losses, metrics = self.compute_loss(**models, batch=batch)
+            kinds.update(metrics)
+            found = metrics.get("rewards/accuracies", metrics.get("rewards", losses))
+            return found.to(losses)
+
+        found = self.run.scores(self.rows, score, 32)
+        if not kinds:
+            return {"nll": found.sum().item() / sum(len(y) for _, y in self.rows)}
+        if "rewards" not in kinds:
+            return share(found > 0)
         desirable = torch.tensor([row[2] for row in self.rows], device=found.device)
         chosen, rejected = found[desirable], found[~desirable]
         if not self.task.unpaired:  # rows of a file of pairs, one after the other
@@ -339,6 +337,13 @@ class Evaluator:
                 if text is not None:
                     print(f"  {name:>9} | " + printable(text).replace("\n", "\n" + " " * 12 + "| "))
         print(flush=True)
+
+
+def log_ratio_and_entropy(policy, ref, rollout):
+    """-> (rows, 2): Σ_t log π/π_ref of each response, and the sum of its tokens' entropies"""
+    logp, entropy = policy.logprobs(rollout.ids, rollout.mask, entropy=True)
+    ref_logp = logp if ref is None else ref.logprobs(rollout.ids, rollout.mask)
+    return torch.stack([(logp - ref_logp).sum(1), entropy.sum(1)], 1)
 
 
 def share(found, n=0):

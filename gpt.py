@@ -466,13 +466,15 @@ class Rollout:
 
 
 @torch.no_grad()
-def sample(model, prompts, max_new_tokens, end_id, temperature=1.0, generator=None, group=1):
+def sample(
+    model, prompts, max_new_tokens, end_id, temperature=1.0, generator=None, group=1, uniform=None
+):
     """Draws `group` responses to each prompt from softmax(logits / temperature), nothing cut off.
     -> a Rollout
 
     prompts: B non-empty lists of token ids, of mixed length. Row i·group + j answers prompt i. Each
-    prompt is read once, and its cache repeated. All uniforms are drawn up front, (B·group,
-    max_new_tokens) on the generator's device: how rows are batched or dropped changes no sample.
+    prompt is read once, and its cache repeated. All uniforms are drawn up front by the generator,
+    or given, (B·group, max_new_tokens): how rows are batched or dropped changes no sample.
     The end is looked for every 8 tokens, and rows that have ended are dropped once they are a
     quarter of the batch.
     """
@@ -483,8 +485,8 @@ def sample(model, prompts, max_new_tokens, end_id, temperature=1.0, generator=No
     assert lengths.min() > 0, "a prompt needs at least one token"
     room = model.config.block_size - max_new_tokens
     assert longest <= room, f"a prompt of {longest} tokens, but there is room for {room}"
-    at = generator.device if generator else "cpu"
-    uniform = torch.rand(R, max_new_tokens, generator=generator, device=at).to(device)
+    uniform = uniforms(R, max_new_tokens, generator) if uniform is None else uniform
+    uniform = uniform.to(device)
     prompt = torch.zeros(B, longest, dtype=torch.int64)
     tokens = torch.tensor([token for p in prompts for token in p])
     prompt[torch.arange(longest) < lengths[:, None]] = tokens
@@ -541,6 +543,12 @@ def sample(model, prompts, max_new_tokens, end_id, temperature=1.0, generator=No
     logp = torch.zeros(R, T, device=device)
     logp[mask] = p_drawn[kept].log()
     return Rollout(ids=ids, mask=mask, logp=logp, finished=finished)
+
+
+def uniforms(rows, tokens, generator=None):
+    """-> the random numbers of so many samples, (rows, tokens), on the generator's device"""
+    at = generator.device if generator else "cpu"
+    return torch.rand(rows, tokens, generator=generator, device=at)
 
 
 # ---- files

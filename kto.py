@@ -84,16 +84,15 @@ def compute_loss(policy, ref, batch, o, kl=0.0):
     return losses, {"rewards": reward, "logps": logp.detach()}
 
 
-@torch.no_grad()
 def reference_point(policy, ref, rows, run):
     """-> ẑ of the step, before any of it is trained on"""
-    logp, ref_logp = [torch.zeros(0, device=run.device)], [torch.zeros(0, device=run.device)]
-    for micro in run.micro_batches(data.mismatched(rows, run.block_size)):
+
+    def both(micro):
         batch = data.pad(micro, run.device)
-        with run.autocast():
-            logp.append(response_logprobs(policy, batch))
-            ref_logp.append(response_logprobs(ref, batch))
-    return kto_kl(torch.cat(logp), torch.cat(ref_logp))
+        return torch.stack([response_logprobs(model, batch) for model in (policy, ref)], 1)
+
+    rows = data.mismatched(rows, run.block_size)
+    return kto_kl(*run.scores(rows, both).view(len(rows), 2).T)
 
 
 def check(rows, fixed, o):

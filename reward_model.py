@@ -78,14 +78,9 @@ def compute_loss(reward, batch, o):
     }
 
 
-@torch.no_grad()
 def scores(reward, rows, run):
     """(prompt ids, response ids) rows -> (len(rows),) scores, on the CPU"""
-    out = []
-    for i in range(0, len(rows), 512):
-        with run.autocast():
-            out.append(response_scores(reward, data.pad(rows[i : i + 512], run.device)).cpu())
-    return torch.cat(out)
+    return run.scores(rows, lambda x: response_scores(reward, data.pad(x, run.device)), 512).cpu()
 
 
 class HeldOut:
@@ -194,7 +189,8 @@ def main(argv=None):
             run.backward((weight * losses).sum(), batch.tokens)
             extremes += [metrics.pop("min_reward").min(), metrics.pop("max_reward").max()]
             run.log(metrics | {"loss": losses}, weight)
-        run.log({"min_reward": min(extremes), "max_reward": max(extremes)})
+        extremes = {"min_reward": run.least(extremes), "max_reward": run.greatest(extremes)}
+        run.log(extremes)
         run.update(optimizer)
         run.evaluate(held_out, reward)
 

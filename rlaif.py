@@ -257,16 +257,16 @@ class HeldOut:
     def __init__(self, p, run, pairs):
         self.p, self.run, self.pairs, self.facts = p, run, pairs, p.evaluator.facts
 
-    @torch.no_grad()
     def measure(self, reward):
         run, pairs = self.run, self.pairs
         if not pairs:
             return {}
+
+        def margin(part):
+            return torch.sub(*response_scores(reward, data.pad_pairs(part, run.device)).chunk(2))
+
         rows, _ = data.encode([x[:3] for x in pairs], run.tokenizer, run.block_size, truncate=True)
-        parts = [rows[i : i + feedback.ROWS] for i in range(0, len(rows), feedback.ROWS)]
-        with run.autocast():
-            scores = [response_scores(reward, data.pad_pairs(x, run.device)) for x in parts]
-        a_wins = torch.cat([torch.gt(*score.chunk(2)) for score in scores])
+        a_wins = run.scores(rows, margin, feedback.ROWS) > 0
         return feedback.label_figures(self.p.task, pairs, *self.p.judge.compare(pairs), a_wins)
 
     def report(self, title, figures):

@@ -7,6 +7,7 @@ class UserError(Exception):
     """A mistake of the user's: its message is one line, what is wrong and how to mend it."""
 
     code = 2  # the process's exit code
+    alone = False  # met by one process of many
 
     def __init__(self, message):
         super().__init__("".join(c if c.isprintable() else "·" for c in message))

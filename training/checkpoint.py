@@ -4,12 +4,13 @@ import os
 import runpy
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import data
 import gpt
 from data import Stopped, UserError
-from training import hf, locks
+from training import distributed, hf, locks
 
 
 def default_path(task, method):
@@ -120,12 +121,14 @@ def make_if_missing(task, method, device, dtype):
         option = "--init" if method == "sft" else "--reward X.pt"
         made = f"a checkpoint such as python {method}.py --task FILE makes, of {rows}"
         raise UserError(f"{option} is needed with a file as the task: {made}")
-    if os.path.exists(path):
+    there = partial(os.path.exists, path)
+    if distributed.of_first(there):
         return path
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with locks.given_back():
-        locks.wait(path, f"this one waits for it, and goes on when {path} is there")
-        if not os.path.exists(path):
+        if distributed.first:
+            locks.wait(path, f"this one waits for it, and goes on when {path} is there")
+        if not distributed.of_first(there):
             _make(path, task, method, device, dtype)
     return path
 
@@ -136,7 +139,8 @@ def _make(path, task, method, device, dtype):
     argv, start = sys.argv, time.time()
     script = str(Path(gpt.__file__).with_name(f"{method}.py"))
     sys.argv = [script, "--task", task, "--device", device, "--dtype", dtype]
-    if os.path.exists(path.removesuffix(".pt") + ".state"):
+    state = path.removesuffix(".pt") + ".state"
+    if distributed.of_first(partial(os.path.exists, state)):
         sys.argv.append("--resume")
     try:
         runpy.run_path(script, run_name="__main__")

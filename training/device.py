@@ -8,7 +8,7 @@ import torch
 import data
 import gpt
 from data import UserError
-from training import checkpoint, lora
+from training import checkpoint, distributed, lora
 
 
 class Compute:
@@ -22,7 +22,7 @@ class Compute:
         self.pure = o.dtype == "bfloat16-pure"  # the weights themselves are bfloat16
         wide = torch.promote_types(self.dtype, torch.float32)
         self.weights = torch.bfloat16 if self.pure else wide
-        self.mixed = self.dtype == torch.bfloat16 and not self.pure  # autocast
+        self.mixed = self.dtype.itemsize == 2 and not self.pure  # autocast
 
     def place(self, model):
         """The one place where a model is moved and cast: to float32 master weights. What has
@@ -37,12 +37,13 @@ class Compute:
         """-> the model; with --lora frozen, but for the adapters that it is given"""
         o = self.o
         if o.lora:
-            low = torch.bfloat16 if self.mixed else None
+            low = self.dtype if self.mixed else None
             lora.adapt(model, o.lora, o.lora_alpha, o.seed, low)
         return model
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
+        low = self.dtype if self.mixed else None
+        return torch.autocast(self.device.type, low, enabled=self.mixed)
 
     def freeze(self, model):
         """-> a frozen copy. Its linear weights have the compute precision, so that it agrees with
@@ -55,18 +56,18 @@ class Compute:
         for name, module in model.named_modules():
             low = self.mixed and isinstance(module, torch.nn.Linear) and name != "head"
             for p in module.parameters(recurse=False):
-                x = p.detach().to(torch.bfloat16) if low else take(p.detach())
+                x = p.detach().to(self.dtype) if low else take(p.detach())
                 made[id(p)] = torch.nn.Parameter(x, requires_grad=False)
         return copy.deepcopy(model, made).eval()
 
     def to_sample(self, model):
         """-> the model in the compute precision: under autocast a copy that is cast once, as it
-        would be cast at every token. The embedding is read in float32, the head in bfloat16."""
+        would be cast at every token. The embedding is read in float32, the head as the rest."""
         if not self.mixed:
             return model
         model = self._copy(model, lambda x: x)
         head = gpt.Linear(*reversed(model.head.shape), bias=False, device="meta")
-        head.weight = torch.nn.Parameter(model.head.to(torch.bfloat16), requires_grad=False)
+        head.weight = torch.nn.Parameter(model.head.to(self.dtype), requires_grad=False)
         model.lm_head = head
         return model
 
@@ -91,9 +92,33 @@ class Compute:
     def sample(self, model, questions, longest, group=1, temperature=1.0, generator=None):
         """-> a Rollout of `group` responses to each question, a row that begins with its ids"""
         ids, end = [row[0] for row in questions], self.tokenizer.end_id
+        if not distributed.many:
+            with self.autocast():
+                model = self.to_sample(model)
+                return gpt.sample(model, ids, longest, end, temperature, generator, group)
+        uniform = gpt.uniforms(len(ids) * group, longest, generator)  # the same in all processes
+        part, rollout = distributed.mine(len(ids)), None
+        rows = slice(part.start * group, part.stop * group)
         with self.autocast():
             model = self.to_sample(model)
-            return gpt.sample(model, ids, longest, end, temperature, generator, group)
+            if ids[part]:
+                how = dict(temperature=temperature, group=group, uniform=uniform[rows])
+                rollout = gpt.sample(model, ids[part], longest, end, **how)
+        drawn = {name: x.cpu() for name, x in vars(rollout).items()} if rollout else {}
+        parts = [gpt.Rollout(**x) for x in distributed.gathered(drawn) if x]
+        columns = vars(gpt.Rollout.cat(parts))
+        return gpt.Rollout(**{name: x.to(self.device) for name, x in columns.items()})
+
+    @torch.no_grad()
+    def scores(self, rows, f, size=0):
+        """f of all rows, so many at a time (0: all), each process its share, without a graph.
+        f(some of the rows) -> (their number, …); -> (len(rows), …)"""
+
+        def score(part):
+            with self.autocast():
+                return f(rows[part])
+
+        return distributed.shared(len(rows), score, size)
 
     def told(self, tokenizer):
         """-> the tokenizer with what --chat and --template-args say of its chat template"""
@@ -122,6 +147,12 @@ def choose_device(name, dtype):
     """--device, --dtype -> (device, compute dtype)"""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if distributed.many and name != "cpu":
+        if name != "cuda":
+            raise UserError(
+                f"--device {name}: of many processes each takes its own card; give cuda"
+            )
+        name = f"cuda:{distributed.local}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

@@ -93,20 +93,20 @@ class Judge:
         ba = [data.ask_choice(x.prompt, x.b, x.a, x.principle) for x in pairs]
         return self.read(ab), self.read(ba)
 
-    @torch.no_grad()
     def read(self, questions):
         """-> (N, 2) log-probs of A and B as the next token, up to a constant of each question. A
         question that is too long loses its beginning."""
         weight, room = self.model.head[self.options].float(), self.model.config.block_size
         rows = [(tuple(self.tokenizer.dialogue(question, room)), ()) for question in questions]
-        out = [weight.new_zeros(0, 2)]
-        for i in range(0, len(rows), ROWS):
-            batch = data.pad(rows[i : i + ROWS], self.run.device)
+
+        def ask(part):
+            batch = data.pad(part, self.run.device)
             last = torch.arange(len(batch.ids), device=batch.ids.device), batch.text.sum(1) - 1
-            with self.run.autocast():
-                h = self.model.hidden(batch.ids)[last]
-            out.append(batch.spread(F.linear(h.float(), weight)))
-        return torch.cat(out)
+            h = self.model.hidden(batch.ids)[last].float()
+            with torch.autocast(h.device.type, enabled=False):
+                return batch.spread(F.linear(h, weight))
+
+        return self.run.scores(rows, ask, ROWS).view(len(rows), 2)
 
 
 def asked(what, **models):

@@ -12,12 +12,13 @@ import torch
 
 import gpt
 from data import Stopped, UserError
-from training import hf, locks
+from training import distributed, hf, locks
 from training.options import flag
 
 
 class Files:
-    """out/dpo.pt is the checkpoint, out/dpo.jsonl the record, out/dpo.state the training state."""
+    """out/dpo.pt is the checkpoint, out/dpo.jsonl the record, out/dpo.state the training state. Of
+    many processes the first alone writes."""
 
     def __init__(self, out):
         self.out, stem = out, out.removesuffix(".pt")
@@ -27,6 +28,8 @@ class Files:
         taken = os.path.exists(out) and not os.path.isfile(out)  # a folder, /dev/null
         if out.endswith((".jsonl", ".state", ".gz", "/")) or taken:
             raise UserError(f"--out {out} is no place for a checkpoint; give a path like {stem}.pt")
+        if not distributed.first:
+            return
         try:
             os.makedirs(os.path.dirname(os.path.realpath(out)), exist_ok=True)
             locks.take_or_refuse(out)
@@ -52,12 +55,14 @@ class Files:
         if found and not may_change:
             part = part or os.path.basename(path)
             self.paths[part] = path
-            self.digests[part] = digest(path)
+            self.digests[part] = digest(path) if distributed.first else ""
 
     # ---- the record
 
     def begin(self):
         """Opens the record, with the lines that a resumed run has already."""
+        if not distributed.first:
+            return
         with self.writes(self.record_path):
             self.file = open(self.record_path, "wb", buffering=0)
             self.file.write("".join(self.lines).encode())
@@ -65,6 +70,8 @@ class Files:
     def record(self, line):
         """One write a line, so that a killed run leaves whole lines, and a full disk too."""
         self.lines.append(json.dumps(line) + "\n")
+        if not distributed.first:
+            return
         text, place = self.lines[-1].encode(), self.file.tell()
         with self.writes(self.record_path):
             if self.file.write(text) < len(text):
@@ -85,7 +92,8 @@ class Files:
 
     def save(self, state):
         with self.writes(self.state_path):
-            gpt.write(state | {"files": self.digests, "lines": self.lines}, self.state_path)
+            if distributed.first:
+                gpt.write(state | {"files": self.digests, "lines": self.lines}, self.state_path)
 
     def load(self, options, device):
         """-> the saved state of a run of these options, whose files have not changed since"""
@@ -98,7 +106,7 @@ class Files:
         if differ := self._others(saved, options):
             had = f"the interrupted run had {differ}"
             raise UserError(f"--resume: {had}; give the same options, or start without --resume")
-        if state["files"] != self.digests:
+        if distributed.first and state["files"] != self.digests:
             changed = min(part for part, _ in state["files"].items() ^ self.digests.items())
             when = "has changed since the run began; start without --resume"
             raise UserError(f"--resume: {self.paths.get(changed, changed)} {when}")
@@ -147,12 +155,14 @@ class Files:
 
     def drop_state(self):
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.state_path)
+            if distributed.first:
+                os.unlink(self.state_path)
 
     def forget(self):
         """Takes away an earlier run's record and state, which are not to be gone on with."""
         self.drop_state()
-        Path(self.record_path).unlink(missing_ok=True)
+        if distributed.first:
+            Path(self.record_path).unlink(missing_ok=True)
 
 
 def digest(path):

@@ -12,10 +12,10 @@ import torch
 
 import data
 from data import UserError
-from training import locks
+from training import distributed, locks
 from training.process import interrupts, streams
 
-DTYPES = ("auto", "float32", "float64", "bfloat16", "bfloat16-pure")
+DTYPES = ("auto", "float32", "float64", "float16", "bfloat16", "bfloat16-pure")
 SCHEDULES = ("constant", "linear", "cosine")
 RENAMED = {
     "--tau": "--beta (τ of IPO is β, as in TRL)",
@@ -294,21 +294,31 @@ def command(main, argv=None):
     """Runs main for the shell: a user's mistake is one line and an exit code, no traceback."""
     argv = sys.argv[1:] if argv is None else argv
     with streams(), interrupts.caught():
+        alone = False
         try:
-            with locks.given_back():
+            with distributed.joined(), locks.given_back():
                 return main(argv)
         except UserError as e:
-            code, message = e.code, str(e)
+            code, message, alone = e.code, str(e), e.alone
         except torch.OutOfMemoryError as e:
-            code, remedy = 1, "try a smaller --micro-batch, or --checkpoint-activations"
+            code, alone = 1, True
+            remedy = "try a smaller --micro-batch, or --checkpoint-activations"
             message = f"out of memory ({str(e).splitlines()[0]}): {remedy}"
         except OSError as e:
             code, message = 1, f"{e.filename or 'a file'}: {e.strerror or e}"
         except KeyboardInterrupt as e:
-            again = shlex.join(["python", sys.argv[0], *[x for x in argv if x != "--resume"]])
             code, message = 130, "interrupted"
             if str(e):
+                line = [*distributed.launcher(), sys.argv[0], *argv]
+                again = shlex.join([x for x in line if x != "--resume"])
                 message = f"interrupted; this goes on from {e}: {again} --resume"
+        except (RuntimeError, distributed.Lost) as e:
+            if not distributed.is_lost(e):
+                raise
+            code, message = 1, ""
+        message = distributed.to_say(message, alone)
         script = os.path.basename(main.__code__.co_filename)
-        print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
+        if message:
+            print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
+        distributed.end(code)
         sys.exit(code)

@@ -5,7 +5,7 @@ import torch
 import data
 from data import UserError
 from gpt import response_scores
-from training import checkpoint
+from training import checkpoint, distributed
 from training.checkpoint import is_checkpoint
 from training.function import Reward
 
@@ -52,28 +52,37 @@ class Judge:
 
     def __call__(self, questions, rollout):
         try:
-            rewards = [self.earn(*one, **columns) for one, columns in self.each(questions, rollout)]
-        except UserError:
+            rewards = self._judged(questions, rollout, self.earn)
+        except (UserError, distributed.Lost):
             self.run.keep()  # nothing is lost that was done before this step
             raise
-        self.run.largest_reward = max([self.run.largest_reward, *map(abs, rewards)])
-        wide = torch.float32 if rollout.ids.device.type == "mps" else torch.float64
-        return torch.tensor(rewards, device=rollout.ids.device, dtype=wide)
+        self.run.largest_reward = max(self.run.largest_reward, rewards.abs().max().item())
+        return rewards.to(rollout.ids.device)
 
     def correct(self, questions, rollout):
         """-> (N,) bool: what the task calls correct; under another reward, what is above 0"""
         if self.user:
             return self(questions, rollout) > 0
-        rows = self.each(questions, rollout)
-        verdicts = [self.task.correct(*one, **columns) for one, columns in rows]
-        return torch.tensor(verdicts, device=rollout.ids.device)
+        verdicts = self._judged(questions, rollout, self.task.correct)
+        return verdicts.to(rollout.ids.device) > 0
 
-    def each(self, questions, rollout):
-        """((prompt, completion, ended), columns) of each response"""
-        texts = completions(self.run.tokenizer, rollout)
-        rows = [row for row in questions for _ in range(len(texts) // len(questions))]
-        ended = rollout.finished.tolist()
-        return [((x, text, end), columns) for (_, x, columns), text, end in zip(rows, texts, ended)]
+    def _judged(self, questions, rollout, judge):
+        """-> (N,) what judge(prompt, completion, ended, **columns) says of each response, on the
+        CPU. Each process asks it for its share."""
+        part = distributed.mine(len(rollout))
+        wide = torch.float32 if rollout.ids.device.type == "mps" else torch.float64
+        said = torch.zeros(len(rollout), dtype=wide)
+        with distributed.agreed():
+            rows = self.each(questions, rollout, part)
+            said[part] = torch.tensor([judge(*one, **row) for one, row in rows], dtype=wide)
+        return distributed.total(said)
+
+    def each(self, questions, rollout, part=slice(None)):
+        """-> ((prompt, completion, ended), columns) of each response, or of a part of them"""
+        rows = [row for row in questions for _ in range(len(rollout) // len(questions))]
+        rollout = rollout[part]
+        asked = zip(rows[part], completions(self.run.tokenizer, rollout), rollout.finished.tolist())
+        return [((x, text, end), columns) for (_, x, columns), text, end in asked]
 
     def try_out(self, policy, prompts):
         """Judges one response to each of four prompts: a function that does not work stops the run
@@ -104,14 +113,12 @@ class ModelJudge(Judge):
         return self.tokenizer.way == self.run.tokenizer.way
 
     def __call__(self, questions, rollout):
-        with torch.no_grad(), self.run.autocast():
-            if self.reads_tokens and rollout.ids.size(1) <= self.model.config.block_size:
-                parts = [rollout[rows] for rows in torch.arange(len(rollout)).split(ROWS)]
-                return torch.cat([self.model.score(part.ids, part.mask) for part in parts])
-            rows = self.encode(questions, rollout)
-            device = rollout.ids.device
-            batches = [data.pad(rows[i : i + ROWS], device) for i in range(0, len(rows), ROWS)]
-            return torch.cat([response_scores(self.model, batch) for batch in batches])
+        if self.reads_tokens and rollout.ids.size(1) <= self.model.config.block_size:
+            return self.run.scores(rollout, lambda x: self.model.score(x.ids, x.mask), ROWS)
+        rows, device = self.encode(questions, rollout), rollout.ids.device
+        return self.run.scores(
+            rows, lambda x: response_scores(self.model, data.pad(x, device)), ROWS
+        )
 
     def encode(self, questions, rollout):
         """-> the texts in the judge's own vocabulary; what did not end has no end token"""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 import data
 import gpt
 from data import Stopped, UserError
-from training import checkpoint, lora, memory
+from training import checkpoint, distributed, lora, memory
 from training.device import Compute
 from training.files import Files
 from training.process import interrupts
@@ -56,7 +57,11 @@ class Run(Compute):
         self.first = self.step = self.updates = self.tokens = self.sampled = 0
         self.start = ""  # the checkpoint that the policy starts from
         self.init = o.reference  # what it is compared with: --reference, or where it starts
-        self.models, self.tracker, self.peak = {}, None, None
+        self.counts = True  # what is logged: a stand-in's is not
+        self.skipped = 0  # optimizer steps, of gradients too large for float16
+        enabled = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
+        self.models, self.sums, self.tracker, self.peak = {}, {}, None, None
         for f in fields(o):
             if f.metadata.get("file"):
                 self.reads(getattr(o, f.name), f.name)
@@ -150,27 +155,45 @@ class Run(Compute):
 
     def logprobs(self, model, rollout, temperature=1.0):
         """-> (N, T) log-probs of all responses of a rollout, a micro-batch at a time"""
-        return self._whole(rollout, lambda x: model.logprobs(x.ids, x.mask, temperature))
+        f = partial(model.logprobs, temperature=temperature)
+        return self._table(rollout, lambda x: f(x.ids, x.mask))
 
     def values(self, critic, rollout):
         """-> (N, T) values of what stands before each token"""
-        return self._whole(rollout, lambda x: critic.values_before(x.ids))
+        return self._table(rollout, lambda x: critic.values_before(x.ids))
 
-    @torch.no_grad()
-    def _whole(self, rollout, f):
-        parts = []
-        for batch in self.micro_batches(rollout):
-            with self.autocast():
-                x = f(batch)
-            parts.append(pad(x, (0, rollout.ids.size(1) - x.size(1))))
-        return torch.cat(parts)
+    def _table(self, rollout, f):
+        width = rollout.ids.size(1)
+        return self.scores(rollout, lambda x: pad(f(x), (0, width - x.ids.size(1))))
+
+    def scores(self, rows, f, size=0):
+        return super().scores(rows, f, size or self.o.micro_batch)
 
     # ---- the loop
 
     def micro_batches(self, rows):
-        """The one place where the rows of an optimizer step are cut."""
-        size = self.o.micro_batch or max(1, len(rows))
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
+        """The one place where the rows of an optimizer step are cut, and shared out among the
+        processes. What is logged meanwhile is a share, and is summed up at the end."""
+        whole = self.sums, self.tokens
+        if distributed.many:
+            self.sums, self.tokens = {}, 0
+        for part, counts in distributed.shares(len(rows), self.o.micro_batch):
+            self.counts = counts
+            yield rows[part]
+        self.counts = True
+        if distributed.many:
+            found = distributed.total_all(self.sums | {"tokens": self.tokens})
+            self.sums, self.tokens = whole
+            self.tokens += int(found.pop("tokens"))
+            for name, x in found.items():
+                self.sums[name] = self.sums.get(name, 0.0) + x
+
+    def least(self, tensors):
+        """-> the least of them, in all processes"""
+        return distributed.total(min(tensors), "MIN")
+
+    def greatest(self, tensors):
+        return distributed.total(max(tensors), "MAX")
 
     def steps(self, batches, optimizer, **state):
         """Yields the number of each step from 0; between two of them the step is recorded, shown
@@ -185,6 +208,8 @@ class Run(Compute):
             o.eval_every = max(1, o.steps // 20)
         self.weights_state = {x: Weights(self.models[x]) for x in self.trained()}
         self.weights_state |= {"optimizer": optimizer}
+        if self.scaler.is_enabled():
+            self.weights_state["scaler"] = self.scaler
         self.drawn_state = {"batches": batches} if hasattr(batches, "state_dict") else {}
         self.drawn_state |= state
         self.options = self._options()
@@ -193,7 +218,7 @@ class Run(Compute):
             self._begin()
         self.tokens_before = self.tokens
         measured = min(self.first + 1, o.steps - 1)  # AdamW's moments are there
-        hidden = not sys.stderr.isatty()
+        hidden = not (sys.stderr.isatty() and distributed.first)
         bar = tqdm(total=o.steps, initial=self.first, desc=self.method, disable=hidden)
         with bar, interrupts.patient() as interrupted:
             for step in range(self.first, o.steps):
@@ -208,9 +233,10 @@ class Run(Compute):
                     for name, seconds in self.clocks.items():
                         self.spent.setdefault(name, []).append(seconds)
                 self._end_step(bar)
-                if (step + 1) % o.save_every == 0 or step + 1 == o.steps or interrupted:
+                stop = distributed.total(bool(interrupted))  # whoever was told so
+                if (step + 1) % o.save_every == 0 or step + 1 == o.steps or stop:
                     self._save(step + 1)
-                if interrupted:
+                if stop:
                     interrupts.stop(f"step {step + 1}, in {self.files.state_path}")
 
     def _end_step(self, bar):
@@ -229,8 +255,9 @@ class Run(Compute):
 
     def backward(self, loss, tokens):
         """tokens: how many of prompt and response the loss was computed on, padding left out"""
-        loss.backward()
-        self.tokens += tokens
+        loss = loss if self.counts else 0 * loss
+        self.scaler.scale(loss).backward()
+        self.tokens += tokens * self.counts
 
     @torch.no_grad()
     def log(self, metrics, weight=1.0):
@@ -239,12 +266,15 @@ class Run(Compute):
         for name, x in metrics.items():
             x = weight * x
             x = x.sum() if torch.is_tensor(x) else x
+            x = x if self.counts else 0.0
             self.sums[name] = self.sums.get(name, 0.0) + x
             self.logged_in.setdefault(name, set()).add(self.updates)
 
     def _figures(self):
         """-> the step's figures, as numbers"""
         line = {name: float(x) / len(self.logged_in[name]) for name, x in self.sums.items()}
+        if self.scaler.is_enabled():
+            line |= {"skipped": self.skipped, "scale": self.scaler.get_scale()}
         return line | ({"sampled_tokens": self.sampled} if self.sampled else {})
 
     @contextlib.contextmanager
@@ -264,29 +294,41 @@ class Run(Compute):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.o)
+        distributed.total_gradients(parameters)
+        self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.o.grad_clip)
         loss = self.sums["loss"]
-        if not torch.isfinite(norm + loss):
-            self.keep()
-            path = self.files.state_path
-            kept = (
-                f"the last good state is kept in {path}" if self.files.interrupted() else "no state"
-            )
-            found = f"the loss is {float(loss)}, the gradient's norm {float(norm)}; {kept}"
-            remedy = "start again with a smaller --lr or a longer --warmup"
-            if self.largest_reward > LARGE:
-                found = f"a reward is as large as {self.largest_reward:.3g}, so {found}"
-                remedy = "scale the rewards down, and start again"
-            raise Stopped(f"step {self.step + 1}: {found}; {remedy}")
-        optimizer.step()
+        if torch.isfinite(norm + loss):
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            self.log({"grad_norm": norm})
+        elif self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() >= 1:
+            self.skipped += 1
+            self.scaler.update(self.scaler.get_scale() / 2)
+        else:
+            self._give_up(loss, norm)
         optimizer.zero_grad()
-        self.log({"grad_norm": norm, "lr": group["lr"]})
+        self.log({"lr": group["lr"]})
         self.updates += 1
         if self.tracker:
             self.peak = self.tracker.parts, dict(self.tracker.most)
         elif self.device.type == "cuda":
             self.allocated = torch.cuda.max_memory_allocated(self.device)
         self.updated = time.perf_counter()
+
+    def _give_up(self, loss, norm):
+        """Ends the run at figures that are not finite."""
+        self.keep()
+        path = self.files.state_path
+        kept = f"the last good state is kept in {path}" if self.files.interrupted() else "no state"
+        found = f"the loss is {float(loss)}, the gradient's norm {float(norm)}; {kept}"
+        remedy = "start again with a smaller --lr or a longer --warmup"
+        if self.scaler.is_enabled() and math.isfinite(loss):
+            found += "; no scale of the loss keeps its gradient within float16"
+        if self.largest_reward > LARGE:
+            found = f"a reward is as large as {self.largest_reward:.3g}, so {found}"
+            remedy = "scale the rewards down, and start again"
+        raise Stopped(f"step {self.step + 1}: {found}; {remedy}")
 
     def cut_short(self, why):
         """Ends the training before this step; where nothing was learned yet, with an error."""
@@ -342,9 +384,11 @@ class Run(Compute):
         with interrupts.held():
             with self.files.writes(self.o.out):
                 meta |= self._adapters(policy)
-                gpt.save(policy, self.o.out, **meta, **evaluator.facts(final))
+                if distributed.first:
+                    gpt.save(policy, self.o.out, **meta, **evaluator.facts(final))
             self.files.record({"final": final})
             self.files.drop_state()
+        distributed.wait()  # a later stage reads it
         self._summary(final)
         return final
 
@@ -400,7 +444,7 @@ class Run(Compute):
 
     def past(self):
         """-> the closing figures of this very run, if it has ended before"""
-        return self.files.past(self.method, self._options())
+        return distributed.of_first(partial(self.files.past, self.method, self._options()))
 
     def _begin(self):
         """A fresh run: its record begins, and no older run's state is left to be resumed."""
@@ -414,18 +458,19 @@ class Run(Compute):
         self.files.begin()
         head = {"method": self.method, "task": o.task, "options": asdict(o), "commit": commit()}
         head |= {"device": str(self.device), "dtype": str(self.dtype)[6:], "models": self.ledger}
+        head["processes"] = distributed.size
         head["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
         self.files.record(head)
 
     def _drawn(self):
         """-> the states that a step moves before any weight has moved"""
         states = {name: x.state_dict() for name, x in self.drawn_state.items()}
-        counts = {"sampled": self.sampled, "tokens": self.tokens}
+        counts = {"sampled": self.sampled, "tokens": self.tokens, "skipped": self.skipped}
         return states | counts | {"generator": self.generator.get_state()}
 
     def _save(self, step, drawn=None):
         """drawn: earlier states, to be saved in place of the present ones"""
-        state = {"step": step, "options": self.options}
+        state = {"step": step, "options": self.options, "processes": distributed.size}
         state |= {name: x.state_dict() for name, x in self.weights_state.items()}
         state |= drawn or self._drawn()
         with interrupts.held():
@@ -436,7 +481,7 @@ class Run(Compute):
         if self.step == self.first or self.updates:
             return
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if all(torch.isfinite(p).all() for p in weights):
+        if not distributed.total(any(not torch.isfinite(p).all() for p in weights)):
             self._save(self.step, self.drawn)
             path = self.files.state_path
             say(f"step {self.step} is saved in {path}; --resume goes on from there")
@@ -447,7 +492,7 @@ class Run(Compute):
         if self.past():
             say(f"--resume: this run has finished, {self.o.out} is its checkpoint")
             sys.exit(0)
-        if not self.files.interrupted():
+        if not distributed.of_first(self.files.interrupted):
             say(f"--resume: there is no {self.files.state_path} yet, so this run starts afresh")
             return False
         state = self.files.load(self.options, self.device)
@@ -456,9 +501,12 @@ class Run(Compute):
         self.generator.set_state(state["generator"].cpu())
         self.wall = time.time() - state["wall"]
         self.first, self.tokens, self.sampled = state["step"], state["tokens"], state["sampled"]
+        self.skipped = state.get("skipped", 0)  # older states have none
         self.step = self.first - 1
         self.files.begin()  # cut back to the saved step
         say(f"resumed after step {self.first} of {self.o.steps}")
+        if (n := state.get("processes", 1)) != distributed.size:
+            say(f"it was saved by {n} processes: the numbers will differ by rounding")
         return True
 
     def _now(self):

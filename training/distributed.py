@@ -1,0 +1,188 @@
+"""Many processes, started by torchrun: which one this is, its share, and what is put together.
+
+Every process knows the whole step: its rows, all random numbers, every rollout. Only the passes
+through a model are shared out. What a share finds is put together by one means: each process fills
+its own rows of a table of zeros, and the sum over the processes is the whole, exactly. Gradients
+are summed once an optimizer step. One process sends no message.
+"""
+
+import contextlib
+import os
+import sys
+import time
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from data import UserError
+
+started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+rank = int(os.environ["RANK"]) if started else 0
+size = int(os.environ["WORLD_SIZE"]) if started else 1
+local = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
+first, many = rank == 0, size > 1
+store = None  # of short texts that all can read
+PATIENCE = timedelta(hours=2)  # for a process that writes, or waits for another run
+SAID = 3.0  # seconds in which the first process says what all of them have met
+
+
+class Lost(Exception):
+    """Another process has ended, or met a mistake that it tells itself."""
+
+
+# ---- together from the start to the end
+
+
+@contextlib.contextmanager
+def joined():
+    """Within it the processes can reach each other. They part at its end, if it is a good one."""
+    global store
+    if not many or store:  # one process, or an earlier stage inside a run
+        yield
+        return
+    if not first:
+        sys.stdout = open(os.devnull, "w")
+        warnings.simplefilter("ignore")
+    serves = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    plain = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False)
+    store = dist.PrefixStore(f"nanopo {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", plain)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    group = {"store": dist.PrefixStore("group", store), "rank": rank, "world_size": size}
+    dist.init_process_group(backend, timeout=PATIENCE, **group)
+    yield
+    wait()
+    dist.destroy_process_group()  # after an error it could wait for ever
+
+
+def wait():
+    """Waits until every process is here."""
+    if many:
+        dist.barrier()
+
+
+def to_say(message, alone):
+    """A failure -> what this process says of it: what all of them meet is said by the first, what
+    one meets alone by that one, with its rank. message: "" where a message to another failed."""
+    if not many:
+        return message
+    if not message:
+        said = [i for i in range(size) if store.check([f"failed {i}"])]
+        message = "another process has ended; --resume goes on from the last saved state"
+        return "" if said or store.add("lost", 1) > 1 else f"rank {rank}: {message}"
+    store.set(f"failed {rank}", "")
+    until = time.time() + SAID
+    while not (first or alone) and time.time() < until:
+        if store.check(["failed 0"]):
+            return ""
+        time.sleep(0.1)
+    return message if first and not alone else f"rank {rank}: {message}"
+
+
+def end(code):
+    """Ends a process of many that has failed: at once, whatever messages are still under way."""
+    if many:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def is_lost(e):
+    """Whether an error is that of a message to a process that has ended"""
+    return many and (isinstance(e, (Lost, dist.DistError)) or "gloo" in str(e))
+
+
+def launcher():
+    """-> how these processes were started, as words of a command"""
+    machines, here = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE")
+    if not many or not here:
+        return ["python"]
+    nodes = ["--nnodes", machines] if machines != "1" else []
+    return ["torchrun", *nodes, "--nproc-per-node", here]
+
+
+@contextlib.contextmanager
+def agreed():
+    """What is no mistake in one process alone is one in all: the others raise Lost."""
+    mistake = None
+    try:
+        yield
+    except UserError as e:
+        mistake = e
+    met = total(mistake is not None)
+    if mistake:
+        mistake.alone = met < size
+        raise mistake
+    if met:
+        raise Lost
+
+
+# ---- shares, and what is put together
+
+
+def mine(n):
+    """-> the range of n things, one after the other, that are this process's"""
+    return slice(n * rank // size, n * (rank + 1) // size)
+
+
+def shares(n, rows=0):
+    """Yields this process's parts of n rows, so many at a time (0: a part for each process), as
+    (slice, whether it counts). Where others have one more, the first part stands in and counts for
+    nothing: all processes make the same passes."""
+    rows = rows or max(1, -(-n // size))
+    parts = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+    for i in range(rank, -(-len(parts) // size) * size, size):
+        yield (parts[i], True) if i < len(parts) else (parts[0], False)
+
+
+def shared(n, f, rows=0):
+    """f(slice) -> a tensor of so many rows, of all n of them, each process its share. -> (n, …)"""
+    whole = torch.zeros(0)
+    for part, counts in shares(n, rows):
+        x = f(part)
+        whole = whole if len(whole) else x.new_zeros(n, *x.shape[1:])
+        if counts:
+            whole[part] = x
+    return total(whole)
+
+
+def total(x, op="SUM"):
+    """x, a number or a tensor of numbers, in each process -> their sum, MIN or MAX"""
+    if not many:
+        return x
+    found = torch.as_tensor(x).clone() if torch.is_tensor(x) else torch.tensor(float(x)).double()
+    dist.all_reduce(found, getattr(dist.ReduceOp, op))
+    return found if torch.is_tensor(x) else found.item()
+
+
+def total_all(named):
+    """{name: a number or a tensor of one} in each process -> their sums, in one message"""
+    device = next((x.device for x in named.values() if torch.is_tensor(x)), "cpu")
+    values = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in named.values()]
+    return dict(zip(named, total(torch.stack(values)).unbind()))
+
+
+def total_gradients(parameters):
+    """Sums the gradients, each where it is."""
+    if many:
+        messages = [dist.all_reduce(p.grad, async_op=True) for p in parameters]
+        for message in messages:
+            message.wait()
+
+
+def gathered(x):
+    """-> what each process has, in their order; {name: tensor} come back on the CPU"""
+    found = [None] * size
+    dist.all_gather_object(found, x)
+    return found
+
+
+def of_first(f):
+    """-> what f() is in the first process"""
+    if not many:
+        return f()
+    found = [f() if first else None]
+    dist.broadcast_object_list(found)
+    return found[0]
