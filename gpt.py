@@ -317,6 +317,10 @@ class ScalarGPT(nn.Module):
         return trunk + self.head.weight.numel()
 
     @property
+    def blocks(self):
+        return self.trunk.blocks
+
+    @property
     def checkpoint_activations(self):
         return self.trunk.checkpoint_activations
 

@@ -42,7 +42,7 @@ import training
 from data import UserError
 from evaluate import Evaluator
 from gpt import Rollout
-from training import JudgedOptions, Run, load_judge, opt, parse
+from training import JudgedOptions, Run, Weights, load_judge, opt, parse
 
 
 def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1):
@@ -220,7 +220,7 @@ def main(argv=None):
     evaluator = Evaluator(run, task, ref if fixed else run.init, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
-    labelled, state = Round(), {} if fixed else {"ref": ref}
+    labelled, state = Round(), {} if fixed else {"ref": Weights(ref, frozen=True)}
 
     for step in run.steps(prompts, optimizer, round=labelled, **state):
         end = end_of_round(step, o)

@@ -32,7 +32,6 @@ replaced by -1); 3. no pretraining loss (ptx), entropy bonus, adaptive β or rew
     python ppo.py --task my.jsonl --init out/my/sft.pt --reward my_rewards.py:number
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +42,7 @@ import training
 from evaluate import Evaluator
 from gpt import ScalarGPT
 from training import RolloutOptions, Run, load_judge, opt, parse
-from training.checkpoint import load_scalar
+from training.checkpoint import load, load_scalar
 
 
 def token_rewards(score, logp, ref_logp, mask, kl_coef):
@@ -156,12 +155,13 @@ def compute_loss(policy, critic, batch, o):
     }
 
 
-def new_critic(judge, policy, run):
+def new_critic(judge, run):
     """-> the reward model, to be trained on; of another vocabulary, of a shorter context, or
     without one, the policy's trunk, whose V is 0 until it has learned"""
     if judge.model and judge.reads_tokens and judge.model.config.block_size >= run.block_size:
-        return run.prepare(load_scalar(judge.path)[0])
-    critic = ScalarGPT(policy.config, trunk=copy.deepcopy(policy))
+        return run.prepare(load_scalar(judge.path, mapped=run.shard)[0])
+    trunk, _, _ = load(run.start, mapped=run.shard)
+    critic = ScalarGPT(trunk.config, trunk=trunk)
     torch.nn.init.zeros_(critic.head.weight)
     return run.prepare(critic)
 
@@ -172,7 +172,7 @@ def main(argv=None):
     task = data.task(o.task, o.eval_file, o.strict)
     judge = load_judge(o.reward, run, task)
     policy, tokenizer = run.load(o.init or run.stage("sft"), task)
-    critic = new_critic(judge, policy, run)
+    critic = new_critic(judge, run)
     ref = run.reference(policy)
     run.hold(policy=policy, critic=critic, ref=ref, reward=judge.model)
 

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import data
 import training
 from evaluate import printable, standard_error
-from gpt import ScalarGPT, response_scores
+from gpt import response_scores
 from training import PairOptions, Run, opt, parse
 
 
@@ -171,8 +171,7 @@ def main(argv=None):
     o = parse(Options, argv, PRESETS)
     run = Run("reward_model", o)
     task = data.task(o.task, o.eval_file, o.strict)
-    start, tokenizer = run.load(o.init or run.stage("sft"), task)
-    reward = run.prepare(ScalarGPT(start.config, o.seed, trunk=start))
+    reward, tokenizer = run.load(o.init or run.stage("sft"), task, scalar=True)
     run.hold(reward=reward)
 
     batches = data.Batches(task.graded, o.pairs or task.size, tokenizer, run.block_size, o)

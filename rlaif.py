@@ -41,7 +41,7 @@ import data
 import training
 from data import Stopped, UserError, say
 from evaluate import Evaluator, printable
-from gpt import Rollout, ScalarGPT, response_scores, token_logprobs
+from gpt import Rollout, response_scores, token_logprobs
 from training import Run, ScratchOptions, checkpoint, feedback, load_judge, opt, parse
 
 KEPT = "reward win_rate kl length accuracy gold_accuracy revisions labels".split()
@@ -150,7 +150,7 @@ class Pipeline:
         self.start = o.init or self.runs["skills"].o.out
         self.judge = None
         if o.judge:
-            model, tokenizer, _ = checkpoint.load(o.judge)
+            model, tokenizer, _ = checkpoint.load(o.judge, mapped=self.run.shard)
             self.judge = feedback.Judge(self.run.freeze(self.run.place(model)), tokenizer, self.run)
 
     def writer(self, run, path):
@@ -243,8 +243,7 @@ def learn_preferences(p, run):
     rows = [(x.prompt, x.a, x.b, label) for x, label in zip(pairs, labels)]
     held_out = HeldOut(p, run, writer.pairs(o.eval_prompts, "held out", "test"))
     del writer  # only one model is in memory while it learns
-    start, tokenizer = run.load(p.start, p.task)
-    reward = run.prepare(ScalarGPT(start.config, o.seed, trunk=start))
+    reward, tokenizer = run.load(p.start, p.task, scalar=True)
     run.hold(reward=reward)
     batches = data.Batches(lambda n, seed: rows, None, tokenizer, run.block_size, o)
     how = preference_loss, held_out, data.pad_pairs, lambda x: 1

@@ -9,6 +9,7 @@ import many
 import pytest
 import torch
 from conftest import ROOT, lines
+
 from gpt import uniforms
 
 TINY = "--steps 3 --batch-size 4 --log-every 1 --warmup 1 --device cpu --eval-prompts 6".split()
@@ -27,8 +28,11 @@ CLOSE = {  # in float64
     "ppo": ["ppo", *WIDE, "--reward", "judge.pt", "--minibatches", 2],
     "online": ["online_dpo", *WIDE, "--reward", "judge.pt", "--samples-per-prompt", 4],
     "reward": ["reward_model", *SHORT, "--dtype", "float64"],
+    "lora": ["dpo", *WIDE, "--lora", 2],
+    "lora-ppo": ["ppo", *WIDE, "--reward", "judge.py:odd", "--lora", 2, "--minibatches", 2],
     "uneven": ["dpo", *WIDE, "--pairs", 7, "--micro-batch", 2, "--precompute-ref"],
 }
+SHARDED = ("uneven", "ppo", "lora", "lora-ppo", "online")  # which run once more with --shard
 
 
 def torchrun(folder, *args, n=2, ok=True, **more):
@@ -52,13 +56,15 @@ def both(ends, tmp_path_factory):
     folder = tmp_path_factory.mktemp("many")
     for name in ("ends.pt", "judge.pt", "judge.py"):
         (folder / name).write_bytes((ends / name).read_bytes())
-    write_cases(folder, BITS | CLOSE)
+    sharded = {f"{name}-shard": [*CLOSE[name], "--shard"] for name in SHARDED}
+    write_cases(folder, BITS | CLOSE | sharded)
     store_rollout(folder)
     torchrun(folder, ROOT / "tests/many.py", "cases.json")
     with pytest.MonkeyPatch.context() as m:
         m.chdir(folder)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
+        write_cases(folder, BITS | CLOSE)
         many.main(["cases.json"])
         torch.set_num_threads(threads)
     return folder
@@ -69,7 +75,9 @@ def store_rollout(folder):
 
     model, meta = load(folder / "ends.pt")
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [3]]
-    rollout = sample(model, prompts, 6, model.config.vocab_size - 1, group=4, uniform=uniforms(16, 6))
+    rollout = sample(
+        model, prompts, 6, model.config.vocab_size - 1, group=4, uniform=uniforms(16, 6)
+    )
     torch.save(vars(rollout), folder / "rollout.pt")
 
 
@@ -83,9 +91,10 @@ def test_two_processes_give_the_bits_of_one(name, both):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("name", CLOSE)
+@pytest.mark.parametrize("name", [*CLOSE, *(f"{name}-shard" for name in SHARDED)])
 def test_two_processes_give_the_weights_of_one(name, both):
-    one, two = weights(both / f"{name}-1.pt"), weights(both / f"{name}-2.pt")
+    one = weights(both / f"{name.removesuffix('-shard')}-1.pt")
+    two = weights(both / f"{name}-2.pt")
     assert max((one[key] - two[key]).abs().max() for key in one) <= 1e-11
 
 

@@ -50,7 +50,7 @@ def test_a_layer_by_hand():
     y: ∂/∂B = 2 A x (1, 1) = (-2, -2); ∂/∂A = 2 (3 + 4) x = (14, -14)."""
     linear = Linear(2, 2)
     W, b = linear.weight.detach().clone(), linear.bias.detach().clone()
-    layer = lora.LoRA(linear, 1, 2.0, torch.Generator())
+    layer = lora.LoRA(linear, torch.zeros(1, 2), 2.0)
     layer.weight.requires_grad_(False)
     with torch.no_grad():
         layer.A.copy_(torch.tensor([[1.0, 2.0]]))

@@ -16,7 +16,8 @@ COMMON = """init= reference= out= eval_file= steps=300 epochs=0 batch_size=32 mi
 warmup=20
 lr_schedule=cosine weight_decay=0.0 grad_clip=1.0 max_new_tokens=0 block_size=0 truncate=False
 lora=0 lora_alpha=0 chat=True template_args=() eval_prompts=512
-strict=False seed=0 device=auto dtype=auto checkpoint_activations=False resume=False save_every=100
+strict=False seed=0 device=auto dtype=auto checkpoint_activations=False compile=False
+shard=False resume=False save_every=100
 log_every=10 eval_every=0"""
 # What a command trains with, as the scripts of version 3a1338c had it: a script's first row names
 # what differs from COMMON, the others what differs from the first. Meant to differ: PPO's

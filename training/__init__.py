@@ -12,7 +12,7 @@ from training.options import (
     parse,
 )
 from training.reward import load_judge
-from training.run import Run
+from training.run import Run, Weights
 
 __all__ = [
     "Compute",
@@ -21,6 +21,7 @@ __all__ = [
     "PairOptions",
     "RolloutOptions",
     "Run",
+    "Weights",
     "ScratchOptions",
     "command",
     "load_judge",

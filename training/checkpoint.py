@@ -39,18 +39,18 @@ def default_folder(task):
     return os.path.join(*folders, name if dot else f"{name}.file")
 
 
-def load(path, task=None):
+def load(path, task=None, mapped=False):
     """-> (GPT, Tokenizer, meta). Raises UserError where it is no language model, or where the task
-    or the checkpoint has a vocabulary of its own that the other lacks."""
-    return _open(
-        path, task, gpt.GPT, "a reward model; give a language model, such as sft.py writes"
-    )
+    or the checkpoint has a vocabulary of its own that the other lacks. mapped: the weights of a
+    folder stay in its files, and are `unread`."""
+    kind = "a reward model; give a language model, such as sft.py writes"
+    return _open(path, task, gpt.GPT, kind, mapped)
 
 
-def load_scalar(path, task=None):
+def load_scalar(path, task=None, mapped=False):
     """-> (ScalarGPT, Tokenizer, meta), for a reward model"""
     kind = "a language model; give a reward model, such as reward_model.py writes"
-    return _open(path, task, gpt.ScalarGPT, kind)
+    return _open(path, task, gpt.ScalarGPT, kind, mapped)
 
 
 def load_any(path):
@@ -58,9 +58,9 @@ def load_any(path):
     return _open(path, None, (gpt.GPT, gpt.ScalarGPT), "")
 
 
-def _open(path, task, wanted, otherwise):
+def _open(path, task, wanted, otherwise, mapped=False):
     try:
-        model, meta = hf.load(path) if os.path.isdir(path) else gpt.load(path)
+        model, meta = hf.load(path, mapped) if os.path.isdir(path) else gpt.load(path)
     except ValueError as e:
         raise UserError(str(e)) from None
     if not isinstance(model, wanted):

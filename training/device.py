@@ -1,6 +1,5 @@
 """Where and how precisely a script computes: --device and --dtype of its options."""
 
-import copy
 import json
 
 import torch
@@ -8,13 +7,14 @@ import torch
 import data
 import gpt
 from data import UserError
-from training import checkpoint, distributed, lora
+from training import checkpoint, distributed, lora, sharding
 
 
 class Compute:
     """A device and a precision, and what they mean for a model."""
 
     largest_reward = 0.0  # that a judge has given, without its sign
+    shard = compile = False
 
     def __init__(self, o):
         self.o = o
@@ -25,13 +25,11 @@ class Compute:
         self.mixed = self.dtype.itemsize == 2 and not self.pure  # autocast
 
     def place(self, model):
-        """The one place where a model is moved and cast: to float32 master weights. What has
-        adapters has its precisions already, a head that was put on it apart."""
-        if not lora.adapters(model):
-            return model.to(self.device, self.weights)
-        if isinstance(model, gpt.ScalarGPT):
-            model.head.to(torch.promote_types(self.weights, torch.float32))
-        return model.to(self.device)
+        """The one place where a model is moved and cast: to float32 master weights. With --shard it
+        is laid out, and `spread` moves it."""
+        if self.shard:
+            return sharding.lay_out(model, self.weights)
+        return model.to(self.device, self.weights)
 
     def adapt(self, model):
         """-> the model; with --lora frozen, but for the adapters that it is given"""
@@ -41,6 +39,13 @@ class Compute:
             lora.adapt(model, o.lora, o.lora_alpha, o.seed, low)
         return model
 
+    def spread(self, model):
+        """-> the model, its blocks compiled with --compile, and cut into parts with --shard"""
+        if self.compile:
+            for block in model.blocks:
+                block.compile(dynamic=True)
+        return sharding.shard(model, self.device) if self.shard else model
+
     def autocast(self):
         low = self.dtype if self.mixed else None
         return torch.autocast(self.device.type, low, enabled=self.mixed)
@@ -48,24 +53,33 @@ class Compute:
     def freeze(self, model):
         """-> a frozen copy. Its linear weights have the compute precision, so that it agrees with
         the original to the bit; a scalar head, which reads in float32, stays."""
-        return self._copy(model, torch.clone)
+        if not self.shard:
+            return self.spread(self._copy(model, torch.clone))
+        copy = self._copy(model, lambda p: torch.empty(p.shape, dtype=p.dtype, device="meta"))
+        copy.unread = sharding.values(model)
+        return self.spread(copy)
 
     def _copy(self, model, take):
-        """-> a frozen copy, whose other weights are what `take` makes of the model's"""
-        made = {}
+        """-> a frozen copy of what `take` makes of the weights"""
+        copy = lora.like(model)
         for name, module in model.named_modules():
             low = self.mixed and isinstance(module, torch.nn.Linear) and name != "head"
-            for p in module.parameters(recurse=False):
-                x = p.detach().to(self.dtype) if low else take(p.detach())
-                made[id(p)] = torch.nn.Parameter(x, requires_grad=False)
-        return copy.deepcopy(model, made).eval()
+            for key, p in module.named_parameters(name, recurse=False):
+                x = take(p.detach())
+                x = x.to(self.dtype) if low else x
+                lora.put(copy, key, torch.nn.Parameter(x, requires_grad=False))
+        return copy.eval()
+
+    def whole(self, model):
+        """-> the model; of one that is cut into parts, a frozen copy with all of them"""
+        return self._copy(model, sharding.full) if self.shard else model
 
     def to_sample(self, model):
         """-> the model in the compute precision: under autocast a copy that is cast once, as it
         would be cast at every token. The embedding is read in float32, the head as the rest."""
         if not self.mixed:
-            return model
-        model = self._copy(model, lambda x: x)
+            return self.whole(model)
+        model = self._copy(model, sharding.full)
         head = gpt.Linear(*reversed(model.head.shape), bias=False, device="meta")
         head.weight = torch.nn.Parameter(model.head.to(self.dtype), requires_grad=False)
         model.lm_head = head
@@ -73,15 +87,17 @@ class Compute:
 
     def reference(self, policy):
         """-> π_ref, frozen: a copy of the policy where it starts, or the checkpoint of --reference.
-        With --lora it is the policy without its adapters, and no weight is held twice."""
+        With --lora it is the policy without its adapters, and no weight is held twice; with
+        --shard a copy of that, as parts can be gathered by one model alone."""
         if self.o.reference:
             return self.freeze(self.place(self.other_reference()))
-        return lora.base(policy) if self.o.lora else self.freeze(policy)
+        bare = lora.base(policy) if self.o.lora else policy
+        return bare if self.o.lora and not self.shard else self.freeze(bare)
 
     def other_reference(self):
         """-> the model that --reference names, if it fits"""
         path = self.o.reference
-        ref, tokenizer, _ = checkpoint.load(path)
+        ref, tokenizer, _ = checkpoint.load(path, mapped=self.shard)
         if tokenizer.vocabulary != self.tokenizer.vocabulary:
             raise UserError(f"--reference {path} has another vocabulary than the policy")
         if ref.config.block_size < self.block_size:
@@ -140,7 +156,7 @@ class Compute:
 
     def open(self, path):
         """-> a frozen language model, for an evaluation"""
-        return self.freeze(self.place(checkpoint.load(path)[0]))
+        return self.freeze(self.place(checkpoint.load(path, mapped=self.shard)[0]))
 
 
 def choose_device(name, dtype):

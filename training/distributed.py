@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -117,6 +118,12 @@ def agreed():
         raise mistake
     if met:
         raise Lost
+
+
+@cache
+def mesh(kind):
+    """-> the processes in a row, as FSDP2 wants them"""
+    return dist.device_mesh.init_device_mesh(kind, (size,))
 
 
 # ---- shares, and what is put together

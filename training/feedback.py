@@ -96,13 +96,14 @@ class Judge:
     def read(self, questions):
         """-> (N, 2) log-probs of A and B as the next token, up to a constant of each question. A
         question that is too long loses its beginning."""
-        weight, room = self.model.head[self.options].float(), self.model.config.block_size
+        model = self.run.whole(self.model)
+        weight, room = model.head[self.options].float(), model.config.block_size
         rows = [(tuple(self.tokenizer.dialogue(question, room)), ()) for question in questions]
 
         def ask(part):
             batch = data.pad(part, self.run.device)
             last = torch.arange(len(batch.ids), device=batch.ids.device), batch.text.sum(1) - 1
-            h = self.model.hidden(batch.ids)[last].float()
+            h = model.hidden(batch.ids)[last].float()
             with torch.autocast(h.device.type, enabled=False):
                 return batch.spread(F.linear(h, weight))
 

@@ -8,6 +8,7 @@ here (`theirs`), and what it calls three matrices is one here, one below the oth
 import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,9 +78,10 @@ def cuts(name, config):
 # ---- in
 
 
-def load(folder):
+def load(folder, mapped=False):
     """-> (GPT or ScalarGPT, meta), with the tensors of the files: no weight is drawn first, and
-    none is copied but those that are joined. Raises UserError."""
+    none is copied but those that are joined. Raises UserError. mapped: the model stays on "meta",
+    and its `unread` has {name: a function that gives the tensor}."""
     config = read_config(folder)
     facts = read_json(folder, "config.json")
     scalar = str(facts.get("architectures")).count("ForSequenceClassification")
@@ -95,25 +97,29 @@ def load(folder):
     for name, x in model.state_dict().items():
         if name == "head.bias":
             bias = facts.get("score_bias", 0.0)
-            state[name] = torch.tensor([float(bias) if type(bias) in (int, float) else 0.0])
+            bias = torch.tensor([float(bias) if type(bias) in (int, float) else 0.0])
+            state[name] = partial(joined, [bias])
             continue
         parts = [tensors.take(part) for part in theirs(name, config)]
         if any(part.dim() != x.dim() for part in parts):
             raise refused(folder, f"has {name} with another number of axes")
         if transposed(name, config):
-            parts = [part.T.contiguous() for part in parts]
+            parts = [part.T for part in parts]
         fits = all(part.shape[1:] == x.shape[1:] for part in parts)
         if not fits or sum(len(part) for part in parts) != len(x):
             found = ", ".join(str(tuple(part.shape)) for part in parts)
             raise refused(folder, f"has {name} of shape {found}, where config.json says otherwise")
         if len(parts) > 1 and [len(part) for part in parts] != cuts(name, config):
             raise refused(folder, f"has parts of {name} that config.json cuts otherwise")
-        state[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        state[name] = partial(joined, parts)
     if scalar or config.tied:
         tensors.left.discard("lm_head.weight")
     if left := sorted(x for x in tensors.left if not x.endswith(UNREAD)):
         raise refused(folder, f"has weights that no part of this model reads: {left[0]}")
-    model.load_state_dict(state, assign=True)
+    if mapped:
+        model.unread = state
+    else:
+        model.load_state_dict({name: f() for name, f in state.items()}, assign=True)
     name = os.path.basename(os.path.abspath(folder))
     tokenizer = {"name": name, "files": read_texts(folder), "chat": True, "args": {}}
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -127,6 +133,11 @@ def load(folder):
         "max_new_tokens": 0,
         "folder": "",
     }
+
+
+def joined(parts):
+    """Tensors, which may be those of a file -> one, below each other, whose rows are contiguous"""
+    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
 def refused(folder, why):

@@ -3,32 +3,24 @@ beside them is trained: y = W x + b + α/r B A x, A (r, in), B (out, r). B start
 first step's model is the one that it starts from.
 """
 
-import copy
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt import Linear
+from gpt import GPT, Linear, ScalarGPT
 
 
 class LoRA(Linear):
     """A linear layer that takes over another one's W and b, frozen."""
 
-    def __init__(self, linear, rank, alpha, generator):
+    def __init__(self, linear, A, scale):
         nn.Module.__init__(self)
-        n_out, n_in = linear.weight.shape
-        device, dtype = (
-            linear.weight.device,
-            torch.promote_types(linear.weight.dtype, torch.float32),
-        )
-        self.in_features, self.out_features, self.scale = n_in, n_out, alpha / rank
-        self.weight, self.bias = linear.weight, linear.bias
-        bound = 1 / math.sqrt(n_in)
-        A = torch.empty(rank, n_in, dtype=dtype).uniform_(-bound, bound, generator=generator)
-        self.A = nn.Parameter(A.to(device))
-        self.B = nn.Parameter(torch.zeros(n_out, rank, device=device, dtype=dtype))
+        self.out_features, self.in_features = linear.weight.shape
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, scale  # α/r
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(A.new_zeros(self.out_features, len(A)))
 
     def forward(self, x):
         low = F.linear(x, self.A.to(x.dtype)) * self.scale
@@ -64,16 +56,31 @@ def adapt(model, rank, alpha, seed, dtype=None):
         if isinstance(module, Linear):
             module.to(dtype or module.weight.dtype)
             if "blocks." in name:
-                _put(model, name, LoRA(module, rank, alpha, generator))
+                wide = torch.promote_types(module.weight.dtype, torch.float32)
+                bound = 1 / math.sqrt(module.in_features)
+                A = torch.empty(rank, module.in_features, dtype=wide)
+                A.uniform_(-bound, bound, generator=generator)
+                A = A if module.weight.is_meta else A.to(module.weight.device)
+                put(model, name, LoRA(module, A, alpha / rank))
 
 
 def base(model):
     """-> the same model without its adapters: other objects, the very same weights"""
-    shared = {id(p): p for p in model.parameters()}
-    model = copy.deepcopy(model, shared)
-    for name, adapter in adapters(model).items():
-        _put(model, name, adapter.plain(adapter.weight))
-    return model
+    bare = like(model, adapted=False)
+    for name, p in model.named_parameters():
+        if not name.endswith((".A", ".B")):
+            put(bare, name, p)
+    return bare
+
+
+def like(model, adapted=True):
+    """-> a model of the same make on "meta": shapes without numbers. adapted: with its adapters"""
+    with torch.device("meta"):
+        new = (ScalarGPT if isinstance(model, ScalarGPT) else GPT)(model.config)
+    for name, adapter in adapters(model).items() if adapted else ():
+        put(new, name, LoRA(new.get_submodule(name), adapter.A.to("meta"), adapter.scale))
+    new.checkpoint_activations = model.checkpoint_activations
+    return new
 
 
 def merge(model):
@@ -87,11 +94,12 @@ def merge(model):
     for name, adapter in found.items():
         kept |= {f"{name}.A": adapter.A.detach(), f"{name}.B": adapter.B.detach()}
         with torch.no_grad():
-            _put(model, name, adapter.plain(nn.Parameter(adapter.merged())))
+            put(model, name, adapter.plain(nn.Parameter(adapter.merged())))
     model.to(adapter.A.dtype)
     return kept
 
 
-def _put(model, name, module):
+def put(model, name, x):
+    """Puts a module or a parameter in its place."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    setattr(model.get_submodule(parent), child, x)

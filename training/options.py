@@ -5,6 +5,7 @@ import fnmatch
 import math
 import os
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass, field, fields
 
@@ -16,6 +17,7 @@ from training import distributed, locks
 from training.process import interrupts, streams
 
 DTYPES = ("auto", "float32", "float64", "float16", "bfloat16", "bfloat16-pure")
+COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
 SCHEDULES = ("constant", "linear", "cosine")
 RENAMED = {
     "--tau": "--beta (τ of IPO is β, as in TRL)",
@@ -72,6 +74,8 @@ class Options:
     device: str = opt("auto", "cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "bfloat16: autocast; bfloat16-pure: the weights too", choices=DTYPES)
     checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass: less memory")
+    compile: bool = opt(False, "compile the blocks: a minute at the start, then faster steps")
+    shard: bool = opt(False, "under torchrun: each process holds a part of all weights (FSDP2)")
     resume: bool = opt(False, "go on from the state that an interrupted run left beside --out")
     save_every: int = opt(100, "steps between saved states", low=1)
     log_every: int = opt(10, "steps between lines of the record", low=1)
@@ -98,8 +102,20 @@ class Options:
         rows, words = self.rows()
         if self.micro_batch and rows % self.micro_batch:
             raise UserError(f"--micro-batch {self.micro_batch} does not divide {words}")
+        if self.shard:
+            self.check_shard()
+        if self.compile and not any(map(shutil.which, COMPILERS)):
+            raise UserError("--compile needs a C++ compiler, such as g++; leave it out without one")
         if 0 < self.block_size < 8:
             raise UserError(f"--block-size {self.block_size} leaves no room; 8 is the least")
+
+    def check_shard(self):
+        if not distributed.many:
+            start = "torchrun --nproc-per-node N"
+            raise UserError(f"--shard cuts models for many processes; start it with {start}")
+        found = torch.__version__.partition("+")[0]
+        if tuple(map(int, found.split(".")[:2])) < (2, 8):
+            raise UserError(f"--shard needs torch 2.8 or later, and this is {found}; leave it out")
 
 
 @dataclass

@@ -102,7 +102,7 @@ class ModelJudge(Judge):
 
     def __init__(self, run, task, path):
         run.reads(path, "reward")
-        model, self.tokenizer, meta = checkpoint.load_scalar(path, task)
+        model, self.tokenizer, meta = checkpoint.load_scalar(path, task, run.shard)
         self.run, self.task, self.path, self.bound = run, task, path, task.bound
         self.model = run.freeze(run.place(model))
         data.say(f"{path} judges the responses: {checkpoint.describe(meta)}")

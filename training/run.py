@@ -19,12 +19,13 @@ from tqdm import tqdm
 import data
 import gpt
 from data import Stopped, UserError
-from training import checkpoint, distributed, lora, memory
+from training import checkpoint, distributed, lora, memory, sharding
 from training.device import Compute
 from training.files import Files
 from training.process import interrupts
 
-FREE = ("resume", "log_every", "save_every", "out")  # options that cannot change a run's bits
+# options that cannot change a run's bits, but for --shard, which can by rounding
+FREE = ("resume", "log_every", "save_every", "out", "shard")
 LARGE = 1e6  # a reward above it is named where the loss is not finite
 SHOWN = (  # beside the progress bar, where a method logs them
     *("loss", "reward", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "nll_loss"),
@@ -49,6 +50,7 @@ class Run(Compute):
 
     def __init__(self, method, o):
         super().__init__(o)
+        self.shard, self.compile = o.shard, o.compile
         self.method = method
         o.out = o.out or checkpoint.default_path(o.task, method)
         self.files = Files(o.out)
@@ -79,10 +81,12 @@ class Run(Compute):
             checkpoint.load(o.init)  # a wrong one is told before anything is trained
         return checkpoint.make_if_missing(o.task, method, o.device, o.dtype)
 
-    def load(self, path, task):
-        """-> (policy, tokenizer) of a checkpoint; the task takes over its chat template."""
+    def load(self, path, task, scalar=False):
+        """-> (policy, tokenizer) of a checkpoint; the task takes over its chat template. scalar:
+        its trunk alone, with a new head that gives one number."""
         self.reads(path, "init")
-        model, tokenizer, meta = checkpoint.load(path, task)
+        model, tokenizer, meta = checkpoint.load(path, task, mapped=self.shard)
+        model = gpt.ScalarGPT(model.config, self.o.seed, trunk=model) if scalar else model
         tokenizer = self.told(tokenizer)
         task.template = meta["template"]
         self.start, self.init = path, self.o.reference or path
@@ -117,7 +121,7 @@ class Run(Compute):
     def prepare(self, model):
         """-> a model that is to be trained"""
         model.checkpoint_activations = self.o.checkpoint_activations
-        return self.adapt(self.place(model))
+        return self.spread(self.adapt(self.place(model)))
 
     def hold(self, **models):
         self.models = {role: model for role, model in models.items() if model is not None}
@@ -294,9 +298,10 @@ class Run(Compute):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.o)
-        distributed.total_gradients(parameters)
+        if not self.shard:  # where it is in the backward pass
+            distributed.total_gradients(parameters)
         self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.o.grad_clip)
+        norm = sharding.full(torch.nn.utils.clip_grad_norm_(parameters, self.o.grad_clip))
         loss = self.sums["loss"]
         if torch.isfinite(norm + loss):
             self.scaler.step(optimizer)
@@ -383,8 +388,9 @@ class Run(Compute):
             final |= {"peak_bytes": sum(parts.values()), "peak": parts, "peak_most": most}
         with interrupts.held():
             with self.files.writes(self.o.out):
-                meta |= self._adapters(policy)
+                policy = sharding.gathered(policy) if self.shard else policy
                 if distributed.first:
+                    meta |= self._adapters(policy)
                     gpt.save(policy, self.o.out, **meta, **evaluator.facts(final))
             self.files.record({"final": final})
             self.files.drop_state()
@@ -473,6 +479,7 @@ class Run(Compute):
         state = {"step": step, "options": self.options, "processes": distributed.size}
         state |= {name: x.state_dict() for name, x in self.weights_state.items()}
         state |= drawn or self._drawn()
+        state = sharding.whole(state) if self.shard else state
         with interrupts.held():
             self.files.save(state | {"wall": time.time() - self.wall})
 
@@ -481,7 +488,7 @@ class Run(Compute):
         if self.step == self.first or self.updates:
             return
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not distributed.total(any(not torch.isfinite(p).all() for p in weights)):
+        if not distributed.total(any(not sharding.local(p).isfinite().all() for p in weights)):
             self._save(self.step, self.drawn)
             path = self.files.state_path
             say(f"step {self.step} is saved in {path}; --resume goes on from there")
@@ -495,9 +502,12 @@ class Run(Compute):
         if not distributed.of_first(self.files.interrupted):
             say(f"--resume: there is no {self.files.state_path} yet, so this run starts afresh")
             return False
-        state = self.files.load(self.options, self.device)
+        state = self.files.load(self.options, "cpu" if self.shard else self.device)
         for name, x in (self.weights_state | self.drawn_state).items():
-            x.load_state_dict(state[name])
+            if self.shard and x is self.optimizer:
+                sharding.load_optimizer(x, state[name])
+            else:
+                x.load_state_dict(state[name])
         self.generator.set_state(state["generator"].cpu())
         self.wall = time.time() - state["wall"]
         self.first, self.tokens, self.sampled = state["step"], state["tokens"], state["sampled"]
@@ -516,19 +526,19 @@ class Run(Compute):
 
 
 class Weights:
-    """What is trained of a model, as --resume saves it"""
+    """What is trained of a model, as --resume saves it; or with `frozen` all of it"""
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, model, frozen=False):
+        self.model, self.frozen = model, frozen
 
     def state_dict(self):
-        return {k: p.detach() for k, p in self.model.named_parameters() if p.requires_grad}
+        named = self.model.named_parameters()
+        return {k: p.detach() for k, p in named if p.requires_grad or self.frozen}
 
-    @torch.no_grad()
     def load_state_dict(self, state):
         parameters = dict(self.model.named_parameters())
         for name, x in state.items():
-            parameters[name].copy_(x)
+            sharding.put(parameters[name], x)
 
 
 def say(text):
