@@ -14,7 +14,10 @@ device add the context (about 0.5 GB), the workspaces of its libraries and round
     logits        what has the vocabulary as its last axis: logits, softmax and their gradients
     sampling      all that sampling makes: the KV cache, uniforms, next-token distributions; and
                   what judges the samples
+    gathered      with --shard: whole weights while they are needed, gradients on their way
     activations   the rest: what the backward pass keeps and makes, log-probs, the batch
+
+Of many processes each counts what it holds itself.
 """
 
 import weakref
@@ -25,13 +28,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from training.sharding import local
+
 aten = torch.ops.aten
 PRODUCTS = aten.mm.default, aten.addmm.default, aten.linear.default, aten.bmm.default
 
 
 def records(models):
     """{role: model} -> a plain record for each: role, trainable, parameters, how many of them are
-    trained, bytes, their parts. Weights that an earlier model has too count once: there."""
+    trained, bytes, their parts. Weights that an earlier model has too count once: there. Of parts
+    the bytes are those of this process."""
     out, counted = [], set()
     for role, model in models.items():
         parameters = list(model.parameters())
@@ -52,7 +58,7 @@ def records(models):
 
 
 def _bytes(parameters):
-    return sum(p.numel() * p.element_size() for p in parameters)
+    return sum(local(p).numel() * p.element_size() for p in parameters)
 
 
 def ledger(records):
@@ -148,7 +154,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, vocabulary=()):
         super().__init__()
         self.vocabulary = vocabulary
-        self.live = {}  # storage -> [bytes, category]
+        self.live = {}  # storage -> [bytes, category, a weak reference to it]
         self.heads = set()  # the storages of the vocabulary's weights
         self.now = Counter()
         self.total = 0
@@ -167,39 +173,63 @@ class Tracker(TorchDispatchMode):
 
     def own(self, tensor, category, head=False):
         """Counts a tensor, or moves one that is counted already to another category."""
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self.live:
             self.now[self.live[key][1]] -= size
         else:
             self.total += size
             weakref.finalize(storage, self._end, key)
-        self.live[key] = [size, category]
+        self.live[key] = [size, category, weakref.ref(storage)]
         self.now[category] += size
         if head:
             self.heads.add(key)
+        self._look(category)
+
+    def _look(self, category):
         self.most[category] = max(self.now[category], self.most.get(category, 0))
         if self.total > self.peak:
             self.peak = self.total
             self.parts = dict(self.now)
 
+    def _resized(self):
+        """FSDP2 frees whole weights by making their storages empty, and fills these again."""
+        for entry in list(self.live.values()):
+            storage = entry[2]()
+            more = storage.nbytes() - entry[0] if storage is not None else 0
+            if more:
+                entry[0] += more
+                self.total += more
+                self.now[entry[1]] += more
+                self._look(entry[1])
+
     def _end(self, key):
-        size, category = self.live.pop(key)
+        size, category, _ = self.live.pop(key)
         self.total -= size
         self.now[category] -= size
         self.heads.discard(key)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = [local(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         given = [(x, x.untyped_storage()._cdata) for x in tensors]
+        if func.namespace in ("fsdp", "c10d"):
+            self._gathered(func, given)
         old = {key for _, key in given}
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor):
-                key = x.untyped_storage()._cdata
+                key = local(x).untyped_storage()._cdata
                 if key not in self.live and key not in old:
                     self.own(x, *self._kind(func, given, x))
         return out
+
+    def _gathered(self, func, given):
+        """Counts what FSDP2 makes beside the graph: whole weights, and the sums of gradients."""
+        self._resized()
+        summed = "reduce_scatter" in func.name()
+        for i, (x, key) in enumerate(given):
+            if key not in self.live or self.live[key][1] == "activations":
+                self.own(x, "gradients" if summed and i == 0 else "gathered")
 
     def _kind(self, func, given, out):
         """-> the category of what `func` has made of the tensors given, and whether it is a copy of
