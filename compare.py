@@ -65,19 +65,24 @@ class Options:
     n_embd: int = opt(0, "its width (default: the task's)", low=1)
     predict: str = opt("", "train nothing: a step's memory at own, 1b, 7b or a folder's size")
     lora: int = opt(0, "rank of the adapters that are trained, with --predict (0: none)", low=0)
+    ranks: int = opt(1, "processes, each with a step of its own, with --predict", low=1)
+    shard: bool = opt(False, "each of them holds a part of the models, with --predict")
     vocab_size: int = opt(0, "its tokens, with --predict (default: the size's)", low=1)
     batch_size: int = opt(4, "sequences a step, with --predict; a pair is two", low=1)
     micro_batch: int = opt(0, "sequences a forward pass, with --predict (0: all)", low=0)
     seq_len: int = opt(0, "tokens of one (default: 2048; own: the task's)", low=4)
 
     def check(self):
-        unread = self.given & {"vocab_size", "batch_size", "micro_batch", "seq_len", "lora"}
+        unread = {"vocab_size", "batch_size", "micro_batch", "seq_len", "lora", "ranks", "shard"}
+        unread &= self.given
         if unread and not self.predict:
             with_it = "is read with --predict only; leave one of the two out"
             raise UserError(f"{flag(min(unread))} {with_it}")
         for row in self.methods:
             if row not in EVERY:
                 raise UserError(f"--methods {row}: no such row; there are {', '.join(EVERY)}")
+        if self.shard and self.ranks == 1:
+            raise UserError("--shard cuts models for many processes; give --ranks N too")
         if "rlaif" in self.methods and self.task != "reviews" and not self.predict:
             words = f"rlaif learns its skills on reviews only, not on {self.task}"
             raise UserError(f"--methods {words}; leave it out")
@@ -212,7 +217,7 @@ def predict_all(o, folder):
     task, _ = predict.settings(o)
     text = (
         f"Memory of a step at its peak, {symbol}, predicted: --predict {o.predict}, {task}, "
-        f"{f'--lora {o.lora}, ' if o.lora else ''}"
+        f"{f'--lora {o.lora}, ' if o.lora else ''}{ranks(o)}"
         f"{o.batch_size} sequences a step (a pair is two), {o.micro_batch or o.batch_size} a "
         "forward pass. In each cell: float32 weights with bfloat16 autocast / bfloat16 weights and "
         "moments. Logits and sampling are the most that they take by themselves, which may be at "
@@ -222,6 +227,12 @@ def predict_all(o, folder):
     record = {"command": o.line, "predict": o.predict, "task": task, "methods": found}
     publish(folder, record, text, plots.draw_prediction(found, symbol, folder))
     return []
+
+
+def ranks(o):
+    """-> how the models lie on many processes, as text"""
+    shard = "--shard, " if o.shard else ""
+    return f"of each of --ranks {o.ranks}, {shard}" if o.ranks > 1 else ""
 
 
 def publish(folder, record, text, pictures):
@@ -243,6 +254,7 @@ def main(argv=None):
     if o.predict:
         path = re.sub(r"[^\w.]+", "-", os.path.relpath(o.predict)).strip("-.")
         name = f"predict-{path}" + (f"-lora-{o.lora}" if o.lora else "")
+        name += (f"-ranks-{o.ranks}" if o.ranks > 1 else "") + ("-shard" if o.shard else "")
         predict.settings(o)
     folder = Path(o.out or f"out/compare/{name}")
     try:

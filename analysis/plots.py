@@ -12,6 +12,7 @@ STYLE = {}  # of each row
 for row, colour, marker in zip(EVERY, [*COLOURS, "olive"], "*osD^v<p>PXhd8HsD", strict=True):
     STYLE[row] = {"color": colour, "marker": marker}
 HATCH = dict(zip(PARTS, ("", "xx", "//", "..", "\\\\", "++", "oo"), strict=True))
+HATCH["gathered"] = "--"
 HALO = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}  # behind text
 PRECISIONS = {"bfloat16": "autocast", "bfloat16-pure": "pure bf16"}
 

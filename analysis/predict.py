@@ -5,6 +5,7 @@ one optimizer step is counted by training.memory, as a run counts its second. Wh
 is said in rows.py; what its loop makes around compute_loss is said here.
 """
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -21,7 +22,7 @@ import data
 from analysis.rows import EVERY, SAMPLED, in_pairs, longest_context
 from data import UserError
 from gpt import GPT, GPTConfig, KVCache, Rollout, ScalarGPT, load
-from training import Compute, hf, lora, memory, parse
+from training import Compute, distributed, hf, lora, memory, parse, sharding
 from training.checkpoint import is_checkpoint
 from training.options import flag
 from training.reward import ROWS
@@ -44,15 +45,39 @@ WIDE = {  # what a loop adds to its rollout: numbers for each token
 }
 
 
-def predict(row, o, config):
+def predict(row, o, config, ranks=1, shard=False):
     """One optimizer step of a row, of its script's options `o`, with models of that config ->
     models: the ledger's records; predicted: bytes at the peak by category; predicted_most: the most
-    of each category by itself; predicted_bytes: their sum at the peak"""
+    of each category by itself; predicted_bytes: their sum at the peak. Of many processes, each with
+    a step of these options, the bytes are those of one; shard: it holds parts of the models."""
+    with pretended(ranks) if shard else contextlib.nullcontext():
+        return _predict(row, o, config, ranks, shard)
+
+
+@contextlib.contextmanager
+def pretended(ranks):
+    """Within it this is the first of so many processes, whose messages cost nothing."""
+    import torch.testing._internal.distributed.fake_pg as fake
+
+    distributed.mesh.cache_clear()
+    torch.distributed.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=ranks)
+    try:
+        with patch.object(distributed, "size", ranks):
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+        distributed.mesh.cache_clear()
+
+
+def _predict(row, o, config, ranks, shard):
     name = EVERY[row].script
     compute = Compute(o)
     compute_loss = importlib.import_module(name).compute_loss
     takes = inspect.signature(compute_loss).parameters
     models = outlines(EVERY[row].models.split(), o, config, compute)
+    compute.shard = shard
+    for model in models.values() if shard else ():
+        sharding.cut(model, "cpu")
     asked = {role: models.get(role) for role in ROLES if role in takes}
     task = data.task(o.task)
     tokenizer = data.tokenizer(own=task.tokenizer)
@@ -71,7 +96,7 @@ def predict(row, o, config):
     with FakeTensorMode(allow_non_fake_inputs=True), patch("gpt.places", places):
         for model in models.values():
             model.to_empty(device="cpu")
-        if o.lora and "ref" in models:
+        if o.lora and "ref" in models and not shard:
             models["ref"] = lora.base(models["policy"])
             asked |= {"ref": models["ref"]} if "ref" in asked else {}
         trained = [p for model in models.values() for p in model.parameters() if p.requires_grad]
@@ -82,7 +107,8 @@ def predict(row, o, config):
         optimizer.zero_grad()
         with memory.track(models, optimizer) as tracker:
             if name in WIDE:
-                rollout, batches = sampled(name, models, o, compute, tracker, prompt, response)
+                sizes = prompt, response, ranks
+                rollout, batches = sampled(name, models, o, compute, tracker, *sizes)
             for batch in batches:
                 batch = tree_map_only(torch.Tensor, torch.empty_like, batch)
                 with compute.autocast():
@@ -131,9 +157,9 @@ def labelled(row, o, task, tokenizer, block_size):
     return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
-def sampled(name, models, o, compute, tracker, prompt, response):
-    """A step's samples, their judge, and the passes over all of them. -> (the rollout, the
-    micro-batches of a minibatch)"""
+def sampled(name, models, o, compute, tracker, prompt, response, ranks):
+    """A step's samples, their judge, and the passes over all of them. -> (the rollout of all
+    processes, the micro-batches of a minibatch)"""
     n = o.batch_size
     width = prompt + response
     pairs = name == "online_dpo"
@@ -142,30 +168,30 @@ def sampled(name, models, o, compute, tracker, prompt, response):
     with torch.no_grad():
         sample(models, n, group, prompt, response, compute)
         n *= 2 if pairs else group
-        rollout = drawn(n, width)
+        rollout = drawn(n * ranks, width)
         tracker.during(None)
-        for part in cut(rollout, o.micro_batch):
+        for part in cut(drawn(n, width), o.micro_batch):
             for role, model in models.items():
                 with compute.autocast():
                     if role == "critic":
                         model.values_before(part.ids)
                     elif role != "reward":
                         model.logprobs(part.ids, part.mask)
-    rollout |= added(name, n, width)
-    minibatch = rollout | {"old_logp": None}
+    rollout |= added(name, n * ranks, width)
     parts = getattr(o, "minibatches", 1)
+    minibatch = rollout | {"old_logp": None}
     if parts * getattr(o, "updates", 1) > 1:
-        minibatch = drawn(n // parts, width) | added(name, n // parts, width)
-    return rollout, list(cut(minibatch, 2 * o.micro_batch if pairs else o.micro_batch))
+        minibatch = drawn(n * ranks // parts, width) | added(name, n * ranks // parts, width)
+    share = next(cut(minibatch, n // parts))
+    return rollout, list(cut(share, 2 * o.micro_batch if pairs else o.micro_batch))
 
 
 def sample(models, prompts, group, prompt, response, compute):
     """What gpt.sample makes until the last token, then what judges it"""
-    policy = models["policy"]
+    policy = compute.to_sample(models["policy"])
     n, width = prompts * group, prompt + response
     uniforms_and_draws = torch.empty(4, n, response)  # draws are int64, with probabilities
     with compute.autocast(), torch.inference_mode():
-        policy = compute.to_sample(policy)
         cache = KVCache(policy.config, prompts, width, dtype=compute.dtype)
         policy.hidden(torch.zeros(prompts, prompt, dtype=torch.int64), cache)
         if group > 1:
@@ -205,7 +231,7 @@ def cut(rollout, size):
 def of_run(row, first):
     """The first line of a run's record -> the figures of its step, had it been predicted; none of a
     file's rows, and where the checkpoint is gone"""
-    since = {"lora": 0, "lora_alpha": 0.0}  # options that older records have not
+    since = {"lora": 0, "lora_alpha": 0.0, "shard": False}  # options that older records have not
     o = SimpleNamespace(**since | first["options"] | {"device": "cpu"})
     o.dtype = first["dtype"] if o.dtype == "auto" else o.dtype
     if data.kind(o.task) == "file":
@@ -269,7 +295,7 @@ def ask(row, o, recompute, dtype):
     argv += ["--checkpoint-activations" if recompute else "--no-checkpoint-activations"]
     argv += ["--lora", o.lora] if o.lora else []
     argv += ["--batch-size", n, "--micro-batch", micro, "--dtype", dtype, "--task", task]
-    found = predict(row, options(row, *argv), config)
+    found = predict(row, options(row, *argv), config, o.ranks, o.shard)
     facts = {"method": row, "dtype": dtype, "checkpoint_activations": recompute}
     return facts | found | {"card": fits(found["predicted_bytes"])}
 

@@ -244,10 +244,12 @@ def predictions(found):
     """Rows of compare.json's prediction, the two precisions one after the other -> (the table, the
     unit of its figures)"""
     unit, symbol = size_unit(max(x["predicted_bytes"] for x in found))
+    gathered = ["gathered"] if any("gathered" in x["predicted_most"] for x in found) else []
 
     def cells(x):
         """Logits and sampling: the most that they take by themselves"""
-        sizes = {"peak": x["predicted_bytes"]} | dict.fromkeys(PARTS, 0) | x["predicted"]
+        parts = dict.fromkeys([*PARTS, *gathered], 0)
+        sizes = {"peak": x["predicted_bytes"]} | parts | x["predicted"]
         sizes |= {name: x["predicted_most"].get(name, 0) for name in PARTS[-2:]}
         models = ", ".join(f"{m['role']} {m['bytes'] / unit:.1f}" for m in x["models"])
         shown = {name: f"{size / unit:.1f}" for name, size in sizes.items()}

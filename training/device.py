@@ -48,7 +48,8 @@ class Compute:
 
     def autocast(self):
         low = self.dtype if self.mixed else None
-        return torch.autocast(self.device.type, low, enabled=self.mixed)
+        kept = not self.shard  # a kept cast would outlive the weights that were gathered for it
+        return torch.autocast(self.device.type, low, enabled=self.mixed, cache_enabled=kept)
 
     def freeze(self, model):
         """-> a frozen copy. Its linear weights have the compute precision, so that it agrees with

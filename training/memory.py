@@ -28,6 +28,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gpt import GPT
 from training.sharding import local
 
 aten = torch.ops.aten
@@ -126,11 +127,12 @@ def flops(models, forward, backward, recompute=False):
 @contextmanager
 def track(models, optimizer):
     """-> the Tracker that counts what happens inside, from weights and moments that are there"""
-    tracker = Tracker({model.config.vocab_size for model in models.values()})
+    languages = [model for model in models.values() if isinstance(model, GPT)]
+    tracker = Tracker(languages)
     hooks = []
     for model in models.values():
         for p in model.parameters():
-            tracker.own(p, "weights", head=p is getattr(model, "head", None))
+            tracker.own(p, "weights")
             if p.requires_grad:
                 count = p.register_post_accumulate_grad_hook
                 hooks.append(count(lambda p: tracker.own(p.grad, "gradients")))
@@ -151,11 +153,11 @@ class Tracker(TorchDispatchMode):
     """`total`: bytes of the storages that are live. `peak`: the greatest that it was. `parts`: that
     peak by category. `most`: the greatest that each category was by itself."""
 
-    def __init__(self, vocabulary=()):
+    def __init__(self, languages=()):
         super().__init__()
-        self.vocabulary = vocabulary
+        self.languages = languages  # models with logits
         self.live = {}  # storage -> [bytes, category, a weak reference to it]
-        self.heads = set()  # the storages of the vocabulary's weights
+        self.heads = set()  # the storages of copies of the vocabulary's weights
         self.now = Counter()
         self.total = 0
         self.phase = None
@@ -217,7 +219,7 @@ class Tracker(TorchDispatchMode):
             self._gathered(func, given)
         old = {key for _, key in given}
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
+            if isinstance(x, torch.Tensor) and x.device.type != "meta":
                 key = local(x).untyped_storage()._cdata
                 if key not in self.live and key not in old:
                     self.own(x, *self._kind(func, given, x))
@@ -231,14 +233,20 @@ class Tracker(TorchDispatchMode):
             if key not in self.live or self.live[key][1] == "activations":
                 self.own(x, "gradients" if summed and i == 0 else "gathered")
 
+    def _heads(self):
+        """-> the storages of the vocabulary's weights, which FSDP2 changes"""
+        now = [local(model.head).untyped_storage()._cdata for model in self.languages]
+        return self.heads.union(now)
+
     def _kind(self, func, given, out):
         """-> the category of what `func` has made of the tensors given, and whether it is a copy of
         the vocabulary's weights"""
         kinds = [self.live[key][1] if key in self.live else "" for _, key in given]
-        heads = [key in self.heads for _, key in given]
-        if func is aten._to_copy.default and kinds[0] == "weights":
-            return self.phase or "casts", heads[0]
-        logits = any(heads) and func in PRODUCTS and out.size(-1) in self.vocabulary
+        if func is aten._to_copy.default and kinds[0] in ("weights", "gathered"):
+            return self.phase or "casts", given[0][1] in self._heads()
+        size = out.size(-1) if func in PRODUCTS else 0
+        logits = any(size == model.config.vocab_size for model in self.languages)
+        logits = logits and any(key in self._heads() for _, key in given)
         for (x, _), kind in zip(given, kinds):
             logits = logits or kind == "logits" and x.shape == out.shape
         return self.phase or ("logits" if logits else "activations"), False

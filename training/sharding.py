@@ -46,22 +46,27 @@ def lay_out(model, dtype):
 
 
 def shard(model, device):
-    """Cuts a model into parts, one for each process. Gradients are summed over them."""
+    """Cuts a model into parts, and reads this process's."""
+    found = values(lay_out(model, None))
+    cut(model, device.type).to_empty(device=device)
+    for name, p in model.named_parameters():
+        put(p, found.pop(name)())
+    del model.unread
+    return model
+
+
+def cut(model, kind):
+    """A model on "meta" -> the same, each tensor of it a part. Gradients are summed over them."""
     # half a second to import, which few runs need
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # none is written
-    found = values(lay_out(model, None))
     for unit in (*model.blocks, model):
-        fully_shard(unit, mesh=distributed.mesh(device.type), reshard_after_forward=True)
+        fully_shard(unit, mesh=distributed.mesh(kind), reshard_after_forward=True)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     for method in ("values", "score") if isinstance(model, ScalarGPT) else ("logprobs",):
         register_fsdp_forward_method(model, method)  # the outermost alone: an inner one would free
-    model.to_empty(device=device)
-    for name, p in model.named_parameters():
-        put(p, found.pop(name)())
-    del model.unread
     return model
 
 
