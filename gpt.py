@@ -168,8 +168,10 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, None, layer, angles, use_reentrant=False)
+            elif cache:
+                x = block.forward(x, cache, layer, angles)  # past the hooks: never compiled
             else:
-                x = block(x, cache, layer, angles)
+                x = block(x, None, layer, angles)
         return self.norm(x)
 
     def forward(self, ids, cache=None):

@@ -428,13 +428,13 @@ class Run(Compute):
 
     @contextlib.contextmanager
     def _measured(self):
-        """Counts the bytes of a whole step: on a CPU those of its tensors, on a GPU those that its
-        allocator gave out."""
+        """Counts the bytes of a whole step: on a CPU those of its tensors, which compiled code does
+        not show, on a GPU those that its allocator gave out."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             yield
             self.peak = {"all": self.allocated}, {}
-        elif self.device.type == "cpu":
+        elif self.device.type == "cpu" and not self.compile:
             with memory.track(self.models, self.optimizer) as self.tracker:
                 yield
             self.tracker = None
