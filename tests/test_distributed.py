@@ -1,16 +1,26 @@
 """Many processes are one: the same weights and figures, whatever their number."""
 
+import hashlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 
 import many
 import pytest
 import torch
-from conftest import ROOT, lines
+from conftest import ROOT, lines, main
 
-from gpt import uniforms
+import dpo
+import training
+from analysis import predict
+from data import UserError
+from gpt import GPTConfig, load, sample, uniforms
+from training import Run, distributed
 
 TINY = "--steps 3 --batch-size 4 --log-every 1 --warmup 1 --device cpu --eval-prompts 6".split()
 SHORT = [*TINY, "--init", "ends.pt"]
@@ -35,14 +45,20 @@ CLOSE = {  # in float64
 SHARDED = ("uneven", "ppo", "lora", "lora-ppo", "online")  # which run once more with --shard
 
 
-def torchrun(folder, *args, n=2, ok=True, **more):
-    """-> the finished torchrun of n processes, each on one thread"""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *args]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, **more)
-    if ok:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+def start(folder, *args, n=2, **more):
+    """Starts torchrun with n processes, each on one thread."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n)]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | more
+    return subprocess.Popen([*command, *map(str, args)], env=env, **how)
+
+
+def torchrun(folder, *args, code=0, **more):
+    """-> what a whole torchrun prints, which ends with this code"""
+    process = start(folder, *args, **more)
+    said = "".join(process.communicate())
+    assert process.returncode == code, said
+    return said
 
 
 def write_cases(folder, cases):
@@ -71,13 +87,10 @@ def both(ends, tmp_path_factory):
 
 
 def store_rollout(folder):
-    from gpt import load, sample
-
     model, meta = load(folder / "ends.pt")
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [3]]
-    rollout = sample(
-        model, prompts, 6, model.config.vocab_size - 1, group=4, uniform=uniforms(16, 6)
-    )
+    end, uniform = model.config.vocab_size - 1, uniforms(16, 6)
+    rollout = sample(model, prompts, 6, end, group=4, uniform=uniform)
     torch.save(vars(rollout), folder / "rollout.pt")
 
 
@@ -98,6 +111,32 @@ def test_two_processes_give_the_weights_of_one(name, both):
     assert max((one[key] - two[key]).abs().max() for key in one) <= 1e-11
 
 
+def test_the_uneven_batch_has_a_stand_in(monkeypatch):
+    """Five rows two at a time are three parts, dealt to two processes: the second has one part of
+    its own and the first part in its second turn, which counts for nothing."""
+    monkeypatch.setattr(distributed, "size", 2)
+    dealt = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", rank)
+        dealt.append([(part.start, part.stop, own) for part, own in distributed.shares(5, 2)])
+    assert dealt == [[(0, 2, True), (4, 5, True)], [(2, 4, True), (0, 2, False)]]
+    assert [(x.start, x.stop) for x, _ in distributed.shares(5)] == [(3, 5)]
+    assert distributed.mine(5) == slice(2, 5) and distributed.mine(1) == slice(0, 1)
+
+
+def test_a_rank_holds_half(both):
+    """The ledger and the measured peak of --shard are those of one process of two: of every tensor
+    it has the half, the larger one where a number is odd, and a gathered block is there too."""
+    whole, part = (lines(both / f"ppo{x}-2.jsonl")[-1]["final"] for x in ("", "-shard"))
+    for a, b in zip(whole["models"], part["models"]):
+        assert a["parameters"] == b["parameters"] and 0.5 * a["bytes"] <= b["bytes"]
+        assert b["bytes"] <= 0.52 * a["bytes"]
+    assert part["peak"]["weights"] == sum(m["weight_bytes"] for m in part["models"])
+    moments = sum(m["optimizer_bytes"] for m in part["models"])
+    assert 0 <= part["peak"]["optimizer"] - moments < 1000  # and a count of steps for each tensor
+    assert part["peak"]["gathered"] > 0 and part["peak_bytes"] < whole["peak_bytes"]
+
+
 TIMES = ("_ms", "_s", "_bytes", "peak", "peak_most", "models")
 
 
@@ -111,3 +150,315 @@ def test_two_processes_record_the_figures_of_one(name, both):
         for key in a:
             if not key.endswith(TIMES):
                 assert a[key] == pytest.approx(b[key], abs=1e-12, rel=1e-12), key
+
+
+# ---- precision, and what one process refuses
+
+LAST = ["--log-every", 1, "--eval-prompts", 4, "--device", "cpu", "--init", "ends.pt"]
+
+
+@pytest.fixture
+def shop(both, tmp_path, monkeypatch):
+    """A folder of its own with ends.pt and judge.py"""
+    for name in ("ends.pt", "judge.pt", "judge.py"):
+        (tmp_path / name).write_bytes((both / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_float16_backs_off_trains_and_resumes(shop, monkeypatch):
+    """From a scale of 2^40 gradients are not finite: the steps are skipped, the weights stay, and
+    the scale halves until they fit. A run that is interrupted then goes on with that scale."""
+    large = partial(torch.amp.GradScaler, init_scale=2.0**40)
+    monkeypatch.setattr(torch.amp, "GradScaler", large)
+    args = ["--dtype", "float16", "--batch-size", 4, "--micro-batch", 2, *LAST]
+    assert main("dpo", *args, "--steps", 40, "--out", "a.pt") == 0
+    first, *steps, last = lines(shop / "a.jsonl")
+    skipped = [line["skipped"] for line in steps]
+    assert skipped[0] == 1 and 5 < skipped[-1] < 30 and first["dtype"] == "float16"
+    assert steps[-1]["scale"] == 2.0 ** (40 - skipped[-1])
+    assert [line["loss"] for line in steps[: skipped[-1]]] == pytest.approx(
+        [0.693147] * skipped[-1], abs=1e-4
+    )  # no weight has moved, whatever the pairs
+    assert all(("grad_norm" in b) == (a == b["skipped"]) for a, b in zip([0, *skipped], steps))
+    assert steps[-1]["loss"] != pytest.approx(0.693147, abs=1e-4)
+
+    class Enough(Exception):
+        pass
+
+    update, calls = Run.update, []
+
+    def stop(self, *rest):
+        calls.append(1)
+        if len(calls) == 23:
+            raise Enough
+        update(self, *rest)
+
+    with monkeypatch.context() as m, pytest.raises(Enough):
+        m.setattr(Run, "update", stop)
+        main("dpo", *args, "--steps", 40, "--out", "b.pt", "--save-every", 21)
+    assert main("dpo", *args, "--steps", 40, "--out", "b.pt", "--save-every", 21, "--resume") == 0
+    assert lines(shop / "b.jsonl")[1:-1] == steps
+    one, two = weights("a.pt"), weights("b.pt")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_float16_is_close_to_float32(shop):
+    for dtype in ("float16", "float32"):
+        how = ["--reward", "judge.py:odd", "--max-new-tokens", 6, "--minibatches", 2, "--lora", 2]
+        assert (
+            main("grpo", "--dtype", dtype, *how, *LAST, "--steps", 2, "--out", f"{dtype}.pt") == 0
+        )
+    half, full = (lines(shop / f"{dtype}.jsonl")[1:-1] for dtype in ("float16", "float32"))
+    assert half[0]["skipped"] == 0 and half[0]["scale"] == 65536
+    assert half[0]["entropy"] == pytest.approx(full[0]["entropy"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--shard"], "start it with torchrun --nproc-per-node N"),
+        (["--compile"], "--compile needs a C++ compiler"),
+    ],
+)
+def test_refused(args, words, shop, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert main("dpo", *LAST, *args) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_shard_asks_for_torch_2_8(shop, capsys, monkeypatch):
+    monkeypatch.setattr(distributed, "many", True)
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cu126")
+    with pytest.raises(UserError, match="needs torch 2.8 or later"):
+        training.parse(dpo.Options, ["--shard"])
+
+
+def test_a_prediction_of_ranks(shop):
+    """What a rank holds of each model falls with their number; without --shard nothing does."""
+    config = GPTConfig(640, 64, 2, 2, 64)
+    o = predict.options("dpo", "--batch-size", 2, "--task", "tokens:8+8", "--dtype", "float32")
+    one, eight = (predict.predict("dpo", o, config, n, n > 1) for n in (1, 8))
+    replicas = predict.predict("dpo", o, config, 8)
+    assert replicas["predicted"] == one["predicted"]
+    for a, b in zip(one["models"], eight["models"]):
+        assert b["bytes"] == pytest.approx(a["bytes"] / 8, rel=0.02)
+    assert eight["predicted"]["weights"] == sum(m["weight_bytes"] for m in eight["models"])
+    assert eight["predicted"]["gathered"] > 0
+
+
+# ---- slow: everything once more, and what goes wrong
+
+MORE = CLOSE | {
+    "sft": ["sft", *SHORT, "--dtype", "float64"],
+    "dpo": ["dpo", *WIDE],
+    "simpo": ["simpo", *WIDE],
+    "orpo": ["orpo", *WIDE],
+}
+RLAIF = (
+    "--skill-steps 30 --skill-lr 0.003 --n-layer 1 --n-head 2 --n-embd 16 --sl-steps 3 "
+    "--pm-steps 3 --steps 3 --batch-size 4 --answers 24 --comparisons 24 --max-new-tokens 16 "
+    "--log-every 1 --warmup 1 --device cpu --dtype float64 --eval-prompts 16 --init skilled.pt"
+).split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("shard", [[], ["--shard"]])
+def test_every_script(n, shard, shop):
+    skills = [x for x in RLAIF if x not in ("--init", "skilled.pt")]
+    assert main("rlaif", *skills, "--skill-lr", 0.03, "--out", "skilled.pt") == 0
+    (shop / "skilled-skills.pt").rename(shop / "skilled.pt")
+    cases = MORE | {"rlaif": ["rlaif", *RLAIF]}
+    write_cases(shop, {k: [*args, *shard] for k, args in cases.items()})
+    torchrun(shop, ROOT / "tests/many.py", "cases.json", n=n)
+    write_cases(shop, cases)
+    torch.set_num_threads(1)
+    many.main(["cases.json"])
+    for name in cases:
+        one, two = weights(f"{name}-1.pt"), weights(f"{name}-{n}.pt")
+        assert max((one[key] - two[key]).abs().max() for key in one) <= 1e-11, name
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+LONG = [ROOT / "dpo.py", *LAST, "--batch-size", 8, "--steps", 300, "--save-every", 20]
+
+
+def worker(parent, rank):
+    """-> the process number of a rank of a torchrun"""
+    for entry in os.listdir("/proc"):
+        try:
+            with open(f"/proc/{entry}/environ") as file:
+                mine = f"\0RANK={rank}\0" in "\0" + file.read()
+            with open(f"/proc/{entry}/stat") as file:
+                if mine and int(file.read().rpartition(")")[2].split()[1]) == parent:
+                    return int(entry)
+        except (OSError, ValueError, IndexError):
+            continue
+    raise AssertionError(f"no rank {rank}")
+
+
+def until(path, process):
+    """Waits for a file of a run."""
+    while not path.exists():
+        assert process.poll() is None, "".join(process.communicate())
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [[], ["--shard"]])
+def test_a_rank_is_killed(shard, shop):
+    """All end within seconds; the state is whole. Two processes go on to the bits of a run left
+    alone, one to its weights but for rounding."""
+    torchrun(shop, *LONG, *shard, "--out", "whole.pt")
+    process = start(shop, *LONG, *shard, "--out", "cut.pt")
+    until(shop / "cut.state", process)
+    os.kill(worker(process.pid, 1), signal.SIGKILL)
+    began = time.time()
+    said = "".join(process.communicate())
+    assert process.returncode == 1 and time.time() - began < 10
+    assert "dpo.py: rank 0: another process has ended; --resume goes on" in said
+    kept = (shop / "cut.state").read_bytes()
+    said = torchrun(shop, *LONG, *shard, "--out", "cut.pt", "--resume")
+    assert "resumed after step" in said and "rounding" not in said
+    assert digest(shop / "cut.pt") == digest(shop / "whole.pt")
+    assert lines(shop / "cut.jsonl")[1:-1] == lines(shop / "whole.jsonl")[1:-1]
+    assert not list(shop.glob("*.tmp")) and not (shop / "cut.state").exists()
+
+    (shop / "cut.pt").unlink()
+    (shop / "cut.state").write_bytes(kept)
+    said = many_to_one(shop, "--out", "cut.pt", "--resume")
+    assert "it was saved by 2 processes: the numbers will differ by rounding" in said
+    one, two = weights(shop / "cut.pt"), weights(shop / "whole.pt")
+    assert max((one[key] - two[key]).abs().max() for key in one) < 1e-2
+
+
+def many_to_one(folder, *args):
+    command = [sys.executable, *map(str, LONG), *args]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_torchrun_is_interrupted(number, shop):
+    """The step is finished and saved; the hint begins with torchrun, and works."""
+    torchrun(shop, *LONG, "--out", "whole.pt")
+    process = start(shop, *LONG, "--out", "cut.pt")
+    until(shop / "cut.state", process)
+    process.send_signal(number)
+    said = "".join(process.communicate())
+    assert process.returncode == 1
+    hint = re.search(
+        r"this goes on from step \d+, in cut.state: torchrun (.* --resume)$", said, re.M
+    )
+    assert said.count("dpo.py: interrupted") == 1 and hint
+    words = hint[1].split()
+    assert words[:2] == ["--nproc-per-node", "2"]
+    torchrun(shop, *words[2:])
+    assert digest(shop / "cut.pt") == digest(shop / "whole.pt")
+
+
+@pytest.mark.slow
+def test_a_reward_raises_on_rank_1(shop):
+    """It is said by that rank alone; all end within ten seconds, and nothing is lost that was done
+    before."""
+    (shop / "mine.py").write_text(
+        "import os\ncalls = []\n"
+        "def one(prompt, completion):\n    calls.append(1)\n"
+        "    if os.environ.get('RANK') == '1' and len(calls) > 40:\n"
+        "        raise ValueError('no')\n"
+        "    return len(completion) % 3\n"
+    )
+    args = [ROOT / "grpo.py", *LAST, "--steps", 9, "--batch-size", 4, "--group", 4]
+    args += ["--max-new-tokens", 6, "--reward", "mine.py:one"]
+    began = time.time()
+    said = torchrun(shop, *args, "--out", "x.pt", code=1)
+    assert time.time() - began < 20
+    assert [x for x in said.splitlines() if x.startswith("grpo.py: ")] == [
+        x for x in said.splitlines() if x.startswith("grpo.py: rank 1: --reward mine.py:one raised")
+    ]
+    kept = re.search(r"step (\d) is saved in x.state; --resume goes on from there", said)
+    assert kept and (shop / "x.state").exists()
+    (shop / "mine.py").write_text((shop / "mine.py").read_text().replace("> 40", "> 4000"))
+    assert f"resumed after step {kept[1]} of 9" in torchrun(
+        shop, *args, "--out", "x.pt", "--resume"
+    )
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once(shop):
+    for args in (["--beta", "x"], ["--init", "none.pt"], ["--task", "none.jsonl"]):
+        said = torchrun(shop, ROOT / "dpo.py", *LAST, *args, code=1)
+        assert len([x for x in said.splitlines() if x.startswith("dpo.py: ")]) == 1, said
+        assert "rank 1:" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [[], ["--shard"]])
+def test_fifteen_clean_exits(shard, shop):
+    for _ in range(15):
+        torchrun(shop, ROOT / "dpo.py", *LAST, "--steps", 2, "--batch-size", 4, *shard)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["dpo", "ppo"])
+def test_the_predicted_bytes_of_a_rank_are_measured(row, shop):
+    task = ["--task", "tokens:24+24", "--device", "cpu", "--dtype", "float32"]
+    small = ["--n-layer", 2, "--n-embd", 64, "--n-head", 2, "--steps", 2, "--block-size", 48]
+    assert main("sft", *task, *small, "--batch-size", 4) == 0
+    folder = "out/tokens-24+24"
+    if row == "ppo":
+        assert main("reward_model", *task, "--steps", 2, "--batch-size", 4) == 0
+    how = [] if row == "dpo" else ["--minibatches", 1, "--updates", 1, "--reward", "rm"]
+    args = [*task, *how, "--steps", 3]
+    torchrun(shop, ROOT / f"{row}.py", *args, "--batch-size", 16, "--shard")
+    measured = lines(shop / f"{folder}/{row}.jsonl")[-1]["final"]
+    o = predict.options(row, *task[:2], *task[4:], *how, "--batch-size", 8)
+    found = predict.predict(row, o, load(f"{folder}/sft.pt")[0].config, 2, True)
+    assert found["models"] == measured["models"]
+    assert found["predicted_bytes"] == pytest.approx(measured["peak_bytes"], rel=0.03)
+
+
+COMPILED = {
+    "dpo": ["dpo"],
+    "dpo-checkpointed": ["dpo", "--checkpoint-activations"],
+    "dpo-lora": ["dpo", "--lora", 2],
+    "grpo": ["grpo", *ROLLOUT, "--max-new-tokens", 6],
+}
+
+
+def recompiled(said):
+    """-> the step after which the last recompilation came, before the training ended"""
+    training = said.partition("test prompts")[0].rpartition("step 8/8")[0]
+    return len(re.findall(r"step \d/8:", training.rpartition("[__recompiles]")[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*COMPILED, "dpo-shard"])
+def test_compiled_blocks(name, shop):
+    """The losses are those of eager; nothing is compiled anew after the third step."""
+    script, *args = COMPILED[name.removesuffix("-shard")]
+    args = [*args, *LAST, "--steps", 8, "--batch-size", 4, "--micro-batch", 2]
+    assert main(script, *args, "--out", "eager.pt") == 0
+    run = partial(torchrun, n=2) if "shard" in name else partial(torchrun, n=1)
+    shard = ["--shard"] if "shard" in name else []
+    compiled = [ROOT / f"{script}.py", *args, "--compile", *shard, "--out", "c.pt"]
+    said = run(shop, *compiled, TORCH_LOGS="recompiles")
+    eager, found = lines(shop / "eager.jsonl")[1:-1], lines(shop / "c.jsonl")[1:-1]
+    for a, b in zip(eager, found, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    assert recompiled(said) <= 3
+    assert weights(shop / "c.pt").keys() == weights(shop / "eager.pt").keys()
+    (shop / "c.pt").unlink()
+    process = start(shop, *compiled, "--save-every", 2, n=2 if shard else 1)
+    until(shop / "c.state", process)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    run(shop, *compiled, "--save-every", 2, "--resume")
+    for a, b in zip(eager, lines(shop / "c.jsonl")[1:-1], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)

@@ -332,9 +332,11 @@ def command(main, argv=None):
             if not distributed.is_lost(e):
                 raise
             code, message = 1, ""
+        interrupts.over |= distributed.many  # torchrun's signal to end comes while one waits
         message = distributed.to_say(message, alone)
         script = os.path.basename(main.__code__.co_filename)
         if message:
             print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
-        distributed.end(code)
+        if interrupts.depth == 1:  # no earlier stage inside a run, which still has locks
+            distributed.end(code)
         sys.exit(code)
