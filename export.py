@@ -136,4 +136,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    training.command(main)
+    training.command(main, torchrun=False)

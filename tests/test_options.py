@@ -9,7 +9,7 @@ from conftest import ROOT, main
 from house import METHODS
 
 from data import UserError
-from training import parse
+from training import distributed, parse
 from training.options import RENAMED, flag
 
 COMMON = """init= reference= out= eval_file= steps=300 epochs=0 batch_size=32 micro_batch=0 lr=0.001
@@ -25,6 +25,8 @@ log_every=10 eval_every=0"""
 EFFECTIVE = """
 sft | steps=500 lr=0.004 warmup=50 tokenizer= n_layer=4 n_head=4 n_embd=128
 sft --task arithmetic:2 | steps=1600 batch_size=64 lr=0.002
+sft --n-layer 13 --n-embd 512 --n-head 8 --steps 1 --out big.pt | steps=1 out=big.pt n_layer=13
+    n_embd=512 n_head=8
 sft --task exact | steps=1000 batch_size=4096 lr=0.002 lr_schedule=linear block_size=8 n_layer=2
     n_embd=64
 sft --task my_sft.jsonl --block-size 1024 --truncate | steps=0 block_size=1024 truncate=True
@@ -304,3 +306,12 @@ def test_an_old_spelling_names_the_new_one(old, form):
         "--predict": "python compare.py --predict",
     }
     assert refused("ppo", *form.format(old).split()).startswith(f"{old} is now {new[old]}")
+
+
+def test_every_torchrun_of_the_docs_parses(monkeypatch):
+    monkeypatch.setattr(distributed, "many", True)
+    text = (ROOT / "docs/scaling.md").read_text()
+    found = re.findall(r"^torchrun .*? (\w+)\.py (.*)$", text, re.M)
+    assert len(found) > 2
+    for script, arguments in found:
+        assert read(f"{script} {arguments}")

@@ -173,6 +173,8 @@ def choose_device(name, dtype):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if distributed.many and device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name} is not on this machine; --device cpu always is") from None
     if device.type not in ("cpu", "cuda", "mps"):

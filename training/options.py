@@ -306,13 +306,16 @@ def _number(f):
     return read
 
 
-def command(main, argv=None):
-    """Runs main for the shell: a user's mistake is one line and an exit code, no traceback."""
+def command(main, argv=None, torchrun=True):
+    """Runs main for the shell: a user's mistake is one line and an exit code, no traceback.
+    torchrun: whether it knows what to do as one of many processes."""
     argv = sys.argv[1:] if argv is None else argv
     with streams(), interrupts.caught():
         alone = False
         try:
             with distributed.joined(), locks.given_back():
+                if distributed.many and not torchrun:
+                    raise UserError("this script is one process; start it with python")
                 return main(argv)
         except UserError as e:
             code, message, alone = e.code, str(e), e.alone

@@ -476,7 +476,7 @@ class Run(Compute):
 
     def _save(self, step, drawn=None):
         """drawn: earlier states, to be saved in place of the present ones"""
-        state = {"step": step, "options": self.options, "processes": distributed.size}
+        state = {"step": step, "options": self.options, "processes": self._processes()}
         state |= {name: x.state_dict() for name, x in self.weights_state.items()}
         state |= drawn or self._drawn()
         state = sharding.whole(state) if self.shard else state
@@ -515,9 +515,12 @@ class Run(Compute):
         self.step = self.first - 1
         self.files.begin()  # cut back to the saved step
         say(f"resumed after step {self.first} of {self.o.steps}")
-        if (n := state.get("processes", 1)) != distributed.size:
-            say(f"it was saved by {n} processes: the numbers will differ by rounding")
+        if (others := state.get("processes", "1")) != self._processes():
+            say(f"it was saved by {others} processes: the numbers will differ by rounding")
         return True
+
+    def _processes(self):
+        return f"{distributed.size}{' --shard' if self.shard else ''}"
 
     def _now(self):
         if self.device.type == "cuda":

@@ -40,6 +40,8 @@ def is_part(x):
 def lay_out(model, dtype):
     """Moves a model to "meta", and keeps in `unread` where its numbers are to be had."""
     found = values(model)
+    for module in model.children():
+        vars(module).pop("unread", None)
     model.to("meta", dtype)
     model.unread = found
     return model
@@ -47,7 +49,7 @@ def lay_out(model, dtype):
 
 def shard(model, device):
     """Cuts a model into parts, and reads this process's."""
-    found = values(lay_out(model, None))
+    found = lay_out(model, None).unread
     cut(model, device.type).to_empty(device=device)
     for name, p in model.named_parameters():
         put(p, found.pop(name)())
