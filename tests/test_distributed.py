@@ -40,7 +40,17 @@ CLOSE = {  # in float64
     "reward": ["reward_model", *SHORT, "--dtype", "float64"],
     "lora": ["dpo", *WIDE, "--lora", 2],
     "lora-ppo": ["ppo", *WIDE, "--reward", "judge.py:odd", "--lora", 2, "--minibatches", 2],
-    "uneven": ["dpo", *WIDE, "--pairs", 7, "--micro-batch", 2, "--precompute-ref"],
+    "uneven": [
+        "dpo",
+        *WIDE,
+        "--pairs",
+        13,
+        "--batch-size",
+        8,
+        "--micro-batch",
+        2,
+        "--precompute-ref",
+    ],
 }
 SHARDED = ("uneven", "ppo", "lora", "lora-ppo", "online")  # which run once more with --shard
 
