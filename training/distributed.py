@@ -53,9 +53,19 @@ def joined():
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     group = {"store": dist.PrefixStore("group", store), "rank": rank, "world_size": size}
     dist.init_process_group(backend, timeout=PATIENCE, **group)
-    yield
+    try:
+        yield
+    except SystemExit as e:
+        if not e.code:
+            part()
+        raise
+    part()
+
+
+def part():
+    """The processes part, after success alone: after an error this could wait for ever."""
     wait()
-    dist.destroy_process_group()  # after an error it could wait for ever
+    dist.destroy_process_group()
 
 
 def wait():
