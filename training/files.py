@@ -95,10 +95,12 @@ class Files:
             if distributed.first:
                 gpt.write(state | {"files": self.digests, "lines": self.lines}, self.state_path)
 
-    def load(self, options, device):
-        """-> the saved state of a run of these options, whose files have not changed since"""
+    def load(self, options, device, mapped=False):
+        """-> the saved state of a run of these options, whose files have not changed since. mapped:
+        its tensors stay in the file until they are read."""
+        where = {"map_location": device, "mmap": mapped}
         try:
-            state = torch.load(self.state_path, map_location=device, weights_only=True)
+            state = torch.load(self.state_path, weights_only=True, **where)
             saved = state["options"]
         except Exception as e:  # torch raises a zoo of types for a broken file
             why = f"is no whole training state ({type(e).__name__}); start without --resume"

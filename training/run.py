@@ -502,7 +502,8 @@ class Run(Compute):
         if not distributed.of_first(self.files.interrupted):
             say(f"--resume: there is no {self.files.state_path} yet, so this run starts afresh")
             return False
-        state = self.files.load(self.options, "cpu" if self.shard else self.device)
+        device = "cpu" if self.shard else self.device
+        state = self.files.load(self.options, device, mapped=self.shard)
         for name, x in (self.weights_state | self.drawn_state).items():
             if self.shard and x is self.optimizer:
                 sharding.load_optimizer(x, state[name])

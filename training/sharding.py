@@ -108,10 +108,11 @@ def whole(tree):
 
 
 def load_optimizer(optimizer, state):
-    """state_dict with whole tensors -> into an optimizer of parts"""
-    optimizer.load_state_dict(state)
-    for p, kept in optimizer.state.items():
+    """state_dict with whole tensors -> into an optimizer of parts, whose device never holds one"""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, kept in state["state"].items():
         for name, x in kept.items():
-            if x.shape == p.shape:
-                kept[name] = torch.zeros_like(p)
+            if x.shape == parameters[i].shape:
+                kept[name] = torch.zeros_like(parameters[i])
                 put(kept[name], x)
+    optimizer.load_state_dict(state)
