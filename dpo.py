@@ -140,7 +140,8 @@ def with_reference(ref, pairs, run):
     def both(micro):
         return response_logprobs(ref, data.pad_pairs(micro, run.device)).view(2, -1).T
 
-    return [(*pair, *logp) for pair, logp in zip(pairs, run.scores(pairs, both).tolist())]
+    size = run.o.micro_batch or run.o.batch_size
+    return pairs.widened(run.scores(pairs, both, size).tolist())
 
 
 def main(argv=None):

@@ -98,7 +98,7 @@ def reference_point(policy, ref, rows, run):
 def check(rows, fixed, o):
     """Refuses rows of a single prompt, where there is no ẑ, and warns where λ_D n_D / (λ_U n_U)
     leaves [1, 4/3]. rows: the fixed set, or a sample, which spares three standard errors."""
-    if fixed and len({x for x, *_ in rows}) == 1:
+    if fixed and all(x == rows[0][0] for x, *_ in rows):
         needs = "and ẑ needs an answer to another; add rows, or raise --pairs"
         raise UserError(f"the training rows have one prompt only, {needs}")
     n, desirable = len(rows), sum(row[2] for row in rows)

@@ -1,11 +1,13 @@
 """From text to tensors: encode, choose a step's rows or prompts, pad."""
 
 import random
-from functools import cache
+from array import array
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data.error import UserError
 
@@ -20,18 +22,60 @@ class Drawn(list):
         self.told, self.lost = told, lost
 
 
-def encode(rows, tokenizer, block_size, truncate=False):
+class Rows:
+    """Rows (prompt ids, *answers, *numbers) as a list has them, all of one shape, in 2 or 4 bytes a
+    token."""
+
+    def __init__(self, rows=()):
+        self.tokens, self.ends, self.numbers = array("H"), array("Q", [0]), []
+        for row in rows:
+            self.append(row)
+
+    def append(self, row):
+        texts = [x for x in row if isinstance(x, tuple)]
+        self.n_texts = len(texts)
+        for ids in texts:
+            if self.tokens.typecode == "H" and max(ids, default=0) >= 2**16:
+                self.tokens = array("I", self.tokens)
+            self.tokens.extend(ids)
+            self.ends.append(len(self.tokens))
+        self.numbers.append(row[self.n_texts :])
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        first = range(len(self))[i] * self.n_texts
+        ends = self.ends[first : first + self.n_texts + 1]
+        return (*(tuple(self.tokens[a:b]) for a, b in zip(ends, ends[1:])), *self.numbers[i])
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def widened(self, numbers):
+        """-> the same rows, each with more numbers at its end"""
+        rows = Rows()
+        vars(rows).update(vars(self))
+        rows.numbers = [(*old, *new) for old, new in zip(self.numbers, numbers)]
+        return rows
+
+
+def encode(rows, tokenizer, block_size, truncate=False, many=False):
     """(prompt, *answers) as text -> as tuples of token ids, each answer with its end token; a label
     or a number goes through. Returns (rows, a note on what was cut, or ""; of a file, on all rows).
+    many: in Rows, with a progress bar where it takes long.
 
     A row that does not fit in block_size tokens raises UserError with the count, or with `truncate`
     is cut: the prompt first, from its left, down to one token; then every answer at the same place,
     losing its end. A pair whose answers are equal after that is dropped.
     """
-    out, cut, equal, widest = [], 0, 0, 0
-    prompt_ids = cache(lambda text, messages: tuple(tokenizer.prompt(text)))
-    answer_ids = cache(lambda text: tuple(tokenizer.answer(text)))
-    for prompt, *answers in rows:
+    out, cut, equal, widest = Rows() if many else [], 0, 0, 0
+    prompt_ids = lru_cache(4096)(lambda text, messages: tuple(tokenizer.prompt(text)))
+    answer_ids = lru_cache(4096)(lambda text: tuple(tokenizer.answer(text)))
+    bar = tqdm(rows, "rows to tokens", delay=2, leave=False, disable=None) if many else rows
+    for prompt, *answers in bar:
         x = prompt_ids(prompt, getattr(prompt, "messages", None))
         ys = [answer_ids(y) if isinstance(y, str) else y for y in answers]
         longest = max([len(y) for y in ys if isinstance(y, tuple)])
@@ -111,7 +155,7 @@ class Batches:
             _, note = encode(draw(1000, o.seed), *self.fit)
             say(note and f"of a probe, {note}")
         else:
-            rows, note = encode(draw(count, o.seed), *self.fit)
+            rows, note = encode(draw(count, o.seed), *self.fit, many=True)
             say(note)
             self._hold(rows)
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import statistics
+import tracemalloc
 from collections import Counter
 from itertools import product
 from types import SimpleNamespace
@@ -604,3 +605,35 @@ def test_a_mismatched_answer_belongs_to_another_prompt():
     assert data.mismatched(rows[:2], 8) == [] and data.mismatched([], 8) == []
     rows = [((1, 2, 3), (4,), True), ((5,), (6, 7, 8), False)]
     assert data.mismatched(rows, 4) == [((1, 2, 3), (6,)), ((5,), (4,))]
+
+
+def test_rows_held_flat_are_the_rows():
+    """As a list has them: by number, in slices, one after the other, whatever the size of an id."""
+    rows = [((1, 2), (3,), 0.5, True), ((70_000,), (), -1.0, False), ((4,), (5, 6, 7), 2.0, True)]
+    held = data.batch.Rows(rows)
+    assert list(held) == rows and held[1:] == rows[1:] and held[-1] == rows[-1]
+    assert len(held) == 3 and held.tokens.itemsize == 4
+    assert data.batch.Rows(rows[::2]).tokens.itemsize == 2
+    with pytest.raises(IndexError):
+        held[3]
+    wide = held.widened([(9.0,), (8.0,), (7.0,)])
+    assert list(wide) == [(*row, x) for row, x in zip(rows, (9.0, 8.0, 7.0))]
+    assert list(held) == rows
+
+
+def test_a_large_file_takes_two_bytes_a_token(tmp_path):
+    """20,000 rows of 100 tokens and more: what is held of them is near 2 bytes a token, not the 36
+    of a list of numbers."""
+    path = tmp_path / "large.jsonl"
+    words = " the plot is slow, but the cast feels superb and the music is warm." * 4
+    with path.open("w") as file:
+        for i in range(20_000):
+            row = {"prompt": f"A drama, number {i}:", "completion": f"{words} {i}"}
+            file.write(json.dumps(row) + "\n")
+    task = data.task(str(path))
+    tracemalloc.start()
+    rows, _ = data.encode(task.demonstrations(None, 0), TOKENIZER, 512, many=True)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    tokens = sum(len(x) + len(y) for x, y in rows)
+    assert tokens > 80 * len(rows) and kept < 6 * tokens

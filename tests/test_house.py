@@ -14,6 +14,7 @@ from house import METHODS, loops
 FLOORS = {  # file or folder -> what of ours it may import, and what else
     "gpt.py": ("", "torch"),
     "data": ("data", "torch numpy tiktoken"),
+    "data/batch.py": ("data", "torch numpy tqdm"),  # a bar where a file is large
     "data/chat.py": ("data", "jinja2"),  # which comes with torch
     "data/hf_tokenizer.py": ("data", "tokenizers"),
     "data/hf_export.py": ("data", "tokenizers"),
