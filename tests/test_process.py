@@ -19,9 +19,8 @@ import gpt
 from data import Stopped
 from data.make_vocab import main as make_vocab
 from training import checkpoint, locks
-from training.files import Files
+from training.files import Files, commit, from_checkpoint
 from training.process import interrupts, streams
-from training.run import commit, from_checkpoint
 
 INIT = ["--init", "ends.pt", "--device", "cpu"]
 
@@ -326,7 +325,7 @@ def test_the_commit_is_of_these_scripts_or_none(tmp_path, monkeypatch):
     monkeypatch.delenv("GIT_DIR")
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
         subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr("training.run.__file__", str(tmp_path / "copy/training/run.py"))
+    monkeypatch.setattr("training.files.__file__", str(tmp_path / "copy/training/files.py"))
     assert commit() == ""
     assert not ours or re.fullmatch(r"[0-9a-f]{40}", ours)
 

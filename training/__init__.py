@@ -12,7 +12,8 @@ from training.options import (
     parse,
 )
 from training.reward import load_judge
-from training.run import Run, Weights
+from training.run import Run
+from training.state import Weights
 
 __all__ = [
     "Compute",

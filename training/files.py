@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -184,3 +185,23 @@ def remove_half_written(out):
     for path in out.parent.iterdir():
         if ours.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+def from_checkpoint(out):
+    """-> the present folder, as seen from a checkpoint's: what relative paths in it mean"""
+    try:
+        return os.path.relpath(os.getcwd(), os.path.dirname(os.path.realpath(out)))
+    except ValueError:  # on another drive
+        return os.getcwd()
+
+
+def commit():
+    """-> the git commit of these scripts, or "" where they are no repository of their own"""
+    folder = Path(__file__).absolute().parent.parent
+    env = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", folder, "rev-parse", "--show-toplevel", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, env=env).stdout.splitlines()
+        if len(found) == 2 and folder.samefile(found[0]):
+            return found[1]
+    return ""

@@ -5,7 +5,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, fields
@@ -21,8 +20,9 @@ import gpt
 from data import Stopped, UserError
 from training import checkpoint, distributed, lora, memory, sharding
 from training.device import Compute
-from training.files import Files
+from training.files import Files, commit, from_checkpoint
 from training.process import interrupts
+from training.state import Moments, Weights
 
 # options that cannot change a run's bits, but for --shard, which can by rounding
 FREE = ("resume", "log_every", "save_every", "out", "shard")
@@ -211,7 +211,7 @@ class Run(Compute):
         if data.kind(o.task) == "exact" and "eval_every" not in o.given:
             o.eval_every = max(1, o.steps // 20)
         self.weights_state = {x: Weights(self.models[x]) for x in self.trained()}
-        self.weights_state |= {"optimizer": optimizer}
+        self.weights_state |= {"optimizer": Moments(optimizer)}
         if self.scaler.is_enabled():
             self.weights_state["scaler"] = self.scaler
         self.drawn_state = {"batches": batches} if hasattr(batches, "state_dict") else {}
@@ -505,10 +505,7 @@ class Run(Compute):
         device = "cpu" if self.shard else self.device
         state = self.files.load(self.options, device, mapped=self.shard)
         for name, x in (self.weights_state | self.drawn_state).items():
-            if self.shard and x is self.optimizer:
-                sharding.load_optimizer(x, state[name])
-            else:
-                x.load_state_dict(state[name])
+            x.load_state_dict(state[name])
         self.generator.set_state(state["generator"].cpu())
         self.wall = time.time() - state["wall"]
         self.first, self.tokens, self.sampled = state["step"], state["tokens"], state["sampled"]
@@ -529,22 +526,6 @@ class Run(Compute):
         return time.perf_counter()
 
 
-class Weights:
-    """What is trained of a model, as --resume saves it; or with `frozen` all of it"""
-
-    def __init__(self, model, frozen=False):
-        self.model, self.frozen = model, frozen
-
-    def state_dict(self):
-        named = self.model.named_parameters()
-        return {k: p.detach() for k, p in named if p.requires_grad or self.frozen}
-
-    def load_state_dict(self, state):
-        parameters = dict(self.model.named_parameters())
-        for name, x in state.items():
-            sharding.put(parameters[name], x)
-
-
 def say(text):
     tqdm.write(text)
     sys.stdout.flush()
@@ -558,23 +539,3 @@ def learning_rate(step, o):
     if o.lr_schedule == "cosine":
         return o.lr * (0.55 + 0.45 * math.cos(math.pi * done))
     return o.lr * (1 - done) if o.lr_schedule == "linear" else o.lr
-
-
-def from_checkpoint(out):
-    """-> the present folder, as seen from a checkpoint's: what relative paths in it mean"""
-    try:
-        return os.path.relpath(os.getcwd(), os.path.dirname(os.path.realpath(out)))
-    except ValueError:  # on another drive
-        return os.getcwd()
-
-
-def commit():
-    """-> the git commit of these scripts, or "" where they are no repository of their own"""
-    folder = Path(__file__).absolute().parent.parent
-    env = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}
-    with contextlib.suppress(OSError):
-        command = ["git", "-C", folder, "rev-parse", "--show-toplevel", "HEAD"]
-        found = subprocess.run(command, capture_output=True, text=True, env=env).stdout.splitlines()
-        if len(found) == 2 and folder.samefile(found[0]):
-            return found[1]
-    return ""

@@ -105,14 +105,3 @@ def whole(tree):
         return x if distributed.first else None
 
     return tree_map(gather, tree)
-
-
-def load_optimizer(optimizer, state):
-    """state_dict with whole tensors -> into an optimizer of parts, whose device never holds one"""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, kept in state["state"].items():
-        for name, x in kept.items():
-            if x.shape == parameters[i].shape:
-                kept[name] = torch.zeros_like(parameters[i])
-                put(kept[name], x)
-    optimizer.load_state_dict(state)
