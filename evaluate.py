@@ -116,7 +116,10 @@ class Evaluator:
             ref = self.run.open(ref) if ref else None
         if self.task.outcomes:
             return self._enumerate(policy, ref, not prompts)
-        return self._sample(policy, ref, prompts or len(self.prompts))
+        figures = self._sample(policy, ref, prompts or len(self.prompts))
+        del ref
+        self.run.forget()
+        return figures
 
     def facts(self, figures):
         """-> what a checkpoint keeps, so that the command measures it again"""

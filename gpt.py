@@ -583,11 +583,11 @@ def save(model, path, **meta):
     write({"nanopo": kind, "config": config, "model": model.state_dict(), "meta": meta}, path)
 
 
-def load(path, device="cpu"):
+def load(path, device="cpu", mapped=False):
     """-> (model, meta), with the weights as saved. Raises ValueError, one line, where the file is
-    not a whole checkpoint of ours."""
+    not a whole checkpoint of ours. mapped: the weights stay in the file until they are read."""
     try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
+        file = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -599,8 +599,9 @@ def load(path, device="cpu"):
         raise ValueError(f"{path} is not a checkpoint of these scripts; give one that sft.py wrote")
     try:
         kind = {"GPT": GPT, "ScalarGPT": ScalarGPT}[file["nanopo"]]
-        model = kind(GPTConfig(**file["config"]))
-        model.to(next(iter(file["model"].values())).dtype).load_state_dict(file["model"])
+        with torch.device("meta"):  # no weight is drawn first
+            model = kind(GPTConfig(**file["config"]))
+        model.load_state_dict(file["model"], assign=True)
         return model.to(device), file["meta"]
     except (
         RuntimeError,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -213,6 +214,28 @@ def test_float16_backs_off_trains_and_resumes(shop, monkeypatch):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_a_late_skip_halves_the_scale_and_starts_the_count_anew(shop, monkeypatch):
+    """The third gradient's norm is infinite: that step is left out. The scale, 2^16, is halved, and
+    doubles only after as many good steps as ever."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def large(*args):
+        calls.append(clip(*args))
+        return calls[-1] + (math.inf if len(calls) == 3 else 0)
+
+    def stop(self, *rest):
+        raise UserError("enough") if len(calls) == 3 else update(self, *rest)
+
+    update = Run.update
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", large)
+    monkeypatch.setattr(Run, "update", lambda self, *x: stop(self, *x))
+    how = ["--steps", 5, "--save-every", 3, "--batch-size", 4, "--out", "a.pt"]
+    assert main("dpo", "--dtype", "float16", *LAST, *how) == 2
+    state = torch.load("a.state", weights_only=True)
+    assert state["skipped"] == 1 and state["scaler"]["scale"] == 2.0**15
+    assert state["scaler"]["_growth_tracker"] == 0
+
+
 def test_float16_is_close_to_float32(shop):
     for dtype in ("float16", "float32"):
         how = ["--reward", "judge.py:odd", "--max-new-tokens", 6, "--minibatches", 2, "--lora", 2]
@@ -396,6 +419,30 @@ def test_a_reward_raises_on_rank_1(shop):
     assert f"resumed after step {kept[1]} of 9" in torchrun(
         shop, *args, "--out", "x.pt", "--resume"
     )
+
+
+LIVE = """
+import gc, sys
+sys.path.insert(0, sys.argv.pop(1))
+import gpt, training, importlib
+from training import Run
+script, update = importlib.import_module(sys.argv.pop(1)), Run.update
+def counted(self, *rest):
+    update(self, *rest)
+    print("live", sum(isinstance(x, gpt.GPT) for x in gc.get_objects()))
+Run.update = counted
+training.command(script.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("args", [["simpo", "--eval-every", 1], ["dpo", "--precompute-ref"]])
+def test_no_model_stays_that_nobody_holds(args, shop):
+    """The references of evaluations, and the one whose log-probs are there."""
+    (shop / "live.py").write_text(LIVE)
+    args = [*args, *LAST, "--steps", 5, "--batch-size", 4, "--pairs", 16, "--shard"]
+    said = torchrun(shop, "live.py", ROOT, *args)
+    assert re.findall(r"^live (\d+)$", said, re.M) == ["1"] * 5
 
 
 @pytest.mark.slow

@@ -41,8 +41,8 @@ def default_folder(task):
 
 def load(path, task=None, mapped=False):
     """-> (GPT, Tokenizer, meta). Raises UserError where it is no language model, or where the task
-    or the checkpoint has a vocabulary of its own that the other lacks. mapped: the weights of a
-    folder stay in its files, and are `unread`."""
+    or the checkpoint has a vocabulary of its own that the other lacks. mapped: the weights stay in
+    their files until they are read."""
     kind = "a reward model; give a language model, such as sft.py writes"
     return _open(path, task, gpt.GPT, kind, mapped)
 
@@ -60,7 +60,8 @@ def load_any(path):
 
 def _open(path, task, wanted, otherwise, mapped=False):
     try:
-        model, meta = hf.load(path, mapped) if os.path.isdir(path) else gpt.load(path)
+        load = hf.load if os.path.isdir(path) else gpt.load
+        model, meta = load(path, mapped=mapped)
     except ValueError as e:
         raise UserError(str(e)) from None
     if not isinstance(model, wanted):

@@ -1,5 +1,6 @@
 """Where and how precisely a script computes: --device and --dtype of its options."""
 
+import gc
 import json
 
 import torch
@@ -44,7 +45,13 @@ class Compute:
         if self.compile:
             for block in model.blocks:
                 block.compile(dynamic=True)
+        self.forget()  # before another one takes its room
         return sharding.shard(model, self.device) if self.shard else model
+
+    def forget(self):
+        """Frees what nobody holds any more: a model in parts has cycles, so that it stays else."""
+        if self.shard:
+            gc.collect()
 
     def autocast(self):
         low = self.dtype if self.mixed else None

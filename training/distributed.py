@@ -74,11 +74,15 @@ def wait():
         dist.barrier()
 
 
-def to_say(message, alone):
+def to_say(message, alone=False, once=False):
     """A failure -> what this process says of it: what all of them meet is said by the first, what
-    one meets alone by that one, with its rank. message: "" where a message to another failed."""
+    one meets alone by that one, with its rank. once: by whoever comes first. message: "" where a
+    message to another failed."""
     if not many:
         return message
+    if once:
+        store.set(f"failed {rank}", "")
+        return message if store.add("once", 1) == 1 else ""
     if not message:
         said = [i for i in range(size) if store.check([f"failed {i}"])]
         message = "another process has ended; --resume goes on from the last saved state"
@@ -174,9 +178,8 @@ def total(x, op="SUM"):
     return found if torch.is_tensor(x) else found.item()
 
 
-def total_all(named):
+def total_all(named, device):
     """{name: a number or a tensor of one} in each process -> their sums, in one message"""
-    device = next((x.device for x in named.values() if torch.is_tensor(x)), "cpu")
     values = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in named.values()]
     return dict(zip(named, total(torch.stack(values)).unbind()))
 

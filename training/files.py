@@ -57,6 +57,7 @@ class Files:
             part = part or os.path.basename(path)
             self.paths[part] = path
             self.digests[part] = digest(path) if distributed.first else ""
+            distributed.wait()  # so that a mistake in it is met by all at once
 
     # ---- the record
 

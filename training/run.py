@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import data
@@ -22,7 +23,7 @@ from training import checkpoint, distributed, lora, memory, sharding
 from training.device import Compute
 from training.files import Files, commit, from_checkpoint
 from training.process import interrupts
-from training.state import Moments, Weights
+from training.state import PARTED, Moments, Weights
 
 # options that cannot change a run's bits, but for --shard, which can by rounding
 FREE = ("resume", "log_every", "save_every", "out", "shard")
@@ -186,7 +187,7 @@ class Run(Compute):
             yield rows[part]
         self.counts = True
         if distributed.many:
-            found = distributed.total_all(self.sums | {"tokens": self.tokens})
+            found = distributed.total_all(self.sums | {"tokens": self.tokens}, self.device)
             self.sums, self.tokens = whole
             self.tokens += int(found.pop("tokens"))
             for name, x in found.items():
@@ -217,6 +218,7 @@ class Run(Compute):
         self.drawn_state = {"batches": batches} if hasattr(batches, "state_dict") else {}
         self.drawn_state |= state
         self.options = self._options()
+        self.forget()
         self.optimizer, self.times, self.spent = optimizer, [], {}
         if not (o.resume and self._resume()):
             self._begin()
@@ -310,6 +312,7 @@ class Run(Compute):
         elif self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() >= 1:
             self.skipped += 1
             self.scaler.update(self.scaler.get_scale() / 2)
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"_growth_tracker": 0})
         else:
             self._give_up(loss, norm)
         optimizer.zero_grad()
@@ -505,7 +508,7 @@ class Run(Compute):
         device = "cpu" if self.shard else self.device
         state = self.files.load(self.options, device, mapped=self.shard)
         for name, x in (self.weights_state | self.drawn_state).items():
-            x.load_state_dict(state[name])
+            x.load_state_dict(state[name] if isinstance(x, PARTED) else self._moved(state[name]))
         self.generator.set_state(state["generator"].cpu())
         self.wall = time.time() - state["wall"]
         self.first, self.tokens, self.sampled = state["step"], state["tokens"], state["sampled"]
@@ -516,6 +519,11 @@ class Run(Compute):
         if (others := state.get("processes", "1")) != self._processes():
             say(f"it was saved by {others} processes: the numbers will differ by rounding")
         return True
+
+    def _moved(self, state):
+        """-> a saved object's state, with its tensors on the device, and none in a mapped file"""
+        move = partial(torch.Tensor.to, device=self.device, copy=True)
+        return tree_map_only(torch.Tensor, move, state)
 
     def _processes(self):
         return f"{distributed.size}{' --shard' if self.shard else ''}"

@@ -39,3 +39,6 @@ class Moments:
                     state["state"][i][name] = torch.zeros_like(p)
                     put(state["state"][i][name], x)
         self.optimizer.load_state_dict(state)
+
+
+PARTED = Weights, Moments  # which take what is theirs of whole tensors
