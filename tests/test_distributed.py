@@ -224,11 +224,13 @@ def test_a_late_skip_halves_the_scale_and_starts_the_count_anew(shop, monkeypatc
         return calls[-1] + (math.inf if len(calls) == 3 else 0)
 
     def stop(self, *rest):
-        raise UserError("enough") if len(calls) == 3 else update(self, *rest)
+        if len(calls) == 3:
+            raise UserError("enough")
+        update(self, *rest)
 
     update = Run.update
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", large)
-    monkeypatch.setattr(Run, "update", lambda self, *x: stop(self, *x))
+    monkeypatch.setattr(Run, "update", stop)
     how = ["--steps", 5, "--save-every", 3, "--batch-size", 4, "--out", "a.pt"]
     assert main("dpo", "--dtype", "float16", *LAST, *how) == 2
     state = torch.load("a.state", weights_only=True)
