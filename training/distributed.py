@@ -173,7 +173,7 @@ def total(x, op="SUM"):
     """x, a number or a tensor of numbers, in each process -> their sum, MIN or MAX"""
     if not many:
         return x
-    found = torch.as_tensor(x).clone() if torch.is_tensor(x) else torch.tensor(float(x)).double()
+    found = x.clone() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
     dist.all_reduce(found, getattr(dist.ReduceOp, op))
     return found if torch.is_tensor(x) else found.item()
 
@@ -193,7 +193,7 @@ def total_gradients(parameters):
 
 
 def gathered(x):
-    """-> what each process has, in their order; {name: tensor} come back on the CPU"""
+    """-> what each process has, in their order. Tensors go on the CPU."""
     found = [None] * size
     dist.all_gather_object(found, x)
     return found
