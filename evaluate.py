@@ -224,7 +224,7 @@ class Evaluator:
         """-> log π(y|x) of every outcome, (4, 40), float64"""
         world = self.world
         with self.run.autocast():
-            logp = model.logprobs(world.ids, world.mask, index=world.index).sum(1)
+            logp = model.logprobs(world.ids, world.mask, at=world.layout).sum(1)
         logp = logp.cpu().double().view(self.task.r.shape)
         total = logp.exp().sum(1)
         assert (total - 1).abs().max() <= 1e-5, f"the probabilities sum to {total.tolist()}"

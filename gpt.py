@@ -1,8 +1,9 @@
-"""The model that every script shares: a nanoGPT-style transformer, sampling, log-probs, files.
+"""The model that every script shares: a nanoGPT-style transformer, log-probs, files.
 
-    GPT          ids (B, T) -> hidden states (B, T, C), logits (B, T, V), or log-probs (B, T)
+    GPT          ids (B, T) -> log-probs (B, T) or logits (B, T, V)
     ScalarGPT    the same trunk with one number a position (B, T): a reward model or a critic
-    sample       prompts of mixed length -> a Rollout of responses to them
+    layout       ids (B, T) -> the tokens that are computed: no padding, and what rows share once
+    plain        the forward pass without modules, for sampling
     save, load   a checkpoint: weights, config, and the plain facts that a later stage needs
 
 Shapes: B sequences, T tokens, V vocabulary, C width, H heads of queries, K of keys and of values,
@@ -17,12 +18,15 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+FEWER = 0.7  # pairs of a query and a key, if rows' beginnings are attended on their own
 LOGITS_BYTES = 2**28  # of logits, softmax and gradient held; above it, chunks computed again
 
 
@@ -79,26 +83,19 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.D, config.norm_eps)
             self.k_norm = RMSNorm(self.D, config.norm_eps)
 
-    def forward(self, x, cache=None, layer=0, angles=None):
-        B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.D).transpose(1, 2)  # (B, H + 2K, T, D)
+    def forward(self, x, at, layer, angles, last):
+        qkv = self.qkv(x)  # (N, (H + 2K) D)
         if angles:
             qkv = self.rotate(qkv, *angles)
-        if cache is None:
-            q, k, v = qkv.split((self.H, self.K, self.K), 1)
-            grouped = self.K < self.H
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        else:
-            y = cache.attend(layer, qkv)
-        return self.proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))
+        return self.proj(at.attend(layer, qkv, (self.H, self.K, self.D), last))
 
     def rotate(self, qkv, cos, sin):
         """Turns each pair (i, i + D/2) of queries and keys by its angle. RoPE, arXiv:2104.09864"""
-        q, k, v = qkv.split((self.H, self.K, self.K), 1)
+        q, k, v = qkv.view(len(qkv), -1, self.D).split((self.H, self.K, self.K), 1)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         turned = [(x * cos + x.roll(self.D // 2, -1) * sin).to(v.dtype) for x in (q, k)]
-        return torch.cat([*turned, v], 1)
+        return torch.cat([*turned, v], 1).flatten(1)
 
 
 class Block(nn.Module):
@@ -113,8 +110,10 @@ class Block(nn.Module):
         self.up = Linear(C, 2 * inner if config.llama else inner, bias)  # llama: gate and up
         self.down = Linear(inner, C, bias)
 
-    def forward(self, x, cache=None, layer=0, angles=None):
-        x = x + self.attention(self.norm_1(x), cache, layer, angles)
+    def forward(self, x, at, layer=0, angles=None, last=False):
+        """x (N, C) -> (N, C); in the last block (M, C), of the tokens whose states are asked for"""
+        y = self.attention(self.norm_1(x), at, layer, angles, last)
+        x = (at.asked(x) if last else x) + y
         h = self.up(self.norm_2(x))
         if self.llama:
             gate, h = h.chunk(2, -1)
@@ -154,29 +153,26 @@ class GPT(nn.Module):
         """(V, C): the weights that give the logits"""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(self, ids, cache=None):
-        """ids (B, T) int64 -> (B, T, C), after the final norm. With a cache, ids continue what it
-        holds, and are added to it."""
-        T, limit = ids.size(1), self.config.block_size
-        assert T <= limit, f"{T} tokens, but the context is {limit}"
-        position = cache.advance(T) if cache else torch.arange(T, device=ids.device)
-        x, angles = self.wte(ids), None
+    def hidden(self, at):
+        """at: a Layout, or a Cache and the tokens that continue it -> (M, C): the states that are
+        asked for, after the final norm."""
+        x, angles = self.wte(at.ids), None
         if self.config.llama:
-            angles = rotations(self.config, position, x.dtype)
+            angles = rotations(self.config, at.position, x.dtype)
         else:
-            x = x + self.wpe(position)
+            x = x + self.wpe(at.position)
         for layer, block in enumerate(self.blocks):
+            last = layer == len(self.blocks) - 1
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, None, layer, angles, use_reentrant=False)
-            elif cache:
-                x = block.forward(x, cache, layer, angles)  # past the hooks: never compiled
+                x = checkpoint(block, x, at, layer, angles, last, use_reentrant=False)
             else:
-                x = block(x, None, layer, angles)
+                x = block(x, at, layer, angles, last)
         return self.norm(x)
 
-    def forward(self, ids, cache=None):
+    def forward(self, ids):
         """ids (B, T) -> logits (B, T, V), every position."""
-        return F.linear(self.hidden(ids, cache), self.head)
+        h = self.hidden(layout(ids, torch.ones_like(ids, dtype=torch.bool)))
+        return F.linear(h, self.head).view(*ids.shape, -1)
 
     def matmul_parameters(self):
         """N of the FLOP counts: the weights that multiply every token, the head among them. A
@@ -184,26 +180,26 @@ class GPT(nn.Module):
         inner = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
         return inner + self.head.numel()
 
-    def logprobs(self, ids, mask, temperature=1.0, index=None, entropy=False):
+    def logprobs(self, ids, mask, temperature=1.0, entropy=False, at=None):
         """Log-probs in nats of the tokens that `mask` marks, each given all that stands before it.
 
         ids (B, T) int64; mask (B, T) bool, True = a response token, end token included. Returns
         (B, T), 0 off the mask, float32 (float64 for a float64 model). With `entropy=True` also the
-        entropies of these distributions, (B, T), nats, without gradient. `index`, if given, is
-        `places(mask)`, so that no shape depends on a tensor's values.
-        The head runs on the N marked positions alone; where (N, V) logits would not fit
+        entropies of these distributions, (B, T), nats, without gradient. at: `layout(ids,
+        before(mask))`, if it is there already.
+        The head runs on the M marked positions alone; where (M, V) logits would not fit
         LOGITS_BYTES, in chunks that the backward pass computes again.
         """
         assert mask.shape == ids.shape and mask.dtype == torch.bool, "a bool mask for every id"
-        index = places(mask) if index is None else index
-        h = self.hidden(ids[:, :-1]).flatten(0, 1).index_select(0, index)  # (N, C)
-        target = ids[:, 1:].flatten().index_select(0, index)  # (N,)
+        at = at or layout(ids, before(mask))
+        h = self.hidden(at)  # (M, C)
+        target = ids.flatten().index_select(0, at.places + 1)  # (M,)
         rows = max(1, LOGITS_BYTES // (12 * self.config.vocab_size))  # of 3 tables, 4 bytes each
         parts = list(zip(h.split(rows), target.split(rows)))
         again = len(parts) > 1 and torch.is_grad_enabled()
         score = partial(checkpoint, self._score, use_reentrant=False) if again else self._score
         scored = [score(*part, temperature, entropy) for part in parts]
-        tables = [_scatter(torch.cat(x), index, ids.shape) for x in zip(*scored)]
+        tables = [_scatter(torch.cat(x), at, ids.shape) for x in zip(*scored)]
         return tuple(tables) if entropy else tables[0]
 
     def _score(self, h, target, temperature, entropy):
@@ -221,8 +217,8 @@ class GPT(nn.Module):
 
 
 def rotations(config, position, dtype):
-    """position (T,) or (B, T) -> (cos, sin), (1 or B, 1, T, D): by what angles queries and keys are
-    turned. Not below float32, and no state of the model, which a cast would round."""
+    """position (N,) -> (cos, sin), (N, 1, D): by what angles queries and keys are turned. Not below
+    float32, and no state of the model, which a cast would round."""
     D, wide = config.heads()[2], torch.promote_types(dtype, torch.float32)
     two_i = torch.arange(0, D, 2, device=position.device, dtype=wide)
     frequency = 1 / config.rope_theta ** (two_i / D)
@@ -230,46 +226,154 @@ def rotations(config, position, dtype):
         factor, low, high, context = config.rope_scaling
         kept = ((context * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / factor)
-    angle = position.view(-1, 1, position.size(-1), 1) * frequency
+    angle = position.view(-1, 1, 1) * frequency
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def places(mask):
-    """mask (B, T) bool -> (N,) int64: where mask[:, 1:].flatten() is True"""
-    return mask[:, 1:].flatten().nonzero().squeeze(1)
+def _scatter(x, at, shape):
+    """x (M,), of the states asked for -> a (B, T) table with each at the token that comes next"""
+    return x.new_zeros(shape).view(-1).index_copy(0, at.places + 1, x).view(shape)
 
 
-def _scatter(x, index, shape):
-    """x (N,) -> a (B, T) table that holds it at the places `index`, and 0 elsewhere"""
-    B, T = shape
-    return F.pad(x.new_zeros(B * (T - 1)).index_copy(0, index, x).view(B, T - 1), (1, 0))
+# ---- which tokens are computed
 
 
-def token_logprobs(model, batch, mask=None):
-    """-> (rows, T) log-probs of a data.Batch's response tokens, or of those that `mask` marks"""
-    index = batch.index if mask is None else None
-    return batch.spread(
-        model.logprobs(batch.ids, batch.mask if mask is None else mask, index=index)
-    )
+class Layout(NamedTuple):
+    """What is computed of B rows of tokens: no padding, and once what rows have in common from the
+    start up to the first state that is asked for, which is their prompt.
+
+    The N tokens stand in one list, on which embeddings, norms and linear layers run. Attention
+    alone needs rows: it gathers the tokens into them, and its output back into the list. Where few
+    rows differ in their first p columns, as the responses to one prompt do, these columns are
+    attended once. In the last block, what comes after keys and values is computed for the M states
+    that are asked for.
+    """
+
+    ids: torch.Tensor  # (N,) int64
+    position: torch.Tensor  # (N,) int64
+    places: torch.Tensor  # (M,) int64: where the states asked for stand in the flat (B, T) table
+    read: torch.Tensor  # (M,) int64: which of the N tokens these are
+    rows: torch.Tensor  # (B, T) int64: the tokens of each row; in padding, which nothing sees, 0
+    heads: torch.Tensor | None  # (D, p) int64: the different beginnings, attended on their own
+    seen: torch.Tensor | None  # (T - p, T) bool: what the columns after them see
+    first: torch.Tensor | None  # (N,) int64: where attention's output has a token; None: in place
+    last: torch.Tensor  # (M,) int64: the same of the states asked for
+
+    def asked(self, x):
+        """x (N, C) -> (M, C)"""
+        return x.index_select(0, self.read)
+
+    def attend(self, layer, qkv, sizes, last):
+        """qkv (N, (H + 2K) D) -> (N, H D); in the last block (M, H D)"""
+        H, K, D = sizes
+        if self.heads is None:
+            qkv = qkv if self.first is None else qkv.index_select(0, self.rows.flatten())
+            y = _causal(qkv.view(*self.rows.shape, -1, D), H, K)
+        else:
+            q, kv = qkv.split((H * D, 2 * K * D), 1)
+            q, kv = _table(q, self.rows[:, self.heads.size(1) :], D), _table(kv, self.rows, D)
+            tails = _attend(q, *kv.chunk(2, 2), attn_mask=self.seen)
+            y = torch.cat([_causal(_table(qkv, self.heads, D), H, K), tails])
+        index = self.last if last else self.first
+        return y if index is None else y.index_select(0, index)
+
+
+def _table(x, rows, D):
+    """x (N, heads · D), rows (R, T) -> (R, T, heads, D)"""
+    return x.index_select(0, rows.flatten()).view(*rows.shape, -1, D)
+
+
+def _causal(qkv, H, K):
+    """qkv (R, T, H + 2K, D) -> (R·T, H D)"""
+    return _attend(*qkv.split((H, K, K), 2), is_causal=True)
+
+
+def _attend(q, k, v, **seen):
+    """q (R, Tq, H, D), k and v (R, Tk, K, D) -> (R·Tq, H D)"""
+    grouped = k.size(2) < q.size(2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, **seen, enable_gqa=grouped)
+    return y.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def layout(ids, asked, device=None):
+    """ids (B, T) int64; asked (B, T) bool: where a state is wanted -> their Layout. It is made on
+    the CPU, so that no shape depends on a device's numbers. device: if not given, that of ids"""
+    device, ids, asked = device or ids.device, ids.cpu(), asked.cpu()
+    places, length = asked.flatten().nonzero()[:, 0], row_lengths(asked)
+    length[0] = length[0].clamp(min=1)  # where nothing is asked for, one token
+    B, T = len(ids), int(length.max())
+    real = torch.arange(T) < length[:, None]
+    ids = ids[:, :T].where(real, -1)
+    order = sorted(range(B), key=[row.numpy().tobytes() for row in ids].__getitem__)
+    order = torch.tensor(order)  # what begins alike stands together
+    same = (ids[order[1:]] == ids[order[:-1]]).cumprod(1) > 0  # as the row above, up to here
+    same, back = F.pad(same, (0, 0, 1, 0)), order.argsort()
+    same &= (asked.cumsum(1) - asked.int() == 0)[order, :T]  # up to the first state asked for
+    owner = (~same * torch.arange(B)[:, None]).cummax(0).values  # the row that computes it
+    owner, same = order[owner[back]], same[back]
+    new = real & ~same
+    rows = (new.flatten().cumsum(0).view(B, T) - 1).gather(0, owner) * real
+    read = rows[asked[:, :T]]
+
+    row, column = new.nonzero(as_tuple=True)
+    shared = same.sum(1)
+    p, heads, seen, first = _columns(shared, T), None, None, row * T + column
+    if p:
+        begins = shared < p
+        heads, seen = rows[begins, :p], torch.ones(T - p, T, dtype=torch.bool).tril(p)
+        head, tail = (begins.cumsum(0) - 1)[row] * p + column, row * (T - p) + column - p
+        first = torch.where(column < p, head, heads.numel() + tail)
+    last = first[read]
+    first = None if not p and len(first) == B * T else first  # nothing is padded or shared
+    tensors = ids[new], column, places, read, rows, heads, seen, first, last
+    return Layout(*(x if x is None else x.to(device) for x in tensors))
+
+
+def _columns(shared, T):
+    """shared (B,): how many tokens a row has in common with the one above -> how many columns are
+    best attended on their own, 0 for none"""
+    B, p = len(shared), torch.arange(1, T)
+    different = shared.bincount(minlength=T).cumsum(0)[: T - 1]  # beginnings of p tokens
+    pairs = different * p * p + B * (T - p) * T  # of a query and a key
+    least = int(pairs.argmin()) if T > 1 else 0
+    return least + 1 if T > 1 and pairs[least] < FEWER * B * T * T else 0
+
+
+def before(mask):
+    """mask (B, T) bool, of tokens -> where stands what predicts them"""
+    return F.pad(mask[:, 1:], (0, 1))
+
+
+def last(mask):
+    """mask (B, T) bool -> where it is True for the last time in a row"""
+    return mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+
+
+def token_logprobs(model, batch, temperature=1.0, entropy=False, mask=None):
+    """-> (rows, T) log-probs of the response tokens of a data.Batch or a Rollout, or of those that
+    `mask` marks; with `entropy` also the entropies"""
+    how = (batch.mask, batch.layout) if mask is None else (mask, None)
+    found = model.logprobs(batch.ids, how[0], temperature, entropy, how[1])
+    return tuple(map(batch.spread, found)) if entropy else batch.spread(found)
 
 
 def response_logprobs(model, batch, mean=False):
-    """-> (rows,) log-probs of the responses of a data.Batch: sums over their tokens, in nats, or
-    means."""
-    logp = model.logprobs(batch.ids, batch.mask, index=batch.index).sum(1)
+    """-> (rows,) log-probs of the responses of a data.Batch or a Rollout: sums over their tokens,
+    in nats, or means."""
+    logp = model.logprobs(batch.ids, batch.mask, at=batch.layout).sum(1)
     return batch.spread(logp / batch.mask.sum(1) if mean else logp)
 
 
 def response_scores(model, batch):
-    """-> (rows,) scores of the responses of a data.Batch by a reward model"""
-    return batch.spread(model.score(batch.ids, batch.mask))
+    """-> (rows,) scores of the responses of a data.Batch, made with ends=True, by a reward model"""
+    return batch.spread(model.score(batch.ids, batch.mask, batch.layout))
 
 
 def row_lengths(mask):
-    """mask (B, T) bool, of the response tokens -> (B,) int64: tokens of prompt and response, up to
-    the last that is marked"""
-    return mask.size(1) - mask.int().flip(1).argmax(1)
+    """mask (B, T) bool -> (B,) int64: columns up to the last that is marked"""
+    return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1)
 
 
 class ScalarGPT(nn.Module):
@@ -291,17 +395,21 @@ class ScalarGPT(nn.Module):
     def values(self, ids):
         """ids (B, T) -> (B, T), float32 or float64: a number a position, which sees that token and
         all before it."""
-        return self._read(self.trunk.hidden(ids))
+        at = layout(ids, torch.ones_like(ids, dtype=torch.bool))
+        return self._read(self.trunk.hidden(at)).view(ids.shape)
 
-    def values_before(self, ids):
-        """ids (B, T) -> (B, T): entry t is the value of what stands before token t; column 0: 0."""
-        return F.pad(self.values(ids[:, :-1]), (1, 0))
+    def values_before(self, ids, mask, at=None):
+        """ids, mask (B, T) and at as for `logprobs` -> (B, T): the value of what stands before each
+        response token; 0 off the mask."""
+        at = at or layout(ids, before(mask))
+        return _scatter(self._read(self.trunk.hidden(at)), at, ids.shape)
 
-    def score(self, ids, mask):
+    def score(self, ids, mask, at=None):
         """ids, mask (B, T) as for `logprobs` -> (B,): the value at each row's last response token,
-        the end token where it has one."""
-        rows = torch.arange(len(ids), device=ids.device)
-        return self._read(self.trunk.hidden(ids)[rows, row_lengths(mask) - 1])
+        the end token where it has one. at: `layout(ids, last(mask))`, if it is there already."""
+        h = self.trunk.hidden(at or layout(ids, last(mask)))
+        assert len(h) == len(ids), "one state a row"
+        return self._read(h)
 
     def _read(self, h):
         """h (…, C) -> (…). The head is never below float32: bfloat16 would round scores near 2 to
@@ -331,230 +439,32 @@ class ScalarGPT(nn.Module):
         self.trunk.checkpoint_activations = on
 
 
-# ---- cache and sampling
+# ---- without modules
 
 
-class KVCache:
-    """Keys and values of every layer, allocated once for `rows` sequences of `capacity` tokens.
-
-    Row b holds length[b] tokens from the left, so rows of mixed length need no padding logic: a new
-    token is written at its row's own length, and a query sees the keys up to itself. `width` bounds
-    the longest row, as a plain int. `ragged` says that lengths may differ: where they do not, all
-    rows are written in one piece.
-    """
-
-    def __init__(self, config, rows, capacity, device="cpu", dtype=torch.float32):
-        self.H, self.K, D = config.heads()
-        shape = (2, rows, self.K, capacity, D)
-        self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.length = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.row = torch.arange(rows, device=device)[:, None]
-        self.column = torch.arange(capacity, device=device)
-        self.hidden, self.seen = torch.tensor([-math.inf, 0.0], device=device, dtype=dtype)
-        self.width, self.ragged = 0, False
-
-    def advance(self, T):
-        """Makes room for T more tokens a row and returns their positions (rows, T)."""
-        capacity = len(self.column)
-        assert self.width + T <= capacity, f"{self.width} + {T} tokens, but it holds {capacity}"
-        self.position = self.length[:, None] + self.column[:T]
-        self.empty, self.width = self.width == 0, self.width + T
-        if not self.empty:
-            later = (
-                self.column[: self.width] > self.position[:, None, :, None]
-            )  # (rows, 1, T, width)
-            mask = torch.where(later, self.hidden, self.seen).expand(-1, self.H, -1, -1)
-            groups = len(mask) * self.K, T * self.H // self.K, self.width
-            self.mask = mask.reshape(groups)  # (rows·K, H/K·T, width)
-        self.length = self.length + T
-        return self.position
-
-    def attend(self, layer, qkv):
-        """qkv (rows, H + 2K, T, D) of tokens that `advance` made room for -> (rows, H, T, D)"""
-        rows, _, T, D = qkv.size()
-        q, kv = qkv.split((self.H, 2 * self.K), 1)
-        new = kv.view(rows, 2, self.K, T, D)
-        if self.ragged:
-            self.kv[layer][:, self.row, :, self.position] = new.permute(0, 3, 1, 2, 4)
-        else:
-            self.kv[layer][:, :, :, self.width - T : self.width] = new.transpose(0, 1)
-        if self.empty:
-            k, v = kv.chunk(2, 1)
-            grouped = self.K < self.H
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        k, v = self.kv[layer].flatten(1, 2)[:, :, : self.width]  # (rows·K, width, D) each
-        q_ = q.reshape(rows * self.K, -1, D)  # the H/K queries of a key, one after the other
-        scores = torch.baddbmm(
-            self.mask, q_, k.mT, alpha=D**-0.5
-        )  # for one query, faster than SDPA
-        return torch.bmm(scores.softmax(-1), v).view(q.shape)
-
-    def take(self, rows):
-        """Goes on with these rows alone, in this order; a row may be named many times."""
-        for layer, kv in enumerate(self.kv):
-            self.kv[layer] = kv[:, rows]  # one at a time, so that never two whole caches are held
-        self.length = self.length[rows]
-        self.row = torch.arange(len(rows), device=rows.device)[:, None]
-
-
-class Rollout:
-    """Sampled responses, a row each. Every attribute is a tensor with one row a response, (N,),
-    (N, 1) or (N, T), or None; all are cut, shuffled and trimmed together.
-
-    ids       (N, T) int64    prompt and response, padded on the right with 0
-    mask      (N, T) bool     the response up to and with its end token
-    logp      (N, T) float32  the log-prob each token was drawn with, 0 off the mask
-    finished  (N,) bool       the end token was drawn
-    """
-
-    def __init__(self, **columns):
-        self.__dict__.update(columns)
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, rows):
-        """-> these rows, in this order, without the columns that are padding in all of them"""
-        width = self.ids.size(1)
-        part = {name: x if x is None else x[rows] for name, x in vars(self).items()}
-        longest = int(row_lengths(part["mask"]).max()) if len(part["mask"]) else 0
-        for name, x in part.items():
-            if x is not None and x.dim() == 2 and x.size(1) == width:
-                part[name] = x[:, :longest]
-        return Rollout(**part)
-
-    def __or__(self, columns):
-        """-> the same rows, with more columns or other ones"""
-        return Rollout(**(vars(self) | columns))
-
-    @staticmethod
-    def cat(parts):
-        """-> the rows of all parts, padded to the longest"""
-        T = max(part.ids.size(1) for part in parts)
-        columns = {}
-        for name, x in vars(parts[0]).items():
-            tensors = [getattr(part, name) for part in parts]
-            if x is not None and x.dim() == 2 and x.size(1) == parts[0].ids.size(1):
-                tensors = [F.pad(y, (0, T - y.size(1))) for y in tensors]
-            columns[name] = None if x is None else torch.cat(tensors)
-        return Rollout(**columns)
-
-    @property
-    def length(self):
-        """(N, 1) int64: response tokens, end token included"""
-        return self.mask.sum(1, keepdim=True)
-
-    @property
-    def tokens(self):
-        """of prompts and responses, in all; a row without a response is not trained on"""
-        return int((row_lengths(self.mask) * self.mask.any(1)).sum())
-
-    def minibatches(self, updates, parts, generator):
-        """Yields the rows in `parts` shuffled minibatches, once for each of the updates; as they
-        stand where there is one. Until the first optimizer step π_θ is π_old, and the ratio of the
-        two 1 to the bit: the first minibatch has no old_logp."""
-        n = len(self)
-        if updates == parts == 1:
-            yield self | {"old_logp": None}
-            return
-        for update in range(updates):
-            order = torch.randperm(n, generator=generator)
-            for i, rows in enumerate(order.tensor_split(min(parts, n))):
-                minibatch = self[rows]
-                yield minibatch | {"old_logp": None} if update == i == 0 else minibatch
-
-    def summary(self):
-        """-> the figures of the responses that a record has"""
-        return {
-            "completions/mean_length": self.length.float().mean(),
-            "completions/clipped_ratio": 1 - self.finished.float().mean(),
-        }
-
-
-@torch.no_grad()
-def sample(
-    model, prompts, max_new_tokens, end_id, temperature=1.0, generator=None, group=1, uniform=None
-):
-    """Draws `group` responses to each prompt from softmax(logits / temperature), nothing cut off.
-    -> a Rollout
-
-    prompts: B non-empty lists of token ids, of mixed length. Row i·group + j answers prompt i. Each
-    prompt is read once, and its cache repeated. All uniforms are drawn up front by the generator,
-    or given, (B·group, max_new_tokens): how rows are batched or dropped changes no sample.
-    The end is looked for every 8 tokens, and rows that have ended are dropped once they are a
-    quarter of the batch.
-    """
-    weight = model.head
-    device = weight.device
-    lengths = torch.tensor([len(p) for p in prompts])
-    longest, B, R = int(lengths.max()), len(prompts), len(prompts) * group
-    assert lengths.min() > 0, "a prompt needs at least one token"
-    room = model.config.block_size - max_new_tokens
-    assert longest <= room, f"a prompt of {longest} tokens, but there is room for {room}"
-    uniform = uniforms(R, max_new_tokens, generator) if uniform is None else uniform
-    uniform = uniform.to(device)
-    prompt = torch.zeros(B, longest, dtype=torch.int64)
-    tokens = torch.tensor([token for p in prompts for token in p])
-    prompt[torch.arange(longest) < lengths[:, None]] = tokens
-    ragged = bool(lengths.min() < longest)
-    prompt, lengths = prompt.to(device), lengths.to(device)
-    drawn = torch.zeros(R, max_new_tokens, dtype=torch.int64, device=device)
-    p_drawn = torch.ones(R, max_new_tokens, device=device)
-    rows = torch.arange(B, device=device).repeat_interleave(group)
-
-    with torch.inference_mode():
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        cache = KVCache(model.config, B, longest + max_new_tokens, device, dtype)
-        last = torch.arange(B, device=device), lengths - 1
-        h = model.hidden(prompt, cache)[last][rows]  # (R, C), it predicts the first token
-        cache.length = lengths  # what was read past a prompt's end is overwritten before it is seen
-        cache.ragged = ragged
-        if group > 1:
-            cache.take(rows)
-        alive = torch.arange(R, device=device)  # the rows still drawn
-        tokens, probs = [], []  # their last few draws
-        for t in range(max_new_tokens):
-            p = (F.linear(h, weight).float() / temperature).softmax(-1)  # (alive, V)
-            cdf = p.cumsum(-1)
-            u = uniform[:, t, None] * cdf[:, -1:]
-            token = torch.searchsorted(cdf, u, right=True)  # (alive, 1): inverse CDF
-            token.clamp_(max=cdf.size(1) - 1)
-            tokens.append(token)
-            probs.append(p.gather(1, token))
-            if len(tokens) == 8 or t + 1 == max_new_tokens:
-                new = slice(t + 1 - len(tokens), t + 1)
-                drawn[alive, new] = torch.cat(tokens, 1)
-                p_drawn[alive, new] = torch.cat(probs, 1)
-                tokens, probs = [], []
-                left = (drawn[alive, : t + 1] != end_id).all(1).nonzero()[:, 0]
-                if len(left) == 0 or t + 1 == max_new_tokens:
-                    break
-                if len(left) <= 0.75 * len(alive):
-                    cache.take(left)
-                    token, alive, uniform = token[left], alive[left], uniform[left]
-            h = model.hidden(token, cache)[:, 0]
-
-    is_end = drawn == end_id
-    finished = is_end.any(1)
-    first_end = is_end.int().argmax(1) + 1
-    n = torch.where(finished, first_end, max_new_tokens)[:, None]  # response tokens, end included
-    prompt, start = prompt[rows], lengths[rows, None]
-    T = int((start + n).max())
-    column = torch.arange(T, device=device)
-    mask = (column >= start) & (column < start + n)
-    kept = torch.arange(max_new_tokens, device=device) < n
-    ids = F.pad(prompt, (0, T - longest))
-    ids[mask] = drawn[kept]
-    logp = torch.zeros(R, T, device=device)
-    logp[mask] = p_drawn[kept].log()
-    return Rollout(ids=ids, mask=mask, logp=logp, finished=finished)
-
-
-def uniforms(rows, tokens, generator=None):
-    """-> the random numbers of so many samples, (rows, tokens), on the generator's device"""
-    at = generator.device if generator else "cpu"
-    return torch.rand(rows, tokens, generator=generator, device=at)
+def plain(module):
+    """-> what a module computes, by the same formula on bare tensors. Where a product is small,
+    finding its weights in modules takes as long as the product."""
+    kind, own = type(module), dict(module.named_parameters(recurse=False))
+    if kind is nn.ModuleList:
+        return [plain(x) for x in module]
+    if kind is nn.Embedding:
+        return partial(F.embedding, **own)
+    if kind is Linear:
+        return partial(F.linear, **own)
+    if kind is LayerNorm:
+        shape, eps = module.normalized_shape, module.eps
+        return partial(F.layer_norm, normalized_shape=shape, eps=eps, **own)
+    if kind not in (Attention, Block, GPT):
+        return module
+    bare = SimpleNamespace(**{name: x for name, x in vars(module).items() if name[0] != "_"})
+    vars(bare).update({name: plain(x) for name, x in module.named_children()})
+    if kind is GPT:
+        bare.head, bare.hidden = module.head, partial(GPT.hidden, bare)
+        return bare
+    if kind is Attention:
+        bare.rotate = partial(Attention.rotate, bare)
+    return partial(kind.forward, bare)
 
 
 # ---- files

@@ -31,6 +31,7 @@ import torch
 import data
 import training
 from evaluate import Evaluator
+from gpt import token_logprobs
 from training import RolloutOptions, Run, load_judge, opt, parse
 
 AGGREGATIONS = ("seq_mean", "token_mean", "const", "sum")
@@ -107,7 +108,7 @@ PRESETS = {
 
 def compute_loss(policy, batch, o):
     """A micro-batch of B responses -> (losses, metrics), each (B, T): one entry a token."""
-    logp, entropy = policy.logprobs(batch.ids, batch.mask, o.temperature, entropy=True)
+    logp, entropy = token_logprobs(policy, batch, o.temperature, entropy=True)
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp  # π_old is π_θ
     if o.ratio == "seq":
         old_logp = sequence_old_logp(logp, old_logp, batch.mask)

@@ -41,8 +41,8 @@ import data
 import training
 from data import UserError
 from evaluate import Evaluator
-from gpt import Rollout
-from training import JudgedOptions, Run, Weights, load_judge, opt, parse
+from gpt import response_logprobs
+from training import JudgedOptions, Rollout, Run, Weights, load_judge, opt, parse
 
 
 def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1):
@@ -120,9 +120,9 @@ PRESETS = {
 def compute_loss(policy, ref, batch, o):
     """A micro-batch of B pairs, 2B responses, the chosen ones first -> (losses, metrics), each
     (B,): one entry a pair."""
-    logp_w, logp_l = policy.logprobs(batch.ids, batch.mask).sum(1).chunk(2)  # (B,)
+    logp_w, logp_l = response_logprobs(policy, batch).chunk(2)  # (B,)
     with torch.no_grad():
-        ref_logp_w, ref_logp_l = ref.logprobs(batch.ids, batch.mask).sum(1).chunk(2)
+        ref_logp_w, ref_logp_l = response_logprobs(ref, batch).chunk(2)
 
     logps = logp_w, logp_l, ref_logp_w, ref_logp_l
     if o.loss == "ipo" and not o.ipo_sum:

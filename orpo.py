@@ -78,7 +78,7 @@ PRESETS = {
 def compute_loss(policy, batch, o):
     """A micro-batch of B pairs -> (losses, metrics), each (B,): one entry a pair."""
     scored = batch.text if o.prompt_loss else None
-    token_logp = token_logprobs(policy, batch, scored)  # (2B, T)
+    token_logp = token_logprobs(policy, batch, mask=scored)  # (2B, T)
     logp_w, logp_l = (token_logp * batch.spread(batch.mask)).sum(1).chunk(2)  # (B,)
     len_w, len_l = batch.length.chunk(2)
 

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import data
 import training
 from evaluate import Evaluator
-from gpt import ScalarGPT
+from gpt import ScalarGPT, token_logprobs
 from training import RolloutOptions, Run, load_judge, opt, parse
 from training.checkpoint import load, load_scalar
 
@@ -133,8 +133,8 @@ PRESETS = {
 
 def compute_loss(policy, critic, batch, o):
     """A micro-batch of B responses -> (losses, metrics), each (B, T): one entry a token."""
-    logp, entropy = policy.logprobs(batch.ids, batch.mask, o.temperature, entropy=True)
-    values = critic.values_before(batch.ids)
+    logp, entropy = token_logprobs(policy, batch, o.temperature, entropy=True)
+    values = critic.values_before(batch.ids, batch.mask, batch.layout)
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
     policy_losses = ppo_loss(logp, old_logp, batch.adv, o.eps)
     value_losses = value_loss(values, batch.old_values, batch.returns, o.eps_v)

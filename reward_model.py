@@ -28,6 +28,7 @@ It ends with the accuracy on held-out pairs beside what the labels' noise allows
 
 import statistics
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,8 @@ def compute_loss(reward, batch, o):
 
 def scores(reward, rows, run):
     """(prompt ids, response ids) rows -> (len(rows),) scores, on the CPU"""
-    return run.scores(rows, lambda x: response_scores(reward, data.pad(x, run.device)), 512).cpu()
+    batch = partial(data.pad, device=run.device, ends=True)
+    return run.scores(rows, lambda x: response_scores(reward, batch(x)), 512).cpu()
 
 
 class HeldOut:
@@ -182,7 +184,7 @@ def main(argv=None):
         pairs, extremes = batches[step], []
         weight = 1 / len(pairs)  # a mean over the step's pairs, however the step is cut
         for micro in run.micro_batches(pairs):
-            batch = data.pad_pairs(micro, run.device)
+            batch = data.pad_pairs(micro, run.device, ends=True)
             with run.autocast():
                 losses, metrics = compute_loss(reward, batch, o)
             run.backward((weight * losses).sum(), batch.tokens)

@@ -41,8 +41,8 @@ import data
 import training
 from data import Stopped, UserError, say
 from evaluate import Evaluator, printable
-from gpt import Rollout, response_scores, token_logprobs
-from training import Run, ScratchOptions, checkpoint, feedback, load_judge, opt, parse
+from gpt import response_scores, token_logprobs
+from training import Rollout, Run, ScratchOptions, checkpoint, feedback, load_judge, opt, parse
 
 KEPT = "reward win_rate kl length accuracy gold_accuracy revisions labels".split()
 KEPT += "models models_asked wall_s step_ms".split()  # of each phase, in the last one's record
@@ -106,7 +106,7 @@ PRESETS = {"any": dict(steps=60, lr=2e-4, save_every=50)}
 
 def skills_loss(policy, batch):
     """A micro-batch of B dialogues -> (losses (B,), sums over the model's turns; no metrics)."""
-    return -(batch.weight * policy.logprobs(batch.ids, batch.mask)).sum(1), {}
+    return -(batch.weight * token_logprobs(policy, batch)).sum(1), {}
 
 
 def revision_loss(policy, batch):
@@ -125,7 +125,7 @@ def preference_loss(reward, batch):
 
 def compute_loss(policy, batch, o):
     """RL-CAI's: a micro-batch of B responses -> (losses (B,), metrics (B, T))."""
-    logp, entropy = policy.logprobs(batch.ids, batch.mask, o.temperature, entropy=True)
+    logp, entropy = token_logprobs(policy, batch, o.temperature, entropy=True)
     return -(batch.adv * logp).sum(1), {"entropy": entropy}
 
 
@@ -246,7 +246,8 @@ def learn_preferences(p, run):
     reward, tokenizer = run.load(p.start, p.task, scalar=True)
     run.hold(reward=reward)
     batches = data.Batches(lambda n, seed: rows, None, tokenizer, run.block_size, o)
-    how = preference_loss, held_out, data.pad_pairs, lambda x: 1
+    pad = partial(data.pad_pairs, ends=True)
+    how = preference_loss, held_out, pad, lambda x: 1
     return fit(run, reward, batches, *how, labels=len(batches.rows), models_asked=asked)
 
 
@@ -262,7 +263,8 @@ class HeldOut:
             return {}
 
         def margin(part):
-            return torch.sub(*response_scores(reward, data.pad_pairs(part, run.device)).chunk(2))
+            batch = data.pad_pairs(part, run.device, ends=True)
+            return torch.sub(*response_scores(reward, batch).chunk(2))
 
         rows, _ = data.encode([x[:3] for x in pairs], run.tokenizer, run.block_size, truncate=True)
         a_wins = run.scores(rows, margin, feedback.ROWS) > 0

@@ -10,19 +10,19 @@ import importlib
 import inspect
 import os
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import data
 from analysis.rows import EVERY, SAMPLED, in_pairs, longest_context
 from data import UserError
-from gpt import GPT, GPTConfig, KVCache, Rollout, ScalarGPT, load
-from training import Compute, distributed, hf, lora, memory, parse, sharding
+from gpt import GPT, GPTConfig, ScalarGPT, last, layout, load
+from training import Compute, Rollout, distributed, hf, lora, memory, parse, sampling, sharding
 from training.checkpoint import is_checkpoint
 from training.options import flag
 from training.reward import ROWS
@@ -83,17 +83,11 @@ def _predict(row, o, config, ranks, shard):
     tokenizer = data.tokenizer(own=task.tokenizer)
     block_size = o.block_size or config.block_size
     if name in WIDE:
-        texts = task.prompts(o.batch_size, o.seed)
-        prompt = max(len(tokenizer.encode(x)) for x, _ in texts)
-        response = task.longest(o.max_new_tokens, block_size)  # each is as long as it may be
+        step = Sampled(name, o, data.Prompts(task, tokenizer, block_size, o), ranks)
     else:
-        response = 0
         batches = labelled(row, o, task, tokenizer, block_size)
 
-    def places(mask):  # what the real one finds depends on numbers
-        return torch.zeros(len(mask) * response, dtype=torch.int64)
-
-    with FakeTensorMode(allow_non_fake_inputs=True), patch("gpt.places", places):
+    with FakeTensorMode(allow_non_fake_inputs=True):
         for model in models.values():
             model.to_empty(device="cpu")
         if o.lora and "ref" in models and not shard:
@@ -107,10 +101,9 @@ def _predict(row, o, config, ranks, shard):
         optimizer.zero_grad()
         with memory.track(models, optimizer) as tracker:
             if name in WIDE:
-                sizes = prompt, response, ranks
-                rollout, batches = sampled(name, models, o, compute, tracker, *sizes)
+                rollout, batches = step.passes(models, compute, tracker)
             for batch in batches:
-                batch = tree_map_only(torch.Tensor, torch.empty_like, batch)
+                batch = fake(batch)
                 with compute.autocast():
                     losses, metrics = compute_loss(**asked, batch=batch, o=o)
                 losses.sum().backward()
@@ -152,77 +145,104 @@ def labelled(row, o, task, tokenizer, block_size):
     rows, _ = data.encode(texts, tokenizer, block_size, o.truncate)
     if row == "dpo-precomputed":
         rows = [(*pair, 0.0, 0.0) for pair in rows]
-    pad = data.pad_pairs if in_pairs(row) else data.pad
+    pad = partial(data.pad_pairs if in_pairs(row) else data.pad, ends=row == "reward_model")
     size = o.micro_batch or len(rows)
     return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
-def sampled(name, models, o, compute, tracker, prompt, response, ranks):
-    """A step's samples, their judge, and the passes over all of them. -> (the rollout of all
-    processes, the micro-batches of a minibatch)"""
-    n = o.batch_size
-    width = prompt + response
-    pairs = name == "online_dpo"
-    group = o.samples_per_prompt if pairs else o.group
-    tracker.during("sampling")
-    with torch.no_grad():
-        sample(models, n, group, prompt, response, compute)
-        n *= 2 if pairs else group
-        rollout = drawn(n * ranks, width)
-        tracker.during(None)
-        for part in cut(drawn(n, width), o.micro_batch):
-            for role, model in models.items():
+class Sampled:
+    """A step of a script that samples: the prompts of a run's second step, responses as long as
+    they may be, and how both are cut."""
+
+    def __init__(self, name, o, prompts, ranks):
+        self.name, self.o = name, o
+        pairs, parts = name == "online_dpo", getattr(o, "minibatches", 1)
+        self.group = o.samples_per_prompt if pairs else o.group
+        self.prompts, self.response = [row[0] for row in prompts[1]], prompts.longest
+        drawn = self.rollout(2 if pairs else self.group)
+        self.drawn = list(cut(drawn, o.micro_batch))
+        self.whole = Rollout.cat([drawn] * ranks)
+        self.once = parts * getattr(o, "updates", 1) == 1
+        minibatch = drawn
+        if not self.once:
+            generator = torch.Generator().manual_seed(o.seed)
+            minibatch = next(iter(self.whole.minibatches(2, parts, generator)))
+        share = next(cut(minibatch, len(drawn) // parts))
+        self.share = list(cut(share, 2 * o.micro_batch if pairs else o.micro_batch))
+        self.reads = sampling.read(self.prompts, "cpu")[1]
+        self.judged = list(cut(self.rollout(self.group), ROWS))
+        self.asked = [layout(x.ids, last(x.mask)) for x in self.judged]
+        assert all(part.tokens for part in self.drawn + self.share)  # layouts, of real numbers
+
+    def rollout(self, group):
+        """-> so many responses to each prompt, as they are drawn"""
+        digits = torch.Generator().manual_seed(0)
+        answers = torch.randint(10, (group * len(self.prompts), self.response), generator=digits)
+        prompts = [tuple(prompt) for prompt in self.prompts for _ in range(group)]
+        batch = data.pad(list(zip(prompts, map(tuple, answers.tolist()))))
+        ids, mask = batch.spread(batch.ids), batch.spread(batch.mask)
+        return Rollout(ids=ids, mask=mask, logp=mask.float())
+
+    def passes(self, models, compute, tracker):
+        """Samples, judges, and scores all of them. -> (the rollout of all processes, the
+        micro-batches of an optimizer step)"""
+        tracker.during("sampling")
+        with torch.no_grad():
+            self.sample(models["policy"], compute)
+            for part, at in zip(self.judged, self.asked) if "reward" in models else ():
                 with compute.autocast():
-                    if role == "critic":
-                        model.values_before(part.ids)
-                    elif role != "reward":
-                        model.logprobs(part.ids, part.mask)
-    rollout |= added(name, n * ranks, width)
-    parts = getattr(o, "minibatches", 1)
-    minibatch = rollout | {"old_logp": None}
-    if parts * getattr(o, "updates", 1) > 1:
-        minibatch = drawn(n * ranks // parts, width) | added(name, n * ranks // parts, width)
-    share = next(cut(minibatch, n // parts))
-    return rollout, list(cut(share, 2 * o.micro_batch if pairs else o.micro_batch))
+                    models["reward"].score(fake(part).ids, fake(part).mask, fake(at))
+            rollout = fake(self.whole)
+            tracker.during(None)
+            for part in self.drawn:
+                part = fake(part)
+                for role, model in models.items():
+                    with compute.autocast():
+                        if role == "critic":
+                            model.values_before(part.ids, part.mask, part.layout)
+                        elif role != "reward":
+                            model.logprobs(part.ids, part.mask, at=part.layout)
+        return rollout | self.columns(rollout), (self.batch(part) for part in self.share)
+
+    def sample(self, policy, compute):
+        """What `sampling.sample` makes until the last token"""
+        n, lengths = len(self.prompts) * self.group, [len(prompt) for prompt in self.prompts]
+        uniform, drawn = torch.empty(n, self.response), torch.zeros(n, self.response).long()
+        p_drawn = torch.ones(n, self.response)
+        with compute.autocast(), torch.inference_mode():
+            model = compute.to_sample(policy)
+            rows = sampling.Drawing(model, fake(self.reads), lengths, self.group, uniform)
+            rows.width = rows.mask.size(2) - 1
+            rows.step()
+        del drawn, p_drawn
+
+    def batch(self, part):
+        """-> a micro-batch with the columns that the script's loop has given it"""
+        batch = fake(part)
+        columns = self.columns(batch)
+        batch.__dict__.update(columns | {"old_logp": None} if self.once else columns)
+        return batch
+
+    def columns(self, rollout):
+        wide = {name: torch.empty_like(rollout.logp) for name in WIDE[self.name]}
+        adv = torch.empty(len(rollout), 1)
+        return {"old_logp": None, "ref_logp": None, "adv": adv} | wide
 
 
-def sample(models, prompts, group, prompt, response, compute):
-    """What gpt.sample makes until the last token, then what judges it"""
-    policy = compute.to_sample(models["policy"])
-    n, width = prompts * group, prompt + response
-    uniforms_and_draws = torch.empty(4, n, response)  # draws are int64, with probabilities
-    with compute.autocast(), torch.inference_mode():
-        cache = KVCache(policy.config, prompts, width, dtype=compute.dtype)
-        policy.hidden(torch.zeros(prompts, prompt, dtype=torch.int64), cache)
-        if group > 1:
-            cache.take(torch.zeros(n, dtype=torch.int64))
-        cache.width = width - 2
-        before = torch.empty(2, n, policy.config.vocab_size)  # the last distribution, summed up
-        h = policy.hidden(torch.zeros(n, 1, dtype=torch.int64), cache)[:, 0]
-        (F.linear(h, policy.head).float() / 1.0).softmax(-1)
-    del uniforms_and_draws, cache, before, policy
-    for part in cut(drawn(n, width), ROWS) if "reward" in models else ():
-        with compute.autocast():
-            models["reward"].score(part.ids, part.mask)
-
-
-def drawn(n, width):
-    """-> a Rollout as it is sampled"""
-    kinds = {"ids": torch.int64, "mask": torch.bool, "logp": torch.float32}
-    return Rollout(**{name: torch.zeros(n, width, dtype=kind) for name, kind in kinds.items()})
-
-
-def added(name, n, width):
-    """-> the columns that a loop adds to it"""
-    columns = {"old_logp": None, "ref_logp": None, "adv": torch.empty(n, 1)}
-    return columns | {column: torch.empty(n, width) for column in WIDE[name]}
+def fake(x):
+    """-> the same without numbers"""
+    found = tree_map_only(torch.Tensor, torch.empty_like, x)
+    if isinstance(x, Rollout):
+        found = Rollout(**fake(vars(x)))
+        if hasattr(x, "_layout"):
+            found._layout = fake(x._layout)
+    return found
 
 
 def cut(rollout, size):
     """Yields `size` rows at a time; 0: all."""
     for i in range(0, len(rollout), size or len(rollout)):
-        rows = slice(i, i + size if size else None)
-        yield Rollout(**{k: x if x is None else x[rows] for k, x in vars(rollout).items()})
+        yield rollout[i : i + (size or len(rollout))]
 
 
 # ---- what is asked for

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import gpt
 from data.error import UserError
 
 
@@ -234,10 +235,9 @@ class Batch(NamedTuple):
     ids: torch.Tensor  # (B, T) int64, padded on the right with 0
     mask: torch.Tensor  # (B, T) bool, True = a response token, its end token included
     text: torch.Tensor  # (B, T) bool, True = a token of prompt or response, False = padding
-    index: torch.Tensor  # (N,) int64, where mask[:, 1:].flatten() is True
     row: torch.Tensor  # int64, one for each row that was handed in: its place among the B
     columns: tuple  # what the rows hold beside their texts: CPU tensors, one entry a row
-    tokens: int  # prompt and response tokens of the B rows, padding not counted
+    layout: gpt.Layout  # which tokens are computed
 
     def spread(self, x):
         """x (B, …), one entry a different row -> one entry for each row that was handed in"""
@@ -248,9 +248,15 @@ class Batch(NamedTuple):
         """response tokens of each row that was handed in, end tokens included"""
         return self.spread(self.mask.sum(1))
 
+    @property
+    def tokens(self):
+        """how many tokens are computed"""
+        return len(self.layout.ids)
 
-def pad(rows, device="cpu"):
-    """Rows of (prompt ids, response ids, *columns) -> Batch"""
+
+def pad(rows, device="cpu", ends=False):
+    """Rows of (prompt ids, response ids, *columns) -> Batch, for the log-probs of the responses, or
+    with `ends` for what is read at their last tokens"""
     place = {}
     texts = rows if len(rows[0]) == 2 else [row[:2] for row in rows]
     row = torch.tensor([place.setdefault(text, len(place)) for text in texts])
@@ -262,15 +268,16 @@ def pad(rows, device="cpu"):
     mask = text & (column >= start)
     ids = torch.zeros(text.shape, dtype=torch.int64)
     ids[text] = torch.tensor([token for x, y in texts for part in (x, y) for token in part])
-    index = mask[:, 1:].flatten().nonzero().squeeze(1)
-    tensors = [x.to(device) for x in (ids, mask, text, index, row)]
-    return Batch(*tensors, _columns(rows, 2), int(stop.sum()))
+    layout = gpt.layout(ids, column == stop - 1 if ends else gpt.before(mask), device)
+    tensors = [x.to(device) for x in (ids, mask, text, row)]
+    return Batch(*tensors, _columns(rows, 2), layout)
 
 
-def pad_pairs(pairs, device="cpu"):
+def pad_pairs(pairs, device="cpu", ends=False):
     """B pairs (prompt, chosen, rejected, *columns) -> Batch of 2B rows, the chosen ones first: one
     forward pass for both. The columns have one entry a pair."""
-    batch = pad([pair[:2] for pair in pairs] + [(pair[0], pair[2]) for pair in pairs], device)
+    rows = [pair[:2] for pair in pairs] + [(pair[0], pair[2]) for pair in pairs]
+    batch = pad(rows, device, ends)
     return batch._replace(columns=_columns(pairs, 3))
 
 

@@ -97,7 +97,7 @@ def call(monkeypatch, capsys):
 
 def first_gradient(script, args, monkeypatch, sample=None):
     """-> the gradient of the first optimizer step, all parameters, and its metrics. sample: in
-    place of gpt.sample."""
+    place of sampling.sample."""
     seen = []
 
     def update(self, optimizer):
@@ -110,7 +110,7 @@ def first_gradient(script, args, monkeypatch, sample=None):
     with monkeypatch.context() as m:
         m.setattr(Run, "update", update)
         if sample:
-            m.setattr("gpt.sample", sample)
+            m.setattr("training.sampling.sample", sample)
         assert main(script, *args, "--dtype", "float64", "--out", "grad/x.pt") == 1
     return seen[0]
 

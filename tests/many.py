@@ -14,8 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import training  # noqa: E402
-from gpt import Rollout  # noqa: E402
-from training import Run, distributed  # noqa: E402
+from training import Rollout, Run, distributed  # noqa: E402
 
 
 def stored(path, sample):

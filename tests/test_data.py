@@ -530,8 +530,11 @@ def test_the_mask_covers_the_response_and_its_end_token():
     assert [tuple(row[mask].tolist()) for row, mask in zip(batch.ids, batch.mask)] == [y, y[:1]]
     assert batch.mask.sum() == len(y) + 1 and not batch.mask[:, 0].any()
     assert (batch.ids[1, 3:] == 0).all()
-    assert batch.index.tolist() == batch.mask[:, 1:].flatten().nonzero()[:, 0].tolist()
-    assert batch.tokens == len(x) + len(y) + 3
+    places = batch.mask[:, 1:].nonzero()
+    assert (
+        batch.layout.places.tolist() == (places[:, 0] * batch.ids.size(1) + places[:, 1]).tolist()
+    )
+    assert batch.tokens == len(x) + len(y) - 1  # the second row begins as the first
     both = data.pad_pairs([(x, y, y[:1], 0.5), (x, y, x, 2.0)])
     assert both.row.tolist() == [0, 0, 1, 2] and both.columns[0].tolist() == [0.5, 2.0]
 

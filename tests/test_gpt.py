@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import gpt
-from gpt import GPT, GPTConfig, KVCache, ScalarGPT, load, sample, save
+from gpt import GPT, GPTConfig, ScalarGPT, before, layout, load, save
 
 SMALL = GPTConfig(vocab_size=11, block_size=32, n_layer=2, n_head=2, n_embd=8)
 END = 10
@@ -28,10 +30,30 @@ def ragged():
     return ids, mask
 
 
+def plain_hidden(m, row):
+    """The states of one row, by the textbook: softmax(Q K^T / sqrt(D) + causal) V in each head."""
+    H, _, D = m.config.heads()
+    causal = torch.full((len(row), len(row)), -math.inf).triu(1).to(m.wte.weight)
+    x = m.wte.weight[row] + m.wpe.weight[: len(row)]
+    for block in m.blocks:
+        qkv = block.attention.qkv(block.norm_1(x)).view(len(row), 3, H, D)
+        q, k, v = qkv.permute(1, 2, 0, 3)
+        y = (q @ k.mT / math.sqrt(D) + causal).softmax(-1) @ v
+        x = x + block.attention.proj(y.transpose(0, 1).flatten(1))
+        h = F.gelu(block.up(block.norm_2(x)), approximate="tanh")
+        x = x + block.down(h)
+    return m.norm(x)
+
+
 def plain_logprobs(m, ids, mask, temperature=1.0):
-    """The full-logits formula: log-softmax over V of every position, gathered at the next token."""
-    logp = (m(ids)[:, :-1] / temperature).log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
-    return torch.nn.functional.pad(torch.where(mask[:, 1:], logp, 0.0), (1, 0))
+    """The full-logits formula, one row after the other: log-softmax over V of every position,
+    gathered at the next token."""
+    rows = []
+    for row, marked in zip(ids, mask):
+        logits = F.linear(plain_hidden(m, row), m.wte.weight)
+        logp = (logits[:-1] / temperature).log_softmax(-1).gather(1, row[1:, None])[:, 0]
+        rows.append(torch.where(marked[1:], logp, 0.0))
+    return F.pad(torch.stack(rows), (1, 0))
 
 
 def test_weights_are_the_seed_s_and_the_toy_size_is_small():
@@ -66,13 +88,80 @@ def test_logprobs_are_the_full_logits_formula(chunked, temperature, monkeypatch)
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_logprobs_take_flat_positions_and_run_under_fake_tensors():
+ROWS = {  # (prompt, response) each
+    "ragged": [([1, 2, 3], [4, 10]), ([1], [2, 3, 4, 5, 10]), ([5, 6], [])],
+    "pairs": [([1, 2, 3, 4, 5, 6], [7, 10]), ([1, 2, 3, 4, 5, 6], [8, 9, 10])],
+    "group": [([4, 3, 2, 1] * 3, [i, 10]) for i in range(5)] + [([4, 3, 1], [2, 10])],
+    "groups": [([1, 2, 1, 2, i % 2], [i, i, 10][i % 3 :]) for i in range(7)],
+    "begins alike": [([1] * n, [2, 3][:n]) for n in (1, 2, 3, 5)] + [([1, 1, 2], [3])],
+    "one token": [([3], [4])] * 3 + [([3], [5])] + [([2], [4])],
+    "equal rows": [([1, 2, 3], [4, 10])] * 3,
+    "even, nothing shared": [([i, 1, 2], [3, 10]) for i in range(4)],
+    "nothing asked": [([1, 2], []), ([3], [])],
+}
+
+
+def table(rows):
+    """-> ids, mask (B, T)"""
+    ids = torch.zeros(len(rows), max(len(x) + len(y) for x, y in rows), dtype=torch.int64)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for i, (x, y) in enumerate(rows):
+        ids[i, : len(x) + len(y)] = torch.tensor(x + y)
+        mask[i, len(x) : len(x) + len(y)] = True
+    return ids, mask
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_what_is_skipped_and_shared_changes_nothing(name, apart, dtype, near, monkeypatch):
+    """Log-probs, values and scores, and all gradients, of the plain padded formula; with columns
+    that are attended on their own wherever rows begin alike, and nowhere."""
+    monkeypatch.setattr(gpt, "FEWER", 2.0 if apart else 0.0)
+    (ids, mask), m = table(ROWS[name]), model(dtype)
+    judge = ScalarGPT(SMALL, trunk=model(dtype)).to(dtype)
+    at, ends = layout(ids, before(mask)), gpt.last(mask)
+    weight = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    plain = torch.stack([plain_hidden(judge.trunk, row) @ judge.head.weight[0] for row in ids])
+    plain = plain + judge.head.bias
+    found = [m.logprobs(ids, mask, at=at), judge.values_before(ids, mask), judge.values(ids)]
+    expected = [plain_logprobs(m, ids, mask), F.pad(plain[:, :-1], (1, 0)) * mask, plain]
+    if mask.any(1).all():
+        found.append(judge.score(ids, mask)[:, None])
+        expected.append(plain[ends][:, None])
+    weights, sums = [p for x in (m, judge) for p in x.parameters()], []
+    for tables in (found, expected):
+        sums.append(sum((x * weight[:, : x.size(1)]).sum() for x in tables))
+        sums[-1] = sums[-1] + 0 * sum(p.sum() for p in weights)
+    for x, y in zip(found, expected):
+        torch.testing.assert_close(x, y, rtol=near, atol=near)
+    for x, y in zip(*(torch.autograd.grad(x, weights) for x in sums)):
+        torch.testing.assert_close(x, y, rtol=10 * near, atol=10 * near * y.abs().max().item())
+
+
+def test_tokens_are_computed_once_and_no_padding():
+    """By hand: of a pair, the prompt's six and what stands before the other response tokens. The
+    first ragged row's prompt is how the second begins."""
+    for name, tokens, heads in (("ragged", 5 + 1, 3), ("pairs", 6 + 1 + 2, 6), ("group", 19, 12)):
+        ids, mask = table(ROWS[name])
+        at = layout(ids, before(mask))
+        assert (len(at.ids), len(at.places)) == (tokens, mask.sum().item()), name
+        assert heads == (0 if at.heads is None else at.heads.size(1)), name
+        found = ids.flatten()[at.places]
+        assert torch.equal(at.ids[at.read], found) and torch.equal(
+            at.position[at.read], at.places % ids.size(1)
+        )
+    even, mask = table(ROWS["even, nothing shared"])
+    assert layout(even, before(mask)).first is None  # no row is gathered
+
+
+def test_logprobs_take_a_layout_and_run_under_fake_tensors():
     m, (ids, mask) = model(), ragged()
-    index = mask[:, 1:].flatten().nonzero().squeeze(1)
-    assert torch.equal(m.logprobs(ids, mask, index=index), m.logprobs(ids, mask))
+    at = layout(ids, before(mask))
+    assert torch.equal(m.logprobs(ids, mask, at=at), m.logprobs(ids, mask))
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        ids, mask, index = (fake.from_tensor(x) for x in (ids, mask, index))
-        out = GPT(SMALL).logprobs(ids, mask, index=index)
+        ids, mask, at = tree_map_only(torch.Tensor, fake.from_tensor, (ids, mask, at))
+        out = GPT(SMALL).logprobs(ids, mask, at=at)
     assert out.shape == (3, 7)
 
 
@@ -89,79 +178,19 @@ def test_entropy_is_that_of_the_distribution():
     _, entropy = m.logprobs(ids, mask, entropy=True)
     p = m(ids)[:, :-1].softmax(-1)
     expected = torch.where(mask[:, 1:], -(p * p.log()).sum(-1), 0.0)
-    torch.testing.assert_close(entropy, torch.nn.functional.pad(expected, (1, 0)))
+    torch.testing.assert_close(entropy, F.pad(expected, (1, 0)))
     assert entropy.max() <= math.log(11) and not entropy.requires_grad
 
 
 def test_padding_and_row_order_change_nothing():
     m, (ids, mask) = model(), ragged()
     logp = m.logprobs(ids, mask)
-    wide_ids = torch.nn.functional.pad(ids, (0, 5), value=7)
-    wide = m.logprobs(wide_ids, torch.nn.functional.pad(mask, (0, 5)))[:, :7]
+    wide_ids = F.pad(ids, (0, 5), value=7)
+    wide = m.logprobs(wide_ids, F.pad(mask, (0, 5)))[:, :7]
     order = torch.tensor([2, 0, 1])
     moved, alone = m.logprobs(ids[order], mask[order]), m.logprobs(ids[:1, :4], mask[:1, :4])
     for found, expected in ((wide, logp), (moved, logp[order]), (alone, logp[:1, :4])):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_cached_forward_is_the_uncached_one():
-    m, (ids, _) = model(), ragged()
-    cache = KVCache(SMALL, 3, 7, dtype=torch.float64)
-    steps = [m(ids[:, :3], cache), m(ids[:, 3:4], cache), m(ids[:, 4:7], cache)]
-    torch.testing.assert_close(torch.cat(steps, 1), m(ids), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("group", [1, 3])
-def test_sampled_logprobs_are_the_recomputed_ones(group):
-    m, prompts = model(torch.float32), [[1, 2, 3, 4, 5, 6], [7], [3, 9, 4]]
-    s = sample(m, prompts, 20, END, 0.8, torch.Generator().manual_seed(0), group)
-    assert s.ids.shape == s.mask.shape == s.logp.shape == (3 * group, s.ids.size(1))
-    assert s.logp.dtype == torch.float32
-    torch.testing.assert_close(s.logp, m.logprobs(s.ids, s.mask, 0.8).detach(), rtol=0, atol=1e-4)
-    for i, (ids, mask, finished) in enumerate(zip(s.ids, s.mask, s.finished)):
-        prompt, n = prompts[i // group], mask.sum().item()
-        assert ids[: len(prompt)].tolist() == prompt  # row i·group + j answers prompt i
-        place = range(len(prompt), len(prompt) + n)  # the response, without a gap
-        assert mask.nonzero()[:, 0].tolist() == list(place)
-        response = ids[mask].tolist()
-        assert END not in response[:-1] and finished == (response[-1] == END)
-        assert finished or n == 20
-        assert (ids[len(prompt) + n :] == 0).all()
-    assert s.finished.any() and not s.finished.all()  # so that both cases were seen
-
-
-def test_a_prompt_alone_is_sampled_as_in_a_batch():
-    """The uniforms are drawn row by row up front: neither the other prompts nor the dropping of
-    ended rows changes a sample."""
-    m, prompts = model(), [[1, 2, 3, 4, 5, 6], [7], [3, 9, 4], [1]]
-    generator = torch.Generator().manual_seed(5)
-    together = sample(m, prompts, 20, END, generator=generator)
-    generator.manual_seed(5)
-    for i, prompt in enumerate(prompts):
-        alone = sample(m, [prompt], 20, END, generator=generator)
-        assert alone.ids[alone.mask].tolist() == together.ids[i][together.mask[i]].tolist()
-
-
-def test_samples_follow_the_distribution():
-    """20,000 one-token samples against softmax(logits / 0.9): each of 11 shares is within 5
-    standard errors (p < 1e-5)."""
-    m, n = model(), 20_000
-    p = (m(torch.tensor([[3, 4]]))[0, -1] / 0.9).softmax(-1)
-    s = sample(m, [[3, 4]], 1, END, 0.9, torch.Generator().manual_seed(0), group=n)
-    share = torch.bincount(s.ids[:, 2], minlength=11) / n
-    assert ((share - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
-
-
-def test_samples_can_be_trained_on():
-    m = model(torch.float32)
-    s = sample(m, [[1, 2], [3]], 4, END, generator=torch.Generator().manual_seed(0))
-    m.logprobs(s.ids, s.mask).sum().backward()
-    assert m.wte.weight.grad.abs().sum() > 0
-
-
-def test_too_long_a_prompt_is_refused_with_the_numbers():
-    with pytest.raises(AssertionError, match="30 .* 29"):
-        sample(model(), [[1] * 30], 3, END)
 
 
 def test_scalar_model_reads_the_tokens_so_far():

@@ -18,15 +18,15 @@ from data.exact import star
 from gpt import (
     GPT,
     GPTConfig,
-    Rollout,
     ScalarGPT,
+    layout,
     load,
     response_logprobs,
     row_lengths,
-    sample,
     save,
 )
-from training import Run, parse
+from training import Rollout, Run, parse
+from training.sampling import sample
 
 WORLD = data.task("exact")
 R, D, BEATS = (torch.from_numpy(x) for x in (WORLD.r, WORLD.d, WORLD.beats))
@@ -161,11 +161,10 @@ def test_the_first_step_climbs_j_whatever_the_critic_says(world, monkeypatch):
     policy = load("out/exact/sft.pt")[0].double()
     exact = -gradient((table(policy).exp() * R).sum(1).mean(), policy)
 
-    def broken(self, ids):
-        h = self.trunk.hidden(ids)
-        return self._read(h) + 0.5 * torch.sin(20 * h[..., 0])
-
-    monkeypatch.setattr(ScalarGPT, "values", broken)
+    read = ScalarGPT._read
+    monkeypatch.setattr(
+        ScalarGPT, "_read", lambda self, h: read(self, h) + 0.5 * torch.sin(20 * h[..., 0])
+    )
     found = {}
     for lam in (1, 0):
         args = ["--task", "exact", "--lam", lam, "--group", 2048, *ONE, "--device", "cpu"]
@@ -206,7 +205,9 @@ def test_equal_rows_are_scored_once_and_count_as_often_as_they_stand(loss, world
     rows = {(pair[0], y) for pair in pairs for y in pair[1:]}
     batch = data.pad_pairs(pairs)
     assert len(batch.ids) == len(rows) < 128 < len(batch.row) == 384
-    assert batch.tokens == sum(len(x) + len(y) for x, y in rows)
+    ends = sum(len(y) - 1 for _, y in rows)  # what stands before them; and once how prompts begin
+    begins = {x[:i] for x, _ in rows for i in range(1, len(x) + 1)}
+    assert batch.tokens == ends + len(begins)
     together, _ = dpo.compute_loss(policy, ref, batch, o)
     single = [dpo.compute_loss(policy, ref, data.pad_pairs([pair]), o)[0] for pair in pairs]
     a, b = (gradient(losses.mean(), policy) for losses in (together, torch.cat(single)))
@@ -218,10 +219,10 @@ def test_equal_rows_are_scored_once_and_count_as_often_as_they_stand(loss, world
 
 
 def keep(kept):
-    """-> gpt.sample, which adds its rollouts to `kept`, as they are drawn"""
+    """-> sampling.sample, which adds its rollouts to `kept`, as they are drawn"""
 
-    def keep(*args):
-        kept.append(sample(*args))
+    def keep(*args, **more):
+        kept.append(sample(*args, **more))
         return kept[-1] | {}
 
     return keep
@@ -293,7 +294,8 @@ def test_gspo_equals_seq_mean_grpo_on_the_first_update(ends, monkeypatch):
 
 def plain_values(model, ids):
     """(T,) ids -> (T,) values, of one row alone"""
-    return linear(model.trunk.hidden(ids[None])[0], model.head.weight, model.head.bias)[:, 0]
+    at = layout(ids[None], torch.ones_like(ids, dtype=torch.bool)[None])
+    return linear(model.trunk.hidden(at), model.head.weight, model.head.bias)[:, 0]
 
 
 def test_ppo_s_first_gradients_are_the_equations(ends, monkeypatch):
@@ -368,17 +370,17 @@ def test_online_dpo_s_first_gradient_is_the_equation_s(loss, beta, label, ends, 
 # ---- what is trained
 
 
-def padded(*args):
+def padded(*args, **more):
     """Samples with other ids in their padding, and more of it"""
-    s = sample(*args)
+    s = sample(*args, **more)
     ids = s.ids.where(torch.arange(s.ids.size(1)) < row_lengths(s.mask)[:, None], 7)
     wide = {name: pad(x, (0, 5)) for name, x in (("mask", s.mask), ("logp", s.logp))}
     return s | {"ids": pad(ids, (0, 5), value=9), **wide}
 
 
-def endless(*args):
+def endless(*args, **more):
     """Samples whose end tokens are left out of the mask"""
-    s = sample(*args)
+    s = sample(*args, **more)
     assert 0.2 < s.finished.float().mean() < 1
     last = torch.arange(s.ids.size(1)) == row_lengths(s.mask)[:, None] - 1
     return s | {"mask": s.mask & ~(s.finished[:, None] & last)}
@@ -685,14 +687,14 @@ def test_equal_rewards_move_nothing(ends, monkeypatch):
     assert held == ["policy"]  # no reference
 
 
-def twins(*args):
+def twins(*args, **more):
     """The second sample to each prompt is the first again."""
-    s = sample(*args)
+    s = sample(*args, **more)
     return s[torch.arange(0, len(s), 2).repeat_interleave(2)]
 
 
-def swapped(*args):
-    s = sample(*args)
+def swapped(*args, **more):
+    s = sample(*args, **more)
     return s[torch.arange(len(s)).view(-1, 2).flip(1).flatten()]
 
 

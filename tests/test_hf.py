@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import data
 from data import UserError
-from gpt import KVCache, ScalarGPT, sample, save
+from gpt import ScalarGPT, save
 from training import checkpoint, hf, parse
 from training.options import Options
+from training.sampling import sample
 
 IDS = torch.tensor(IDS)
 
@@ -43,27 +44,10 @@ def test_logits_are_those_of_transformers(golden):
     assert abs(logits.abs().sum().item() - said["sum"]) < 0.02
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("ragged", [False, True])
-def test_the_cache_gives_the_same_logits(golden, ragged):
-    """Prompts of one length, then three tokens at once and two alone; or of two lengths."""
-    model = copy.deepcopy(golden[0]).double()
-    n = torch.tensor([5, 7] if ragged else [5, 5])
-    cache = KVCache(model.config, 2, 16, dtype=torch.float64)
-    model.hidden(IDS[:, : n.max()], cache)
-    cache.length, cache.ragged = n, ragged
-    for T in [1, 1, 1] if ragged else [3, 1, 1]:
-        new = torch.stack([row[i : i + T] for row, i in zip(IDS, n)])
-        cache.width = int(n.max())
-        found = model(new, cache)
-        for row in range(2):
-            whole = model(IDS[row : row + 1, : n[row] + T])[0, n[row] :]
-            torch.testing.assert_close(found[row], whole, rtol=0, atol=1e-11)
-        n = n + T
-        cache.length = n
-
-
-def test_groups_of_ragged_prompts_are_drawn_with_their_own_probabilities(golden):
+@pytest.mark.parametrize("long", [1, 100])
+def test_groups_of_ragged_prompts_are_drawn_with_their_own_probabilities(golden, long, monkeypatch):
+    """Each row with its own copy of the prompt, and a group with one."""
+    monkeypatch.setattr("training.sampling.LONG", long)
     model = copy.deepcopy(golden[0]).double()
     prompts = [IDS[0, :4].tolist(), IDS[1, :9].tolist(), IDS[0, :2].tolist()]
     generator = torch.Generator().manual_seed(0)

@@ -151,7 +151,12 @@ def test_a_rollout_is_drawn_from_weights_that_are_cast_once():
         assert model.lm_head is None and model.blocks[0].up.weight.dtype == torch.float32
         with run.autocast():
             assert torch.equal(cast(IDS), model(IDS))
-    assert compute("float32").to_sample(model) is model
+    plain, adapter = GPT(CONFIG), model.blocks[0].up
+    assert compute("float32").to_sample(plain) is plain
+    merged = compute("float32").to_sample(model)
+    assert merged.blocks[0].up.weight is not adapter.weight and not lora.adapters(merged)
+    assert merged.wte.weight is model.wte.weight and model.blocks[0].up is adapter
+    torch.testing.assert_close(merged(IDS), model(IDS))
 
 
 # ---- runs

@@ -17,8 +17,8 @@ import online_dpo
 import ppo
 from data import UserError
 from data.make_vocab import main as make_vocab
-from gpt import GPTConfig, Rollout, ScalarGPT, load, save
-from training import Run, checkpoint, function, load_judge, parse
+from gpt import GPTConfig, ScalarGPT, load, save
+from training import Rollout, Run, checkpoint, function, load_judge, parse
 from training.function import Reward
 
 WORDS = data.tokenizer()
@@ -276,7 +276,7 @@ def test_a_missing_reward_model_is_made_first(ends, tmp_path, monkeypatch, capsy
     n = s.ids.size(1)
     wide = {"ids": torch.nn.functional.pad(s.ids, (0, 2), value=5)}
     wide["mask"] = torch.nn.functional.pad(s.mask, (0, 2))
-    expected = model.head(model.trunk.hidden(s.ids))[0, n - 1, 0].item()  # at the end token
+    expected = model.values(s.ids)[0, n - 1].item()  # at the end token
     found = judge("rm")([question(PROMPT)], s | wide)
     assert found.item() == pytest.approx(expected, abs=1e-5)
 

@@ -19,10 +19,11 @@ import data
 import rlaif
 from data import Stopped, reviews, skills
 from data.make_vocab import main as make_vocab
-from gpt import GPT, GPTConfig, ScalarGPT, load, row_lengths, sample, save
+from gpt import GPT, GPTConfig, ScalarGPT, load, row_lengths, save
 from rlaif import ai_label, bradley_terry_loss, leave_one_out
 from training import Compute, Run, feedback
 from training.feedback import Judge, Pair, Writer
+from training.sampling import sample
 
 KIND, FAIR, WARM, SPECIFIC = skills.PRINCIPLES
 REVIEWS, WORDS = data.task("reviews"), data.tokenizer()
@@ -292,7 +293,7 @@ def watched(done):
         m.setattr(Judge, "compare", by_length)
         m.setattr(Writer, "revise", keep(Writer.revise))
         m.setattr(Writer, "pairs", keep(Writer.pairs))
-        m.setattr("gpt.sample", logged("samples", sample, lambda _, rollout: rollout))
+        m.setattr("training.sampling.sample", logged("samples", sample, lambda _, rollout: rollout))
         m.setattr(rlaif, "leave_one_out", logged("reward", advantages, lambda x, _: x[0]))
         m.setattr(rlaif, "bradley_terry_loss", logged("p", loss, lambda x, _: x[2]))
         args = ["--init", "a/x-skills.pt", *SHORT, "--batch-size", 32, "--lr", 0.01, "--beta", 0.5]

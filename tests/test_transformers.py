@@ -12,8 +12,9 @@ from folders import folder
 from golden import FAMILIES, GPT2, LLAMA
 
 from data.chat import Chat
-from gpt import ScalarGPT, sample, save
+from gpt import ScalarGPT, save
 from training import checkpoint
+from training.sampling import sample
 
 pytestmark = pytest.mark.slow
 transformers = pytest.importorskip("transformers")

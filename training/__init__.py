@@ -13,6 +13,7 @@ from training.options import (
 )
 from training.reward import load_judge
 from training.run import Run
+from training.sampling import Rollout
 from training.state import Weights
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Options",
     "PairOptions",
     "RolloutOptions",
+    "Rollout",
     "Run",
     "Weights",
     "ScratchOptions",

@@ -2,13 +2,14 @@
 
 import gc
 import json
+from functools import partial
 
 import torch
 
 import data
 import gpt
 from data import UserError
-from training import checkpoint, distributed, lora, sharding
+from training import checkpoint, distributed, lora, sampling, sharding
 
 
 class Compute:
@@ -83,10 +84,12 @@ class Compute:
         return self._copy(model, sharding.full) if self.shard else model
 
     def to_sample(self, model):
-        """-> the model in the compute precision: under autocast a copy that is cast once, as it
-        would be cast at every token. The embedding is read in float32, the head as the rest."""
+        """-> the model in the compute precision, whole: in float32 with its adapters merged, which
+        bfloat16 would round; under autocast a copy that is cast once, as it would be cast at every
+        token. The embedding is read in float32, the head as the rest."""
         if not self.mixed:
-            return self.whole(model)
+            model = self.whole(model)
+            return model if self.pure else lora.merged(model)
         model = self._copy(model, sharding.full)
         head = gpt.Linear(*reversed(model.head.shape), bias=False, device="meta")
         head.weight = torch.nn.Parameter(model.head.to(self.dtype), requires_grad=False)
@@ -116,22 +119,21 @@ class Compute:
     def sample(self, model, questions, longest, group=1, temperature=1.0, generator=None):
         """-> a Rollout of `group` responses to each question, a row that begins with its ids"""
         ids, end = [row[0] for row in questions], self.tokenizer.end_id
+        draw = partial(sampling.sample, temperature=temperature, group=group, static=self.compile)
         if not distributed.many:
             with self.autocast():
-                model = self.to_sample(model)
-                return gpt.sample(model, ids, longest, end, temperature, generator, group)
-        uniform = gpt.uniforms(len(ids) * group, longest, generator)  # the same in all processes
+                return draw(self.to_sample(model), ids, longest, end, generator=generator)
+        uniform = sampling.uniforms(len(ids) * group, longest, generator)  # the same in all of them
         part, rollout = distributed.mine(len(ids)), None
         rows = slice(part.start * group, part.stop * group)
         with self.autocast():
             model = self.to_sample(model)
             if ids[part]:
-                how = dict(temperature=temperature, group=group, uniform=uniform[rows])
-                rollout = gpt.sample(model, ids[part], longest, end, **how)
+                rollout = draw(model, ids[part], longest, end, uniform=uniform[rows])
         drawn = {name: x.cpu() for name, x in vars(rollout).items()} if rollout else {}
-        parts = [gpt.Rollout(**x) for x in distributed.gathered(drawn) if x]
-        columns = vars(gpt.Rollout.cat(parts))
-        return gpt.Rollout(**{name: x.to(self.device) for name, x in columns.items()})
+        parts = [sampling.Rollout(**x) for x in distributed.gathered(drawn) if x]
+        columns = vars(sampling.Rollout.cat(parts))
+        return sampling.Rollout(**{name: x.to(self.device) for name, x in columns.items()})
 
     @torch.no_grad()
     def scores(self, rows, f, size=0):

@@ -101,9 +101,8 @@ class Judge:
         rows = [(tuple(self.tokenizer.dialogue(question, room)), ()) for question in questions]
 
         def ask(part):
-            batch = data.pad(part, self.run.device)
-            last = torch.arange(len(batch.ids), device=batch.ids.device), batch.text.sum(1) - 1
-            h = model.hidden(batch.ids)[last].float()
+            batch = data.pad(part, self.run.device, ends=True)
+            h = model.hidden(batch.layout).float()
             with torch.autocast(h.device.type, enabled=False):
                 return batch.spread(F.linear(h, weight))
 

@@ -73,6 +73,15 @@ def base(model):
     return bare
 
 
+def merged(model):
+    """-> the same model with its adapters in the weights of their layers, which are new"""
+    found = adapters(model)
+    whole = base(model) if found else model
+    for name, adapter in found.items():
+        put(whole, name, adapter.plain(nn.Parameter(adapter.merged(), requires_grad=False)))
+    return whole
+
+
 def like(model, adapted=True):
     """-> a model of the same make on "meta": shapes without numbers. adapted: with its adapters"""
     with torch.device("meta"):

@@ -1,5 +1,7 @@
 """The judge of sampled responses: the task's own reward, a reward model, or a user's function."""
 
+from functools import partial
+
 import torch
 
 import data
@@ -115,10 +117,9 @@ class ModelJudge(Judge):
     def __call__(self, questions, rollout):
         if self.reads_tokens and rollout.ids.size(1) <= self.model.config.block_size:
             return self.run.scores(rollout, lambda x: self.model.score(x.ids, x.mask), ROWS)
-        rows, device = self.encode(questions, rollout), rollout.ids.device
-        return self.run.scores(
-            rows, lambda x: response_scores(self.model, data.pad(x, device)), ROWS
-        )
+        pad = partial(data.pad, device=rollout.ids.device, ends=True)
+        rows = self.encode(questions, rollout)
+        return self.run.scores(rows, lambda x: response_scores(self.model, pad(x)), ROWS)
 
     def encode(self, questions, rollout):
         """-> the texts in the judge's own vocabulary; what did not end has no end token"""

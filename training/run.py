@@ -161,11 +161,11 @@ class Run(Compute):
     def logprobs(self, model, rollout, temperature=1.0):
         """-> (N, T) log-probs of all responses of a rollout, a micro-batch at a time"""
         f = partial(model.logprobs, temperature=temperature)
-        return self._table(rollout, lambda x: f(x.ids, x.mask))
+        return self._table(rollout, lambda x: f(x.ids, x.mask, at=x.layout))
 
     def values(self, critic, rollout):
-        """-> (N, T) values of what stands before each token"""
-        return self._table(rollout, lambda x: critic.values_before(x.ids))
+        """-> (N, T) values of what stands before each response token"""
+        return self._table(rollout, lambda x: critic.values_before(x.ids, x.mask, x.layout))
 
     def _table(self, rollout, f):
         width = rollout.ids.size(1)

@@ -67,7 +67,8 @@ def cut(model, kind):
         fully_shard(unit, mesh=distributed.mesh(kind), reshard_after_forward=True)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-    for method in ("values", "score") if isinstance(model, ScalarGPT) else ("logprobs",):
+    scalar = "values", "values_before", "score"
+    for method in scalar if isinstance(model, ScalarGPT) else ("logprobs",):
         register_fsdp_forward_method(model, method)  # the outermost alone: an inner one would free
     return model
 
