@@ -327,7 +327,7 @@ def layout(ids, asked, device=None):
         first = torch.where(column < p, head, heads.numel() + tail)
     last = first[read]
     first = None if not p and len(first) == B * T else first  # nothing is padded or shared
-    tensors = ids[new], column, places, read, rows, heads, seen, first, last
+    tensors = ids[new], column.clone(), places, read, rows, heads, seen, first, last
     return Layout(*(x if x is None else x.to(device) for x in tensors))
 
 

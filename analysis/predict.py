@@ -141,8 +141,11 @@ def outlines(held, o, config, compute):
 
 def labelled(row, o, task, tokenizer, block_size):
     """-> the micro-batches of a step on rows of the task"""
-    texts = getattr(task, DRAWS.get(row, "preferences"))(o.batch_size, f"{o.seed} step 1")
-    rows, _ = data.encode(texts, tokenizer, block_size, o.truncate)
+    draw, fixed = getattr(task, DRAWS.get(row, "preferences")), getattr(o, "pairs", 0) or task.size
+    if fixed:
+        rows = data.Batches(draw, fixed, tokenizer, block_size, o)[1]
+    else:
+        rows, _ = data.encode(draw(o.batch_size, f"{o.seed} step 1"), tokenizer, block_size)
     if row == "dpo-precomputed":
         rows = [(*pair, 0.0, 0.0) for pair in rows]
     pad = partial(data.pad_pairs if in_pairs(row) else data.pad, ends=row == "reward_model")
