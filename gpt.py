@@ -449,12 +449,12 @@ def plain(module):
     if kind is nn.ModuleList:
         return [plain(x) for x in module]
     if kind is nn.Embedding:
-        return partial(F.embedding, **own)
+        return partial(torch.embedding, module.weight)
     if kind is Linear:
         return partial(F.linear, **own)
     if kind is LayerNorm:
         shape, eps = module.normalized_shape, module.eps
-        return partial(F.layer_norm, normalized_shape=shape, eps=eps, **own)
+        return partial(torch.layer_norm, normalized_shape=shape, eps=eps, **own)
     if kind not in (Attention, Block, GPT):
         return module
     bare = SimpleNamespace(**{name: x for name, x in vars(module).items() if name[0] != "_"})

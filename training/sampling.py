@@ -10,7 +10,7 @@ import gpt
 EVERY = 4  # tokens after which ends are looked for
 DROP = 0.9  # rows are dropped once so many of them, or fewer, are still drawn
 HALF = 0.5  # the same where each number of rows is captured anew
-LONG = 128  # tokens of prompts that are read by all rows of a group from one copy
+LONG = 64  # tokens of prompts that are read by all rows of a group from one copy
 
 
 class Rollout:
@@ -234,13 +234,12 @@ class Drawing:
         if self.reads:
             self.keep(kv.index_select(0, self.reads.rows.flatten()), D)
             return self.reads.attend(layer, qkv, sizes, last)
-        P, G = self.P, self.G
+        P, G, scale = self.P, self.G, D**-0.5
         q = q.view(P, G, K, -1, D).transpose(1, 2).reshape(P * K * G, -1, D)
         new = kv.view(P, G, 2, K, D).permute(2, 0, 3, 1, 4).reshape(2, P * K * G, 1, D)
         self.own[layer].index_copy_(2, self.column, new)
-        k, v = self.own[layer][:, :, : self.width]
-        mask, scale = self.mask[:, :, : self.width], D**-0.5
-        scores = torch.baddbmm(mask, q, k.mT, alpha=scale)  # for one query, faster than SDPA
+        k, v = self.own[layer].narrow(2, 0, self.width).unbind()
+        scores = torch.baddbmm(self.seen, q, k.mT, alpha=scale)  # for one query, faster than SDPA
         if self.apart:
             (k_, v_), q_ = self.prompt[layer], q.reshape(P * K, -1, D)
             before = torch.baddbmm(self.hidden, q_, k_.mT, alpha=scale)  # (P·K, G·H/K, L)
@@ -280,7 +279,7 @@ class Drawing:
     def step(self):
         """Reads what was drawn, and draws the next."""
         self.width = self.mask.size(2) if self.static else self.width + 1
-        self.mask.index_fill_(2, self.column, 0)
+        self.seen = self.mask.index_fill_(2, self.column, 0).narrow(2, 0, self.width)
         self.draw(self.model.hidden(self))
         self.position += 1
         self.column += 1
