@@ -1,0 +1,310 @@
+"""How fast the scripts are: CPU time and memory of a step beside the floor of its arithmetic.
+
+    python -m analysis.bench                       every script, sampling, long prompts
+    python -m analysis.bench --n-embd 256          the same with a wider model
+    python -m analysis.bench --peers               TRL and transformers on the same shapes, in turn
+
+The floor is what the products of a step would take at the rate of a large float32 product, which is
+measured first: each pass over each real token, 2N FLOPs forward and 4N back, attention besides,
+before anything is shared or skipped. A small product never reaches that rate; a step that shares
+prompts can stay below its floor. Times are CPU time of one thread, medians of --repeats processes,
+which take turns, so that a noisy machine disturbs all alike. --peers needs trl and transformers.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from tqdm import tqdm
+
+import data
+import training
+from analysis import peers
+from data import Stopped, UserError, say
+from gpt import GPT, GPTConfig, ScalarGPT
+from training import opt, parse, sampling
+
+HERE = Path(__file__).parent.parent
+TOGETHER = "--updates 1 --minibatches 1"
+ROWS = {  # row -> (passes over the policy's N a token, sequences a step, arguments)
+    "sft": (3, 8, "--batch-size 8"),
+    "reward_model": (3, 16, "--batch-size 8"),
+    "dpo": (4, 16, "--batch-size 8"),
+    "simpo": (3, 16, "--batch-size 8"),
+    "orpo": (3, 16, "--batch-size 8"),
+    "kto": (6, 8, "--batch-size 8"),
+    "online_dpo": (5, 16, "--batch-size 8 --samples-per-prompt 2 --reward task"),
+    "ppo": (10, 8, f"--batch-size 8 --group 1 --reward task {TOGETHER}"),
+    "grpo": (4, 8, f"--batch-size 2 --group 4 --kl none {TOGETHER}"),
+    "dapo": (4, 8, f"--batch-size 2 --group 4 {TOGETHER}"),
+}
+LONG = {  # the same with a long prompt -> (script, prompt, response, sequences, arguments)
+    "dpo 256+128": ("dpo", 256, 128, 16, "--batch-size 8"),
+    "grpo 384+128": ("grpo", 384, 128, 16, f"--batch-size 2 --group 8 --kl none {TOGETHER}"),
+}
+SAMPLING = {  # -> (prompts, group, whether responses end, after 24 tokens on average)
+    "1 row": (1, 1, False),
+    "8 rows": (8, 1, False),
+    "64 rows": (64, 1, False),
+    "64 rows with ends": (64, 1, True),
+    "8 prompts × 8, with ends": (8, 8, True),
+}
+
+
+@dataclass
+class Options:
+    methods: tuple = opt((), f"which scripts, of {' '.join(ROWS)} (default: all)")
+    n_layer: int = opt(4, "blocks of the model", low=1)
+    n_head: int = opt(4, "its attention heads a block", low=1)
+    n_embd: int = opt(128, "its width", low=1)
+    steps: int = opt(8, "optimizer steps of a process", low=3)
+    repeats: int = opt(3, "processes of each", low=1)
+    peers: bool = opt(False, "TRL and transformers too")
+    only: str = opt("all", "one of the tables", choices=("all", "steps", "long", "sampling"))
+    worker: str = opt("", "one measurement, as JSON; what a process of the bench is told")
+
+    def check(self):
+        for row in self.methods:
+            if row not in ROWS:
+                raise UserError(f"--methods {row}: no such row; there are {', '.join(ROWS)}")
+        if self.n_embd % self.n_head:
+            size = f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}"
+            raise UserError(size)
+        if self.peers:
+            peers.check()
+
+    def config(self, context):
+        """-> the sizes of the model that has this context"""
+        return data.tokenizer().size, context, self.n_layer, self.n_head, self.n_embd
+
+
+# ---- one measurement, in a process of its own
+
+
+def measure(job):
+    """What --worker names -> its figures"""
+    if job["what"] == "rate":
+        return {"rate": rate()}
+    if job["what"] == "sample":
+        how = peers.generator if job["peer"] else generator
+        return {"tokens": tokens_per_second(how(GPTConfig(*job["config"]), job))}
+    return peers.step(job) if job["peer"] else step(job)
+
+
+def rate():
+    """-> FLOP/s of a large product in float32"""
+    n = 1536
+    a, b, seconds = torch.randn(n, n), torch.randn(n, n), []
+    for _ in range(6):
+        start = time.process_time()
+        a @ b
+        seconds.append(time.process_time() - start)
+    return 2 * n**3 / min(seconds)
+
+
+def step(job):
+    """Runs a script, whose clock shows CPU time. -> CPU ms of a step, bytes at its peak"""
+    name, *arguments = job["command"]
+    script = importlib.import_module(name)
+    with patch("training.run.time.perf_counter", time.process_time):
+        with contextlib.redirect_stdout(io.StringIO()):
+            script.main([*arguments, "--out", f"{os.getpid()}.pt"])
+    final = json.loads(Path(f"{os.getpid()}.jsonl").read_text().splitlines()[-1])["final"]
+    found = {"ms": final["step_ms"], "bytes": final["peak_bytes"]}
+    return found | {"sample_ms": final["sample_ms"]} if "sample_ms" in final else found
+
+
+def generator(config, job):
+    """-> a function that draws responses, and tells how many tokens"""
+    model = GPT(config)
+    if job["ends"]:
+        end_often(model.norm.bias, model.wte.weight)
+    prompts = torch.randint(2, config.vocab_size, (job["prompts"], job["prompt"])).tolist()
+    how = dict(group=job["group"], generator=torch.Generator().manual_seed(0))
+    end = 1 if job["ends"] else -1
+    return lambda: sampling.sample(model, prompts, job["response"], end, **how).mask.sum()
+
+
+@torch.no_grad()
+def end_often(bias, embedding):
+    """Makes token 1 twenty times as likely as the others: responses have 25 tokens on average."""
+    bias[0] = 4.0
+    embedding[1, 0] += 0.75
+
+
+def tokens_per_second(draw, runs=5):
+    found = []
+    for _ in range(runs + 1):
+        start = time.process_time()
+        tokens = int(draw())
+        found.append(tokens / (time.process_time() - start))
+    return statistics.median(found[1:])
+
+
+# ---- all of them, in turn
+
+
+def jobs(o):
+    """-> {(table, row): a measurement}"""
+    found, methods = {}, o.methods or ROWS
+
+    def add(table, row, name, prompt, response, sequences, arguments):
+        task, context = f"tokens:{prompt}+{response}", max(256, prompt + response)
+        more = f"--steps {o.steps} --warmup 1 --init {context}.pt --eval-prompts 4"
+        command = f"{name} --task {task} --device cpu --dtype float32 {more} {arguments}"
+        job = {"what": "step", "name": name, "prompt": prompt, "response": response}
+        job |= {"command": command.split(), "sequences": sequences, "steps": o.steps}
+        job["group"] = 8 if "--group 8" in arguments else 4  # of the scripts that sample
+        found[table, row] = job | {"config": o.config(context)}
+
+    for row in methods if o.only in ("all", "steps") else ():
+        add("steps", row, row, 32, 96, *ROWS[row][1:])
+    for row, (name, *sizes) in LONG.items() if o.only in ("all", "long") else ():
+        if name in methods:
+            add("long", row, name, *sizes)
+    for row, (prompts, group, ends) in SAMPLING.items() if o.only in ("all", "sampling") else ():
+        job = {"what": "sample", "prompts": prompts, "group": group, "ends": ends}
+        job |= {"prompt": 32, "response": 96, "name": "generate"}
+        found["sampling", row] = job | {"config": o.config(256)}
+    return found
+
+
+def run_all(o, folder):
+    """-> the jobs, and {key of a job: figures of each repeat}, of the peer too, and of the rate"""
+    todo, found = jobs(o), {"rate": []}
+    for context in {job["config"][1] for job in todo.values() if job["what"] == "step"}:
+        size = f"--n-layer {o.n_layer} --n-head {o.n_head} --n-embd {o.n_embd}"
+        task = f"--task tokens:{context // 2}+{context // 2} --block-size {context}"
+        start = f"sft {task} {size} --steps 1 --batch-size 2 --eval-prompts 4 --device cpu"
+        run([sys.executable, HERE / "sft.py", *start.split()[1:], "--out", f"{context}.pt"], folder)
+    with tqdm(total=o.repeats * len(todo) * (1 + o.peers), desc="bench", disable=None) as bar:
+        for _ in range(o.repeats):
+            found["rate"].append(worker({"what": "rate"}, folder))
+            for key, job in todo.items():
+                for peer in (False, True)[: 1 + o.peers]:
+                    if not peer or job["name"] in peers.SHAPES:
+                        figures = worker(job | {"peer": peer}, folder)
+                        found.setdefault((*key, peer), []).append(figures)
+                    bar.update()
+    return todo, found
+
+
+def worker(job, folder):
+    command = [sys.executable, "-m", "analysis.bench", "--worker", json.dumps(job)]
+    return json.loads(run(command, folder).splitlines()[-1])
+
+
+def run(command, folder):
+    """-> what a process of one thread prints"""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
+        raise Stopped(f"{' '.join(map(str, command[1:]))}: {last}")
+    return done.stdout
+
+
+# ---- tables
+
+
+def floor(job, rate):
+    """-> ms that the products of a step would take at that rate"""
+    config = GPTConfig(*job["config"])
+    with torch.device("meta"):
+        model = (ScalarGPT if job["name"] == "reward_model" else GPT)(config)
+    T = job["prompt"] + job["response"]
+    forward = 2 * model.matmul_parameters() + 4 * config.n_layer * T * config.n_embd  # a token
+    return 1000 * ROWS[job["name"]][0] * forward * job["sequences"] * T / rate
+
+
+def middle(figures, name):
+    return statistics.median(x[name] for x in figures)
+
+
+def ratio(ours, theirs, name):
+    """-> the median of the ratios of processes that took turns"""
+    return statistics.median(b[name] / a[name] for a, b in zip(ours, theirs))
+
+
+def steps_table(o, todo, found, table, rate):
+    """-> lines of cells"""
+    peer = ["TRL, ms", "TRL / ours", "TRL, MB"] if o.peers else []
+    yield ["", "ms a step", "of it sampling", "floor, ms", "floor / step", "MB at the peak", *peer]
+    for (kind, row), job in todo.items():
+        if kind == table:
+            ours, theirs = found[kind, row, False], found.get((kind, row, True))
+            ms, least = middle(ours, "ms"), floor(job, rate)
+            sampled = f"{middle(ours, 'sample_ms'):.0f}" if "sample_ms" in ours[0] else ""
+            cells = [row, f"{ms:.0f}", sampled, f"{least:.0f}", f"{least / ms:.2f}"]
+            cells.append(f"{middle(ours, 'bytes') / 1e6:.0f}")
+            if theirs:
+                cells += [f"{middle(theirs, 'ms'):.0f}", f"{ratio(ours, theirs, 'ms'):.2f}"]
+                cells.append(f"{middle(theirs, 'bytes') / 1e6:.0f}")
+            yield cells + [""] * (6 + len(peer) - len(cells))
+
+
+def sampling_table(o, todo, found):
+    """-> lines of cells"""
+    peer = ["generate", "ours / generate"] if o.peers else []
+    yield ["32 + 96 tokens", "tokens a second", *peer]
+    for kind, row in todo:
+        if kind == "sampling":
+            ours, theirs = found[kind, row, False], found.get((kind, row, True))
+            cells = [row, f"{middle(ours, 'tokens'):,.0f}"]
+            if theirs:
+                cells.append(f"{middle(theirs, 'tokens'):,.0f}")
+                cells.append(f"{ratio(theirs, ours, 'tokens'):.2f}")
+            yield cells
+
+
+def report(o, todo, found):
+    """-> the tables as Markdown"""
+    rate = max(x["rate"] for x in found["rate"])
+    where = f"{processor()}, one thread, torch {torch.__version__}"
+    size = f"{o.n_layer} layers × {o.n_embd}, medians of {o.repeats} processes"
+    yield f"{where}. {size}. A large product: {rate / 1e9:.0f} GFLOP/s."
+    tables = {"32 + 96 tokens": steps_table(o, todo, found, "steps", rate)}
+    tables["Long prompts"] = steps_table(o, todo, found, "long", rate)
+    tables["Sampling"] = sampling_table(o, todo, found)
+    for title, lines in tables.items():
+        head, *rest = lines
+        if rest:
+            yield f"\n{title}\n"
+            for cells in (head, ["---"] * len(head), *rest):
+                yield f"| {' | '.join(cells)} |"
+
+
+def processor():
+    """-> the name of this machine's processor"""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(": ")[2]
+    return platform.processor() or platform.machine()
+
+
+def main(argv=None):
+    o = parse(Options, argv)
+    torch.set_num_threads(1)
+    if o.worker:
+        print(json.dumps(measure(json.loads(o.worker))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        todo, found = run_all(o, Path(folder))
+    say("\n".join(report(o, todo, found)))
+
+
+if __name__ == "__main__":
+    training.command(main, torchrun=False)

@@ -1,0 +1,86 @@
+"""analysis/bench.py: what a floor counts, what a measurement gives, how the tables read."""
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+from conftest import main
+
+from analysis import bench
+from gpt import GPTConfig
+
+TRL = importlib.util.find_spec("trl") is not None
+
+
+@pytest.fixture
+def job(tiny, tmp_path, monkeypatch):
+    """A measurement of dpo.py on short rows, in a folder of its own"""
+    shutil.copy(tiny / "out/reviews/sft.pt", tmp_path / "256.pt")
+    monkeypatch.chdir(tmp_path)
+    o = bench.parse(bench.Options, ["--methods", "dpo", "--steps", "3", "--only", "steps"])
+    found = bench.jobs(o)["steps", "dpo"] | {"peer": False, "prompt": 6, "response": 10}
+    command = [x.replace("32+96", "6+10") for x in found["command"]]
+    return found | {"command": command}
+
+
+def test_a_floor_by_hand(job):
+    """DPO: three passes of the policy and one of the reference, 16 rows of 16 tokens; 2 layers of
+    12 C², the head, and attention's 4 L T C."""
+    V, C, L, T = 100, 8, 2, 16
+    forward = 2 * (L * 12 * C**2 + V * C) + 4 * L * T * C
+    found = bench.floor(job | {"config": [V, 64, L, 2, C]}, 1e9)
+    assert found == pytest.approx(1000 * 4 * 16 * T * forward / 1e9)
+    scalar = bench.floor(job | {"config": [V, 64, L, 2, C], "name": "reward_model"}, 1e9)
+    reward = 2 * (L * 12 * C**2 + C) + 4 * L * T * C
+    assert scalar == pytest.approx(1000 * 3 * 16 * T * reward / 1e9)
+
+
+def test_a_measurement_is_the_script_s_own_record(job):
+    found = bench.measure(job)
+    assert 0 < found["ms"] < 5000 and 1e6 < found["bytes"] < 1e9
+    assert bench.measure({"what": "rate"})["rate"] > 1e9
+
+
+def test_responses_end_after_25_tokens_on_average():
+    job = {"prompts": 256, "group": 1, "prompt": 3, "response": 96, "ends": True}
+    torch.manual_seed(0)
+    draw = bench.generator(GPTConfig(512, 128, 1, 2, 32), job)
+    assert 20 < draw() / 256 < 32
+    assert bench.generator(GPTConfig(512, 128, 1, 2, 32), job | {"ends": False})() == 256 * 96
+
+
+def test_the_tables(job):
+    o = bench.parse(bench.Options, ["--peers"] if TRL else [])
+    o.peers = True
+    ours = [{"ms": x, "bytes": 2e6, "tokens": 10 * x} for x in (10.0, 30.0, 20.0)]
+    theirs = [{"ms": x, "bytes": 4e6, "tokens": 5 * x} for x in (30.0, 60.0, 50.0)]
+    found = {"rate": [{"rate": 1e9}]}
+    for key in (("steps", "dpo"), ("sampling", "1 row")):
+        found |= {(*key, False): ours, (*key, True): theirs}
+    todo = {("steps", "dpo"): job, ("sampling", "1 row"): {}}
+    text = "\n".join(bench.report(o, todo, found))
+    least = bench.floor(job, 1e9)
+    assert f"| dpo | 20 |  | {least:.0f} | {least / 20:.2f} | 2 | 50 | 2.50 | 4 |" in text
+    assert "| 1 row | 200 | 250 | 0.80 |" in text and "1 GFLOP/s" in text
+    assert "Long prompts" not in text
+
+
+@pytest.mark.skipif(TRL, reason="TRL is here")
+def test_peers_ask_for_their_package(capsys):
+    with pytest.raises(bench.UserError, match="trl, which is not installed; pip install trl"):
+        bench.parse(bench.Options, ["--peers"])
+
+
+def test_wrong_options_are_told(capsys):
+    for argv, words in ((["--methods", "rlaif"], "no such row"), (["--n-embd", "30"], "multiple")):
+        assert main("analysis.bench", *argv) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_of_it(capsys):
+    argv = ["--repeats", 1, "--steps", 3, "--methods", "sft", "dpo"]
+    assert not main("analysis.bench", *argv)
+    said = capsys.readouterr().out
+    assert said.count("\n| ") > 10 and "| dpo 256+128 |" in said and "| 64 rows with ends |" in said
