@@ -72,9 +72,9 @@ class Evaluator:
             return
         prompts = task.prompts(o.eval_prompts, o.seed, split="test")
         limit = run.block_size - self.longest
-        ids, note = data.encode_prompts(prompts, tokenizer, limit, o.truncate)
+        rows, note = data.encode_prompts(prompts, tokenizer, limit, o.truncate)
         data.say(note)
-        self.prompts = [(x, *prompt) for x, prompt in zip(ids, prompts)]
+        self.prompts = list(rows)
         self.rows = []
         if self.draw and not task.has_reward:
             rows = self.draw(o.eval_prompts, o.seed, split="test")
@@ -438,13 +438,13 @@ class Again(Compute):
         """Prints the reference's and the policy's answer to a prompt."""
         n = self.o.max_new_tokens or min(256, self.block_size // 2)
         limit = self.block_size - n
-        ids, _ = data.encode_prompts([(prompt,)], self.tokenizer, limit, self.o.truncate)
+        rows, _ = data.encode_prompts([(prompt,)], self.tokenizer, limit, self.o.truncate)
         print(printable(prompt))
         ref = self.open(self.reference) if self.reference else None
         for name, model in (("reference", ref), ("policy", self.policy)):
             if model is not None:
                 generator = torch.Generator().manual_seed(self.o.seed)
-                rollout = self.sample(model, [ids], n, generator=generator)
+                rollout = self.sample(model, rows, n, generator=generator)
                 print(f"  {name:>9} | {printable(completions(self.tokenizer, rollout)[0])}")
 
 

@@ -23,9 +23,15 @@ class Drawn(list):
         self.told, self.lost = told, lost
 
 
+def once(make):
+    """-> make(). Of many processes on a machine one makes the rows of a file, and the others map
+    them: training.distributed puts a function in place of this one."""
+    return make()
+
+
 class Rows:
-    """Rows (prompt ids, *answers, *numbers) as a list has them, all of one shape, in 2 or 4 bytes a
-    token."""
+    """Rows (prompt ids, *answers, *others) as a list has them, all of one shape, in 2 or 4 bytes a
+    token. Ids are tuples."""
 
     def __init__(self, rows=()):
         self.tokens, self.ends, self.numbers = array("H"), array("Q", [0]), []
@@ -49,11 +55,28 @@ class Rows:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         first = range(len(self))[i] * self.n_texts
-        ends = self.ends[first : first + self.n_texts + 1]
-        return (*(tuple(self.tokens[a:b]) for a, b in zip(ends, ends[1:])), *self.numbers[i])
+        ends = self.ends[first : first + self.n_texts + 1].tolist()
+        texts = (tuple(self.tokens[a:b].tolist()) for a, b in zip(ends, ends[1:]))
+        return (*texts, *self.numbers[i])
 
     def __iter__(self):
         return (self[i] for i in range(len(self)))
+
+    def save(self, file):
+        """Writes the rows for `mapped`."""
+        kind = torch.uint16 if self.tokens.typecode == "H" else torch.uint32
+        tokens = torch.frombuffer(self.tokens, dtype=kind)
+        ends = torch.frombuffer(self.ends, dtype=torch.int64)
+        torch.save((tokens, ends, self.n_texts, self.numbers), file)
+
+    @staticmethod
+    def mapped(path):
+        """-> the rows of a file of our own, whose tokens stay in it until they are read"""
+        rows = Rows()
+        rows.tokens, rows.ends, rows.n_texts, rows.numbers = torch.load(
+            path, mmap=True, weights_only=False
+        )
+        return rows
 
     def widened(self, numbers):
         """-> the same rows, each with more numbers at its end"""
@@ -110,13 +133,20 @@ def _account(rows, cut, equal=0):
 
 
 def encode_prompts(rows, tokenizer, limit, truncate=False, what="test prompts"):
-    """(prompt, …) as text -> (the prompts as lists of at most `limit` token ids, a note): a longer
-    prompt raises UserError, or is cut from its left."""
+    """(prompt, …) as text -> (Rows (ids, prompt, …) of at most `limit` ids, a note): a longer one
+    raises UserError, or is cut from its left."""
     if limit < 1:
         room = "--max-new-tokens leaves no room for a prompt"
         raise UserError(f"{room}; it must be smaller than the context")
-    out = [tokenizer.prompt(prompt) for prompt, *_ in rows]
-    long = [len(x) for x in out if len(x) > limit]
+    out, long = Rows(), []
+    for prompt, *rest in tqdm(rows, "prompts to tokens", delay=2, leave=False, disable=None):
+        ids = tokenizer.prompt(prompt)
+        if len(ids) > limit:
+            long.append(len(ids))
+            if truncate:
+                ids = tokenizer.cut(prompt, limit)
+                _room(len(ids), limit)
+        out.append((tuple(ids), prompt, *rest))
     if long and not truncate:
         raise UserError(
             f"{len(long)} of {len(out)} {what} are longer than the {limit} tokens that "
@@ -125,10 +155,6 @@ def encode_prompts(rows, tokenizer, limit, truncate=False, what="test prompts"):
         )
     room = f"{limit} tokens, which leaves room for the response"
     note = f"{len(long)} of {len(out)} {what} are cut to {room}" if long else ""
-    for i, (prompt, *_) in enumerate(rows if long else ()):
-        if len(out[i]) > limit:
-            out[i] = tokenizer.cut(prompt, limit)
-            _room(len(out[i]), limit)
     return out, _account(rows, len(long)) or note
 
 
@@ -156,7 +182,7 @@ class Batches:
             _, note = encode(draw(1000, o.seed), *self.fit)
             say(note and f"of a probe, {note}")
         else:
-            rows, note = encode(draw(count, o.seed), *self.fit, many=True)
+            rows, note = once(lambda: encode(draw(count, o.seed), *self.fit, many=True))
             say(note)
             self._hold(rows)
 
@@ -191,11 +217,18 @@ class Prompts(Batches):
     def __init__(self, task, tokenizer, block_size, o, split="train"):
         self.seed, self.batch_size, self.cursor = o.seed, o.batch_size, 0
         self.longest = task.longest(o.max_new_tokens, block_size)
-        texts = task.prompts(o.batch_size if task.outcomes else None, o.seed, split)
-        limit = block_size - self.longest
-        ids, note = encode_prompts(texts, tokenizer, limit, o.truncate, "training prompts")
+        count, fit = (
+            o.batch_size if task.outcomes else None,
+            (block_size - self.longest, o.truncate),
+        )
+
+        def make():
+            texts = task.prompts(count, o.seed, split)
+            return encode_prompts(texts, tokenizer, *fit, "training prompts")
+
+        rows, note = once(make)
         say(note)
-        self._hold([(x, *text) for x, text in zip(ids, texts)])
+        self._hold(rows)
 
     def __next__(self):
         self.cursor += 1

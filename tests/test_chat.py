@@ -130,7 +130,8 @@ def test_rows_that_are_cut_keep_their_control_tokens(tokenizer):
     assert len(x) + 3 == 20 and x[:3] == tuple(ids("[u\n")) and x[-3:] == tuple(ids("[a\n"))
     assert chosen == tuple(ids("hi]")) and "cut to 20 tokens" in note
     prompts, _ = data.encode_prompts([("abcde" * 4,)], tokenizer, 15, truncate=True)
-    assert len(prompts[0]) == 15 and prompts[0][-3:] == ids("[a\n")
+    (cut, _) = prompts[0]
+    assert len(cut) == 15 and cut[-3:] == tuple(ids("[a\n"))
     with pytest.raises(UserError, match="chat template alone takes 9 tokens"):
         data.encode([("abcde", "hi")], tokenizer, 8, truncate=True)
 

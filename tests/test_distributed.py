@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, lines, main
 
+import data
 import dpo
 import training
 from analysis import predict
@@ -41,6 +42,8 @@ CLOSE = {  # in float64
     "online": ["online_dpo", *WIDE, "--reward", "judge.pt", "--samples-per-prompt", 4],
     "reward": ["reward_model", *SHORT, "--dtype", "float64"],
     "lora": ["dpo", *WIDE, "--lora", 2],
+    "file": ["dpo", *WIDE, "--task", "pairs.jsonl"],
+    "file-prompts": ["grpo", *WIDE, "--task", "pairs.jsonl", *ROLLOUT],
     "lora-ppo": ["ppo", *WIDE, "--reward", "judge.py:odd", "--lora", 2, "--minibatches", 2],
     "uneven": [
         "dpo",
@@ -84,6 +87,7 @@ def both(ends, tmp_path_factory):
     folder = tmp_path_factory.mktemp("many")
     for name in ("ends.pt", "judge.pt", "judge.py"):
         (folder / name).write_bytes((ends / name).read_bytes())
+    write_pairs(folder / "pairs.jsonl", 30)
     sharded = {f"{name}-shard": [*CLOSE[name], "--shard"] for name in SHARDED}
     write_cases(folder, BITS | CLOSE | sharded)
     store_rollout(folder)
@@ -96,6 +100,13 @@ def both(ends, tmp_path_factory):
         many.main(["cases.json"])
         torch.set_num_threads(threads)
     return folder
+
+
+def write_pairs(path, n):
+    rows = [
+        {"prompt": f"{i} + {i} =", "chosen": f"{2 * i}", "rejected": f"{i}"} for i in range(1, n)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def store_rollout(folder):
@@ -121,6 +132,28 @@ def test_two_processes_give_the_weights_of_one(name, both):
     one = weights(both / f"{name.removesuffix('-shard')}-1.pt")
     two = weights(both / f"{name}-2.pt")
     assert max((one[key] - two[key]).abs().max() for key in one) <= 1e-11
+
+
+def test_one_process_of_a_machine_encodes_a_file(monkeypatch, tmp_path):
+    """And the other maps what it wrote: the same rows, whose tokens stay in the file."""
+    rows = data.batch.Rows([((1, 2), (3,), 0.5), ((70_000,), (5, 6, 7), 1.5)])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(distributed, "total", lambda x: x)
+    monkeypatch.setattr(distributed, "wait", lambda: None)
+    sent = []
+    monkeypatch.setattr(distributed, "gathered", lambda x: (sent.append(x), [x, None])[1])
+    unlink = os.unlink
+    monkeypatch.setattr(os, "unlink", sent.append)
+    assert distributed.once(lambda: (rows, "a note")) == (rows, "a note")
+    (path, note), gone = sent
+    assert gone == path and note == "a note"
+    monkeypatch.setattr(distributed, "local", 1)
+    monkeypatch.setattr(distributed, "rank", 1)
+    monkeypatch.setattr(distributed, "gathered", lambda x: [(path, note), x])
+    mapped, said = distributed.once(None)  # nothing is made here
+    assert list(mapped) == list(rows) and said == note and mapped[1][0] == (70_000,)
+    unlink(path)
+    assert mapped[0] == ((1, 2), (3,), 0.5) and len(mapped.widened([(1,), (2,)])[1]) == 4
 
 
 def test_the_uneven_batch_has_a_stand_in(monkeypatch):
@@ -452,7 +485,11 @@ def test_no_model_stays_that_nobody_holds(args, shop):
 
 @pytest.mark.slow
 def test_a_mistake_is_said_once(shop):
-    for args in (["--beta", "x"], ["--init", "none.pt"], ["--task", "none.jsonl"]):
+    write_pairs(shop / "long.jsonl", 30)
+    with open(shop / "long.jsonl", "a") as file:  # met by the process that encodes it
+        file.write(json.dumps({"prompt": "1 " * 999, "chosen": "2", "rejected": "3"}) + "\n")
+    tasks = [["--task", "none.jsonl"], ["--task", "long.jsonl"]]
+    for args in (["--beta", "x"], ["--init", "none.pt"], *tasks):
         said = torchrun(shop, ROOT / "dpo.py", *LAST, *args, code=1)
         assert len([x for x in said.splitlines() if x.startswith("dpo.py: ")]) == 1, said
         assert "rank 1:" not in said

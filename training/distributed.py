@@ -9,6 +9,7 @@ are summed once an optimizer step. One process sends no message.
 import contextlib
 import os
 import sys
+import tempfile
 import time
 import warnings
 from datetime import timedelta
@@ -17,6 +18,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
+import data
 from data import UserError
 
 started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -53,6 +55,7 @@ def joined():
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     group = {"store": dist.PrefixStore("group", store), "rank": rank, "world_size": size}
     dist.init_process_group(backend, timeout=PATIENCE, **group)
+    data.batch.once = once
     try:
         yield
     except SystemExit as e:
@@ -167,6 +170,28 @@ def shared(n, f, rows=0):
         if counts:
             whole[part] = x
     return total(whole)
+
+
+def once(make):
+    """-> what make() gives, Rows and a note. The first process of each machine makes them, and the
+    others map its file, which is then gone."""
+    made = path = None
+    try:
+        with agreed():
+            if local == 0:
+                made = make()
+                with tempfile.NamedTemporaryFile(suffix=".rows", delete=False) as file:
+                    made[0].save(file)
+                path = file.name, made[1]
+    except UserError as e:
+        e.alone = False  # of all, told by one
+        raise
+    path, note = [x for x in gathered(path)[: rank + 1] if x][-1]  # of this machine
+    rows = made[0] if made else data.batch.Rows.mapped(path)
+    wait()
+    if made:
+        os.unlink(path)
+    return rows, note
 
 
 def total(x, op="SUM"):
