@@ -157,6 +157,7 @@ class Evaluator:
         figures |= self._held_out(policy, ref) if self.rows else {}
         figures |= {"length": mine.tokens / len(mine.texts), "ended": statistics.fmean(mine.ended)}
         figures |= {"entropy": mine.entropy / mine.tokens, "prompts": len(mine.texts)}
+        figures["sampling_difference"] = mine.difference
         self.shown = self._examples(mine.texts, theirs.texts if theirs else [])
         return figures
 
@@ -165,15 +166,17 @@ class Evaluator:
         scored_by: (policy, ref), which give log-ratios and entropies."""
         generator = torch.Generator().manual_seed(seed)
         found = SimpleNamespace(texts=[], ended=[], tokens=0, log_ratio=[], entropy=0.0)
+        found.difference = 0.0
         found.earned = {name: [] for name in self.judges}
         for i in range(0, min(n, len(self.prompts)), ROWS):
             questions = self.prompts[i : min(i + ROWS, n)]
             rollout = self.run.sample(model, questions, self.longest, generator=generator)
             if scored_by:
                 score = partial(log_ratio_and_entropy, *scored_by)
-                log_ratio, entropy = self.run.scores(rollout, score, ROWS).T
+                log_ratio, entropy, difference = self.run.scores(rollout, score, ROWS).T
                 found.log_ratio.append(log_ratio)
                 found.entropy += entropy.sum().item()
+                found.difference = max(found.difference, difference.max().item())
             found.texts += completions(self.run.tokenizer, rollout)
             for name, judge in self.judges.items():
                 found.earned[name] += judge(questions, rollout).tolist()
@@ -343,10 +346,12 @@ class Evaluator:
 
 
 def log_ratio_and_entropy(policy, ref, rollout):
-    """-> (rows, 2): Σ_t log π/π_ref of each response, and the sum of its tokens' entropies"""
+    """-> (rows, 3): Σ_t log π/π_ref of each response, the sum of its tokens' entropies, and by how
+    much the log-prob of a token is at most another one than it was drawn with"""
     logp, entropy = policy.logprobs(rollout.ids, rollout.mask, entropy=True)
     ref_logp = logp if ref is None else ref.logprobs(rollout.ids, rollout.mask)
-    return torch.stack([(logp - ref_logp).sum(1), entropy.sum(1)], 1)
+    difference = (logp - rollout.logp).abs().amax(1)
+    return torch.stack([(logp - ref_logp).sum(1), entropy.sum(1), difference], 1)
 
 
 def share(found, n=0):

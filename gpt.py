@@ -154,8 +154,8 @@ class GPT(nn.Module):
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def hidden(self, at):
-        """at: a Layout, or a Cache and the tokens that continue it -> (M, C): the states that are
-        asked for, after the final norm."""
+        """at: a Layout, or a Drawing of training/sampling.py -> (M, C): the states that are asked
+        for, after the final norm."""
         x, angles = self.wte(at.ids), None
         if self.config.llama:
             angles = rotations(self.config, at.position, x.dtype)

@@ -60,7 +60,7 @@ def test_rewards_and_win_rate_by_hand(monkeypatch):
         ratios = [torch.tensor([1.0, 2.0, 3.0, 6.0])]
         found = {"texts": texts[mine], "ended": ended, "tokens": 40 if mine else 80}
         found |= {"earned": {"reward": earned}, "log_ratio": ratios, "entropy": 20.0}
-        return SimpleNamespace(**found)
+        return SimpleNamespace(**found, difference=0.0)
 
     monkeypatch.setattr(measured, "_respond", respond)
     figures = measured.measure(policy)

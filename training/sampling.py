@@ -136,7 +136,7 @@ def sample(
         for t in range(1, max_new_tokens):
             if t % EVERY == 0:
                 alive = (rows.drawn[:, :t] != end_id).all(1)
-                left = int(alive.sum())
+                left = rows.left(alive)
                 if left == 0:
                     break
                 if left <= (HALF if static else DROP) * len(alive):
@@ -225,6 +225,7 @@ class Drawing:
         self.draw(h)
 
     def asked(self, x):
+        """x (N, C) -> the states that the next tokens are drawn from"""
         return self.reads.asked(x) if self.reads else x
 
     def attend(self, layer, qkv, sizes, last):
@@ -284,6 +285,11 @@ class Drawing:
         self.position += 1
         self.column += 1
 
+    def left(self, alive):
+        """alive (P·G,) bool -> how many rows `take` would leave"""
+        alive = alive.view(self.P, self.G)
+        return int(alive.any(1).sum() * alive.sum(1).max())
+
     def take(self, alive):
         """Goes on with as many rows of each prompt as some prompt has alive, those first; a prompt
         without any is dropped. alive (P·G,) bool -> which rows are left"""
@@ -308,7 +314,7 @@ class Drawing:
         return rows
 
 
-def captured(step, device):
+def captured(step):
     """-> a step as one CUDA graph, replayed on the same buffers"""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
