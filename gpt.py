@@ -18,7 +18,6 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -457,14 +456,10 @@ def plain(module):
         return partial(torch.layer_norm, normalized_shape=shape, eps=eps, **own)
     if kind not in (Attention, Block, GPT):
         return module
-    bare = SimpleNamespace(**{name: x for name, x in vars(module).items() if name[0] != "_"})
+    bare = kind.__new__(kind)  # its methods, and none of what makes it a module
+    vars(bare).update({name: x for name, x in vars(module).items() if name[0] != "_"})
     vars(bare).update({name: plain(x) for name, x in module.named_children()})
-    if kind is GPT:
-        bare.head, bare.hidden = module.head, partial(GPT.hidden, bare)
-        return bare
-    if kind is Attention:
-        bare.rotate = partial(Attention.rotate, bare)
-    return partial(kind.forward, bare)
+    return bare if kind is GPT else bare.forward
 
 
 # ---- files

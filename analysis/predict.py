@@ -83,7 +83,10 @@ def _predict(row, o, config, ranks, shard):
     tokenizer = data.tokenizer(own=task.tokenizer)
     block_size = o.block_size or config.block_size
     if name in WIDE:
-        step = Sampled(name, o, data.Prompts(task, tokenizer, block_size, o), ranks)
+        response = task.longest(o.max_new_tokens, block_size)  # each is as long as it may be
+        texts = task.prompts(o.batch_size, o.seed)
+        prompts, _ = data.encode_prompts(texts, tokenizer, block_size - response, o.truncate)
+        step = Sampled(name, o, prompts, response, ranks)
     else:
         batches = labelled(row, o, task, tokenizer, block_size)
 
@@ -154,14 +157,14 @@ def labelled(row, o, task, tokenizer, block_size):
 
 
 class Sampled:
-    """A step of a script that samples: the prompts of a run's second step, responses as long as
-    they may be, and how both are cut."""
+    """A step of a script that samples: its prompts, responses as long as they may be, and how both
+    are cut."""
 
-    def __init__(self, name, o, prompts, ranks):
+    def __init__(self, name, o, prompts, response, ranks):
         self.name, self.o = name, o
         pairs, parts = name == "online_dpo", getattr(o, "minibatches", 1)
         self.group = o.samples_per_prompt if pairs else o.group
-        self.prompts, self.response = [row[0] for row in prompts[1]], prompts.longest
+        self.prompts, self.response = [row[0] for row in prompts], response
         drawn = self.rollout(2 if pairs else self.group)
         self.drawn = list(cut(drawn, o.micro_batch))
         self.whole = Rollout.cat([drawn] * ranks)

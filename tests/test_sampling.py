@@ -1,6 +1,8 @@
 """training/sampling.py: samples follow the distribution that is trained, however rows are batched,
 read and dropped."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -138,3 +140,18 @@ def test_samples_can_be_trained_on():
 def test_too_long_a_prompt_is_refused_with_the_numbers():
     with pytest.raises(AssertionError, match="30 .* 29"):
         sample(model(), [[1] * 30], 3, END)
+
+
+def test_nothing_of_a_rollout_stays():
+    """What a rollout makes ends with it, without the garbage collector: a copy of all weights under
+    autocast is among it."""
+    gc.disable()
+    try:
+        for config in (dict(), dict(llama=True)):
+            m = GPT(GPTConfig(11, 32, 2, 2, 8, **config))
+            held = weakref.ref(m.blocks[0].up.weight)
+            sample(m, [[1, 2], [3]], 6, END, group=2)
+            del m
+            assert held() is None
+    finally:
+        gc.enable()

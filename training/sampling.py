@@ -192,7 +192,8 @@ class Drawing:
     def __init__(self, model, reads, lengths, group, uniform, temperature=1.0, static=False):
         """reads: the Layout of P prompts; lengths: of each; uniform (P·G, tokens)"""
         (P, L), device, n = reads.rows.shape, uniform.device, uniform.size(1)
-        self.model, self.uniform, self.temperature = gpt.plain(model), uniform, temperature
+        self.model, self.head = gpt.plain(model), model.head
+        self.uniform, self.temperature = uniform, temperature
         autocast = torch.is_autocast_enabled(device.type)
         own = model.head.dtype
         self.dtype = torch.get_autocast_dtype(device.type) if autocast else own
@@ -265,7 +266,7 @@ class Drawing:
 
     def draw(self, h):
         """h (N, C) -> the next token of each row, by inverse CDF"""
-        logits = F.linear(h, self.model.head)
+        logits = F.linear(h, self.head)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         logits = logits if self.temperature == 1.0 else logits / self.temperature
         p = logits.softmax(1)
