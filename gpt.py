@@ -353,8 +353,8 @@ def last(mask):
 def token_logprobs(model, batch, temperature=1.0, entropy=False, mask=None):
     """-> (rows, T) log-probs of the response tokens of a data.Batch or a Rollout, or of those that
     `mask` marks; with `entropy` also the entropies"""
-    how = (batch.mask, batch.layout) if mask is None else (mask, None)
-    found = model.logprobs(batch.ids, how[0], temperature, entropy, how[1])
+    mask, at = (batch.mask, batch.layout) if mask is None else (mask, None)
+    found = model.logprobs(batch.ids, mask, temperature, entropy, at)
     return tuple(map(batch.spread, found)) if entropy else batch.spread(found)
 
 

@@ -166,7 +166,6 @@ def jobs(o):
         command = f"{name} --task {task} --device cpu --dtype float32 {more} {arguments}"
         job = {"what": "step", "name": name, "prompt": prompt, "response": response}
         job |= {"command": command.split(), "sequences": sequences, "steps": o.steps}
-        job["group"] = 8 if "--group 8" in arguments else 4  # of the scripts that sample
         found[table, row] = job | {"config": o.config(context)}
 
     for row in methods if o.only in ("all", "steps") else ():
@@ -209,6 +208,7 @@ def worker(job, folder):
 def run(command, folder):
     """-> what a process of one thread prints"""
     env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    env |= peers.OFFLINE
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]

@@ -6,7 +6,6 @@ float32, fused AdamW, gradients clipped at 1. What a step holds is counted as fo
 
 import importlib.util
 import itertools
-import os
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ SHAPES = {  # a script -> TRL's trainer, its module, what its config is told
     "grpo": ("GRPO", "trl", dict(beta=0.0, temperature=1.0)),
     "generate": (),
 }
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}  # environment of a process
 
 
 def check():
@@ -33,14 +33,12 @@ def check():
         if importlib.util.find_spec(name) is None:
             remedy = f"pip install {name}, or leave it out"
             raise UserError(f"--peers needs the package {name}, which is not installed; {remedy}")
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 
 
 def model(config, scalar=False):
     """-> GPT-2 of transformers, of the sizes of a GPTConfig"""
     import transformers
 
-    check()
     sizes = transformers.GPT2Config(
         vocab_size=config[0],
         n_positions=config[1],
@@ -145,7 +143,8 @@ def step(job):
         )
         config = getattr(trl, f"{name}Config")
         if job["name"] == "grpo":
-            more = more | {"num_generations": job["group"]}
+            group = job["command"].index("--group") + 1
+            more = more | {"num_generations": int(job["command"][group])}
             settings |= {"max_length": None}
         known = config.__dataclass_fields__
         args = config(**{k: v for k, v in (settings | more).items() if k in known})

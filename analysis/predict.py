@@ -148,7 +148,8 @@ def labelled(row, o, task, tokenizer, block_size):
     if fixed:
         rows = data.Batches(draw, fixed, tokenizer, block_size, o)[1]
     else:
-        rows, _ = data.encode(draw(o.batch_size, f"{o.seed} step 1"), tokenizer, block_size)
+        texts = draw(o.batch_size, f"{o.seed} step 1")
+        rows, _ = data.encode(texts, tokenizer, block_size, o.truncate)
     if row == "dpo-precomputed":
         rows = [(*pair, 0.0, 0.0) for pair in rows]
     pad = partial(data.pad_pairs if in_pairs(row) else data.pad, ends=row == "reward_model")
@@ -213,14 +214,13 @@ class Sampled:
     def sample(self, policy, compute):
         """What `sampling.sample` makes until the last token"""
         n, lengths = len(self.prompts) * self.group, [len(prompt) for prompt in self.prompts]
-        uniform, drawn = torch.empty(n, self.response), torch.zeros(n, self.response).long()
-        p_drawn = torch.ones(n, self.response)
+        uniform = torch.empty(n, self.response)
+        _kept = torch.zeros(n, self.response).long(), torch.ones(n, self.response)
         with compute.autocast(), torch.inference_mode():
             model = compute.to_sample(policy)
             rows = sampling.Drawing(model, fake(self.reads), lengths, self.group, uniform)
             rows.width = rows.mask.size(2) - 1
             rows.step()
-        del drawn, p_drawn
 
     def batch(self, part):
         """-> a micro-batch with the columns that the script's loop has given it"""

@@ -308,7 +308,7 @@ def pad(rows, device="cpu", ends=False):
 
 def pad_pairs(pairs, device="cpu", ends=False):
     """B pairs (prompt, chosen, rejected, *columns) -> Batch of 2B rows, the chosen ones first: one
-    forward pass for both. The columns have one entry a pair."""
+    forward pass for both. The columns have one entry a pair. ends: as for `pad`"""
     rows = [pair[:2] for pair in pairs] + [(pair[0], pair[2]) for pair in pairs]
     batch = pad(rows, device, ends)
     return batch._replace(columns=_columns(pairs, 3))

@@ -75,6 +75,7 @@ class Rollout:
         return len(self.layout.ids)
 
     def spread(self, x):
+        """As in a data.Batch, where equal rows are one; here every row counts."""
         return x
 
     def minibatches(self, updates, parts, generator):
