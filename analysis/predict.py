@@ -216,11 +216,12 @@ class Sampled:
         n, lengths = len(self.prompts) * self.group, [len(prompt) for prompt in self.prompts]
         uniform = torch.empty(n, self.response)
         _kept = torch.zeros(n, self.response).long(), torch.ones(n, self.response)
-        with compute.autocast(), torch.inference_mode():
+        with compute.autocast():
             model = compute.to_sample(policy)
-            rows = sampling.Drawing(model, fake(self.reads), lengths, self.group, uniform)
-            rows.width = rows.mask.size(2) - 1
-            rows.step()
+            with torch.inference_mode():
+                rows = sampling.Drawing(model, fake(self.reads), lengths, self.group, uniform)
+                rows.width = rows.mask.size(2) - 1
+                rows.step()
 
     def batch(self, part):
         """-> a micro-batch with the columns that the script's loop has given it"""

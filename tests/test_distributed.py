@@ -305,13 +305,17 @@ def test_shard_asks_for_torch_2_8(shop, capsys, monkeypatch):
         training.parse(dpo.Options, ["--shard"])
 
 
-def test_a_prediction_of_ranks(shop):
-    """What a rank holds of each model falls with their number; without --shard nothing does."""
+@pytest.mark.parametrize("row", ["dpo", "grpo"])
+def test_a_prediction_of_ranks(row, shop):
+    """What a rank holds of each model falls with their number; without --shard nothing does, and
+    each holds the responses of all."""
     config = GPTConfig(640, 64, 2, 2, 64)
-    o = predict.options("dpo", "--batch-size", 2, "--task", "tokens:8+8", "--dtype", "float32")
-    one, eight = (predict.predict("dpo", o, config, n, n > 1) for n in (1, 8))
-    replicas = predict.predict("dpo", o, config, 8)
-    assert replicas["predicted"] == one["predicted"]
+    o = predict.options(row, "--batch-size", 2, "--task", "tokens:8+8", "--dtype", "float32")
+    one, eight = (predict.predict(row, o, config, n, n > 1) for n in (1, 8))
+    replicas = predict.predict(row, o, config, 8)
+    more = {name: x - one["predicted"][name] for name, x in replicas["predicted"].items()}
+    assert row == "grpo" or not any(more.values())
+    assert all(x == 0 or name in ("sampling", "activations") for name, x in more.items())
     for a, b in zip(one["models"], eight["models"]):
         assert b["bytes"] == pytest.approx(a["bytes"] / 8, rel=0.02)
     assert eight["predicted"]["weights"] == sum(m["weight_bytes"] for m in eight["models"])
