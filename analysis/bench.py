@@ -139,9 +139,10 @@ def generator(config, job):
 
 @torch.no_grad()
 def end_often(bias, embedding):
-    """Makes token 1 twenty times as likely as the others: responses have 25 tokens on average."""
+    """Makes token 1 so likely that responses to a prompt of the bench have 24 tokens on average, of
+    96 at most. Its logit is about 3.3 above the others', of which there are some 750."""
     bias[0] = 4.0
-    embedding[1, 0] += 0.75
+    embedding[1, 0] += 0.82
 
 
 def tokens_per_second(draw, runs=5):

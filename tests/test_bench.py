@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import main
 
+import data
 from analysis import bench
 from gpt import GPTConfig
 
@@ -42,12 +43,12 @@ def test_a_measurement_is_the_script_s_own_record(job):
     assert bench.measure({"what": "rate"})["rate"] > 1e9
 
 
-def test_responses_end_after_25_tokens_on_average():
+def test_responses_end_after_24_tokens_on_average():
     job = {"prompts": 256, "group": 1, "prompt": 3, "response": 96, "ends": True}
+    config = GPTConfig(data.tokenizer().size, 128, 4, 4, 128)
     torch.manual_seed(0)
-    draw = bench.generator(GPTConfig(512, 128, 1, 2, 32), job)
-    assert 20 < draw() / 256 < 32
-    assert bench.generator(GPTConfig(512, 128, 1, 2, 32), job | {"ends": False})() == 256 * 96
+    assert 20 < bench.generator(config, job)() / 256 < 28
+    assert bench.generator(config, job | {"ends": False, "prompts": 8})() == 8 * 96
 
 
 def test_the_tables(job):
