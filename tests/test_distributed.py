@@ -343,6 +343,7 @@ RLAIF = (
 def test_every_script(n, shard, shop):
     assert main("rlaif", *SKILLS, *RLAIF, "--out", "skilled.pt") == 0
     cases = MORE | {"rlaif": ["rlaif", *RLAIF, "--init", "skilled-skills.pt"]}
+    write_pairs(shop / "pairs.jsonl", 30)
     write_cases(shop, {k: [*args, *shard] for k, args in cases.items()})
     torchrun(shop, ROOT / "tests/many.py", "cases.json", n=n)
     write_cases(shop, cases)
