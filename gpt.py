@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 FEWER = 0.7  # pairs of a query and a key, if rows' beginnings are attended on their own
+LITTLE = 0.04  # of the tokens: gathering rows that nothing pads costs more than sharing so few
 LOGITS_BYTES = 2**28  # of logits, softmax and gradient held; above it, chunks computed again
 
 
@@ -310,6 +311,7 @@ def layout(ids, asked, device=None):
     same = (ids[order[1:]] == ids[order[:-1]]).cumprod(1) > 0  # as the row above, up to here
     same, back = F.pad(same, (0, 0, 1, 0)), order.argsort()
     same &= (asked.cumsum(1) - asked.int() == 0)[order, :T]  # up to the first state asked for
+    same &= not real.all() or int(same.sum()) > LITTLE * B * T
     owner = (~same * torch.arange(B)[:, None]).cummax(0).values  # the row that computes it
     owner, same = order[owner[back]], same[back]
     new = real & ~same

@@ -155,6 +155,20 @@ def test_tokens_are_computed_once_and_no_padding():
     assert layout(even, before(mask)).first is None  # no row is gathered
 
 
+def test_a_single_shared_token_is_not_worth_gathering_every_row():
+    """Two even rows of 50 begin alike: with 1 token of 98 nothing is gathered, with 10 they are
+    computed once; where a row is padded anyway, the one token too."""
+    ids = torch.stack([torch.arange(50), torch.arange(50, 100)])
+    mask = torch.arange(50) >= 30
+    for together, tokens in ((1, 98), (10, 88)):
+        ids[1, :together] = ids[0, :together]
+        at = layout(ids, before(mask.expand(2, -1)))
+        assert len(at.ids) == tokens and (at.first is None) == (together == 1)
+    ids[1] = torch.tensor([0, *range(50, 99)])
+    shorter = torch.stack([mask, mask & (torch.arange(50) < 40)])
+    assert len(layout(ids, before(shorter)).ids) == 49 + 39 - 1
+
+
 def test_logprobs_take_a_layout_and_run_under_fake_tensors():
     m, (ids, mask) = model(), ragged()
     at = layout(ids, before(mask))
