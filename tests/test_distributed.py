@@ -43,8 +43,6 @@ CLOSE = {  # in float64
     "reward": ["reward_model", *SHORT, "--dtype", "float64"],
     "lora": ["dpo", *WIDE, "--lora", 2],
     "file": ["dpo", *WIDE, "--task", "pairs.jsonl"],
-    "file-prompts": ["grpo", *WIDE, "--task", "pairs.jsonl", *ROLLOUT],
-    "lora-ppo": ["ppo", *WIDE, "--reward", "judge.py:odd", "--lora", 2, "--minibatches", 2],
     "uneven": [
         "dpo",
         *WIDE,
@@ -57,7 +55,7 @@ CLOSE = {  # in float64
         "--precompute-ref",
     ],
 }
-SHARDED = ("uneven", "ppo", "lora", "lora-ppo", "online")  # which run once more with --shard
+SHARDED = ("uneven", "ppo", "lora")  # which run once more with --shard
 
 
 def start(folder, *args, n=2, **more):
@@ -329,6 +327,8 @@ MORE = CLOSE | {
     "dpo": ["dpo", *WIDE],
     "simpo": ["simpo", *WIDE],
     "orpo": ["orpo", *WIDE],
+    "file-prompts": ["grpo", *WIDE, "--task", "pairs.jsonl", *ROLLOUT],
+    "lora-ppo": ["ppo", *WIDE, "--reward", "judge.py:odd", "--lora", 2, "--minibatches", 2],
 }
 SKILLS = "--skill-steps 30 --skill-lr 0.03 --n-layer 1 --n-head 2 --n-embd 16".split()
 RLAIF = (

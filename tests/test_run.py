@@ -73,6 +73,11 @@ def whole_and_apart(folder, before):
     assert not list(folder.rglob("*.tmp"))
 
 
+def quick(scripts, *kept):
+    """The machinery is one: those that are not kept are tested among the slow."""
+    return [x if x in kept else pytest.param(x, marks=pytest.mark.slow) for x in scripts]
+
+
 @pytest.mark.parametrize("name", HELD)
 def test_end_to_end(name, shop, call):
     """Exit code, documented finite figures, the ledger's models, an unchanged reference, a policy
@@ -523,7 +528,7 @@ SMALL = {  # what makes a run of the script small
 SMALL = {script: options.split() for script, options in SMALL.items()}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", quick(SCRIPTS, "sft", "reward_model", "dpo", "ppo"))
 def test_resume_gives_the_same_bits(script, shop, monkeypatch, capsys):
     """And what else --resume finds: other options, a finished run, another script's, none."""
     monkeypatch.chdir(shop)
@@ -599,7 +604,7 @@ def test_an_older_run_s_state_is_never_resumed(shop, monkeypatch, capsys):
     assert "starts afresh" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", SAMPLING)
+@pytest.mark.parametrize("script", quick(SAMPLING, "ppo"))
 def test_resume_from_the_middle_of_a_rollout(script, ends, monkeypatch):
     """Killed between two optimizer steps of the third rollout, after new responses were drawn: the
     same bits as without."""
@@ -638,7 +643,7 @@ def odd(prompt, completion):
 """
 
 
-@pytest.mark.parametrize("script", [*SAMPLING, "online_dpo"])
+@pytest.mark.parametrize("script", quick([*SAMPLING, "online_dpo"], "ppo"))
 def test_a_reward_that_raises_costs_no_step_that_was_done(script, shop, monkeypatch, capsys):
     """It raises in the third step: what was learned until then is kept, although no save was due.
     Once it is mended, --resume gives the bits of a run in which it never raised."""
