@@ -311,7 +311,8 @@ def layout(ids, asked, device=None):
     same = (ids[order[1:]] == ids[order[:-1]]).cumprod(1) > 0  # as the row above, up to here
     same, back = F.pad(same, (0, 0, 1, 0)), order.argsort()
     same &= (asked.cumsum(1) - asked.int() == 0)[order, :T]  # up to the first state asked for
-    same &= not real.all() or int(same.sum()) > LITTLE * B * T
+    if real.all() and int(same.sum()) <= LITTLE * B * T:
+        same[:] = False
     owner = (~same * torch.arange(B)[:, None]).cummax(0).values  # the row that computes it
     owner, same = order[owner[back]], same[back]
     new = real & ~same

@@ -18,7 +18,7 @@ def final(folder, name):
 
 def test_shuffled_rewards_do_not_learn(world, monkeypatch):
     """40 steps of RLOO without KL gain more than 0.8 of reward; with the rewards of each rollout
-    dealt out at random, the policy drifts, and what it gains is below half of that."""
+    dealt out at random, the policy drifts, and does not gain 0.3."""
     monkeypatch.chdir(world)
     gains, judge, generator = [], Judge.__call__, torch.Generator().manual_seed(0)
 
@@ -32,7 +32,7 @@ def test_shuffled_rewards_do_not_learn(world, monkeypatch):
         assert main("grpo", *args) == 0
         found = final(world, "shuffled/x")
         gains.append(found["reward"] - found["ref_reward"])
-    assert gains[0] > 0.8 and gains[1] < 0.4, gains
+    assert gains[0] > 0.8 and gains[1] < 0.3, gains
 
 
 def test_online_dpo_comes_nearer_and_asks_each_prompt_as_often(world, monkeypatch):
