@@ -20,6 +20,7 @@ FLOORS = {  # file or folder -> what of ours it may import, and what else
     "data/hf_export.py": ("data", "tokenizers"),
     "training": ("gpt data training", "torch tqdm"),
     "training/hf.py": ("gpt data", "torch safetensors"),
+    "training/loggers.py": ("data", "torch wandb"),
     "training/function.py": ("data", "torch numpy"),  # which have a state that it puts back
     "export.py": ("gpt data training", "torch"),
     "evaluate.py": ("gpt data training", "torch"),

@@ -21,7 +21,8 @@ class Files:
     """out/dpo.pt is the checkpoint, out/dpo.jsonl the record, out/dpo.state the training state. Of
     many processes the first alone writes."""
 
-    def __init__(self, out):
+    def __init__(self, out, logger):
+        self.logger = logger  # takes the record's lines too
         self.out, stem = out, out.removesuffix(".pt")
         self.record_path, self.state_path = f"{stem}.jsonl", f"{stem}.state"
         self.lines = []  # of the record
@@ -61,10 +62,11 @@ class Files:
 
     # ---- the record
 
-    def begin(self):
+    def begin(self, options):
         """Opens the record, with the lines that a resumed run has already."""
         if not distributed.first:
             return
+        self.logger.begin(options, [json.loads(line) for line in self.lines])
         with self.writes(self.record_path):
             self.file = open(self.record_path, "wb", buffering=0)
             self.file.write("".join(self.lines).encode())
@@ -79,6 +81,7 @@ class Files:
             if self.file.write(text) < len(text):
                 self.file.truncate(place)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.logger.take(line)
 
     @contextlib.contextmanager
     def writes(self, path):

@@ -13,7 +13,7 @@ import torch
 
 import data
 from data import UserError
-from training import distributed, locks
+from training import distributed, locks, loggers
 from training.process import interrupts, streams
 
 DTYPES = ("auto", "float32", "float64", "float16", "bfloat16", "bfloat16-pure")
@@ -79,6 +79,7 @@ class Options:
     resume: bool = opt(False, "go on from the state that an interrupted run left beside --out")
     save_every: int = opt(100, "steps between saved states", low=1)
     log_every: int = opt(10, "steps between lines of the record", low=1)
+    log_to: str = opt("", "the record as curves too", choices=("tensorboard", "wandb"))
     eval_prompts: int = opt(512, "test prompts and held-out rows of the last evaluation", low=1)
     eval_every: int = opt(0, "steps between evaluations (0: at the end; exact: 20 a run)", low=0)
 
@@ -92,6 +93,7 @@ class Options:
 
     def check(self):
         """Refuses what cannot work together. Called by parse; a script may add to it."""
+        loggers.check(self.log_to)
         if self.epochs and self.endless():
             fresh = f"{self.task} makes fresh rows every step; give --steps"
             raise UserError(f"--epochs counts passes over a fixed set, but {fresh}")

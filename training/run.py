@@ -22,11 +22,12 @@ from data import Stopped, UserError
 from training import checkpoint, distributed, lora, memory, sharding
 from training.device import Compute
 from training.files import Files, commit, from_checkpoint
+from training.loggers import LOGGERS
 from training.process import interrupts
 from training.state import PARTED, Moments, Weights
 
 # options that cannot change a run's bits, but for --shard, which can by rounding
-FREE = ("resume", "log_every", "save_every", "out", "shard")
+FREE = ("resume", "log_every", "log_to", "save_every", "out", "shard")
 LARGE = 1e6  # a reward above it is named where the loss is not finite
 SHOWN = (  # beside the progress bar, where a method logs them
     *("loss", "reward", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "nll_loss"),
@@ -54,7 +55,7 @@ class Run(Compute):
         self.shard, self.compile = o.shard, o.compile
         self.method = method
         o.out = o.out or checkpoint.default_path(o.task, method)
-        self.files = Files(o.out)
+        self.files = Files(o.out, LOGGERS[o.log_to](method, o.out))
         self.generator = torch.Generator().manual_seed(o.seed)  # of samples and minibatches
         self.wall = time.time()
         self.first = self.step = self.updates = self.tokens = self.sampled = 0
@@ -234,8 +235,9 @@ class Run(Compute):
                 self.started = time.perf_counter()
                 with self._measured() if step == measured else contextlib.nullcontext():
                     yield step
+                self.seconds = self.updated - self.started
                 if step != measured or step + 1 == o.steps:  # counting bytes takes time
-                    self.times.append(self.updated - self.started)
+                    self.times.append(self.seconds)
                     for name, seconds in self.clocks.items():
                         self.spent.setdefault(name, []).append(seconds)
                 self._end_step(bar)
@@ -248,7 +250,7 @@ class Run(Compute):
     def _end_step(self, bar):
         """Records and shows the step's figures."""
         o, done = self.o, self.step + 1
-        self.last = {"step": done} | self._figures()
+        self.last = {"step": done} | self._figures() | {"step_ms": 1000 * self.seconds}
         if done % o.log_every == 0 or done == o.steps:
             self.files.record(self.last)
             shown = {k.split("/")[-1]: self.last[k] for k in SHOWN if k in self.last}
@@ -463,11 +465,11 @@ class Run(Compute):
             say(f"--warmup {o.warmup} outlasts the {o.steps} steps: the learning rate {last}")
         if self.files.interrupted():
             say(f"the state that an interrupted run left in {self.files.state_path} is replaced")
-            self.files.drop_state()
-        self.files.begin()
+        self.files.begin(asdict(o))
+        self.files.drop_state()
         head = {"method": self.method, "task": o.task, "options": asdict(o), "commit": commit()}
         head |= {"device": str(self.device), "dtype": str(self.dtype)[6:], "models": self.ledger}
-        head["processes"] = distributed.size
+        head |= {"processes": distributed.size} | self.files.logger.facts()
         head["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
         self.files.record(head)
 
@@ -514,7 +516,7 @@ class Run(Compute):
         self.first, self.tokens, self.sampled = state["step"], state["tokens"], state["sampled"]
         self.skipped = state.get("skipped", 0)  # older states have none
         self.step = self.first - 1
-        self.files.begin()  # cut back to the saved step
+        self.files.begin(asdict(self.o))  # cut back to the saved step
         say(f"resumed after step {self.first} of {self.o.steps}")
         if (others := state.get("processes", "1")) != self._processes():
             say(f"it was saved by {others} processes: the numbers will differ by rounding")

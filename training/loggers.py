@@ -1,0 +1,119 @@
+"""--log-to: the record's lines as curves, of TensorBoard or Weights & Biases.
+
+Each needs a package of its own, which is imported where it is asked for. A figure has the name that
+TRL's trainers give it, where they log it, else the record's own (docs/metrics.md).
+"""
+
+import importlib.util
+import os
+import uuid
+
+from data import UserError
+
+NAMES = {  # in the record -> in TRL
+    "lr": "learning_rate",
+    "step_ms": "step_time",
+    "rlhf_reward": "objective/rlhf_reward",
+    "reward_margin": "objective/scores_margin",
+}
+JUDGED = {"reward": "objective/scores", "kl": "objective/kl"}  # of its PPO and its online DPO
+UNITS = {"step_ms": 1e-3}  # TRL has seconds
+
+
+def scalars(method, line):
+    """A line of a record -> {name: number}, by TRL's names; those of an evaluation begin with
+    "eval/", the closing ones with "final/"."""
+    if "options" in line:  # the first one
+        return {}
+    part = next((part for part in ("eval", "final") if part in line), "")
+    names = NAMES | (JUDGED if method in ("ppo", "online_dpo") else {})
+    numbers = {k: x for k, x in (line[part] if part else line).items() if type(x) in (int, float)}
+    if part:
+        return {f"{part}/{k}": x for k, x in numbers.items()}
+    return {names.get(k, k): x * UNITS.get(k, 1) for k, x in numbers.items() if k != "step"}
+
+
+class Logger:
+    """Takes the lines of a record, and does nothing with them."""
+
+    def __init__(self, method, out):
+        self.method, self.stem = method, out.removesuffix(".pt")
+        self.step = 0  # of the last line
+
+    def begin(self, options, lines):
+        """lines: what a resumed run has of its record already; none of a new run"""
+
+    def facts(self):
+        """-> what the record's first line keeps, so that a resumed run finds its curve again"""
+        return {}
+
+    def take(self, line):
+        """The record's next line: the first one, or of a step, an evaluation, or the end."""
+
+
+class TensorBoard(Logger):
+    """Into the folder out/<task>/<method>.tb; `tensorboard --logdir out` shows all of them."""
+
+    def begin(self, options, lines):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # the curve is the record: what an earlier run has logged there is not shown any more
+        self.writer = SummaryWriter(f"{self.stem}.tb", purge_step=0)
+        rows = "\n".join(f"| {name} | {x} |" for name, x in options.items())
+        self.writer.add_text("options", f"| option | value |\n|---|---|\n{rows}", 0)
+        for line in lines:
+            self.take(line)
+
+    def take(self, line):
+        self.step = line.get("step", self.step)
+        for name, x in scalars(self.method, line).items():
+            self.writer.add_scalar(name, x, self.step)
+        self.writer.flush()
+
+
+class WandB(Logger):
+    """Into the project nanopo; with WANDB_MODE=offline into out/<task>/wandb, for `wandb sync`."""
+
+    id = ""
+
+    def begin(self, options, lines):
+        import wandb
+
+        known = lines[0].get("wandb") if lines else ""
+        self.id = known or uuid.uuid4().hex[:12]
+        try:
+            self.run = wandb.init(
+                project="nanopo",
+                name="/".join(self.stem.split(os.sep)[-2:]),
+                id=self.id,
+                resume="allow",
+                dir=os.path.dirname(self.stem) or ".",
+                config=options,
+            )
+        except wandb.errors.Error as e:
+            remedy = "WANDB_MODE=offline needs no account"
+            raise UserError(f"--log-to wandb: {e}; {remedy}") from None
+        for line in [] if known else lines:
+            self.take(line)
+
+    def facts(self):
+        return {"wandb": self.id}
+
+    def take(self, line):
+        self.step = line.get("step", self.step)
+        figures = scalars(self.method, line)
+        if "final" in line:
+            self.run.summary.update(figures)
+            self.run.finish()
+        else:
+            self.run.log(figures, step=self.step)
+
+
+LOGGERS = {"": Logger, "tensorboard": TensorBoard, "wandb": WandB}
+
+
+def check(how):
+    """Stops where the package that --log-to needs is missing."""
+    if how and importlib.util.find_spec(how) is None:
+        remedy = f"pip install {how}, or leave it out"
+        raise UserError(f"--log-to {how} needs the package {how}, which is not installed; {remedy}")
