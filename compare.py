@@ -8,11 +8,13 @@
     python compare.py --task tokens:128+128     sequences of one length: memory and time alone
     python compare.py --predict 7b              a 7B model's step, predicted without hardware
     python compare.py --predict FOLDER --lora 16     that of a Hugging Face checkpoint
+    python compare.py --records out/reviews/*.jsonl  the curves of runs that there are
 
 The budget is a number of response sequences that are trained on: a pair is two, and a sequence that
 is trained on twice counts twice. Each run is a process of its own, through its script's command
 line. One that is there with the same command is kept, so an interrupted comparison goes on where it
-stopped; one that failed is a row that says so, and the exit code is 1.
+stopped; one that failed is a row that says so, and the exit code is 1. report.html, beside the
+tables, is one page with everything: pictures, curves, the answers of all methods side by side.
 """
 
 import contextlib
@@ -33,7 +35,7 @@ from pathlib import Path
 
 import data
 import training
-from analysis import plots, predict, tables
+from analysis import answers, plots, predict, report, tables
 from analysis.rows import EVERY, ROWS, SAME, plan
 from data import Stopped, UserError
 from training import checkpoint, locks, opt, parse
@@ -60,6 +62,7 @@ class Options:
     dtype: str = opt("auto", "of the runs", choices=DTYPES, only="predict=")
     seed: int = opt(0, "the first of the seeds", low=0, below=2**62, only="predict=")
     out: str = opt("", "folder (default: out/compare/<task>)")
+    records: tuple = opt((), "run nothing: the curves of these .jsonl records, in one picture")
     n_layer: int = opt(0, "blocks of the model (default: the task's)", low=1)
     n_head: int = opt(0, "its attention heads a block (default: the task's)", low=1)
     n_embd: int = opt(0, "its width (default: the task's)", low=1)
@@ -73,6 +76,8 @@ class Options:
     seq_len: int = opt(0, "tokens of one (default: 2048; own: the task's)", low=4)
 
     def check(self):
+        if self.records:
+            self.check_records()
         unread = {"vocab_size", "batch_size", "micro_batch", "seq_len", "lora", "ranks", "shard"}
         unread &= self.given
         if unread and not self.predict:
@@ -93,6 +98,13 @@ class Options:
             raise UserError(f"--init is needed with a file as the task: {words}")
         if self.out and os.path.exists(self.out) and not os.path.isdir(self.out):
             raise UserError(f"--out {self.out} is a file; give a folder")
+
+    def check_records(self):
+        if others := self.given - {"records", "out"}:
+            words = "--records runs nothing, it draws the records of runs"
+            raise UserError(f"{words}; leave {flag(min(others))} out")
+        for path in self.records:
+            tables.run_of(path)  # a wrong one is told before anything is written
 
 
 def rows_of(o):
@@ -197,13 +209,51 @@ def compare(o, folder):
     errors, items = run_all(o, folder)
 
     lines = tables.summary(o, folder, items, errors)
-    cpu = platform.processor() or platform.machine()
-    machine = f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    machine = f"{cpu()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     seconds = round(time.time() - start)
     record = {"command": o.line, "task": o.task, "machine": machine, "seconds": seconds}
     text = "\n\n".join([f"{machine}; {seconds} s.", *tables.tables(lines)])
-    publish(folder, record | {"methods": lines}, text, plots.draw(o.task, lines, folder))
+    pictures = plots.draw(o.task, lines, folder)
+    said = side_by_side(o, folder, items)
+    curves = tables.curves(folder, items)
+    write(folder / "report.html", report.comparison(record, lines, pictures, curves, said))
+    record |= {"methods": lines, "answers": said}
+    publish(folder, record, text, pictures, ["report.html"])
     return [name for name, error in errors.items() if error]
+
+
+def cpu():
+    """-> the processor's name, where the system tells it"""
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+        return names.get("model name") or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def side_by_side(o, folder, items):
+    """-> the answers of the first seed of every row, and of the model that all start from"""
+    if data.kind(o.task) == "tokens":  # random digits, nothing to read
+        return []
+    begun = o.init or str(folder / f"sft-{o.seed}.pt")
+    ended = [
+        (item.row, str(folder / f"{item.name}.pt"))
+        for item in items
+        if item.name == f"{item.row}-{o.seed}" and item.row not in ("sft", "reward_model")
+        if tables.read(folder, item.name)
+    ]
+    return answers.side_by_side([("reference", begun), *ended], o)
+
+
+def draw_records(o, folder):
+    """Draws the curves of --records into curves.png, and the same with a table into curves.html"""
+    runs = dict(zip(tables.short(o.records), map(tables.run_of, o.records)))
+    rows = tables.records(runs)
+    pictures = plots.draw_records({name: steps for name, (_, steps, _) in runs.items()}, folder)
+    write(folder / "curves.html", report.records(rows, pictures))
+    names = ", ".join(["curves.html", *(path.name for path in pictures)])
+    print(f"\n{tables.table(rows)}\n\n{folder}/{names}")
+    return []
 
 
 def predict_all(o, folder):
@@ -235,11 +285,11 @@ def ranks(o):
     return f"of each of --ranks {o.ranks}, {shard}" if o.ranks > 1 else ""
 
 
-def publish(folder, record, text, pictures):
+def publish(folder, record, text, pictures, more=()):
     write(folder / "compare.json", json.dumps(record, indent=1))
     shown = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
     write(folder / "README.md", f"# {record['command']}\n\n{text}\n{shown}")
-    names = ", ".join(["compare.json", *(path.name for path in pictures)])
+    names = ", ".join([*more, "compare.json", *(path.name for path in pictures)])
     print(f"\n{text}\n\n{folder}/README.md, {names}")
 
 
@@ -256,6 +306,8 @@ def main(argv=None):
         name = f"predict-{path}" + (f"-lora-{o.lora}" if o.lora else "")
         name += (f"-ranks-{o.ranks}" if o.ranks > 1 else "") + ("-shard" if o.shard else "")
         predict.settings(o)
+    if o.records:
+        name = "records"
     folder = Path(o.out or f"out/compare/{name}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -264,7 +316,8 @@ def main(argv=None):
         why = f"cannot be written ({e.strerror}); give another folder"
         raise UserError(f"--out {folder} {why}") from None
     try:
-        failed = (predict_all if o.predict else compare)(o, folder)
+        do = draw_records if o.records else predict_all if o.predict else compare
+        failed = do(o, folder)
     except KeyboardInterrupt:
         print("\nthe same command goes on where this one stopped", file=sys.stderr)
         raise

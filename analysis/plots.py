@@ -5,7 +5,7 @@ import statistics
 
 from analysis.predict import CARDS
 from analysis.rows import EVERY
-from analysis.tables import COURSE, PARTS
+from analysis.tables import COURSE, PARTS, points_of
 
 COLOURS = [*(f"C{i}" for i in range(10)), "navy", "crimson", "teal", "gold", "indigo", "black"]
 STYLE = {}  # of each row
@@ -13,7 +13,19 @@ for row, colour, marker in zip(EVERY, [*COLOURS, "olive"], "*osD^v<p>PXhd8HsD", 
     STYLE[row] = {"color": colour, "marker": marker}
 HATCH = dict(zip(PARTS, ("", "xx", "//", "..", "\\\\", "++", "oo"), strict=True))
 HATCH["gathered"] = "--"
+SPENT = {"sampling": "", "log-probs": "xx", "update": "//", "whole step": ".."}  # what a step does
 HALO = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}  # behind text
+STROKES = "-", "--", ":", "-."
+CURVES = {  # a key of the record -> its unit
+    "loss": "",
+    "rewards/margins": "",
+    "rewards/accuracies": "",
+    "reward": "",
+    "kl": "nats",
+    "entropy": "nats a token",
+    "grad_norm": "",
+    "step_ms": "ms",
+}
 PRECISIONS = {"bfloat16": "autocast", "bfloat16-pure": "pure bf16"}
 
 
@@ -40,6 +52,7 @@ def draw(task, lines, folder):
         "frontier": scatter(plt, task, lines, "kl", "KL(π‖π_ref), nats a response"),
         "length": scatter(plt, task, lines, "length", "length, tokens a response"),
         "memory": stacked(plt, bars, 1e6, "MB, measured over one step"),
+        "time": stacked(plt, times(lines), 1, "ms, median time of a step", parts=SPENT),
         "entropy": entropy(plt, [line for line in lines if line.get("course")]),
         "course": trends(plt, [line for line in lines if line.get("evals")]),
     }
@@ -63,6 +76,12 @@ def draw_prediction(found, symbol, folder):
     if not plt:
         return []
     return saved(plt, folder, {"memory": stacked(plt, list(rows.items()), unit, name, marks)})
+
+
+def draw_records(runs, folder):
+    """-> the path of the picture of some records' curves, in a list"""
+    plt = pyplot()
+    return saved(plt, folder, {"curves": curves(plt, runs)}) if plt else []
 
 
 def saved(plt, folder, figures):
@@ -130,9 +149,21 @@ def label(figure, axes, names, points):
         taken.append(box)
 
 
-def stacked(plt, rows, unit, name, marks=()):
-    """rows: (method, [(note, bytes by category), …]): a stacked bar each, those of a method close
-    together. marks: sizes to draw a line at."""
+def times(lines):
+    """-> the bars of a step's time: of its parts where the method samples, else of the whole"""
+    rows = []
+    for line in [line for line in lines if "step_ms" in line and not line["swept"]]:
+        keys = dict(zip(SPENT, ("sample_ms", "logprobs_ms", "update_ms", "step_ms")))
+        parts = {name: line[key] for name, key in keys.items() if key in line}
+        if len(parts) > 1:
+            del parts["whole step"]
+        rows.append((line["method"], [("", parts)]))
+    return rows
+
+
+def stacked(plt, rows, unit, name, marks=(), parts=HATCH):
+    """rows: (method, [(note, sizes by category), …]): a stacked bar each, those of a method close
+    together. marks: sizes to draw a line at. parts: the categories, each with its hatching."""
     if not rows:
         return None
     count = len(rows[0][1])
@@ -140,11 +171,11 @@ def stacked(plt, rows, unit, name, marks=()):
     thick = 0.8 / count
     keys, most = {}, 0.0
     for i, (_, bars) in enumerate(rows):
-        for j, (note, parts) in enumerate(bars):
+        for j, (note, sizes) in enumerate(bars):
             y = i + (j + 0.5) * thick - 0.4
             left = 0.0
-            for k, (category, hatch) in enumerate(HATCH.items()):
-                size = parts.get(category, 0) / unit
+            for k, (category, hatch) in enumerate(parts.items()):
+                size = sizes.get(category, 0) / unit
                 look = {"color": f"C{k}", "hatch": hatch, "edgecolor": "white", "linewidth": 0.5}
                 bar = axes.barh(y, size, 0.9 * thick, left=left, **look)
                 keys |= {category: bar} if size > 0.05 else {}
@@ -200,4 +231,30 @@ def trends(plt, lines):
         axes.set(xlabel="thousand sequences trained on", title=name)
     axes.legend(fontsize=9, loc=(1.02, 0.2))
     figure.tight_layout()
+    return figure
+
+
+def curves(plt, runs):
+    """runs: {name: the lines of its steps} -> the curves of all of them, a panel for each figure
+    that one of them has"""
+    found = {key: {name: points_of(steps, key) for name, steps in runs.items()} for key in CURVES}
+    found = {key: lines for key, lines in found.items() if any(lines.values())}
+    if not found:
+        return None
+    across = min(3, len(found))
+    down = -(-len(found) // across)
+    shape = {"figsize": (4.6 * across, 3.3 * down), "squeeze": False}
+    figure, panels = plt.subplots(down, across, **shape)
+    for axes in panels.flat[len(found) :]:
+        axes.set_visible(False)
+    for (key, lines), axes in zip(found.items(), panels.flat):
+        for i, (name, points) in enumerate(lines.items()):
+            if points:
+                axes.plot(*zip(*points), f"C{i % 10}{STROKES[i // 10 % 4]}", label=name)
+        axes.set_title(f"{key}, {CURVES[key]}" if CURVES[key] else key, fontsize=11)
+        axes.set_xlabel("step", fontsize=10)
+    figure.tight_layout()
+    marks = {line.get_label(): line for axes in panels.flat for line in axes.lines}
+    where = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 4, "fontsize": 10}
+    figure.legend(marks.values(), marks, **where)
     return figure

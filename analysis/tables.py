@@ -1,11 +1,15 @@
 """Records -> the rows of compare.json, and those as Markdown."""
 
 import json
+import os
 import statistics
+from pathlib import Path
 
 from analysis.predict import of_run
 from analysis.rows import EVERY, SAMPLED, shape
+from data import UserError
 from training.memory import size_unit
+from training.options import flag
 
 COURSE = ("loss", "reward", "kl", "kl_star")  # of the evaluations during the training
 MEANS = (
@@ -13,6 +17,7 @@ MEANS = (
     *("accuracy", "nll", "step_ms", "sample_ms", "logprobs_ms", "update_ms", "wall_s"),
     *("trained_tokens", "sampled_tokens"),
 )
+ENDS = ("reward", "win_rate", "kl", "kl_star", "length", "accuracy", "nll", "step_ms", "wall_s")
 KEPT = (
     *("models", "phases", "forward_passes", "backward_passes", "flops_per_token"),
     *("peak_bytes", "peak", "peak_most", "frontier"),
@@ -116,6 +121,67 @@ def evaluations(runs, per_step):
                         one.setdefault(key, []).append(figures[key])
                 losses = []
     return list(out.values())
+
+
+def curves(folder, items):
+    """-> {row: {"loss", "reward", "KL": [(step, figure), …] of each run}}: those of evaluations
+    where there are such, else the steps' own"""
+    out = {}
+    for item in items:
+        record = read(folder, item.name)
+        for name, key in (("loss", "loss"), ("reward", "reward"), ("KL", "kl")):
+            points = points_of(record[1], key) if record and not item.swept else []
+            if points:
+                out.setdefault(item.row, {}).setdefault(name, []).append(points)
+    return out
+
+
+def points_of(steps, key):
+    """The lines of a record's steps -> [(step, figure), …]"""
+    own = [(x["step"], x[key]) for x in steps if key in x]
+    evals = [(x["step"], x["eval"][key]) for x in steps if key in x.get("eval", ())]
+    return evals or own
+
+
+def run_of(path):
+    """The record of any run -> (its options, the lines of its steps, its closing figures: none
+    where it has not ended)"""
+    try:
+        first, *rest = map(json.loads, Path(path).read_text().splitlines())
+        final = rest[-1].get("final", {}) if rest else {}
+        return first["options"], [line for line in rest if "step" in line], final
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        why = "is no record of a run; give the .jsonl beside a checkpoint"
+        raise UserError(f"--records {path} {why}") from None
+
+
+def short(paths):
+    """Paths of records -> the names by which they are told apart: their last part, or as many
+    parts as it takes"""
+    parts = [os.path.splitext(path)[0].replace(os.sep, "/").split("/") for path in paths]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(x[-n:]) for x in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def records(runs):
+    """{name: (options, steps, closing figures)} -> their rows: the options in which they differ,
+    and how they ended"""
+    given = {}  # option -> its values, in the runs that have it
+    for options, *_ in runs.values():
+        for key in options.keys() - {"out", "resume", "log_to"}:
+            given.setdefault(key, []).append(options[key])
+    differ = [key for key, xs in sorted(given.items()) if any(x != xs[0] for x in xs)]
+    rows = []
+    for name, (options, steps, final) in runs.items():
+        row = {"record": name, "steps": max((x["step"] for x in steps), default=0)}
+        row |= {flag(key): options.get(key, "") for key in differ}
+        shown = {key: f"{final[key]:.3f}" for key in ENDS if key in final}
+        rows.append(row | {key: minus(x) for key, x in shown.items()})
+        rows[-1] |= {} if final else {"": "it has not ended"}
+    return rows
 
 
 def labels(row, options, final):

@@ -40,6 +40,7 @@ def stubs(tmp_path, monkeypatch):
     for row in rows.EVERY.values():
         (tmp_path / f"{row.script}.py").write_text(STUB)
     monkeypatch.setattr(compare, "HERE", tmp_path)
+    monkeypatch.setattr(compare.answers, "side_by_side", lambda paths, o: [])  # no checkpoints
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -114,6 +115,8 @@ def test_other_options_run_anew(stubs):
         (["--task", "my.jsonl"], "--init is needed with a file"),
         (["--task", "exact", "--methods", "rlaif"], "rlaif learns its skills on reviews only"),
         (["--out", "sft.py"], "--out sft.py is a file; give a folder"),
+        (["--records", "none.jsonl"], "--records none.jsonl is no record of a run"),
+        (["--records", "a.jsonl", "--seeds", "2"], "--records runs nothing"),
     ],
 )
 def test_mistakes_of_a_comparison(args, said, stubs, capsys):
@@ -197,6 +200,7 @@ def test_no_matplotlib_is_one_line(stubs, monkeypatch, capsys):
 
 LINE = {"method": "dpo", "runs": 3, "swept": False, "value": 0.1, "reward": 1.0, "reward_sd": 0.1}
 LINE |= {"kl": 2.0, "kl_sd": 0.2, "length": 9.0, "length_sd": 1.0}
+LINE |= {"step_ms": 9.0, "sample_ms": 5.0, "update_ms": 4.0}
 LINE |= {"peak": {"weights": 10, "logits": 5}, "frontier": [[0.0, 0.0], [1.0, 1.0], [2.0, 1.2]]}
 
 
@@ -213,7 +217,7 @@ def test_pictures(tmp_path):
     failed = {"method": "kto", "runs": 0, "failed": {}, "swept": False}
     paths = plots.draw("exact", [LINE, grpo, online, failed], tmp_path)
     names = [path.name for path in paths]
-    assert names == ["frontier.png", "length.png", "memory.png", "entropy.png", "course.png"]
+    assert names == [f"{x}.png" for x in "frontier length memory time entropy course".split()]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
