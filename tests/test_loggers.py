@@ -6,7 +6,8 @@ import shutil
 import pytest
 from conftest import TINY, killed, lines, main
 
-from training import loggers
+from training import distributed, loggers
+from training.files import Files
 
 RUN = [*TINY, "--eval-every", "2", "--save-every", "1", "--out", "a/x.pt"]
 
@@ -56,6 +57,20 @@ def test_a_logger_takes_every_line_of_the_record(tiny, tmp_path, monkeypatch):
     assert [json.dumps(line) for line in seen] == record
     steps = [json.loads(line) for line in record[1:-1]]
     assert all(line["step_ms"] > 0 for line in steps if "eval" not in line)
+
+
+def test_only_the_first_process_logs(tmp_path, monkeypatch):
+    class Never(loggers.Logger):
+        def begin(self, options, before):
+            raise AssertionError("began")
+
+        take = begin
+
+    monkeypatch.setattr(distributed, "first", False)
+    files = Files(str(tmp_path / "x.pt"), Never("dpo", "x.pt"))
+    files.begin({})
+    files.record({"step": 1})
+    assert files.lines and not list(tmp_path.iterdir())
 
 
 @pytest.mark.docs

@@ -91,8 +91,8 @@ class WandB(Logger):
                 config=options,
             )
         except wandb.errors.Error as e:
-            remedy = "WANDB_MODE=offline needs no account"
-            raise UserError(f"--log-to wandb: {e}; {remedy}") from None
+            why, remedy = str(e).rstrip("."), "WANDB_MODE=offline needs no account"
+            raise UserError(f"--log-to wandb: {why}; {remedy}") from None
         for line in [] if known else lines:
             self.take(line)
 
