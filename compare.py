@@ -36,7 +36,7 @@ from pathlib import Path
 import data
 import training
 from analysis import answers, plots, predict, report, tables
-from analysis.rows import EVERY, ROWS, SAME, plan
+from analysis.rows import EVERY, ROWS, SAME, budget, plan
 from data import Stopped, UserError
 from training import checkpoint, locks, opt, parse
 from training.files import digest
@@ -212,6 +212,7 @@ def compare(o, folder):
     machine = f"{cpu()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     seconds = round(time.time() - start)
     record = {"command": o.line, "task": o.task, "machine": machine, "seconds": seconds}
+    record |= {"seeds": o.seeds, "budget": o.budget or budget(o.task, o.quick)}
     text = "\n\n".join([f"{machine}; {seconds} s.", *tables.tables(lines)])
     pictures = plots.draw(o.task, lines, folder)
     said = side_by_side(o, folder, items)

@@ -84,14 +84,26 @@ SAID = {  # below the pictures
     "course": "Loss, reward and KL against the sequences that were trained on.",
     "curves": "The curves of the records.",
 }
+FIGURES = (
+    "A click on a column's name sorts by it. ± is the standard deviation of seeds. Reward, win"
+)
+FIGURES += " rate and KL are of held-out prompts."
+ANSWERS = "One sample each, temperature 1, the same seed. The reference is the model that all start"
+ANSWERS += " from. A length counts the end token."
+TRAINING = "Reward and KL are of held-out prompts where a run was evaluated on its way (--course),"
+TRAINING += " else of its own samples. All rewards have one scale, and so have the KLs. Each point"
+TRAINING += f" is a mean of neighbours, so that a curve has at most {POINTS}."
+NONE = "There are none: they need matplotlib (pip install matplotlib)."
 
 
 def comparison(record, lines, paths, found, said):
-    """The page of a comparison. record: its command, task, machine and seconds; lines: the rows of
+    """The page of a comparison. record: its command, task, machine …; lines: the rows of
     compare.json; paths: of pictures; found: curves; said: answers side by side"""
-    rows = []
+    rows, failed, commands = [], [], []
     for line in lines:
         row = tables.results(line)
+        commands += [(row["method"], bare(line["command"]))] if "command" in line else []
+        failed += [f"{name}: {bare(why)}" for name, why in line.get("failed", {}).items()]
         if line["runs"] and not line["swept"]:
             row |= tables.costs(line) | tables.budget(line)
         rows.append({name: bare(x) if name == "" else x for name, x in row.items()})
@@ -99,39 +111,32 @@ def comparison(record, lines, paths, found, said):
     ran = [
         ("command", bare(record["command"])),
         ("task", bare(record["task"])),
+        ("sequences that a row trains on", f"{record['budget']:,}"),
+        ("seeds of a row", record["seeds"]),
         ("machine", record["machine"]),
-        (
-            "seconds of training",
-            f"{seconds:.0f}",
-        ),
-        ("date", datetime.date.today().isoformat()),
         ("torch", torch.__version__),
+        ("seconds of training", f"{seconds:.0f}"),
+        ("date", datetime.date.today().isoformat()),
     ]
-    failed = [f"{name}: {bare(x)}" for line in lines for name, x in line.get("failed", {}).items()]
-    broken = "".join(f'<p class="failed">{text(x)}</p>' for x in failed)
-    note = "<p class=note>A click on a column's name sorts by it. ± is the standard deviation of "
-    note += "seeds. KL, win rate and reward are of held-out prompts.</p>"
-    about = "<p class=note>Reward and KL are of held-out prompts where the run was evaluated on "
-    about += "its way (--course), else of its own samples. All rewards have one scale, and so have "
-    about += f"the KLs. A point is a mean of neighbours, so that a curve has at most {POINTS}.</p>"
-    ours = "<p class=note>One sample each, temperature 1, the same seed. The reference is the model"
-    ours += " that all start from. A length counts the end token.</p>"
-    commands = [(line["method"], bare(line["command"])) for line in lines if "command" in line]
     sections = [
         ("What was run", facts(ran)),
-        ("What failed", broken),
-        ("Figures", note + table(rows)),
-        ("Pictures", pictures(paths, SAID)),
-        ("Answers", said and ours + answers(said)),
-        ("Training", found and about + curves(found)),
+        ("What failed", "".join(f'<p class="failed">{text(x)}</p>' for x in failed)),
+        ("Figures", note(FIGURES) + table(rows)),
+        ("Pictures", pictures(paths, SAID) or note(NONE)),
+        ("Answers", said and note(ANSWERS) + answers(said)),
+        ("Training", found and note(TRAINING) + curves(found)),
         ("Commands", facts(commands)),
     ]
     return page(f"nanoPO: the methods on {bare(record['task'])}", sections)
 
 
+def note(words):
+    return f'<p class="note">{text(words)}</p>'
+
+
 def records(rows, paths):
     """The page of some records: how they differ and ended, and their curves"""
-    sections = [("Figures", table(rows)), ("Curves", pictures(paths, SAID))]
+    sections = [("Figures", table(rows)), ("Curves", pictures(paths, SAID) or note(NONE))]
     return page("nanoPO: curves of runs", sections)
 
 
