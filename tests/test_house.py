@@ -28,6 +28,8 @@ FLOORS = {  # file or folder -> what of ours it may import, and what else
     "analysis": (f"gpt data training evaluate analysis {' '.join(METHODS)}", "torch numpy"),
     "analysis/bench.py": (f"gpt data training analysis {' '.join(METHODS)}", "torch tqdm"),
     "analysis/peers.py": ("data training analysis", "torch trl transformers tokenizers datasets"),
+    "analysis/parity.py": ("data training analysis", "torch tqdm"),
+    "analysis/sides.py": ("gpt data training", "torch trl transformers tokenizers datasets"),
     "analysis/plots.py": (f"data training analysis {' '.join(METHODS)}", "matplotlib"),
 }
 FLOORS |= {f"{name}.py": ("gpt data training evaluate", "torch") for name in METHODS}
