@@ -83,7 +83,7 @@ class Options:
             size = f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}"
             raise UserError(size)
         if self.peers:
-            peers.check()
+            peers.check("--peers")
 
     def config(self, context):
         """-> the sizes of the model that has this context"""

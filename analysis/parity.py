@@ -21,8 +21,7 @@ import torch
 from tqdm import tqdm
 
 import training
-from analysis import sides
-from analysis.peers import OFFLINE
+from analysis import peers, sides
 from data import Stopped, UserError, say
 from training import opt, parse
 
@@ -218,7 +217,7 @@ class Options:
         for word in self.only:
             if all(word not in row.name for row in COMPARISONS):
                 raise UserError(f"--only {word}: no comparison has it in its name")
-        sides.check()
+        peers.check("the comparison")
 
     def rows(self):
         words = self.only or [""]
@@ -251,7 +250,7 @@ def table(lines):
 def main(argv=None):
     o = parse(Options, argv)
     torch.set_num_threads(1)
-    os.environ.update(OFFLINE)
+    os.environ.update(peers.OFFLINE)
     with tempfile.TemporaryDirectory() as folder:
         sides.write(folder)
         bar = tqdm(o.rows(), "parity", leave=False, disable=None)

@@ -28,11 +28,12 @@ SHAPES = {  # a script -> TRL's trainer, its module, what its config is told
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}  # environment of a process
 
 
-def check():
+def check(who):
+    """Stops where a package is missing. who: what needs it"""
     for name in ("trl", "transformers", "datasets"):
         if importlib.util.find_spec(name) is None:
-            remedy = f"pip install {name}, or leave it out"
-            raise UserError(f"--peers needs the package {name}, which is not installed; {remedy}")
+            remedy = "pip install -r requirements-peers.txt"
+            raise UserError(f"{who} needs the package {name}, which is not installed; {remedy}")
 
 
 def model(config, scalar=False):

@@ -7,7 +7,6 @@ trainer is handed the same tokens. No loss is written here, and none is changed.
 
 import contextlib
 import importlib
-import importlib.util
 import io
 import json
 import string
@@ -18,7 +17,6 @@ from unittest.mock import patch
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import UserError
 from gpt import ScalarGPT
 from training import Run, hf, locks, sampling
 
@@ -52,13 +50,6 @@ ALIASES = {  # what the table calls a setting -> its name in TRL
     "accumulation": "gradient_accumulation_steps",
     "updates": "num_iterations",
 }
-
-
-def check():
-    for name in ("trl", "transformers", "datasets"):
-        if importlib.util.find_spec(name) is None:
-            remedy = "pip install -r requirements-peers.txt"
-            raise UserError(f"the package {name} is not installed; {remedy}")
 
 
 # ---- what both read

@@ -69,7 +69,7 @@ def test_the_tables(job):
 
 @pytest.mark.skipif(TRL, reason="TRL is here")
 def test_peers_ask_for_their_package(capsys):
-    with pytest.raises(bench.UserError, match="trl, which is not installed; pip install trl"):
+    with pytest.raises(bench.UserError, match="trl, which is not installed; pip install -r"):
         bench.parse(bench.Options, ["--peers"])
 
 
