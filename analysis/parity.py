@@ -34,7 +34,7 @@ DEPARTURES = {  # -> (what TRL does, what the script does, whose side the paper 
     "NLL of a batch": (
         "the NLL is a mean over all tokens of a micro-batch",
         "a mean over each answer's tokens, then over pairs",
-        "ours; the code of ORPO's authors: TRL's",
+        "ours (iterative RPO, ORPO's text); ORPO's code: TRL's",
     ),
     "NLL by default": ("SimPO adds the NLL: `cpo_alpha` is 1", "`--sft-weight` is 0", "ours"),
     "NLL of the prompt": (
