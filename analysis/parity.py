@@ -33,7 +33,7 @@ DEPARTURES = {  # -> (what TRL does, what the script does, whose side the paper 
     "NLL of a batch": (
         "the NLL is a mean over all tokens of a micro-batch",
         "a mean over each answer's tokens, then over pairs",
-        "ours; the code of ORPO's authors: TRL's",
+        "ours (iterative RPO, ORPO's text); ORPO's code: TRL's",
     ),
     "NLL by default": ("SimPO adds the NLL: `cpo_alpha` is 1", "`--sft-weight` is 0", "ours"),
     "NLL of the prompt": (
@@ -88,8 +88,7 @@ SFT, decay and clipping | sft --batch-size 4 --steps 3 --weight-decay 0.1 --grad
 SFT, micro-batches | sft --micro-batch 4 | SFT batch=4 accumulation=3
 reward model | reward_model | Reward
 reward model, margin | reward_model | Reward | | margin
-reward model, centring | reward_model --center-rewards 0.1 --grad-clip 100
-    | Reward center_rewards_coefficient=0.1 max_grad_norm=100
+reward model, centring | reward_model --center-rewards 0.1 | Reward center_rewards_coefficient=0.1
 reward model, padding | reward_model | Reward pad=<end> | padding is the end
 DPO | dpo | DPO
 DPO, 2 epochs, micro-batches | dpo --batch-size 4 --micro-batch 2 --epochs 2 --precompute-ref
@@ -230,9 +229,9 @@ def report(found):
     yield f"{packages}\n"
     lines = [["comparison", "ours", "TRL", "Δ loss", "Δ gradient", "verdict"]]
     for row, (loss, gradient) in found.items():
-        losses = "" if "gradient" in row.needs else f"{loss:.0e}"
-        cells = [row.name, f"`{row.ours}`", f"`{row.theirs}`", losses, f"{gradient:.0e}"]
-        lines.append([*cells, judge(row, loss, gradient)[0]])
+        figures = ["" if "gradient" in row.needs else f"{loss:.0e}", f"{gradient:.0e}"]
+        verdict, _ = judge(row, loss, gradient)
+        lines.append([row.name, f"`{row.ours}`", f"`{row.theirs}`", *figures, verdict])
     yield from table(lines)
     named = {row.departs for row in found}
     lines = [["departure", "TRL", "ours", "the paper's side"]]

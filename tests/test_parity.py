@@ -157,7 +157,7 @@ def test_the_page_is_what_the_command_prints(capsys):
     said, page = capsys.readouterr().out, PAGE.read_text()
     printed, found = cells(said), cells(page)
     assert printed.keys() <= found.keys()
-    assert said.strip().splitlines()[0] in page and said.strip().splitlines()[-1] in page
+    assert said.strip().splitlines()[-1] in page
     for name, row in printed.items():
         if name in parity.DEPARTURES or name in ("comparison", "departure"):
             assert found[name] == row
@@ -174,14 +174,14 @@ PLANTED = {  # a mistake -> the file, a line's words, what stands there instead,
         "SFT",
     ),
     "micro-batches that count alone": (
-        *("simpo.py", "run.backward((weight * losses).sum()", "run.backward((losses).mean()"),
-        "SimPO",
+        *("dpo.py", "run.backward((weight * losses).sum(),", "run.backward(losses.mean(),"),
+        "2 epochs",
     ),
-    "no end token": (
-        "data/batch.py",
-        "text = column < stop\n",
-        "text = column < stop - 1\n",
-        "SFT",
+    "a reference that is exchanged": (
+        "dpo.py",
+        "view(2, -1).T",
+        "view(2, -1).flip(0).T",
+        "2 epochs",
     ),
     "an end token that is not trained": (
         *("data/batch.py", "text & (column >= start)", "(column < stop - 1) & (column >= start)"),
@@ -222,6 +222,7 @@ PLANTED = {  # a mistake -> the file, a line's words, what stands there instead,
         *("orpo.py", "mean_logp - torch.log(-torch.expm1(mean_logp))", "mean_logp"),
         "ORPO",
     ),
+    "two NLLs": ("orpo.py", "losses - nll + whole", "losses + whole", "ORPO + prompt"),
     "KTO without β": ("kto.py", "a = beta * (", "a = (", "KTO"),
     "KTO without ẑ": ("kto.py", "(logp - ref_logp - kl)", "(logp - ref_logp)", "KTO"),
     "λ's exchanged": (
@@ -250,6 +251,27 @@ PLANTED = {  # a mistake -> the file, a line's words, what stands there instead,
     "a plain sum of log-ratios": (
         *("grpo.py", " / mask.sum(1, keepdim=True)", ""),
         "GSPO",
+    ),
+    "a weight of its own for a micro-batch": (
+        *(
+            "grpo.py",
+            "= token_weight(batch, minibatch, prompts",
+            "= token_weight(batch, batch, prompts",
+        ),
+        "GRPO, micro-batches",
+    ),
+    "k3 without ρ": ("grpo.py", '(ratio if kl == "k3-ratio" else 1)', "1", "GRPO, ρ k3"),
+    "a token mean of responses": (
+        *(
+            "grpo.py",
+            "batch.mask / minibatch.length.sum().clamp(min=1)",
+            "batch.mask / len(batch.mask)",
+        ),
+        "token mean",
+    ),
+    "a ratio to the wrong policy": (
+        *("grpo.py", "logp.detach() if batch.old_logp is None", "logp.detach() if True"),
+        "GRPO, clip",
     ),
     "a sum over responses": (
         "grpo.py",
