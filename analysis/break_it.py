@@ -102,7 +102,10 @@ SFT_STEPS = 150  # of the checkpoint that the others start from
 SIMPO = DPO.replace("dpo", "simpo")
 OF_SFT = "loss grad_norm final_reward final_length final_ended"
 OF_PAIRS = "loss rewards/margins grad_norm final_reward final_kl"
-OF_PPO = "loss/value_avg policy/approxkl_avg entropy grad_norm reward rlhf_reward kl final_kl_star"
+OF_PPO = (
+    "loss/value_avg policy/approxkl_avg policy/clipfrac_avg entropy grad_norm reward rlhf_reward"
+)
+OF_PPO += " kl final_kl_star"
 OF_RLOO = "loss entropy clip_ratio/high_mean grad_norm reward kl final_kl_star"
 MASK = "data.pad data.batch.pad"
 BUGS = [
@@ -153,7 +156,7 @@ BUGS = [
     ),
     Bug(
         attached_advantage,
-        "PPO's advantage R - V with the gradient of V",
+        "PPO's advantage R − V with the gradient of V",
         "ppo.compute_loss",
         PPO,
         OF_PPO,
@@ -206,6 +209,8 @@ def planted(bug):
 
 
 def around(lines, right):
+    """-> a function that calls the lines with what stood there"""
+
     def broken(*args, **more):
         return lines(right, *args, **more)
 
@@ -277,6 +282,9 @@ class Options:
     def check(self):
         if self.name not in BUGS:
             raise UserError(f"there is no bug {self.name}; there are {', '.join(BUGS)}")
+        path = Path(self.plot)
+        if self.plot and not (path.suffix == ".png" and path.parent.is_dir()):
+            raise UserError(f"--plot {path}: give FILE.png, in a folder that is there")
 
 
 def main(argv=None):
