@@ -5,9 +5,9 @@
     python -m pytest -p analysis.break_it --break-it mean_for_sum tests/test_losses.py
 
 The scripts stay as they are: the lines are put in while a script runs in this process, and taken
-out again. In each of them `right` is the function that stood there. Both runs start from one SFT
-checkpoint, which is made first where it is missing. The last command runs tests with the bug in
-place; docs/break-it.md shows all ten, and which test fails.
+out again. In each of them `right` is the function that stood there. All runs but those of sft.py
+start from one SFT checkpoint, which is made first where it is missing. The last command runs tests
+with the bug in place; docs/break-it.md shows all ten, and which test fails.
 """
 
 import contextlib
@@ -238,7 +238,7 @@ def start_of(bug, o):
     path = f"{o.out}/sft.pt"
     if not Path(path).exists():
         say("first an SFT checkpoint, which all commands share")
-        train(f"sft --task exact --steps {SFT_STEPS} --out {path}".split())
+        train(["sft", "--task", "exact", "--steps", str(SFT_STEPS), "--out", path])
     return ["--init", path]
 
 
@@ -254,8 +254,8 @@ def measured(bug, o, broken=False):
     and its figures: means over the last tenth of the steps, and those of the end as final_…"""
     name = bug.patch.__name__ if broken else f"{bug.patch.__name__}-healthy"
     path = f"{o.out}/{name}.pt"
-    more = f"--log-every 1 --eval-every 0 --seed {o.seed} --out {path}".split()
-    command = [*bug.command.split(), *start_of(bug, o), *more]
+    command = f"{bug.command} --log-every 1 --eval-every 0 --seed {o.seed}".split()
+    command += [*start_of(bug, o), "--out", path]
     with contextlib.ExitStack() as stack:
         for place in planted(bug) if broken else ():
             stack.enter_context(place)

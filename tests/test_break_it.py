@@ -131,14 +131,14 @@ def test_the_command_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(BUGS, "mean_for_sum", bug._replace(command=short))
     monkeypatch.setattr(break_it, "SFT_STEPS", 2)
     monkeypatch.chdir(tmp_path)
-    break_it.main(["mean_for_sum", "--out", "x", "--plot", "x.png"])
+    break_it.main(["mean_for_sum", "--out", "a b", "--plot", "x.png"])
     said = capsys.readouterr().out
     assert inspect.getsource(bug.patch) in said and f"caught by tests/{bug.test}" in said
     figures = table(said)
     assert list(figures) == bug.shown.split()
     assert figures["final_kl"][0] != figures["final_kl"][1]
     assert find_spec("matplotlib") is None or (tmp_path / "x.png").stat().st_size > 1000
-    files = {path.name for path in (tmp_path / "x").iterdir()}
+    files = {path.name for path in (tmp_path / "a b").iterdir()}
     assert files >= {"sft.pt", "mean_for_sum.jsonl", "mean_for_sum-healthy.jsonl"}
 
 
