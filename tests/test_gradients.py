@@ -2,6 +2,7 @@
 equations, and what is trained, old or without weight."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -332,6 +333,26 @@ def test_ppo_s_first_gradients_are_the_equations(ends, monkeypatch):
     assert metrics["loss/policy_avg"] == pytest.approx(0, abs=1e-6)
     assert metrics["policy/approxkl_avg"] == metrics["policy/clipfrac_avg"] == 0.0
     assert metrics["val/clipfrac_avg"] == 0.0
+
+
+@pytest.mark.parametrize("loss, beta", [("dpo", 0.1), ("ipo", 1.0)])
+def test_dpo_s_first_gradient_is_the_equation_s(loss, beta, tiny, monkeypatch):
+    """π = π_ref, so h = 0: -β/2 mean(∇log π(y_w) - ∇log π(y_l)), of sums over tokens; IPO: -1/τ of
+    means. The log-probs are those of plain logits, row by row."""
+    monkeypatch.chdir(tiny)
+    args = f"--init out/reviews/sft.pt --batch-size 8 --loss {loss} --device cpu".split()
+    found, metrics = first_gradient("dpo", args, monkeypatch)
+    model, how = load("out/reviews/sft.pt")[0].double(), SimpleNamespace(seed=0, batch_size=8)
+    how.truncate = False
+    pairs = data.Batches(data.task("reviews").preferences, 0, WORDS, 256, how)[0]
+    total, rows = 0.0, [(x, y, sign) for x, *ys in pairs for y, sign in zip(ys, (1, -1))]
+    for x, y, sign in rows:
+        ids = torch.tensor([*x, *y])
+        logp = plain(model, ids, torch.arange(len(ids)) >= len(x))
+        total = total + sign * (logp.mean() if loss == "ipo" else logp.sum())
+    expected = gradient(-(1 / beta if loss == "ipo" else beta / 2) * total / len(pairs), model)
+    assert expected.norm() > 1e-3 and (found - expected).norm() < 1e-6 * expected.norm()
+    assert metrics["loss"] == pytest.approx(0.25 if loss == "ipo" else math.log(2))
 
 
 @pytest.mark.parametrize("label", ["argmax", "bt"])

@@ -1,0 +1,325 @@
+"""Ten well-known bugs of alignment code. Each is a few lines that take the place of one function.
+
+    python -m analysis.break_it mean_for_sum        the lines, a healthy run beside a broken one
+    python -m analysis.break_it mean_for_sum --seed 1 --plot curves.png
+    python -m pytest -p analysis.break_it --break-it mean_for_sum tests/test_losses.py
+
+The scripts stay as they are: the lines are put in while a script runs in this process, and taken
+out again. In each of them `right` is the function that stood there. All runs but those of sft.py
+start from one SFT checkpoint, which is made first where it is missing. The last command runs tests
+with the bug in place; docs/break-it.md shows all ten, and which test fails.
+"""
+
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import NamedTuple
+from unittest.mock import patch
+
+import gpt
+import training
+from analysis.plots import pyplot
+from data import UserError, say
+from training import opt, parse
+
+# ---- the lines
+
+
+def prompt_in_mask(right, rows, device="cpu", ends=False):
+    batch = right(rows, device, ends)
+    mask = batch.text.clone()
+    mask[:, 0] = False  # nothing stands before the first token
+    return batch._replace(mask=mask, layout=gpt.layout(batch.ids, gpt.before(mask)))
+
+
+def end_out_of_mask(right, rows, device="cpu", ends=False):
+    batch = right(rows, device, ends)
+    mask = batch.mask & ~gpt.last(batch.mask)
+    return batch._replace(mask=mask, layout=gpt.layout(batch.ids, gpt.before(mask)))
+
+
+def mean_for_sum(right, model, batch):
+    return right(model, batch, mean=True)
+
+
+def moving_reference(right, run, policy):
+    return policy  # not a frozen copy
+
+
+def wrong_kl_sign(right, score, logp, ref_logp, mask, kl_coef):
+    return right(score, logp, ref_logp, mask, -kl_coef)
+
+
+def attached_advantage(right, policy, critic, batch, o):
+    values = critic.values_before(batch.ids, batch.mask, batch.layout)  # no .detach()
+    batch.adv = (batch.returns - values) * batch.mask
+    return right(policy, critic, batch, o)
+
+
+def ratio_to_reference(right, policy, batch, o):
+    return right(policy, batch | {"old_logp": batch.ref_logp}, o)
+
+
+def padding_in_mean(right, logp_w, logp_l, len_w, len_l, beta=2.0, gamma=1.0):
+    columns = len_w.maximum(len_l).max().expand_as(len_w)  # those of the padded table
+    return right(logp_w, logp_l, columns, columns, beta, gamma)
+
+
+def mean_of_micro_batch(right, batch, minibatch, longest, agg):
+    return right(batch, batch, longest, agg)  # not those of the whole step
+
+
+def sampling_temperature(right, model, batch, temperature=1.0, **more):
+    return right(model, batch, 1.0, **more)
+
+
+# ---- what they break
+
+
+class Bug(NamedTuple):
+    patch: object  # the lines
+    what: str
+    places: str  # what they take the place of
+    command: str  # the script that shows it, and its options
+    shown: str  # figures of the record; final_: of the end, the others means of the last steps
+    tells: str  # the one that would have told, and which way it goes
+    test: str  # that catches it, in tests/
+
+
+SFT = "sft --task arithmetic:1 --n-layer 2 --n-embd 64 --steps 300 --lr 4e-3"
+DPO = "dpo --task exact --steps 120 --batch-size 1024 --lr 2e-3"
+PPO = "ppo --task exact --steps 30 --group 32 --lam 1"
+RLOO = "grpo --task exact --steps 100 --group 32 --lr 1e-3 --adv-norm loo --kl reward"
+SFT_STEPS = 150  # of the checkpoint that the others start from
+SIMPO = DPO.replace("dpo", "simpo")
+OF_SFT = "loss grad_norm final_reward final_length final_ended"
+OF_PAIRS = "loss rewards/margins grad_norm final_reward final_kl"
+OF_PPO = (
+    "loss/value_avg policy/approxkl_avg policy/clipfrac_avg entropy grad_norm reward rlhf_reward"
+)
+OF_PPO += " kl final_kl_star"
+OF_RLOO = "loss entropy clip_ratio/high_mean grad_norm reward kl final_kl_star"
+MASK = "data.pad data.batch.pad"
+BUGS = [
+    Bug(
+        prompt_in_mask,
+        "prompt tokens in the loss mask",
+        MASK,
+        SFT,
+        OF_SFT,
+        "loss rises",
+        "test_data.py::test_the_mask_covers_the_response_and_its_end_token",
+    ),
+    Bug(
+        end_out_of_mask,
+        "the end token out of the mask",
+        MASK,
+        SFT,
+        OF_SFT,
+        "final_ended falls",
+        "test_run.py::test_log_probs_of_the_end_token_are_trained",
+    ),
+    Bug(
+        mean_for_sum,
+        "DPO on means of log-probs, where its equation has sums",
+        "dpo.response_logprobs",
+        DPO,
+        OF_PAIRS + " final_kl_star",
+        "final_kl_star rises",
+        "test_gradients.py::test_dpo_s_first_gradient_is_the_equation_s[dpo-0.1]",
+    ),
+    Bug(
+        moving_reference,
+        "a reference that is not frozen: it is the policy",
+        "training.Run.reference",
+        DPO,
+        OF_PAIRS + " final_kl_star",
+        "rewards/margins falls",
+        "test_rollout.py::test_the_reference_is_fixed_or_the_last_round_s_policy",
+    ),
+    Bug(
+        wrong_kl_sign,
+        "the wrong sign of the KL in PPO's reward",
+        "ppo.token_rewards",
+        PPO,
+        OF_PPO,
+        "kl rises",
+        "test_losses.py::test_token_rewards",
+    ),
+    Bug(
+        attached_advantage,
+        "PPO's advantage R − V with the gradient of V",
+        "ppo.compute_loss",
+        PPO,
+        OF_PPO,
+        "loss/value_avg rises",
+        "test_gradients.py::test_each_loss_moves_its_own_network",
+    ),
+    Bug(
+        ratio_to_reference,
+        "GRPO's ratio against the reference, and not against π_old",
+        "grpo.compute_loss",
+        RLOO,
+        OF_RLOO,
+        "clip_ratio/high_mean rises",
+        "test_gradients.py::test_at_a_rollout_s_first_optimizer_step_the_ratio_is_1[grpo-float32]",
+    ),
+    Bug(
+        padding_in_mean,
+        "padding counted in SimPO's mean over tokens",
+        "simpo.simpo_loss",
+        SIMPO,
+        OF_PAIRS + " final_length final_ended",
+        "final_ended falls",
+        "test_losses.py::test_simpo",
+    ),
+    Bug(
+        mean_of_micro_batch,
+        "the loss divided by each micro-batch's tokens, not by the step's",
+        "grpo.token_weight",
+        RLOO + " --agg token_mean --micro-batch 32",
+        OF_RLOO,
+        "grad_norm rises",
+        "test_gradients.py::test_weights_reduce_a_minibatch_as_agg_names_however_it_is_cut",
+    ),
+    Bug(
+        sampling_temperature,
+        "a temperature in sampling, and none in the loss",
+        "ppo.token_logprobs",
+        PPO + " --temperature 0.7",
+        OF_PPO,
+        "policy/approxkl_avg rises",
+        "test_gradients.py::test_what_is_old_is_of_before_ppo_s_updates",
+    ),
+]
+BUGS = {bug.patch.__name__: bug for bug in BUGS}
+
+
+def planted(bug):
+    """-> patches, one for each place, that put the bug in where they start"""
+    return [patch(place, around(bug.patch, resolve_name(place))) for place in bug.places.split()]
+
+
+def around(lines, right):
+    """-> a function that calls the lines with what stood there"""
+
+    def broken(*args, **more):
+        return lines(right, *args, **more)
+
+    return broken
+
+
+def pytest_addoption(parser):
+    parser.addoption("--break-it", choices=BUGS, help="run the tests with this bug in place")
+
+
+def pytest_configure(config):
+    if name := config.getoption("break_it"):
+        for place in planted(BUGS[name]):
+            place.start()
+
+
+# ---- both runs
+
+
+def start_of(bug, o):
+    """-> the options of the checkpoint that both runs start from, which is made if it is missing"""
+    script = bug.command.split()[0]
+    if script == "sft":
+        return []
+    path = f"{o.out}/sft.pt"
+    if not Path(path).exists():
+        say("first an SFT checkpoint, which all commands share")
+        train(["sft", "--task", "exact", "--steps", str(SFT_STEPS), "--out", path])
+    return ["--init", path]
+
+
+def train(command):
+    """Runs a script in this process, and keeps what it prints to itself."""
+    script, *argv = command
+    with contextlib.redirect_stdout(io.StringIO()):
+        importlib.import_module(script).main([*argv, "--device", "cpu"])
+
+
+def measured(bug, o, broken=False):
+    """Trains with the bug's command, and with the bug if it is to be broken. -> the record's steps,
+    and its figures: means over the last tenth of the steps, and those of the end as final_…"""
+    name = bug.patch.__name__ if broken else f"{bug.patch.__name__}-healthy"
+    path = f"{o.out}/{name}.pt"
+    command = f"{bug.command} --log-every 1 --eval-every 0 --seed {o.seed}".split()
+    command += [*start_of(bug, o), "--out", path]
+    with contextlib.ExitStack() as stack:
+        for place in planted(bug) if broken else ():
+            stack.enter_context(place)
+        train(command)
+    _, *steps, last = map(json.loads, Path(path).with_suffix(".jsonl").read_text().splitlines())
+    end = steps[-max(1, len(steps) // 10) :]
+    figures = {key: statistics.fmean(step[key] for step in end) for key in steps[-1]}
+    figures |= {f"final_{key}": x for key, x in last["final"].items()}
+    return steps, figures
+
+
+# ---- the command
+
+
+@dataclass
+class Options:
+    name: str = opt(..., f"which bug: {', '.join(BUGS)}")
+    out: str = opt("out/break_it", "folder of the checkpoints and records")
+    seed: int = opt(0, "seed of both runs", low=0)
+    plot: str = opt("", "a picture of both runs' curves, as FILE.png")
+
+    def check(self):
+        if self.name not in BUGS:
+            raise UserError(f"there is no bug {self.name}; there are {', '.join(BUGS)}")
+        path = Path(self.plot)
+        if self.plot and not (path.suffix == ".png" and path.parent.is_dir()):
+            raise UserError(f"--plot {path}: give FILE.png, in a folder that is there")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0][:2] == "--" and argv[0] != "--help":
+        raise UserError(f"give the name of a bug first, one of {', '.join(BUGS)}")
+    o = parse(Options, argv)
+    bug = BUGS[o.name]
+    print(f"{o.name}: {bug.what}\n\n{inspect.getsource(bug.patch)}")
+    print(f"in place of {bug.places.replace(' ', ' and ')}, in {bug.command}\n", flush=True)
+    (healthy, right), (broken, wrong) = measured(bug, o), measured(bug, o, broken=True)
+    tells, how = bug.tells.split()
+    print(f"{'':<24}{'healthy':>10}{'broken':>10}")
+    for key in bug.shown.split():
+        told = f"  it tells: it {how}" if key == tells else ""
+        print(f"{key:<24}{right[key]:>10.4f}{wrong[key]:>10.4f}{told}")
+    print(f"\ncaught by tests/{bug.test}")
+    if o.plot:
+        draw(bug, healthy, broken, o.plot)
+
+
+def draw(bug, healthy, broken, path):
+    """Draws what the steps of both records hold of the figures shown."""
+    plt = pyplot()
+    if not plt:
+        return
+    keys = [key for key in bug.shown.split() if key in healthy[0]]
+    figure, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 3), squeeze=False)
+    for key, axis in zip(keys, axes[0]):
+        for steps, colour, label in ((healthy, "C2", "healthy"), (broken, "C3", "broken")):
+            axis.plot([x["step"] for x in steps], [x[key] for x in steps], colour, label=label)
+        axis.set_title(key)
+        axis.set_xlabel("step")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    print(f"curves {path}")
+
+
+if __name__ == "__main__":
+    training.command(main, torchrun=False)
