@@ -21,32 +21,30 @@ SEEDS = (0, 1, 2)
 STARTS = {  # task -> what trains the checkpoint that its runs start from
     "exact": "sft.py --task exact --steps 300 --batch-size 512",
     "reviews": "sft.py --steps 250",
-    "arithmetic:1": "sft.py --task arithmetic:1 --steps 250",
 }
 TOLD = []  # the commands of a question, as the reader types them
 
 
-def run(command, seed=0, **paths):
-    """Runs "dpo.py --task exact" with a seed, unless its record is there. It starts from the task's
-    start. paths: options whose values are paths, in place of those in the command. -> its path, the
-    figures of its steps, of its evaluations, and of its end"""
+def run(command, seed=0, reward=""):
+    """Runs "dpo.py --task exact" with a seed, from its task's start, unless its record is there.
+    reward: the path that stands for rm in the command. -> its path, the figures of its steps, of
+    its evaluations, and of its end"""
     script, *argv = command.split()
-    task = argv[argv.index("--task") + 1] if "--task" in argv else "reviews"
-    if script not in ("sft.py", "orpo.py") and "init" not in paths:
-        paths["init"] = start(task)
+    if script not in ("sft.py", "orpo.py"):
+        argv += ["--init", start("exact" if "exact" in argv else "reviews")]
     if command not in TOLD:
         TOLD.append(command)
     name = re.sub(r"[^\w.]+", "-", f"{command} {seed}")
     path = FOLDER / f"{name}.pt"
     if not (path.exists() and read(FOLDER, name)):
         print(f"seed {seed}: {command}", file=sys.stderr, flush=True)
-        argv += f"--seed {seed} --out {path} --device cpu --dtype float32".split()
-        argv += [str(x) for option, path in paths.items() for x in (f"--{option}", path)]
+        argv += ["--seed", seed, "--out", path, "--device", "cpu", "--dtype", "float32"]
+        argv += ["--reward", reward] if reward else []  # a later option wins
         with contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module(script.removesuffix(".py")).main(argv)  # a later option wins
+            importlib.import_module(script.removesuffix(".py")).main([str(x) for x in argv])
     _, lines, final = read(FOLDER, name)
     steps = [line for line in lines if "eval" not in line]
-    evals = [line["eval"] | {"step": line["step"]} for line in lines if "eval" in line]
+    evals = [line["eval"] for line in lines if "eval" in line]
     return SimpleNamespace(path=path, steps=steps, evals=evals, final=final)
 
 
@@ -119,11 +117,6 @@ def verdicts(claims):
     return "\n".join(f"{word:<{width}}  {claim}" for claim, word in words.items())
 
 
-def each(rows, f):
-    """-> f of each row, a claim"""
-    return [bool(f(row)) for row in rows]
-
-
-def higher(rows, others, key, than=""):
-    """-> for each seed whether the first has more of it (than the others of `than`), a claim"""
-    return [a[key] > b[than or key] for a, b in zip(rows, others)]
+def each(f, *tables):
+    """-> whether f holds, of each row; of several tables, of their rows side by side"""
+    return [bool(f(*rows)) for rows in zip(*tables)]

@@ -25,6 +25,7 @@ QUESTIONS = {  # in the order of the page
     "beta-extremes": pairs.beta_extremes,
     "one-network": pairs.one_network,
     "memory": rewards.memory,
+    "length": pairs.length,
     "few-pairs": pairs.few_pairs,
     "critic": rewards.critic,
     "group-std": rewards.group_std,

@@ -2,11 +2,13 @@
 
 Each function -> (rows of a table, {claim: a bool for each seed})."""
 
+from functools import partial
+
 import torch
 
 import data
 from analysis import optima
-from analysis.experiment import SEEDS, World, each, higher, run
+from analysis.experiment import SEEDS, World, each, run
 from data.exact import kl
 
 DPO = "dpo.py --task exact --steps 300 --lr 2e-3"
@@ -28,20 +30,20 @@ def cancels():
     for seed in SEEDS:
         implicit = BETA * (world.log_probs(run(DPO, seed).path) - world.log_ref)
         rest = world.r - implicit
-        rows.append(row(f"r - r̂, seed {seed}", rest, (p * rest).sum(1)))
+        rows.append(row(f"r - r_θ, seed {seed}", rest, (p * rest).sum(1)))
 
     def constants(x):
         return torch.tensor([x[f"c({prompt})"] for prompt in prompts])
 
     return [known, *rows], {
-        "r - r̂ is nearly a constant: its std is below a quarter of r's": each(
-            rows, lambda x: 4 * x["std within a prompt"] < known["std within a prompt"]
+        "r - r_θ is nearly a constant: its std is below a quarter of r's": each(
+            lambda x: 4 * x["std within a prompt"] < known["std within a prompt"], rows
         ),
         "that constant is β log Z(x), within 0.2": each(
-            rows, lambda x: (constants(x) - constants(known)).abs().max() < 0.2
+            lambda x: (constants(x) - constants(known)).abs().max() < 0.2, rows
         ),
         "and differs between prompts, by 0.5 and more": each(
-            rows, lambda x: constants(x).max() - constants(x).min() > 0.5
+            lambda x: constants(x).max() - constants(x).min() > 0.5, rows
         ),
     }
 
@@ -53,16 +55,18 @@ def implicit_reward():
         log_p = world.log_probs(run(DPO, seed).path)
         implicit = BETA * (log_p - world.log_ref)
         row = {"seed": seed}
-        for name, x in {"r̂": implicit, "log π": log_p, "log π_ref": world.log_ref}.items():
+        for name, x in {"r_θ": implicit, "log π": log_p, "log π_ref": world.log_ref}.items():
             row[f"correlation of {name}"] = within(x, world.r) / spread(x) / spread(world.r)
-        rows.append(row | {"slope of r̂": within(implicit, world.r) / spread(world.r) ** 2})
+        rows.append(row | {"slope of r_θ": within(implicit, world.r) / spread(world.r) ** 2})
     return rows, {
-        "r̂ = β log π/π_ref correlates with r above 0.95 within a prompt": each(
-            rows, lambda x: x["correlation of r̂"] > 0.95
+        "r_θ = β log π/π_ref correlates with r above 0.95 within a prompt": each(
+            lambda x: x["correlation of r_θ"] > 0.95, rows
         ),
-        "log π alone less": higher(rows, rows, "correlation of r̂", "correlation of log π"),
-        "r̂ has the scale of r: a slope of 0.8 to 1.2": each(
-            rows, lambda x: 0.8 < x["slope of r̂"] < 1.2
+        "log π alone less": each(
+            lambda x: x["correlation of r_θ"] > x["correlation of log π"], rows
+        ),
+        "r_θ has the scale of r: a slope of 0.8 to 1.2": each(
+            lambda x: 0.8 < x["slope of r_θ"] < 1.2, rows
         ),
     }
 
@@ -99,8 +103,8 @@ def beta_doubled():
             row[f"{when}: ratio"] = twice / once
         rows.append(row)
     return rows, {
-        "at π = π_ref the ratio is 2": each(rows, lambda x: abs(x["start: ratio"] - 2) < 1e-6),
-        "after the training it is above 3": each(rows, lambda x: x["end: ratio"] > 3),
+        "at π = π_ref the ratio is 2": each(lambda x: abs(x["start: ratio"] - 2) < 1e-6, rows),
+        "after the training it is above 3": each(lambda x: x["end: ratio"] > 3, rows),
     }
 
 
@@ -119,44 +123,60 @@ def beta_extremes():
             rows.append(row | {"likeliest to bb": world.task.outcomes[y], "its π": p.item()})
     small, middle, large = rows[:3], rows[3:6], rows[6:]
     return rows, {
-        "β 0.01 has more than 1.5 times the KL of 0.5": [
-            a["KL(π‖π_ref)"] > 1.5 * b["KL(π‖π_ref)"] for a, b in zip(small, middle)
-        ],
-        "for less than 0.1 of win rate": [
-            a["win rate"] < b["win rate"] + 0.1 for a, b in zip(small, middle)
-        ],
-        "β 5 hardly moves: KL below 0.1": each(large, lambda x: x["KL(π‖π_ref)"] < 0.1),
-        "and wins less than 0.6": each(large, lambda x: x["win rate"] < 0.6),
+        "β 0.01 has more than 1.5 times the KL of 0.5": each(
+            lambda a, b: a["KL(π‖π_ref)"] > 1.5 * b["KL(π‖π_ref)"], small, middle
+        ),
+        "for less than 0.1 of win rate": each(
+            lambda a, b: a["win rate"] < b["win rate"] + 0.1, small, middle
+        ),
+        "β 5 hardly moves: KL below 0.1": each(lambda x: x["KL(π‖π_ref)"] < 0.1, large),
+        "and wins less than 0.6": each(lambda x: x["win rate"] < 0.6, large),
     }
 
 
 def one_network():
     """What if one network is both policy and reference?"""
     world, rows = World(), []
-    for reference in ("frozen copy", "itself, detached", "itself"):
-        model = world.open(world.reference)
-        descent = torch.optim.Adam(model.parameters(), lr=1e-3)
-        for step in range(101):
-            log_p = world.table(model)
-            log_ref = {"frozen copy": world.log_ref, "itself": log_p}.get(reference, log_p.detach())
-            loss = world.dpo(log_p, log_ref, BETA)
-            gradients = gradient(loss, model)
-            if step in (0, 100):
-                row = {"reference": reference, "step": step, "loss": f"{loss:.6f}"}
-                row |= {"gradient": norm(gradients), "E[r]": world.expected(log_p)}
-                rows.append(row | {"KL(π‖start)": kl(log_p, world.log_ref).mean().item()})
-            for p, g in zip(model.parameters(), gradients):
-                p.grad = g
-            descent.step()
+    references = {
+        "frozen copy": lambda log_p: world.log_ref,
+        "itself, detached": lambda log_p: log_p.detach(),
+        "itself": lambda log_p: log_p,
+    }
+    for name, reference in references.items():
+
+        def loss_of(log_p, reference=reference):
+            return world.dpo(log_p, reference(log_p), BETA)
+
+        for step, log_p, loss, size in descend(world, loss_of):
+            row = {"reference": name, "step": step, "loss": f"{loss:.6f}", "gradient": size}
+            row |= {"E[r]": world.expected(log_p)}
+            rows.append(row | {"KL(π‖start)": kl(log_p, world.log_ref).mean().item()})
     copy, detached, itself = rows[1::2]
     return rows, {
-        "as both, its loss stays log 2": [x["loss"] == "0.693147" for x in rows[2:]],
+        "as both, its loss stays log 2": each(lambda x: x["loss"] == "0.693147", rows[2:]),
         "with the gradient through both nothing moves": [itself["KL(π‖start)"] < 1e-3],
         "detached, it goes further than with a frozen copy": [
             detached["KL(π‖start)"] > copy["KL(π‖start)"]
         ],
         "for less reward": [detached["E[r]"] < copy["E[r]"]],
     }
+
+
+def descend(world, loss_of, steps=100):
+    """Adam from π_ref on a loss of the table log π. -> [(step, the table, its loss, the norm of the
+    gradient)] before the first step and after the last"""
+    model, found = world.open(world.reference), []
+    descent = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for step in range(steps + 1):
+        log_p = world.table(model)
+        loss = loss_of(log_p)
+        gradients = gradient(loss, model)
+        if step in (0, steps):
+            found.append((step, log_p.detach(), loss.item(), norm(gradients)))
+        for p, g in zip(model.parameters(), gradients):
+            p.grad = g
+        descent.step()
+    return found
 
 
 FIXED = "dpo.py --task exact --pairs 64 --epochs 160 --batch-size 64 --lr 1e-3"
@@ -183,15 +203,15 @@ def few_pairs():
             rows.append(row)
     fixed, rounds, online = rows[:3], rows[3:6], rows[6:]
     return rows, {
-        "64 pairs: the loss falls below 0.2": each(fixed, lambda x: x["loss, 160"] < 0.2),
+        "64 pairs: the loss falls below 0.2": each(lambda x: x["loss, 160"] < 0.2, fixed),
         "and π ends further from π* than it began (1.53)": each(
-            fixed, lambda x: x["KL(π‖π*), 160"] > 1.53
+            lambda x: x["KL(π‖π*), 160"] > 1.53, fixed
         ),
         "own pairs: the loss stays above 0.4": each(
-            rounds + online, lambda x: x["loss, 160"] > 0.4
+            lambda x: x["loss, 160"] > 0.4, rounds + online
         ),
-        "and π comes near π*, online": each(online, lambda x: x["KL(π‖π*), 160"] < 0.6),
-        "in three rounds as well": each(rounds, lambda x: x["KL(π‖π*), 160"] < 0.8),
+        "and π comes near π*, online": each(lambda x: x["KL(π‖π*), 160"] < 0.6, online),
+        "in three rounds as well": each(lambda x: x["KL(π‖π*), 160"] < 0.8, rounds),
     }
 
 
@@ -200,18 +220,11 @@ def thumbs():
     world, rows = World(), []
     for name, up, weight in (("1/2", 0.5, 1.0), ("1/5", 0.2, 1.0), ("1/5", 0.2, 4.6)):
         labels = world.labels * torch.tensor([1 - up, up]) / world.labels.sum((0, 1))
-        model = world.open(world.reference)
-        descent = torch.optim.Adam(model.parameters(), lr=1e-3)
-        for step in range(101):
-            log_p = world.table(model)
-            loss = optima.kto(log_p, world.log_ref, labels, BETA, w_desirable=weight)
-            if step in (0, 100):
-                row = {"thumbs up": name, "λ_D": f"{weight:g}", "step": step}
-                row |= {"loss": loss.item(), "E[r]": world.expected(log_p)}
-                rows.append(row | {"KL(π‖π_ref)": kl(log_p, world.log_ref).mean().item()})
-            for p, g in zip(model.parameters(), gradient(loss, model)):
-                p.grad = g
-            descent.step()
+        loss_of = partial(optima.kto, log_ref=world.log_ref, labels=labels, beta=BETA)
+        for step, log_p, loss, _ in descend(world, partial(loss_of, w_desirable=weight)):
+            row = {"thumbs up": name, "λ_D": f"{weight:g}", "step": step, "loss": loss}
+            row |= {"E[r]": world.expected(log_p)}
+            rows.append(row | {"KL(π‖π_ref)": kl(log_p, world.log_ref).mean().item()})
     half, fifth, weighted = rows[1::2]
     return rows, {
         "it learns from each of the three": [x["E[r]"] > 0.8 for x in (half, fifth, weighted)],
@@ -237,9 +250,11 @@ def orpo():
             rows.append(row)
     both, one = rows[:3], rows[3:]
     return rows, {
-        "ORPO alone has less reward": higher(both, one, "E[r]"),
-        "but more than the demonstrations' mean + 0.2": each(one, lambda x: x["E[r]"] > mean + 0.2),
-        "and stays nearer to them": higher(both, one, "KL(π‖demonstrations)"),
+        "ORPO alone has less reward": each(lambda a, b: a["E[r]"] > b["E[r]"], both, one),
+        "but more than the demonstrations' mean + 0.2": each(lambda x: x["E[r]"] > mean + 0.2, one),
+        "and stays nearer to them": each(
+            lambda a, b: a["KL(π‖demonstrations)"] > b["KL(π‖demonstrations)"], both, one
+        ),
     }
 
 
@@ -251,8 +266,19 @@ def length():
         row = {"seed": seed}
         row["words ~ reward"] = torch.tensor(words).T.corrcoef()[0, 1].item()
         for method in ("dpo", "simpo"):
-            final = run(f"{method}.py --steps 60 --batch-size 16 --lr 1e-3", seed).final
-            row["sft: tokens"] = final["ref_length"]
+            final = run(f"{method}.py --steps 80", seed).final
+            row |= {"sft: tokens": final["ref_length"], "sft: reward": final["ref_reward"]}
             row |= {f"{method}: tokens": final["length"], f"{method}: reward": final["reward"]}
         rows.append(row)
-    return rows, {}
+    return rows, {
+        "the reward knows no length: a correlation below 0.1": each(
+            lambda x: abs(x["words ~ reward"]) < 0.1, rows
+        ),
+        "DPO's answers are longer than SFT's": each(
+            lambda x: x["dpo: tokens"] > x["sft: tokens"], rows
+        ),
+        "SimPO's are shorter": each(lambda x: x["simpo: tokens"] < x["sft: tokens"], rows),
+        "both have gained more than 0.5": each(
+            lambda x: min(x["dpo: reward"], x["simpo: reward"]) > x["sft: reward"] + 0.5, rows
+        ),
+    }

@@ -8,9 +8,9 @@ import torch
 
 import data
 from analysis import predict
-from analysis.experiment import SEEDS, World, each, higher, run
+from analysis.experiment import SEEDS, World, each, run
 from analysis.questions_pairs import FIXED
-from grpo import group_advantages, token_weight
+from grpo import group_advantages, grpo_loss, token_weight
 from ppo import gae
 from rlaif import ai_label
 from training import Rollout
@@ -61,27 +61,30 @@ def critic():
     rows = []
     values = torch.tensor([[0.8, 0.8, 0.1]])  # a critic's: the second of three tokens was a mistake
     mask = torch.ones(1, 3, dtype=torch.bool)
-    rewards = torch.zeros(1, 3)  # the answer was wrong
+    rewards = torch.zeros(1, 3)  # the response was wrong
     for name, right in {"half right": 4, "all wrong": 0}.items():
         reward = torch.tensor([[0.0] * (8 - right) + [1.0] * right])
-        adv = group_advantages(reward)[0, 0].item()
-        rows.append(line(f"GRPO, {name}", [adv] * 3))
+        adv = group_advantages(reward)[:, :1]  # of the first response, a wrong one
+        losses = grpo_loss(rewards, rewards, None, adv, beta=0)  # π is π_old: -A of each token
+        rows.append(line(f"GRPO, {name}", -losses[0]))
     for lam in (0.0, 0.95, 1.0):
-        adv = gae(rewards, values, mask, lam=lam)[0]
-        rows.append(line(f"PPO, λ {lam:g}", adv[0].tolist()))
+        adv, _ = gae(rewards, values, mask, lam=lam)
+        rows.append(line(f"PPO, λ {lam:g}", adv[0]))
     group, equal, *ppo = rows
     return rows, {
-        "GRPO: each token has the same advantage": [group["token 1"] == group["token 3"]],
+        "GRPO: each token has the same advantage": [
+            group["token 1"] == group["token 2"] == group["token 3"] < 0
+        ],
         "a group of equal rewards teaches it nothing": [equal["token 1"] == 0],
-        "PPO with λ 0 blames the second token alone for most of it": [
+        "PPO with λ 0 blames the second token, five times as much as the third": [
             ppo[0]["token 2"] < 5 * ppo[0]["token 3"] < ppo[0]["token 1"]
         ],
-        "PPO learns from the answer with any λ": [x["token 2"] < -0.5 for x in ppo],
+        "with λ 1 the first as much as the second": [ppo[2]["token 1"] == ppo[2]["token 2"]],
     }
 
 
 def line(name, adv):
-    return {"advantage of": name} | {f"token {i}": x for i, x in enumerate(adv, 1)}
+    return {"advantage of": name} | {f"token {i}": x for i, x in enumerate(adv.tolist(), 1)}
 
 
 def group_std():
@@ -103,8 +106,8 @@ def group_std():
         "without it the mixed group weighs most": [
             x["no std: rms"] < mixed["no std: rms"] for x in (easy, hard)
         ],
-        "with std the rare answer has the largest advantage": [
-            -easy["std: wrong"] == max(abs(v) for x in rows for k, v in x.items() if "std:" in k)
+        "with std the lone wrong answer has more than twice a mixed group's advantage": [
+            -easy["std: wrong"] > -2 * mixed["std: wrong"]
         ],
     }
 
@@ -144,11 +147,13 @@ def dynamic_sampling():
             before = int(x["sampled_tokens"])
     first, last = rows[::3], rows[2::3]
     return rows, {
-        "as answers get right, fewer groups are mixed": higher(first, last, "mixed groups"),
-        "a step takes more rounds": higher(last, first, "rounds"),
-        "and 20 steps more than twice the tokens": [
-            b["tokens of 20 steps"] > 2 * a["tokens of 20 steps"] for a, b in zip(first, last)
-        ],
+        "as answers get right, fewer groups are mixed": each(
+            lambda a, b: a["mixed groups"] > b["mixed groups"], first, last
+        ),
+        "a step takes more rounds": each(lambda a, b: a["rounds"] > b["rounds"], last, first),
+        "and 20 steps more than twice the tokens": each(
+            lambda a, b: b["tokens of 20 steps"] > 2 * a["tokens of 20 steps"], first, last
+        ),
     }
 
 
@@ -173,42 +178,50 @@ def verifier():
             row(name, seed, judged, run(command, seed).path)
     dpo, grpo, dapo = rows[1:4], rows[4:7], rows[7:]
     return rows, {
-        "GRPO has more right than DPO on 64 pairs": higher(grpo, dpo, "right"),
-        "DAPO, which is told right or wrong alone, too": higher(dapo, dpo, "right"),
-        "and both above 0.9": each(grpo + dapo, lambda x: x["right"] > 0.9),
+        "GRPO has more right than DPO on 64 pairs": each(
+            lambda a, b: a["right"] > b["right"], grpo, dpo
+        ),
+        "DAPO, which is told right or wrong alone, too": each(
+            lambda a, b: a["right"] > b["right"], dapo, dpo
+        ),
+        "and both above 0.9": each(lambda x: x["right"] > 0.9, grpo + dapo),
     }
 
 
-WEAK = "reward_model.py --task exact --pairs 24 --epochs 40 --batch-size 24"
-PPO = "ppo.py --task exact --reward rm --steps 30 --lr 2e-3 --log-every 1"
+WEAK = "reward_model.py --pairs 64 --epochs 20 --batch-size 32 --eval-prompts 256"
+FEW = "--steps 24 --batch-size 16 --group 4 --lr 1e-3 --warmup 5 --eval-prompts 128"
+RLOO = f"grpo.py --reward rm --adv-norm loo --agg sum --kl reward {FEW} --max-new-tokens 48"
 
 
 def hacking():
     """How does the score rise while the gold reward falls, and what does β do?"""
     rows = []
-    for beta in ("0", "2"):
+    for beta in ("0", "1"):
         for seed in SEEDS:
-            done = run(f"{PPO} --beta {beta}", seed, reward=run(WEAK, seed).path)
-            score = {x["step"]: x["reward"] for x in done.steps}
-            gold = {x["step"]: x["reward"] for x in done.evals}  # after that rollout
-            row = {"β": beta, "seed": seed}
-            for name, course in {"score": score, "gold": gold}.items():
-                row |= {f"{name}, {step}": course[step] for step in (1, 10, 30)}
-            row["most gold"] = max(gold.values())
-            rows.append(row | {"KL": done.final["kl"]})
+            judge = run(WEAK, seed)
+            final = run(f"{RLOO} --beta {beta}", seed, reward=judge.path).final
+            row = {"β": beta, "seed": seed, "score ~ gold": judge.final["correlation"]}
+            for key in ("score", "reward"):
+                name = key.replace("reward", "gold")
+                row |= {f"{name} before": final[f"ref_{key}"], f"{name} after": final[key]}
+            rows.append(row | {"KL": final["kl"], "tokens": final["length"]})
     free, held = rows[:3], rows[3:]
     return rows, {
-        "β 0: the score rises by more than 4": each(
-            free, lambda x: x["score, 30"] > x["score, 1"] + 4
+        "β 0: the score rises by more than 3": each(
+            lambda x: x["score after"] > x["score before"] + 3, free
         ),
-        "the gold reward by less than a tenth of that": each(
+        "and the gold reward falls by more than 0.5": each(
+            lambda x: x["gold after"] < x["gold before"] - 0.5, free
+        ),
+        "β 1: it ends more than 0.5 higher": each(
+            lambda a, b: a["gold after"] > b["gold after"] + 0.5, held, free
+        ),
+        "at less than a fifth of the KL": each(lambda a, b: a["KL"] < b["KL"] / 5, held, free),
+        "the reward model ranks β 0 above β 1, the gold reward β 1": each(
+            lambda a, b: a["score after"] < b["score after"] and a["gold after"] > b["gold after"],
+            held,
             free,
-            lambda x: x["gold, 30"] - x["gold, 1"] < (x["score, 30"] - x["score, 1"]) / 10,
         ),
-        "β 2: less than half the KL": [a["KL"] < b["KL"] / 2 for a, b in zip(held, free)],
-        "and more gold a nat": [
-            a["gold, 30"] / a["KL"] > b["gold, 30"] / b["KL"] for a, b in zip(held, free)
-        ],
     }
 
 
@@ -234,14 +247,15 @@ def judge():
             rows.append(row)
     without, _, strong = rows[::3], rows[1::3], rows[2::3]
     return rows, {
-        "a judge that likes A says A more often": each(strong, lambda x: x["mean P(A) - ½"] > 0.1),
-        "one order then agrees less with the gold reward": higher(
-            without, strong, "one order ~ gold"
+        "a judge that likes A says A more often": each(lambda x: x["mean P(A) - ½"] > 0.1, strong),
+        "one order then agrees less with the gold reward": each(
+            lambda a, b: a["one order ~ gold"] > b["one order ~ gold"], without, strong
         ),
-        "the mean of both orders agrees as it did": [
-            abs(a["both orders ~ gold"] - b["both orders ~ gold"]) < 0.01
-            for a, b in zip(without, strong)
-        ],
+        "the mean of both orders agrees as it did": each(
+            lambda a, b: abs(a["both orders ~ gold"] - b["both orders ~ gold"]) < 0.01,
+            without,
+            strong,
+        ),
     }
 
 
@@ -268,12 +282,12 @@ def mt_bench():
     apart, paired = rows[::2], rows[1::2]
     return rows, {
         "one mean has a standard error of 0.22": each(
-            rows[::2], lambda x: abs(x["se of one mean"] - sd / n**0.5) < 0.01
+            lambda x: abs(x["se of one mean"] - sd / n**0.5) < 0.01, rows[::2]
         ),
         "equal models are 0.48 apart in more than a tenth of such tests": each(
-            apart, lambda x: x["equal, yet 0.48 apart"] > 0.1
+            lambda x: x["equal, yet 0.48 apart"] > 0.1, apart
         ),
         "in fewer than a twentieth, if questions are as hard for both": each(
-            paired, lambda x: x["equal, yet 0.48 apart"] < 0.05
+            lambda x: x["equal, yet 0.48 apart"] < 0.05, paired
         ),
     }

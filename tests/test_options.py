@@ -40,8 +40,8 @@ sft --task gsm8k_sft.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-
     block_size=384 lr=2e-05
 reward_model | eval_prompts=2048 center_rewards=0.0 pairs=0
 reward_model --task exact | steps=1000 batch_size=4096 lr=0.002 lr_schedule=linear
-reward_model --task exact --pairs 24 --epochs 40 --batch-size 24 | steps=0 epochs=40 batch_size=24
-    lr=0.002 lr_schedule=linear pairs=24
+reward_model --pairs 64 --epochs 20 --batch-size 32 --eval-prompts 256 | steps=0 epochs=20 pairs=64
+    eval_prompts=256
 dpo | steps=150 lr=0.0003 beta=0.1 loss=dpo label_smoothing=0.0 ipo_sum=False sft_weight=0.0
     precompute_ref=False pairs=0
 dpo --beta 0.1 |
@@ -74,7 +74,7 @@ dpo --task exact --steps 100 --lr 2e-3 --beta 0.5 | steps=100 batch_size=4096 lr
     lr_schedule=linear beta=0.5
 dpo --task exact --steps 100 --lr 2e-3 --beta 5 | steps=100 batch_size=4096 lr=0.002
     lr_schedule=linear beta=5.0
-dpo --steps 60 --batch-size 16 --lr 1e-3 | steps=60 batch_size=16 lr=0.001
+dpo --steps 80 | steps=80
 dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --lr 1e-6 |
     truncate=True steps=0 lr=1e-06
 dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens
@@ -89,7 +89,7 @@ dpo --task my_pairs.jsonl --init SmolLM2-135M-Instruct --lora 8 --truncate | lor
     steps=0 lora_alpha=8
 simpo | steps=150 lr=0.0003 beta=2.0 gamma_beta_ratio=0.5 sft_weight=0.0 pairs=0
 simpo --task exact | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear gamma_beta_ratio=0.25
-simpo --steps 60 --batch-size 16 --lr 1e-3 | steps=60 batch_size=16 lr=0.001
+simpo --steps 80 | steps=80
 simpo --task my_pairs.jsonl --init out/my_sft/sft.pt --truncate | steps=0 truncate=True
 orpo | steps=500 lr=0.004 warmup=50 tokenizer= n_layer=4 n_head=4 n_embd=128 lam=0.1
     prompt_loss=False pairs=0
@@ -109,10 +109,6 @@ ppo | steps=60 batch_size=128 lr=0.0002 lr_schedule=linear warmup=10 save_every=
 ppo --task arithmetic:2 | steps=100 batch_size=256 reward=task
 ppo --task exact | steps=300 batch_size=4 lr=0.0005 reward=task group=64 beta=0.5
     missing_eos_penalty=0.0
-ppo --task exact --reward rm --steps 30 --lr 2e-3 --log-every 1 --beta 0 | steps=30 batch_size=4
-    lr=0.002 log_every=1 group=64 beta=0.0 missing_eos_penalty=0.0
-ppo --task exact --reward rm --steps 30 --lr 2e-3 --log-every 1 --beta 2 | steps=30 batch_size=4
-    lr=0.002 log_every=1 group=64 beta=2.0 missing_eos_penalty=0.0
 ppo --beta 0 --steps 150 --eval-every 10 | steps=150 eval_every=10 beta=0.0
 ppo --task exact --reward task --gamma 1 --lam 1 | steps=300 batch_size=4 lr=0.0005 reward=task
     group=64 beta=0.5 lam=1.0 missing_eos_penalty=0.0
@@ -143,6 +139,12 @@ grpo --task exact --adv-norm loo --agg const --kl k3 | steps=1500 batch_size=4 l
     lr_schedule=linear group=64 beta=0.5 adv_norm=loo agg=const
 grpo --task exact --adv-norm loo --agg const --kl k3-ratio | steps=1500 batch_size=4 lr=0.0003
     lr_schedule=linear group=64 beta=0.5 adv_norm=loo agg=const kl=k3-ratio
+grpo --reward rm --adv-norm loo --agg sum --kl reward --steps 24 --batch-size 16 --group 4 --lr 1e-3
+    --warmup 5 --eval-prompts 128 --max-new-tokens 48 --beta 0 | steps=24 group=4 lr=0.001
+    warmup=5 eval_prompts=128 max_new_tokens=48 adv_norm=loo agg=sum kl=reward beta=0.0
+grpo --reward rm --adv-norm loo --agg sum --kl reward --steps 24 --batch-size 16 --group 4 --lr 1e-3
+    --warmup 5 --eval-prompts 128 --max-new-tokens 48 --beta 1 | steps=24 group=4 lr=0.001
+    warmup=5 eval_prompts=128 max_new_tokens=48 adv_norm=loo agg=sum kl=reward beta=1.0
 grpo --task gsm8k.jsonl.gz --init out/gsm8k.gz/sft.pt --truncate --reward my_rewards.py:number |
     steps=0 truncate=True
 grpo --task gsm8k_sft.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens 96

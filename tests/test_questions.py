@@ -1,14 +1,17 @@
 """docs/questions.md: its questions are those of analysis.questions, and its commands print what
 stands there."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, main
 
+from analysis import experiment
 from analysis.experiment import cell, show, verdicts
 from analysis.questions import QUESTIONS
 
@@ -63,6 +66,35 @@ def test_cells_and_columns():
     ]
     assert show([{"a": 1, "b": 0.5}, {"b": 12.0}]) == "a      b\n1  0.500\n   12.00"
     assert verdicts({}) == ""
+
+
+def test_a_run_is_kept_and_its_command_told(tmp_path, monkeypatch):
+    """A second time nothing is trained; another seed is another run."""
+    calls = []
+
+    def trained(argv):
+        calls.append(argv)
+        path = Path(argv[argv.index("--out") + 1])
+        lines = [
+            {"options": {}},
+            {"step": 1},
+            {"step": 1, "eval": {"kl": 0.5}},
+            {"final": {"x": 1}},
+        ]
+        path.touch()
+        path.with_suffix(".jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    monkeypatch.setattr(experiment, "FOLDER", tmp_path)
+    monkeypatch.setattr(experiment, "TOLD", [])
+    monkeypatch.setattr("dpo.main", trained)
+    monkeypatch.setattr("sft.main", trained)
+    for seed in (0, 0, 1):
+        done = experiment.run("dpo.py --task exact --beta 2", seed)
+        assert (done.steps, done.evals, done.final) == ([{"step": 1}], [{"kl": 0.5}], {"x": 1})
+    start, first, second = calls
+    assert experiment.TOLD == [experiment.STARTS["exact"], "dpo.py --task exact --beta 2"]
+    assert "--init" not in start and first[first.index("--init") + 1].startswith(str(tmp_path))
+    assert first[first.index("--seed") + 1] == "0" and second[second.index("--seed") + 1] == "1"
 
 
 @pytest.mark.parametrize("name", ["critic", "group-std", "response-mean"])
