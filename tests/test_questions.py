@@ -37,7 +37,9 @@ def test_the_page_has_every_question_in_order():
         assert title.endswith("?") and len(answer.splitlines()) <= 6 and len(answer) <= 400, name
         assert re.search(r"^(yes ?)+ ", printed, re.M), "the claims stand at the end"
         assert not re.search(r"^(yes |no )*no ", printed, re.M), "and hold"
-        assert len(printed.splitlines()) <= 24 and max(map(len, printed.splitlines())) <= 110, name
+        lines = printed.splitlines()
+        assert len(lines) <= 24, name
+        assert max(len(x) for x in lines if not x.startswith("ran: ")) <= 110, name
 
 
 @pytest.mark.parametrize("argv", [[], ["nothing"], ["cancels", "memory"]])
