@@ -105,19 +105,36 @@ def test_arithmetic_by_hand_is_printed_as_the_page_has_it(name, capsys):
     assert capsys.readouterr().out.strip("\n") == sections()[name][2]
 
 
-def same(said, shown):
-    """Whether two outputs have the same words, and numbers that the page's tolerance allows: 25 %,
-    or 0.15"""
-    said, shown = (re.sub(r"[ \n]+", " ", text).strip() for text in (said, shown))
-    if NUMBER.sub("0", said) != NUMBER.sub("0", shown):
-        return False
-    pairs = zip(map(float, NUMBER.findall(said)), map(float, NUMBER.findall(shown)))
-    return all(abs(a - b) <= max(0.15, 0.25 * abs(b)) for a, b in pairs)
+FREE = {"few-pairs": "64 fixed", "verifier": "DPO", "hacking": "0 "}  # rows nothing holds
+
+
+def same(said, shown, free=None):
+    """Whether two outputs have the same words, and numbers as near as the page says: within 25 % or
+    0.15, in rows that begin with `free` within a factor of two."""
+    said, shown = said.strip("\n").splitlines(), shown.strip("\n").splitlines()
+    return len(said) == len(shown) and all(
+        words(a) == words(b) and near(a, b, 1.0 if free and b.lstrip().startswith(free) else 0.25)
+        for a, b in zip(said, shown)
+    )
+
+
+def words(line):
+    return NUMBER.sub("0", line).split()
+
+
+def near(said, shown, share):
+    both = zip(map(float, NUMBER.findall(said)), map(float, NUMBER.findall(shown)))
+    return all(abs(a - b) <= max(0.15, share * min(abs(a), abs(b))) for a, b in both)
 
 
 def test_what_counts_as_the_same():
     assert same("x  1.00 yes", "x 1.2 yes") and same("a 0.05", "a 0.19") and same("s 160", "s 200")
     assert not same("x 1.0 yes", "x 1.0 no") and not same("x 1", "x 1.4") and not same("x 1", "y 1")
+    assert (
+        not same("x 1", "x 1\nx 1")
+        and same("  b 1.9", "b 1.0", "b")
+        and not same("b 3", "b 1", "b")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -136,4 +153,4 @@ def test_the_commands_print_what_the_page_has(name, folder):
     _, _, printed = sections()[name]
     if name == "memory":  # bytes are exact
         assert done.stdout.strip("\n") == printed
-    assert same(done.stdout, printed), done.stdout
+    assert same(done.stdout, printed, FREE.get(name)), done.stdout
