@@ -27,8 +27,8 @@ TOLD = []  # the commands of a question, as the reader types them
 
 def run(command, seed=0, reward=""):
     """Runs "dpo.py --task exact" with a seed, from its task's start, unless its record is there.
-    reward: the path that stands for rm in the command. -> its path, the figures of its steps, of
-    its evaluations, and of its end"""
+    reward: the path that stands for rm in the command. -> its path, its options, the figures of its
+    steps, of its evaluations, and of its end"""
     script, *argv = command.split()
     if script not in ("sft.py", "orpo.py"):
         argv += ["--init", start("exact" if "exact" in argv else "reviews")]
@@ -42,15 +42,21 @@ def run(command, seed=0, reward=""):
         argv += ["--reward", reward] if reward else []  # a later option wins
         with contextlib.redirect_stdout(io.StringIO()):
             importlib.import_module(script.removesuffix(".py")).main([str(x) for x in argv])
-    _, lines, final = read(FOLDER, name)
+    first, lines, final = read(FOLDER, name)
     steps = [line for line in lines if "eval" not in line]
     evals = [line["eval"] for line in lines if "eval" in line]
-    return SimpleNamespace(path=path, steps=steps, evals=evals, final=final)
+    found = dict(path=path, options=first["options"], steps=steps, evals=evals, final=final)
+    return SimpleNamespace(**found)
 
 
 def start(task):
     """-> the checkpoint from which a task's runs start"""
     return run(STARTS[task]).path
+
+
+def rows_read(done):
+    """-> the rows that a run has trained on"""
+    return done.options["steps"] * done.options["batch_size"]
 
 
 # ---- the world of 40 responses a prompt

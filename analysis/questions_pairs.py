@@ -8,7 +8,7 @@ import torch
 
 import data
 from analysis import optima
-from analysis.experiment import SEEDS, World, each, run
+from analysis.experiment import SEEDS, STARTS, World, each, rows_read, run
 from data.exact import kl
 
 DPO = "dpo.py --task exact --steps 300 --lr 2e-3"
@@ -241,15 +241,21 @@ def orpo():
     """Does ORPO without an SFT stage reach what SFT and then DPO do?"""
     world, rows = World(), []
     mean = world.expected(world.demonstrated)
+    sft = rows_read(run(STARTS["exact"]))
     commands = {"SFT, DPO": BETAS.format(BETA), "ORPO": "orpo.py --task exact --steps 119"}
     for name, command in commands.items():
         for seed in SEEDS:
-            log_p = world.log_probs(run(command, seed).path)
-            row = {"": name, "seed": seed, "E[r]": world.expected(log_p)}
+            done = run(command, seed)
+            log_p = world.log_probs(done.path)
+            responses = 2 * rows_read(done) + (sft if name == "SFT, DPO" else 0)
+            row = {"": name, "seed": seed, "responses": responses, "E[r]": world.expected(log_p)}
             row["KL(π‖demonstrations)"] = kl(log_p, world.demonstrated).mean().item()
             rows.append(row)
     both, one = rows[:3], rows[3:]
     return rows, {
+        "both train on as many responses, within 1 %": each(
+            lambda a, b: abs(a["responses"] / b["responses"] - 1) < 0.01, both, one
+        ),
         "ORPO alone has less reward": each(lambda a, b: a["E[r]"] > b["E[r]"], both, one),
         "but more than the demonstrations' mean + 0.2": each(lambda x: x["E[r]"] > mean + 0.2, one),
         "and stays nearer to them": each(
