@@ -29,6 +29,9 @@ sft --n-layer 13 --n-embd 512 --n-head 8 --steps 1 --out big.pt | steps=1 out=bi
     n_embd=512 n_head=8
 sft --task exact | steps=1000 batch_size=4096 lr=0.002 lr_schedule=linear block_size=8 n_layer=2
     n_embd=64
+sft --task exact --steps 300 --batch-size 512 | steps=300 batch_size=512 lr=0.002 lr_schedule=linear
+    block_size=8 n_layer=2 n_embd=64
+sft --steps 250 | steps=250
 sft --task my_sft.jsonl --block-size 1024 --truncate | steps=0 block_size=1024 truncate=True
 sft --task my_sft.jsonl --tokenizer my.tiktoken | steps=0 tokenizer=my.tiktoken
 sft --task gsm8k_sft.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens 96
@@ -37,6 +40,8 @@ sft --task gsm8k_sft.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-
     block_size=384 lr=2e-05
 reward_model | eval_prompts=2048 center_rewards=0.0 pairs=0
 reward_model --task exact | steps=1000 batch_size=4096 lr=0.002 lr_schedule=linear
+reward_model --pairs 64 --epochs 20 --batch-size 32 --eval-prompts 256 | steps=0 epochs=20 pairs=64
+    eval_prompts=256
 dpo | steps=150 lr=0.0003 beta=0.1 loss=dpo label_smoothing=0.0 ipo_sum=False sft_weight=0.0
     precompute_ref=False pairs=0
 dpo --beta 0.1 |
@@ -60,6 +65,17 @@ dpo --task exact --loss ipo --beta 0.7 --steps 9 | steps=9 batch_size=4096 lr=0.
     lr_schedule=linear loss=ipo
 dpo --task exact --pairs 300 --epochs 200 | steps=0 epochs=200 batch_size=4096 lr=0.0005 beta=0.5
     lr_schedule=linear pairs=300
+dpo --task exact --pairs 64 --epochs 160 --batch-size 64 --lr 1e-3 | steps=0 epochs=160
+    batch_size=64 lr=0.001 beta=0.5 lr_schedule=linear pairs=64
+dpo --task exact --steps 300 --lr 2e-3 | steps=300 batch_size=4096 lr=0.002 lr_schedule=linear
+    beta=0.5
+dpo --task exact --steps 100 --lr 2e-3 --beta 0.01 | steps=100 batch_size=4096 lr=0.002
+    lr_schedule=linear beta=0.01
+dpo --task exact --steps 100 --lr 2e-3 --beta 0.5 | steps=100 batch_size=4096 lr=0.002
+    lr_schedule=linear beta=0.5
+dpo --task exact --steps 100 --lr 2e-3 --beta 5 | steps=100 batch_size=4096 lr=0.002
+    lr_schedule=linear beta=5.0
+dpo --steps 80 | steps=80
 dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --lr 1e-6 |
     truncate=True steps=0 lr=1e-06
 dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens
@@ -74,11 +90,14 @@ dpo --task my_pairs.jsonl --init SmolLM2-135M-Instruct --lora 8 --truncate | lor
     steps=0 lora_alpha=8
 simpo | steps=150 lr=0.0003 beta=2.0 gamma_beta_ratio=0.5 sft_weight=0.0 pairs=0
 simpo --task exact | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear gamma_beta_ratio=0.25
+simpo --steps 80 | steps=80
 simpo --task my_pairs.jsonl --init out/my_sft/sft.pt --truncate | steps=0 truncate=True
 orpo | steps=500 lr=0.004 warmup=50 tokenizer= n_layer=4 n_head=4 n_embd=128 lam=0.1
     prompt_loss=False pairs=0
 orpo --task exact | steps=2000 batch_size=4096 lr=0.002 lr_schedule=linear block_size=8 n_layer=2
     n_embd=64 lam=0.25
+orpo --task exact --steps 119 | steps=119 batch_size=4096 lr=0.002 lr_schedule=linear block_size=8
+    n_layer=2 n_embd=64 lam=0.25
 kto | steps=150 batch_size=64 lr=0.0003 beta=0.1 w_desirable=1.0 w_undesirable=1.0 pairs=0
 kto --task exact | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear beta=0.5
 kto --task gsm8k_feedback.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens 96
@@ -100,6 +119,8 @@ grpo | steps=100 batch_size=16 lr=0.0002 save_every=20 reward=task group=8 adv_n
     minibatches=1
 grpo --task arithmetic:2 | steps=200 batch_size=32
 grpo --task exact | steps=1500 batch_size=4 lr=0.0003 lr_schedule=linear group=64 beta=0.5
+grpo --task exact --kl none --steps 60 --batch-size 16 --group 8 --lr 1e-3 | steps=60 batch_size=16
+    lr=0.001 lr_schedule=linear group=8 beta=0.5 kl=none
 grpo --task arithmetic:2 --minibatches 4 --steps 137 | steps=137 batch_size=32 minibatches=4
 grpo --task arithmetic:2 --updates 2 --minibatches 4 --steps 100 | batch_size=32 updates=2
     minibatches=4
@@ -119,6 +140,12 @@ grpo --task exact --adv-norm loo --agg const --kl k3 | steps=1500 batch_size=4 l
     lr_schedule=linear group=64 beta=0.5 adv_norm=loo agg=const
 grpo --task exact --adv-norm loo --agg const --kl k3-ratio | steps=1500 batch_size=4 lr=0.0003
     lr_schedule=linear group=64 beta=0.5 adv_norm=loo agg=const kl=k3-ratio
+grpo --reward rm --adv-norm loo --agg sum --kl reward --steps 24 --batch-size 16 --group 4 --lr 1e-3
+    --warmup 5 --eval-prompts 128 --max-new-tokens 48 --beta 0 | steps=24 group=4 lr=0.001
+    warmup=5 eval_prompts=128 max_new_tokens=48 adv_norm=loo agg=sum kl=reward beta=0.0
+grpo --reward rm --adv-norm loo --agg sum --kl reward --steps 24 --batch-size 16 --group 4 --lr 1e-3
+    --warmup 5 --eval-prompts 128 --max-new-tokens 48 --beta 1 | steps=24 group=4 lr=0.001
+    warmup=5 eval_prompts=128 max_new_tokens=48 adv_norm=loo agg=sum kl=reward beta=1.0
 grpo --task gsm8k.jsonl.gz --init out/gsm8k.gz/sft.pt --truncate --reward my_rewards.py:number |
     steps=0 truncate=True
 grpo --task gsm8k_sft.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens 96
@@ -130,6 +157,8 @@ dapo | steps=40 batch_size=16 lr=0.0002 save_every=20 reward=task group=8 adv_no
     overlong_filter=False temperature=1.0 updates=1 minibatches=8
 dapo --task arithmetic:2 | steps=50 batch_size=32 minibatches=4
 dapo --task exact | steps=1500 batch_size=4 lr=0.0003 lr_schedule=linear group=64 overlong=False
+dapo --task exact --steps 60 --batch-size 16 --group 8 --minibatches 1 --lr 1e-3 | steps=60
+    batch_size=16 lr=0.001 lr_schedule=linear group=8 minibatches=1 overlong=False
 online_dpo | steps=150 lr=0.0003 reward=task missing_eos_penalty=1.0 label=bt loss=dpo beta=0.1
     ipo_sum=False rounds=0 samples_per_prompt=2 ref_update=fixed temperature=1.0
 online_dpo --reward out/reviews/reward_model.pt |
@@ -137,6 +166,10 @@ online_dpo --rounds 3 --samples-per-prompt 4 | rounds=3 samples_per_prompt=4
 online_dpo --loss ipo | loss=ipo beta=1.0
 online_dpo --task exact | steps=1000 batch_size=256 lr=0.0005 lr_schedule=linear beta=0.5
     missing_eos_penalty=0.0
+online_dpo --task exact --steps 160 --batch-size 64 --lr 1e-3 | steps=160 batch_size=64 lr=0.001
+    lr_schedule=linear beta=0.5 missing_eos_penalty=0.0
+online_dpo --task exact --steps 160 --batch-size 64 --lr 1e-3 --rounds 3 | steps=160 batch_size=64
+    lr=0.001 lr_schedule=linear beta=0.5 missing_eos_penalty=0.0 rounds=3
 online_dpo --task exact --label argmax | steps=1000 batch_size=256 lr=0.0005 lr_schedule=linear
     missing_eos_penalty=0.0 label=argmax beta=0.5
 online_dpo --task exact --loss ipo | steps=1000 batch_size=256 lr=0.0005 lr_schedule=linear

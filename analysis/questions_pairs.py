@@ -1,0 +1,290 @@
+"""Questions about methods that learn from labelled answers.
+
+Each function -> (rows of a table, {claim: a bool for each seed})."""
+
+from functools import partial
+
+import torch
+
+import data
+from analysis import optima
+from analysis.experiment import SEEDS, STARTS, World, each, rows_read, run
+from data.exact import kl
+
+DPO = "dpo.py --task exact --steps 300 --lr 2e-3"
+BETA = 0.5  # its β, dpo.py's default on exact
+
+
+def cancels():
+    """Why does DPO need no reward model and no critic, and what cancels?"""
+    world = World()
+    p, prompts = world.log_ref.exp(), world.task.contexts
+
+    def row(seed, r, constant):
+        spread = (p * (r - (p * r).sum(1, keepdim=True)) ** 2).sum(1).sqrt().mean()
+        constants = {f"c({x})": c for x, c in zip(prompts, constant.tolist())}
+        return {"seed": seed, "std within a prompt": spread.item()} | constants
+
+    log_z = BETA * (world.log_ref + world.r / BETA).logsumexp(1)
+    known, rows = row("r, with c = β log Z", world.r, log_z), []
+    for seed in SEEDS:
+        implicit = BETA * (world.log_probs(run(DPO, seed).path) - world.log_ref)
+        rest = world.r - implicit
+        rows.append(row(f"r - r_θ, seed {seed}", rest, (p * rest).sum(1)))
+
+    def constants(x):
+        return torch.tensor([x[f"c({prompt})"] for prompt in prompts])
+
+    return [known, *rows], {
+        "r - r_θ is nearly a constant: its std is below a quarter of r's": each(
+            lambda x: 4 * x["std within a prompt"] < known["std within a prompt"], rows
+        ),
+        "that constant is β log Z(x), within 0.2": each(
+            lambda x: (constants(x) - constants(known)).abs().max() < 0.2, rows
+        ),
+        "and differs between prompts, by 0.5 and more": each(
+            lambda x: constants(x).max() - constants(x).min() > 0.5, rows
+        ),
+    }
+
+
+def implicit_reward():
+    """What is β log π_θ/π_ref?"""
+    world, rows = World(), []
+    for seed in SEEDS:
+        log_p = world.log_probs(run(DPO, seed).path)
+        implicit = BETA * (log_p - world.log_ref)
+        row = {"seed": seed}
+        for name, x in {"r_θ": implicit, "log π": log_p, "log π_ref": world.log_ref}.items():
+            row[f"correlation of {name}"] = within(x, world.r) / spread(x) / spread(world.r)
+        rows.append(row | {"slope of r_θ": within(implicit, world.r) / spread(world.r) ** 2})
+    return rows, {
+        "r_θ = β log π/π_ref correlates with r above 0.95 within a prompt": each(
+            lambda x: x["correlation of r_θ"] > 0.95, rows
+        ),
+        "log π alone less": each(
+            lambda x: x["correlation of r_θ"] > x["correlation of log π"], rows
+        ),
+        "r_θ has the scale of r: a slope of 0.8 to 1.2": each(
+            lambda x: 0.8 < x["slope of r_θ"] < 1.2, rows
+        ),
+    }
+
+
+def within(a, b):
+    """-> the covariance of two (4, 40) tables within a prompt, a mean over prompts"""
+    return ((a - a.mean(1, keepdim=True)) * (b - b.mean(1, keepdim=True))).mean().item()
+
+
+def spread(x):
+    return within(x, x) ** 0.5
+
+
+def gradient(loss, model):
+    """-> the gradient of a loss, a tensor for each parameter"""
+    return torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+
+
+def norm(gradients):
+    return torch.cat([x.flatten() for x in gradients]).norm().item()
+
+
+def beta_doubled():
+    """Does the gradient double when β doubles?"""
+    world, rows = World(), []
+    for seed in SEEDS:
+        row = {"seed": seed}
+        for when, path in {"start": world.reference, "end": run(DPO, seed).path}.items():
+            model = world.open(path)
+            for beta in (BETA, 2 * BETA):
+                loss = world.dpo(world.table(model), world.log_ref, beta)
+                row[f"{when}: norm, β {beta:g}"] = norm(gradient(loss, model))
+            once, twice = list(row.values())[-2:]
+            row[f"{when}: ratio"] = twice / once
+        rows.append(row)
+    return rows, {
+        "at π = π_ref the ratio is 2": each(lambda x: abs(x["start: ratio"] - 2) < 1e-6, rows),
+        "after the training it is above 3": each(lambda x: x["end: ratio"] > 3, rows),
+    }
+
+
+BETAS = "dpo.py --task exact --steps 100 --lr 2e-3 --beta {}"
+
+
+def beta_extremes():
+    """What does a β that is too small do, and one that is too large?"""
+    world, rows = World(), []
+    for beta in (0.01, BETA, 5):
+        for seed in SEEDS:
+            done = run(BETAS.format(beta), seed)
+            row = {"β": str(beta), "seed": seed, "KL(π‖π_ref)": done.final["kl"]}
+            p, y = world.log_probs(done.path)[1].exp().max(0)
+            row |= {"win rate": done.final["win_rate"], "E[r]": done.final["reward"]}
+            rows.append(row | {"likeliest to bb": world.task.outcomes[y], "its π": p.item()})
+    small, middle, large = rows[:3], rows[3:6], rows[6:]
+    return rows, {
+        "β 0.01 has more than 1.5 times the KL of 0.5": each(
+            lambda a, b: a["KL(π‖π_ref)"] > 1.5 * b["KL(π‖π_ref)"], small, middle
+        ),
+        "for less than 0.1 of win rate": each(
+            lambda a, b: a["win rate"] < b["win rate"] + 0.1, small, middle
+        ),
+        "β 5 hardly moves: KL below 0.1": each(lambda x: x["KL(π‖π_ref)"] < 0.1, large),
+        "and wins less than 0.6": each(lambda x: x["win rate"] < 0.6, large),
+    }
+
+
+def one_network():
+    """What if one network is both policy and reference?"""
+    world, rows = World(), []
+    references = {
+        "frozen copy": lambda log_p: world.log_ref,
+        "itself, detached": lambda log_p: log_p.detach(),
+        "itself": lambda log_p: log_p,
+    }
+    for name, reference in references.items():
+
+        def loss_of(log_p, reference=reference):
+            return world.dpo(log_p, reference(log_p), BETA)
+
+        for step, log_p, loss, size in descend(world, loss_of):
+            row = {"reference": name, "step": step, "loss": f"{loss:.6f}", "gradient": size}
+            row |= {"E[r]": world.expected(log_p)}
+            rows.append(row | {"KL(π‖start)": kl(log_p, world.log_ref).mean().item()})
+    copy, detached, itself = rows[1::2]
+    return rows, {
+        "as both, its loss stays log 2": each(lambda x: x["loss"] == "0.693147", rows[2:]),
+        "with the gradient through both nothing moves": [itself["KL(π‖start)"] < 1e-3],
+        "detached, it goes further than with a frozen copy": [
+            detached["KL(π‖start)"] > copy["KL(π‖start)"]
+        ],
+        "for less reward": [detached["E[r]"] < copy["E[r]"]],
+    }
+
+
+def descend(world, loss_of, steps=100):
+    """Adam from π_ref on a loss of the table log π. -> [(step, the table, its loss, the norm of the
+    gradient)] before the first step and after the last"""
+    model, found = world.open(world.reference), []
+    descent = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for step in range(steps + 1):
+        log_p = world.table(model)
+        loss = loss_of(log_p)
+        gradients = gradient(loss, model)
+        if step in (0, steps):
+            found.append((step, log_p.detach(), loss.item(), norm(gradients)))
+        for p, g in zip(model.parameters(), gradients):
+            p.grad = g
+        descent.step()
+    return found
+
+
+FIXED = "dpo.py --task exact --pairs 64 --epochs 160 --batch-size 64 --lr 1e-3"
+OWN = "online_dpo.py --task exact --steps 160 --batch-size 64 --lr 1e-3"
+SOURCES = {  # where the pairs come from -> the command
+    "64 fixed": FIXED,
+    "own, 3 rounds": f"{OWN} --rounds 3",
+    "own, online": OWN,
+}
+
+
+def few_pairs():
+    """What do many epochs on few pairs do, and why does the loss not tell?"""
+    rows = []
+    for pairs, command in SOURCES.items():
+        for seed in SEEDS:
+            done = run(command, seed)
+            row = {"pairs": pairs, "seed": seed, "labels": int(done.final.get("labels", 64))}
+            row["sampled tokens"] = done.final.get("sampled_tokens", 0)
+            for step in (40, 160):
+                row[f"loss, {step}"] = done.steps[step // 10 - 1]["loss"]
+            for step in (40, 160):
+                row[f"KL(π‖π*), {step}"] = done.evals[step // 8 - 1]["kl_star"]
+            rows.append(row)
+    fixed, rounds, online = rows[:3], rows[3:6], rows[6:]
+    return rows, {
+        "64 pairs: the loss falls below 0.2": each(lambda x: x["loss, 160"] < 0.2, fixed),
+        "and π ends further from π* than it began (1.53)": each(
+            lambda x: x["KL(π‖π*), 160"] > 1.53, fixed
+        ),
+        "own pairs: the loss stays above 0.4": each(
+            lambda x: x["loss, 160"] > 0.4, rounds + online
+        ),
+        "and π comes near π*, online": each(lambda x: x["KL(π‖π*), 160"] < 0.6, online),
+        "in three rounds as well": each(lambda x: x["KL(π‖π*), 160"] < 0.8, rounds),
+    }
+
+
+def thumbs():
+    """Can KTO learn from thumbs alone, most of them down?"""
+    world, rows = World(), []
+    for name, up, weight in (("1/2", 0.5, 1.0), ("1/5", 0.2, 1.0), ("1/5", 0.2, 4.6)):
+        labels = world.labels * torch.tensor([1 - up, up]) / world.labels.sum((0, 1))
+        loss_of = partial(optima.kto, log_ref=world.log_ref, labels=labels, beta=BETA)
+        for step, log_p, loss, _ in descend(world, partial(loss_of, w_desirable=weight)):
+            row = {"thumbs up": name, "λ_D": f"{weight:g}", "step": step, "loss": loss}
+            row |= {"E[r]": world.expected(log_p)}
+            rows.append(row | {"KL(π‖π_ref)": kl(log_p, world.log_ref).mean().item()})
+    half, fifth, weighted = rows[1::2]
+    return rows, {
+        "it learns from each of the three": [x["E[r]"] > 0.8 for x in (half, fifth, weighted)],
+        "a fifth up, λ_D 1: three times the KL for less reward": [
+            fifth["KL(π‖π_ref)"] > 3 * half["KL(π‖π_ref)"] and fifth["E[r]"] < half["E[r]"]
+        ],
+        "λ_D 4.6 brings more reward at less KL": [
+            weighted["KL(π‖π_ref)"] < fifth["KL(π‖π_ref)"] and weighted["E[r]"] > fifth["E[r]"]
+        ],
+    }
+
+
+def orpo():
+    """Does ORPO without an SFT stage reach what SFT and then DPO do?"""
+    world, rows = World(), []
+    mean = world.expected(world.demonstrated)
+    sft = rows_read(run(STARTS["exact"]))
+    commands = {"SFT, DPO": BETAS.format(BETA), "ORPO": "orpo.py --task exact --steps 119"}
+    for name, command in commands.items():
+        for seed in SEEDS:
+            done = run(command, seed)
+            log_p = world.log_probs(done.path)
+            responses = 2 * rows_read(done) + (sft if name == "SFT, DPO" else 0)
+            row = {"": name, "seed": seed, "responses": responses, "E[r]": world.expected(log_p)}
+            row["KL(π‖demonstrations)"] = kl(log_p, world.demonstrated).mean().item()
+            rows.append(row)
+    both, one = rows[:3], rows[3:]
+    return rows, {
+        "both train on as many responses, within 1 %": each(
+            lambda a, b: abs(a["responses"] / b["responses"] - 1) < 0.01, both, one
+        ),
+        "ORPO alone has less reward": each(lambda a, b: a["E[r]"] > b["E[r]"], both, one),
+        "but more than the demonstrations' mean + 0.2": each(lambda x: x["E[r]"] > mean + 0.2, one),
+        "and stays nearer to them": each(
+            lambda a, b: a["KL(π‖demonstrations)"] > b["KL(π‖demonstrations)"], both, one
+        ),
+    }
+
+
+def length():
+    """Why do DPO's answers grow and SimPO's not, when the reward knows no length?"""
+    task, rows = data.task("reviews"), []
+    for seed in SEEDS:
+        words = [(len(y.split()), task.reward(x, y)) for x, y in task.demonstrations(4000, seed)]
+        row = {"seed": seed}
+        row["words ~ reward"] = torch.tensor(words).T.corrcoef()[0, 1].item()
+        for method in ("dpo", "simpo"):
+            final = run(f"{method}.py --steps 80", seed).final
+            row |= {"sft: tokens": final["ref_length"], "sft: reward": final["ref_reward"]}
+            row |= {f"{method}: tokens": final["length"], f"{method}: reward": final["reward"]}
+        rows.append(row)
+    return rows, {
+        "the reward knows no length: a correlation below 0.1": each(
+            lambda x: abs(x["words ~ reward"]) < 0.1, rows
+        ),
+        "DPO's answers are longer than SFT's": each(
+            lambda x: x["dpo: tokens"] > x["sft: tokens"], rows
+        ),
+        "SimPO's are shorter": each(lambda x: x["simpo: tokens"] < x["sft: tokens"], rows),
+        "both have gained more than 0.5": each(
+            lambda x: min(x["dpo: reward"], x["simpo: reward"]) > x["sft: reward"] + 0.5, rows
+        ),
+    }

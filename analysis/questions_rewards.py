@@ -1,0 +1,293 @@
+"""Questions about memory, rewards, and methods that sample.
+
+Each function -> (rows of a table, {claim: a bool for each seed})."""
+
+from types import SimpleNamespace
+
+import torch
+
+import data
+from analysis import predict
+from analysis.experiment import SEEDS, World, each, run
+from analysis.questions_pairs import FIXED
+from grpo import group_advantages, grpo_loss, token_weight
+from ppo import gae
+from rlaif import ai_label
+from training import Rollout
+
+GIB = 2**30
+
+
+def memory():
+    """PPO holds four models and DPO two: what is that in bytes at 7B?"""
+    o = dict(predict="7b", task="", methods=("dpo", "ppo"), batch_size=4, micro_batch=0, seq_len=0)
+    o = SimpleNamespace(**o, lora=0, ranks=1, shard=False, given=set())  # as compare.py's
+    rows = []
+    for precision, dtype in {"autocast": "bfloat16", "pure bf16": "bfloat16-pure"}.items():
+        asked = {row: predict.ask(row, o, recompute=True, dtype=dtype) for row in o.methods}
+        for model in asked["ppo"]["models"]:
+            star = "*" if model["trainable"] else ""
+            rows.append({"precision": precision, "what": model["role"] + star})
+            for part in ("weight", "gradient", "optimizer", ""):
+                size = model[f"{part}_bytes".strip("_")]
+                rows[-1][f"{part or 'all'}, B"] = size / model["parameters"]
+            rows[-1]["GiB"] = model["bytes"] / GIB
+        for row, found in asked.items():
+            models = sum(model["bytes"] for model in found["models"])
+            peak = {"peak, GiB": found["predicted_bytes"] / GIB, "fits on": found["card"]}
+            rows.append({"precision": precision, "what": row, "GiB": models / GIB} | peak)
+    cells = {(row["precision"], row["what"]): row for row in rows}
+    trained, frozen = cells["autocast", "policy*"], cells["autocast", "ref"]
+    pairs = [(cells[x, "dpo"], cells[x, "ppo"]) for x in ("autocast", "pure bf16")]
+    return rows, {
+        "under autocast a trained parameter costs 16 bytes, not 14": [
+            round(trained["all, B"], 2) == 16
+        ],
+        "a frozen one costs 2, and less than 0.1 more": [2 <= frozen["all, B"] < 2.1],
+        "in pure bf16 a trained one costs 8": [
+            round(cells["pure bf16", "policy*"]["all, B"], 2) == 8
+        ],
+        "PPO's models are twice DPO's, in both precisions": [
+            abs(ppo["GiB"] / dpo["GiB"] - 2) < 0.01 for dpo, ppo in pairs
+        ],
+        "on a card of 80 GB DPO fits in pure bf16, and PPO does not": [
+            pairs[1][0]["fits on"] == "80 GB" != pairs[1][1]["fits on"]
+        ],
+    }
+
+
+def critic():
+    """What does GRPO give up with the critic, and what does it gain?"""
+    rows = []
+    values = torch.tensor([[0.8, 0.8, 0.1]])  # a critic's: the second of three tokens was a mistake
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    rewards = torch.zeros(1, 3)  # the response was wrong
+    for name, right in {"half right": 4, "all wrong": 0}.items():
+        reward = torch.tensor([[0.0] * (8 - right) + [1.0] * right])
+        adv = group_advantages(reward)[:, :1]  # of the first response, a wrong one
+        losses = grpo_loss(rewards, rewards, None, adv, beta=0)  # π is π_old: -A of each token
+        rows.append(line(f"GRPO, {name}", -losses[0]))
+    for lam in (0.0, 0.95, 1.0):
+        adv, _ = gae(rewards, values, mask, lam=lam)
+        rows.append(line(f"PPO, λ {lam:g}", adv[0]))
+    group, equal, *ppo = rows
+    return rows, {
+        "GRPO: each token has the same advantage": [
+            group["token 1"] == group["token 2"] == group["token 3"] < 0
+        ],
+        "a group of equal rewards teaches it nothing": [equal["token 1"] == 0],
+        "PPO with λ 0 blames the second token, five times as much as the third": [
+            ppo[0]["token 2"] < 5 * ppo[0]["token 3"] < ppo[0]["token 1"]
+        ],
+        "with λ 1 the first as much as the second": [ppo[2]["token 1"] == ppo[2]["token 2"]],
+    }
+
+
+def line(name, adv):
+    return {"advantage of": name} | {f"token {i}": x for i, x in enumerate(adv.tolist(), 1)}
+
+
+def group_std():
+    """What does the division by std in GRPO do?"""
+    rows = []
+    for right in (7, 4, 1):
+        reward = torch.tensor([[1.0] * right + [0.0] * (8 - right)])
+        row = {"right of 8": right}
+        for name, norm in {"std": "std", "no std": "none"}.items():
+            adv = group_advantages(reward, norm=norm)
+            row |= {f"{name}: right": adv[0, 0].item(), f"{name}: wrong": adv[0, -1].item()}
+            row[f"{name}: rms"] = adv.square().mean().sqrt().item()
+        rows.append(row)
+    easy, mixed, hard = rows
+    return rows, {
+        "with std easy, mixed and hard groups weigh the same": [
+            abs(x["std: rms"] - mixed["std: rms"]) < 1e-3 for x in (easy, hard)
+        ],
+        "without it the mixed group weighs most": [
+            x["no std: rms"] < mixed["no std: rms"] for x in (easy, hard)
+        ],
+        "with std the lone wrong answer has more than twice a mixed group's advantage": [
+            -easy["std: wrong"] > -2 * mixed["std: wrong"]
+        ],
+    }
+
+
+def response_mean():
+    """What does GRPO's mean over each response do?"""
+    lengths, longest = torch.tensor([[10], [100]]), 200  # two wrong answers, A = -1
+    mask = torch.arange(100) < lengths
+    answers, rows = Rollout(ids=mask, mask=mask), []
+    for agg in ("seq_mean", "token_mean", "const"):
+        weight = token_weight(answers, answers, longest, agg).amax(1)
+        short, long = (-1000 * weight).tolist()
+        both = {"1000 × a token of 10": short, "of 100": long, "ratio": short / long}
+        rows.append({"--agg": agg} | both)
+    mean, token, const = rows
+    return rows, {
+        "GRPO: a token of the long wrong answer costs a tenth": [abs(mean["ratio"] - 10) < 1e-3],
+        "DAPO, Dr. GRPO: each token costs the same": [
+            abs(x["ratio"] - 1) < 1e-6 for x in (token, const)
+        ],
+    }
+
+
+DAPO = "dapo.py --task exact --steps 60 --batch-size 16 --group 8 --minibatches 1 --lr 1e-3"
+
+
+def dynamic_sampling():
+    """What does DAPO's dynamic sampling remove, and what does it cost?"""
+    rows = []
+    for seed in SEEDS:
+        before = 0
+        for x in run(DAPO, seed).steps[1::2]:  # each tenth step is in the record
+            row = {"seed": seed, "step": x["step"], "right": x["accuracy"]}
+            row |= {"mixed groups": x["kept_fraction"], "rounds": int(x["num_gen_batches"])}
+            row["tokens of 20 steps"] = int(x["sampled_tokens"]) - before
+            rows.append(row)
+            before = int(x["sampled_tokens"])
+    first, last = rows[::3], rows[2::3]
+    return rows, {
+        "as answers get right, fewer groups are mixed": each(
+            lambda a, b: a["mixed groups"] > b["mixed groups"], first, last
+        ),
+        "a step takes more rounds": each(lambda a, b: a["rounds"] > b["rounds"], last, first),
+        "and 20 steps more than twice the tokens": each(
+            lambda a, b: b["tokens of 20 steps"] > 2 * a["tokens of 20 steps"], first, last
+        ),
+    }
+
+
+GRPO = "grpo.py --task exact --kl none --steps 60 --batch-size 16 --group 8 --lr 1e-3"
+
+
+def verifier():
+    """When is PPO or GRPO worth it?"""
+    world, rows = World(), []
+    right = (world.r > 0).double()
+
+    def row(name, seed, asked, path):
+        log_p = world.log_probs(path)
+        share = (log_p.exp() * right).sum(1).mean().item()
+        rows.append({"": name, "seed": seed, "judged": asked, "right": share})
+        rows[-1]["E[r]"] = world.expected(log_p)
+
+    row("SFT, the start", "", "", world.reference)
+    for name, command in {"DPO": FIXED, "GRPO": GRPO, "DAPO": DAPO}.items():
+        judged = {"DPO": "64 pairs", "GRPO": "7680 rewards", "DAPO": "verdicts"}[name]
+        for seed in SEEDS:
+            row(name, seed, judged, run(command, seed).path)
+    dpo, grpo, dapo = rows[1:4], rows[4:7], rows[7:]
+    return rows, {
+        "GRPO has more right than DPO on 64 pairs": each(
+            lambda a, b: a["right"] > b["right"], grpo, dpo
+        ),
+        "DAPO, which is told right or wrong alone, too": each(
+            lambda a, b: a["right"] > b["right"], dapo, dpo
+        ),
+        "and both above 0.9": each(lambda x: x["right"] > 0.9, grpo + dapo),
+    }
+
+
+WEAK = "reward_model.py --pairs 64 --epochs 20 --batch-size 32 --eval-prompts 256"
+FEW = "--steps 24 --batch-size 16 --group 4 --lr 1e-3 --warmup 5 --eval-prompts 128"
+RLOO = f"grpo.py --reward rm --adv-norm loo --agg sum --kl reward {FEW} --max-new-tokens 48"
+
+
+def hacking():
+    """How does the score rise while the gold reward falls, and what does β do?"""
+    rows = []
+    for beta in ("0", "1"):
+        for seed in SEEDS:
+            judge = run(WEAK, seed)
+            final = run(f"{RLOO} --beta {beta}", seed, reward=judge.path).final
+            row = {"β": beta, "seed": seed, "score ~ gold": judge.final["correlation"]}
+            for key in ("score", "reward"):
+                name = key.replace("reward", "gold")
+                row |= {f"{name} before": final[f"ref_{key}"], f"{name} after": final[key]}
+            rows.append(row | {"KL": final["kl"], "tokens": final["length"]})
+    free, held = rows[:3], rows[3:]
+    return rows, {
+        "β 0: the score rises by more than 3": each(
+            lambda x: x["score after"] > x["score before"] + 3, free
+        ),
+        "and the gold reward falls by more than 0.5": each(
+            lambda x: x["gold after"] < x["gold before"] - 0.5, free
+        ),
+        "β 1: it ends more than 0.5 higher": each(
+            lambda a, b: a["gold after"] > b["gold after"] + 0.5, held, free
+        ),
+        "at less than a fifth of the KL": each(lambda a, b: a["KL"] < b["KL"] / 5, held, free),
+        "the reward model ranks β 0 above β 1, the gold reward β 1": each(
+            lambda a, b: a["score after"] < b["score after"] and a["gold after"] > b["gold after"],
+            held,
+            free,
+        ),
+    }
+
+
+def judge():
+    """What is an AI judge worth, and what does the place of an answer do?"""
+    task, rows = data.task("reviews"), []
+    for seed in SEEDS:
+        draw = torch.Generator().manual_seed(seed)
+        pairs = task.preferences(2000, seed)
+        r = torch.tensor([[task.reward(x, y) for y in both] for x, *both in pairs])
+        first = torch.where(torch.rand(len(r), generator=draw) < 0.5, 1, -1)
+        better = first * (r[:, 0] - r[:, 1])  # either may be the first answer
+        taste = torch.randn(len(r), generator=draw)  # what it likes besides, in either order
+        for bias in (0.0, 1.0, 2.0):
+            ab = options(better + taste + bias)  # the first answer stands as A
+            ba = options(-better - taste + bias)
+            both = ai_label(ab, ba)
+            one, told = ab.softmax(1)[:, 0], better != 0
+            row = {"seed": seed, "liking for A": f"{bias:g}"}
+            row["mean P(A) - ½"] = (ab.softmax(1) + ba.softmax(1))[:, 0].mean().item() / 2 - 0.5
+            for name, p in {"one order": one, "both orders": both}.items():
+                row[f"{name} ~ gold"] = ((p > 0.5) == (better > 0))[told].float().mean().item()
+            rows.append(row)
+    without, _, strong = rows[::3], rows[1::3], rows[2::3]
+    return rows, {
+        "a judge that likes A says A more often": each(lambda x: x["mean P(A) - ½"] > 0.1, strong),
+        "one order then agrees less with the gold reward": each(
+            lambda a, b: a["one order ~ gold"] > b["one order ~ gold"], without, strong
+        ),
+        "the mean of both orders agrees as it did": each(
+            lambda a, b: abs(a["both orders ~ gold"] - b["both orders ~ gold"]) < 0.01,
+            without,
+            strong,
+        ),
+    }
+
+
+def options(logit):
+    """-> (N, 2) log-probs of the options A and B"""
+    return torch.stack([logit, torch.zeros_like(logit)], 1).log_softmax(1)
+
+
+def mt_bench():
+    """What can 7.34 against 6.86 on MT-Bench say?"""
+    gap, n, sd = 7.34 - 6.86, 80, 2.0  # questions; the sd of a question's score is an assumption
+    rows = []
+    for seed in SEEDS:
+        draw = torch.Generator().manual_seed(seed)
+        for rho in (0.0, 0.5):
+            common, *own = torch.randn(3, 20_000, n, generator=draw)
+            a, b = (sd * (rho**0.5 * common + (1 - rho) ** 0.5 * x) for x in own)
+            difference = (a - b).mean(1)
+            rows.append({"seed": seed, "correlation": str(rho)})  # of two models' scores
+            rows[-1] |= {"se of one mean": a.mean(1).std().item()}
+            rows[-1] |= {"se of the difference": difference.std().item()}
+            rows[-1]["equal, yet 0.48 apart"] = (difference.abs() >= gap).double().mean().item()
+            rows[-1]["0.48 apart, yet reversed"] = (difference + gap < 0).double().mean().item()
+    apart, paired = rows[::2], rows[1::2]
+    return rows, {
+        "one mean has a standard error of 0.22": each(
+            lambda x: abs(x["se of one mean"] - sd / n**0.5) < 0.01, rows[::2]
+        ),
+        "equal models are 0.48 apart in more than a tenth of such tests": each(
+            lambda x: x["equal, yet 0.48 apart"] > 0.1, apart
+        ),
+        "in fewer than a twentieth, if questions are as hard for both": each(
+            lambda x: x["equal, yet 0.48 apart"] < 0.05, paired
+        ),
+    }
