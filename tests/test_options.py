@@ -157,8 +157,9 @@ dapo | steps=40 batch_size=16 lr=0.0002 save_every=20 reward=task group=8 adv_no
     overlong_filter=False temperature=1.0 updates=1 minibatches=8
 dapo --task arithmetic:2 | steps=50 batch_size=32 minibatches=4
 dapo --task exact | steps=1500 batch_size=4 lr=0.0003 lr_schedule=linear group=64 overlong=False
-dapo --task exact --steps 60 --batch-size 16 --group 8 --minibatches 1 --lr 1e-3 | steps=60
-    batch_size=16 lr=0.001 lr_schedule=linear group=8 minibatches=1 overlong=False
+dapo --task exact --steps 60 --batch-size 16 --group 8 --lr 1e-3 --minibatches 1 --log-every 1 |
+    steps=60 batch_size=16 lr=0.001 lr_schedule=linear group=8 minibatches=1 overlong=False
+    log_every=1
 online_dpo | steps=150 lr=0.0003 reward=task missing_eos_penalty=1.0 label=bt loss=dpo beta=0.1
     ipo_sum=False rounds=0 samples_per_prompt=2 ref_update=fixed temperature=1.0
 online_dpo --reward out/reviews/reward_model.pt |

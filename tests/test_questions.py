@@ -109,7 +109,6 @@ FREE = {  # rows of policies that nothing holds
     "one-network": "itself, detached",
     "few-pairs": "64 fixed",
     "verifier": "DPO",
-    "hacking": "0 ",
 }
 
 
@@ -158,4 +157,7 @@ def test_the_commands_print_what_the_page_has(name, folder):
     _, _, printed = sections()[name]
     if name == "memory":  # bytes are exact
         assert done.stdout.strip("\n") == printed
+    if name == "hacking":  # a reward model of 64 pairs is another one on each machine
+        assert [*map(words, done.stdout.splitlines())] == [*map(words, printed.splitlines())]
+        return
     assert same(done.stdout, printed, FREE.get(name)), done.stdout
