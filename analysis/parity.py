@@ -55,12 +55,12 @@ DEPARTURES = {  # -> (what TRL does, what the script does, whose side the paper 
     "padding is the end": (
         "where both are one token, a score is read before the end",
         "it is read at the end token",
-        "neither: not the method",
+        "the papers are silent",
     ),
     "left padding": (
         "pads prompts on the left, and GPT-2's positions shift",
         "positions count from the prompt's first token",
-        "neither: not the method",
+        "the papers are silent",
     ),
     "ρ k3": ("multiplies k3 by the ratio by default", "it does so with `--kl k3-ratio`", "ours"),
     "mean of means": (
@@ -76,7 +76,7 @@ DEPARTURES = {  # -> (what TRL does, what the script does, whose side the paper 
     "ratio of a response": (
         "RLOO's ratio is that of the whole response",
         "it is that of each token",
-        "neither: it has one update",
+        "neither: it has no ratio",
     ),
 }
 
@@ -102,7 +102,7 @@ DPO + NLL | dpo --sft-weight 0.2 | DPO loss_type=sigmoid,sft loss_weights=1.0,0.
 DPO + NLL, a pair at a time | dpo --sft-weight 0.2
     | DPO batch=1 accumulation=12 loss_type=sigmoid,sft loss_weights=1.0,0.2
 SimPO | simpo | CPO loss_type=simpo beta=2.0 simpo_gamma=1.0 cpo_alpha=0.0
-SimPO as TRL has it | simpo | CPO loss_type=simpo beta=2.0 simpo_gamma=1.0 | NLL by default
+SimPO, TRL's NLL | simpo | CPO loss_type=simpo beta=2.0 simpo_gamma=1.0 | NLL by default
 SimPO + NLL | simpo --sft-weight 1 | CPO loss_type=simpo beta=2.0 simpo_gamma=1.0 | NLL of a batch
 SimPO + NLL, a pair at a time | simpo --sft-weight 1
     | CPO batch=1 accumulation=12 loss_type=simpo beta=2.0 simpo_gamma=1.0
@@ -123,7 +123,7 @@ GRPO, ε and ε_high | grpo --kl none --updates 2 --eps 0.1 --eps-high 0.3
 GRPO, k3 | grpo --updates 2 --beta 0.1
     | GRPO loss_type=grpo updates=2 beta=0.1 use_bias_correction_kl=False
 GRPO, ρ k3 | grpo --updates 2 --beta 0.1 --kl k3-ratio | GRPO loss_type=grpo updates=2 beta=0.1
-GRPO, KL as TRL has it | grpo --beta 0.1 | GRPO loss_type=grpo beta=0.1 | ρ k3
+GRPO, TRL's KL | grpo --beta 0.1 | GRPO loss_type=grpo beta=0.1 | ρ k3
 GRPO, temperature | grpo --kl none --updates 2 --temperature 0.7
     | GRPO loss_type=grpo updates=2 temperature=0.7
 GRPO, micro-batches | grpo --kl none --micro-batch 16

@@ -10,7 +10,7 @@ import torch
 import data
 from analysis import predict
 from analysis.experiment import SEEDS, World, each, run
-from analysis.questions_pairs import FIXED
+from analysis.questions_pairs import DPO, FIXED
 from grpo import group_advantages, grpo_loss, token_weight
 from ppo import gae
 from rlaif import ai_label
@@ -167,26 +167,35 @@ def verifier():
     world, rows = World(), []
     right = (world.r > 0).double()
 
-    def row(name, seed, asked, path):
+    def row(name, seed, judged, path):
         log_p = world.log_probs(path)
         share = (log_p.exp() * right).sum(1).mean().item()
-        rows.append({"": name, "seed": seed, "judged": asked, "right": share})
+        rows.append({"": name, "seed": seed, "judged": judged, "right": share})
         rows[-1]["E[r]"] = world.expected(log_p)
 
     row("SFT, the start", "", "", world.reference)
-    for name, command in {"DPO": FIXED, "GRPO": GRPO, "DAPO": DAPO}.items():
-        judged = {"DPO": "64 pairs", "GRPO": "7680 rewards", "DAPO": "verdicts"}[name]
-        for seed in SEEDS:
-            row(name, seed, judged, run(command, seed).path)
-    dpo, grpo, dapo = rows[1:4], rows[4:7], rows[7:]
+    for seed in SEEDS:
+        row("DPO", seed, "64 pairs", run(FIXED, seed).path)
+    for seed in SEEDS:
+        row("fresh DPO", seed, f"{300 * 4096} pairs", run(DPO, seed).path)  # its batch is 4096
+    for seed in SEEDS:
+        row("GRPO", seed, f"{60 * 128} rewards", run(GRPO, seed).path)
+    for seed in SEEDS:
+        done = run(DAPO, seed)
+        rounds = sum(x["num_gen_batches"] for x in done.steps)
+        row("DAPO", seed, f"{128 * rounds:.0f} verdicts", done.path)
+    few, fresh, grpo, dapo = (rows[i : i + 3] for i in (1, 4, 7, 10))
     return rows, {
         "GRPO has more right than DPO on 64 pairs": each(
-            lambda a, b: a["right"] > b["right"], grpo, dpo
+            lambda a, b: a["right"] > b["right"], grpo, few
         ),
         "DAPO, which is told right or wrong alone, too": each(
-            lambda a, b: a["right"] > b["right"], dapo, dpo
+            lambda a, b: a["right"] > b["right"], dapo, few
         ),
         "and both above 0.9": each(lambda x: x["right"] > 0.9, grpo + dapo),
+        "DPO with fresh pairs has more reward than with 64": each(
+            lambda a, b: a["E[r]"] > b["E[r]"], fresh, few
+        ),
     }
 
 
@@ -280,7 +289,7 @@ def mt_bench():
             rows[-1] |= {"se of one mean": a.mean(1).std().item()}
             rows[-1] |= {"se of the difference": difference.std().item()}
             rows[-1]["equal, yet 0.48 apart"] = (difference.abs() >= gap).double().mean().item()
-            rows[-1]["0.48 apart, yet reversed"] = (difference + gap < 0).double().mean().item()
+            rows[-1]["truly 0.48 apart, reversed"] = (difference + gap < 0).double().mean().item()
     apart, paired = rows[::2], rows[1::2]
     return rows, {
         "one mean has a standard error of 0.22": each(

@@ -106,7 +106,7 @@ def comparison(record, lines, paths, found, said):
         failed += [f"{name}: {bare(why)}" for name, why in line.get("failed", {}).items()]
         if line["runs"] and not line["swept"]:
             row |= tables.costs(line) | tables.budget(line)
-        rows.append({name: bare(x) if name == "" else x for name, x in row.items()})
+        rows.append(row | {"note": bare(row.pop(""))})  # the last column
     seconds = sum(line["wall_s"] * line["runs"] for line in lines if "wall_s" in line)
     ran = [
         ("command", bare(record["command"])),
