@@ -7,7 +7,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
-from conftest import lines, main
+from conftest import ROOT, lines, main
 from test_compare import stubs  # noqa: F401
 
 import compare
@@ -119,6 +119,19 @@ def test_records_are_drawn(tiny, tmp_path, monkeypatch):
     assert main("compare", "--records", tiny / "out/reviews/sft.jsonl", "--out", "c") == 0
     assert (tmp_path / "c/curves.png").read_bytes().startswith(b"\x89PNG")
     assert "data:image/png;base64," in (tmp_path / "c/curves.html").read_text()
+
+
+def test_the_readme_has_the_answers_of_the_report():
+    """Of one prompt, word for word and with their rewards; the page is small enough to keep."""
+    page = (ROOT / "docs/report.html").read_text("utf-8")
+    assert len(page) < 1.5e6
+    block = next(x for x in (ROOT / "README.md").read_text().split("```") if "reference  " in x)
+    prompt, *rows = block.strip().splitlines()
+    card = page[page.index(f". {prompt}</h3>") :].split("</h3>")[1]
+    for said in re.sub(r"\n +\| ", " ", "\n".join(rows)).splitlines():
+        method, reward, text = re.fullmatch(r" *(\w+) +(\S+) \| (.*)", said).groups()
+        found = card[card.index(f"<b>{method}</b>") :]
+        assert found.index(f"reward {reward}, ") < found.index(f"<p>{text}</p>") < 200, method
 
 
 # ---- in a browser
