@@ -35,7 +35,7 @@ from pathlib import Path
 
 import data
 import training
-from analysis import answers, plots, predict, report, tables
+from analysis import answers, plots, predict, processor, report, tables
 from analysis.rows import EVERY, ROWS, SAME, budget, plan
 from data import Stopped, UserError
 from training import checkpoint, locks, opt, parse
@@ -103,8 +103,8 @@ class Options:
         if others := self.given - {"records", "out"}:
             words = "--records runs nothing, it draws the records of runs"
             raise UserError(f"{words}; leave {flag(min(others))} out")
-        for path in self.records:
-            tables.run_of(path)  # a wrong one is told before anything is written
+        runs = map(tables.run_of, self.records)  # a wrong one is told before anything is written
+        self.runs = dict(zip(tables.short(self.records), runs))
 
 
 def rows_of(o):
@@ -209,7 +209,7 @@ def compare(o, folder):
     errors, items = run_all(o, folder)
 
     lines = tables.summary(o, folder, items, errors)
-    machine = f"{cpu()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    machine = f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     seconds = round(time.time() - start)
     record = {"command": o.line, "task": o.task, "machine": machine, "seconds": seconds}
     record |= {"seeds": o.seeds, "budget": o.budget or budget(o.task, o.quick)}
@@ -221,15 +221,6 @@ def compare(o, folder):
     record |= {"methods": lines, "answers": said}
     publish(folder, record, text, pictures, ["report.html"])
     return [name for name, error in errors.items() if error]
-
-
-def cpu():
-    """-> the processor's name, where the system tells it"""
-    with contextlib.suppress(OSError, ValueError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
-        return names.get("model name") or platform.machine()
-    return platform.processor() or platform.machine()
 
 
 def side_by_side(o, folder, items):
@@ -248,9 +239,9 @@ def side_by_side(o, folder, items):
 
 def draw_records(o, folder):
     """Draws the curves of --records into curves.png, and the same with a table into curves.html"""
-    runs = dict(zip(tables.short(o.records), map(tables.run_of, o.records)))
-    rows = tables.records(runs)
-    pictures = plots.draw_records({name: steps for name, (_, steps, _) in runs.items()}, folder)
+    rows = tables.records(o.runs)
+    steps = {name: steps for name, (_, steps, _) in o.runs.items()}
+    pictures = plots.draw_records(steps, folder)
     write(folder / "curves.html", report.records(rows, pictures))
     names = ", ".join(["curves.html", *(path.name for path in pictures)])
     print(f"\n{tables.table(rows)}\n\n{folder}/{names}")

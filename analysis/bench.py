@@ -16,7 +16,6 @@ import importlib
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,8 @@ from tqdm import tqdm
 
 import data
 import training
-from analysis import peers
+from analysis import peers, processor
+from analysis.tables import markdown
 from data import Stopped, UserError, say
 from gpt import GPT, GPTConfig, ScalarGPT
 from training import opt, parse, sampling
@@ -283,17 +283,7 @@ def report(o, todo, found):
         head, *rest = lines
         if rest:
             yield f"\n{title}\n"
-            for cells in (head, ["---"] * len(head), *rest):
-                yield f"| {' | '.join(cells)} |"
-
-
-def processor():
-    """-> the name of this machine's processor"""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(": ")[2]
-    return platform.processor() or platform.machine()
+            yield from markdown([head, *rest])
 
 
 def main(argv=None):

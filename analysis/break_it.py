@@ -14,7 +14,6 @@ import contextlib
 import importlib
 import inspect
 import io
-import json
 import statistics
 import sys
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from unittest.mock import patch
 
 import gpt
 import training
-from analysis.plots import pyplot
+from analysis import plots, tables
 from data import UserError, say
 from training import opt, parse
 
@@ -259,10 +258,10 @@ def measured(bug, o, broken=False):
         for place in planted(bug) if broken else ():
             stack.enter_context(place)
         train(command)
-    _, *steps, last = map(json.loads, Path(path).with_suffix(".jsonl").read_text().splitlines())
+    _, steps, final = tables.read(Path(o.out), name)
     end = steps[-max(1, len(steps) // 10) :]
     figures = {key: statistics.fmean(step[key] for step in end) for key in steps[-1]}
-    figures |= {f"final_{key}": x for key, x in last["final"].items()}
+    figures |= {f"final_{key}": x for key, x in final.items()}
     return steps, figures
 
 
@@ -305,20 +304,10 @@ def main(argv=None):
 
 def draw(bug, healthy, broken, path):
     """Draws what the steps of both records hold of the figures shown."""
-    plt = pyplot()
-    if not plt:
-        return
-    keys = [key for key in bug.shown.split() if key in healthy[0]]
-    figure, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 3), squeeze=False)
-    for key, axis in zip(keys, axes[0]):
-        for steps, colour, label in ((healthy, "C2", "healthy"), (broken, "C3", "broken")):
-            axis.plot([x["step"] for x in steps], [x[key] for x in steps], colour, label=label)
-        axis.set_title(key)
-        axis.set_xlabel("step")
-    axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    print(f"curves {path}")
+    if plt := plots.pyplot():
+        runs = {"healthy": healthy, "broken": broken}
+        plots.curves(plt, runs, bug.shown.split()).savefig(path, bbox_inches="tight")
+        print(f"curves {path}")
 
 
 if __name__ == "__main__":

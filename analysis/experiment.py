@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import torch
 
 import data
-import dpo
 from analysis.tables import read
 from training import checkpoint
 
@@ -91,11 +90,6 @@ class World:
     def expected(self, log_p):
         """-> E[r], a mean over prompts"""
         return (log_p.exp() * self.r).sum(1).mean().item()
-
-    def dpo(self, log_p, log_ref, beta):
-        """-> dpo.py's loss, a mean over the whole population of pairs"""
-        policy, ref = (torch.broadcast_tensors(x[:, :, None], x[:, None]) for x in (log_p, log_ref))
-        return (self.pairs * dpo.dpo_loss(*policy, *ref, beta=beta)).sum()
 
 
 # ---- what is shown

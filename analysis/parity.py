@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import training
-from analysis import peers, sides
+from analysis import peers, sides, tables
 from data import Stopped, UserError, say
 from training import opt, parse
 
@@ -232,18 +232,13 @@ def report(found):
         figures = ["" if "gradient" in row.needs else f"{loss:.0e}", f"{gradient:.0e}"]
         verdict, _ = judge(row, loss, gradient)
         lines.append([row.name, f"`{row.ours}`", f"`{row.theirs}`", *figures, verdict])
-    yield from table(lines)
+    yield from tables.markdown(lines)
     named = {row.departs for row in found}
     lines = [["departure", "TRL", "ours", "the paper's side"]]
     lines += [[name, *words] for name, words in DEPARTURES.items() if name in named]
     if len(lines) > 1:
         yield ""
-        yield from table(lines)
-
-
-def table(lines):
-    head, *rest = lines
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rest)]
+        yield from tables.markdown(lines)
 
 
 def main(argv=None):

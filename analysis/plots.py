@@ -234,10 +234,10 @@ def trends(plt, lines):
     return figure
 
 
-def curves(plt, runs):
-    """runs: {name: the lines of its steps} -> the curves of all of them, a panel for each figure
-    that one of them has"""
-    found = {key: {name: points_of(steps, key) for name, steps in runs.items()} for key in CURVES}
+def curves(plt, runs, keys=CURVES):
+    """runs: {name: the lines of its steps} -> the curves of all of them, a panel for each of the
+    keys that one of them has"""
+    found = {key: {name: points_of(steps, key) for name, steps in runs.items()} for key in keys}
     found = {key: lines for key, lines in found.items() if any(lines.values())}
     if not found:
         return None
@@ -251,7 +251,7 @@ def curves(plt, runs):
         for i, (name, points) in enumerate(lines.items()):
             if points:
                 axes.plot(*zip(*points), f"C{i % 10}{STROKES[i // 10 % 4]}", label=name)
-        axes.set_title(f"{key}, {CURVES[key]}" if CURVES[key] else key, fontsize=11)
+        axes.set_title(", ".join(filter(None, (key, CURVES.get(key)))), fontsize=11)
         axes.set_xlabel("step", fontsize=10)
     figure.tight_layout()
     marks = {line.get_label(): line for axes in panels.flat for line in axes.lines}

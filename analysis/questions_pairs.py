@@ -97,7 +97,7 @@ def beta_doubled():
         for when, path in {"start": world.reference, "end": run(DPO, seed).path}.items():
             model = world.open(path)
             for beta in (BETA, 2 * BETA):
-                loss = world.dpo(world.table(model), world.log_ref, beta)
+                loss = optima.dpo(world.table(model), world.log_ref, world.pairs, beta)
                 row[f"{when}: norm, β {beta:g}"] = norm(gradient(loss, model))
             once, twice = list(row.values())[-2:]
             row[f"{when}: ratio"] = twice / once
@@ -145,7 +145,7 @@ def one_network():
     for name, reference in references.items():
 
         def loss_of(log_p, reference=reference):
-            return world.dpo(log_p, reference(log_p), BETA)
+            return optima.dpo(log_p, reference(log_p), world.pairs, BETA)
 
         for step, log_p, loss, size in descend(world, loss_of):
             row = {"reference": name, "step": step, "loss": f"{loss:.6f}", "gradient": size}

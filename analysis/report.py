@@ -28,7 +28,7 @@ nav a { margin-right: .7rem; white-space: nowrap; }
 .wide { overflow-x: auto; width: fit-content; max-width: 100%; border: 1px solid var(--line); }
 table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
 td, th { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
-td.text, th.text { text-align: left; }
+td.text { text-align: left; }
 thead th { background: var(--soft); } thead a { color: inherit; text-decoration: none; }
 thead th[aria-sort] { color: var(--mark); }
 th:first-child, td:first-child { position: sticky; left: 0; text-align: left; background: Canvas; }
@@ -122,7 +122,7 @@ def comparison(record, lines, paths, found, said):
         ("What was run", facts(ran)),
         ("What failed", "".join(f'<p class="failed">{text(x)}</p>' for x in failed)),
         ("Figures", note(FIGURES) + table(rows)),
-        ("Pictures", pictures(paths, SAID) or note(NONE)),
+        ("Pictures", pictures(paths) or note(NONE)),
         ("Answers", said and note(ANSWERS) + answers(said)),
         ("Training", found and note(TRAINING) + curves(found)),
         ("Commands", facts(commands)),
@@ -136,7 +136,7 @@ def note(words):
 
 def records(rows, paths):
     """The page of some records: how they differ and ended, and their curves"""
-    sections = [("Figures", table(rows)), ("Curves", pictures(paths, SAID) or note(NONE))]
+    sections = [("Figures", table(rows)), ("Curves", pictures(paths) or note(NONE))]
     return page("nanoPO: curves of runs", sections)
 
 
@@ -202,12 +202,11 @@ def table(rows):
     return f'<div class="wide"><table class="sort">{filled}</table></div>'
 
 
-def pictures(paths, said):
-    """said: name of a picture -> what stands below it"""
+def pictures(paths):
     shown = []
     for path in paths:
         inside = base64.b64encode(path.read_bytes()).decode()
-        words = text(said.get(path.stem, path.stem))
+        words = text(SAID.get(path.stem, path.stem))
         picture = f'<img alt="{words}" src="data:image/png;base64,{inside}">'
         broad = ' class="broad"' if path.stem in ("course", "curves") else ""
         shown.append(f"<figure{broad}>{picture}<figcaption>{words}</figcaption></figure>")
@@ -254,18 +253,22 @@ def curves(rows):
     """rows: method -> {name of a curve: [points of each seed]}. All methods' rewards have one
     scale, and so have their KLs; each loss has its own."""
     spans = {}
+
+    def scale(method, name):
+        return (method, name) if name == "loss" else name
+
     for method, found in rows.items():
         for name, lines in found.items():
             ys = [y for line in lines for _, y in thinned(line)]
-            key = name if name != "loss" else (method, name)
+            key = scale(method, name)
             low, high = spans.get(key, (min(ys), max(ys)))
             spans[key] = min(low, *ys), max(high, *ys)
     shown = []
     for method, found in rows.items():
         charts = []
         for name, lines in found.items():
-            key = name if name != "loss" else (method, name)
-            charts.append(chart(f"{name} of {method}", lines, *spans[key]))
+            span = spans[scale(method, name)]
+            charts.append(chart(f"{name} of {method}", lines, *span))
         shown.append(f'<h3>{text(method)}</h3><div class="grid">{"".join(charts)}</div>')
     return "".join(shown)
 

@@ -32,10 +32,15 @@ def read(folder, name):
     """-> (the first line, those of steps, the closing figures) of a record, None where the run has
     not ended"""
     try:
-        first, *steps, last = map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
+        first, *steps, last = parsed(folder / f"{name}.jsonl")
         return first, steps, last["final"]
     except (OSError, ValueError, KeyError):
         return None
+
+
+def parsed(path):
+    """-> the lines of a record"""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def summary(o, folder, items, errors):
@@ -147,7 +152,7 @@ def run_of(path):
     """The record of any run -> (its options, the lines of its steps, its closing figures: none
     where it has not ended)"""
     try:
-        first, *rest = map(json.loads, Path(path).read_text().splitlines())
+        first, *rest = parsed(path)
         final = rest[-1].get("final", {}) if rest else {}
         return first["options"], [line for line in rest if "step" in line], final
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -203,6 +208,12 @@ def table(rows):
     width = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * w for w in width])
     return "\n".join(f"| {' | '.join(map(str.ljust, row, width))} |" for row in cells)
+
+
+def markdown(lines):
+    """Rows of cells, the head first -> the lines of a table, as narrow as it can be"""
+    head, *rest = lines
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rest)]
 
 
 def tables(lines):
