@@ -46,7 +46,8 @@ def model(seed):
 
 def test_rewards_and_win_rate_by_hand(monkeypatch):
     """Rewards 3, -3, 1, -3 against 1, 3, 1, -3 (the last two do not end or are empty): one win, one
-    loss, two ties: win rate (1 + 0 + ½ + ½) / 4; means -2/4 and 2/4."""
+    loss, two ties: win rate (1 + 0 + ½ + ½) / 4; means -2/4 and 2/4. The deviations of the first
+    from their mean are 3.5, -2.5, 1.5 and -2.5: the variance is 27/3, the standard error 3/√4."""
     good, bad, mild = "The plot is superb.", "The plot is dreadful.", "The jokes are never wooden."
     texts = {True: [good, bad, mild, ""], False: [mild, good, mild, good]}
     policy, ref, reward = model(0), model(1), data.task("reviews").reward
@@ -65,6 +66,7 @@ def test_rewards_and_win_rate_by_hand(monkeypatch):
     monkeypatch.setattr(measured, "_respond", respond)
     figures = measured.measure(policy)
     assert figures["reward"] == pytest.approx(-2 / 4)
+    assert figures["reward_se"] == pytest.approx(3 / 2)
     assert figures["ref_reward"] == pytest.approx(2 / 4)
     assert figures["win_rate"] == 0.5
     assert figures["kl"] == pytest.approx(3.0)
@@ -81,6 +83,7 @@ def test_kl_is_that_of_the_samples():
     measured = evaluator(data.task("reviews"), 6, reference=policy)
     figures = measured.measure(policy, 256)
     assert figures["kl"] == 0.0 and figures["kl_se"] == 0.0
+    assert figures["ref_length"] != figures["length"]  # the two draw independently
     assert measured.measure(policy, 256) == figures  # a fixed seed
     figures = evaluator(data.task("reviews"), 6, reference=model(1)).measure(policy, 256)
     assert figures["kl"] > 5 * figures["kl_se"] > 0
@@ -225,6 +228,37 @@ def test_figures_by_enumeration(monkeypatch):
     text = "\n".join(measured.shown)
     assert f"{expected['kl_star']:.4f}" in text and "-> (empty)" in text
     assert f"{math.log(4):.3f} nats" in text
+
+
+def test_moments_of_longer_responses_by_a_plain_loop(monkeypatch):
+    """Responses of 1 to 3 tokens. Entropy is per token, Σ_x H(π(·|x)) / Σ_x E[|y|], and J the mean
+    over prompts of E[r] - β KL(π‖π_ref)."""
+    world, policy, ref = data.task("exact"), object(), object()
+    measured = evaluator(world, context=8, reference=ref)
+    draws, tables = torch.Generator().manual_seed(0), {}
+    for model in (policy, ref):
+        logits = 2 * torch.randn(4, 40, generator=draws, dtype=torch.float64)
+        tables[model] = logits.log_softmax(1)
+    monkeypatch.setattr(measured, "table", tables.get)
+    figures = measured.measure(policy)
+    p, q = (tables[model].exp().tolist() for model in (policy, ref))
+    sums = dict.fromkeys(("reward", "length", "ended", "kl", "win_rate", "H", "ref_reward"), 0.0)
+    for x in range(4):
+        for y, text in enumerate(world.outcomes):
+            tokens = min(len(text) + 1, 3)  # of the longest none is the end
+            sums["reward"] += p[x][y] * world.r[x, y] / 4
+            sums["ref_reward"] += q[x][y] * world.r[x, y] / 4
+            sums["length"] += p[x][y] * tokens / 4
+            sums["ended"] += p[x][y] * (len(text) < 3) / 4
+            sums["kl"] += p[x][y] * math.log(p[x][y] / q[x][y]) / 4
+            sums["H"] -= p[x][y] * math.log(p[x][y]) / 4
+            for z in range(40):
+                win = (world.r[x, y] > world.r[x, z]) + (world.r[x, y] == world.r[x, z]) / 2
+                sums["win_rate"] += p[x][y] * q[x][z] * win / 4
+    sums["entropy"] = sums.pop("H") / sums["length"]
+    sums["objective"] = sums["reward"] - 0.5 * sums["kl"]
+    assert {key: figures[key] for key in sums} == pytest.approx(sums)
+    assert 1.5 < sums["length"] < 2.9
 
 
 def test_evaluate_prints_the_table(world, call):

@@ -64,6 +64,33 @@ def test_weights_are_the_seed_s_and_the_toy_size_is_small():
     assert size == 891_648  # V·C + T·C + 4 (12 C² + 13 C) + 2 C
 
 
+def drawn_weights(model):
+    """{a weight's name: what it was made of}, from one stream of N(0, 1): the standard deviation
+    of each, by which its entries are divided"""
+    C, L = model.config.n_embd, model.config.n_layer
+    for name, p in model.named_parameters():
+        std = 0.02 / math.sqrt(2 * L) if "proj" in name or "down" in name else 0.02
+        std = 1 / math.sqrt(C + 1) if name == "head.weight" else std
+        if p.dim() == 2:
+            yield name, p.detach() / std
+        else:
+            assert (p == ("norm" in name and "weight" in name)).all(), name  # norms 1, biases 0
+
+
+@pytest.mark.parametrize("more", [{}, {"tied": False}, {"llama": True, "tied": False}])
+def test_initial_weights(more):
+    """N(0, 0.02), what writes into the residual stream N(0, 0.02 / √(2 n_layer)), a scalar head
+    N(0, 1 / √(C + 1)), norms 1, biases 0: to the bit those of one stream of draws."""
+    config = GPTConfig(64, 32, 3, 2, 32, **more)
+    for model in (GPT(config, 5), ScalarGPT(config, 5)):
+        generator = torch.Generator().manual_seed(5)
+        for name, z in drawn_weights(model):
+            if name == "head.weight":
+                generator.manual_seed(5)
+            expected = torch.empty_like(z).normal_(generator=generator)
+            torch.testing.assert_close(z, expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_a_token_sees_nothing_after_it():
     m, (ids, _) = model(), ragged()
     changed = ids.clone()
@@ -187,10 +214,11 @@ def test_logprobs_never_hold_logits_of_prompt_positions(monkeypatch):
     assert seen == [mask.sum().item()]
 
 
-def test_entropy_is_that_of_the_distribution():
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_entropy_is_that_of_the_distribution(temperature):
     m, (ids, mask) = model(), ragged()
-    _, entropy = m.logprobs(ids, mask, entropy=True)
-    p = m(ids)[:, :-1].softmax(-1)
+    _, entropy = m.logprobs(ids, mask, temperature, entropy=True)
+    p = (m(ids)[:, :-1] / temperature).softmax(-1)
     expected = torch.where(mask[:, 1:], -(p * p.log()).sum(-1), 0.0)
     torch.testing.assert_close(entropy, F.pad(expected, (1, 0)))
     assert entropy.max() <= math.log(11) and not entropy.requires_grad
@@ -214,6 +242,20 @@ def test_scalar_model_reads_the_tokens_so_far():
     changed[:, 5:] = 1
     assert values.shape == (3, 7) and values.dtype == torch.float32
     torch.testing.assert_close(values[:, :5], m.values(changed)[:, :5])
+
+
+def test_a_scalar_head_is_read_in_float32_under_bfloat16():
+    """Scores near 2, where bfloat16 knows multiples of 1/64 alone, are the float32 product of the
+    states, which are bfloat16's, with the head's own weights."""
+    m, (ids, mask) = ScalarGPT(SMALL), ragged()
+    m.head.bias.data.fill_(2.001)
+    states, hidden = [], m.trunk.hidden
+    m.trunk.hidden = lambda at: (states.append(hidden(at).bfloat16()), states[-1])[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = m.score(ids, mask)
+    expected = states[-1].float() @ m.head.weight[0] + 2.001
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert found.dtype == torch.float32 and (found - found.bfloat16()).abs().max() > 1e-4
 
 
 def test_checkpointed_activations_change_no_gradient():

@@ -75,6 +75,26 @@ def test_adapters_alone_are_trained_and_start_at_nothing():
     assert {a.A.size(0) for a in lora.adapters(model).values()} == {2}
 
 
+@pytest.mark.parametrize("make", [GPT, ScalarGPT])
+def test_the_blocks_linear_layers_have_adapters_and_no_head_has(make):
+    """An untied head, the embeddings and the norms stay as they are; a scalar head is trained
+    itself. A is drawn from U(-1/√in, 1/√in), B is 0."""
+    model = make(GPTConfig(11, 16, 2, 2, 256, tied=False))
+    lora.adapt(model, 64, 4.0, 0)
+    layers = ("attention.qkv", "attention.proj", "up", "down")
+    places = {f"blocks.{i}.{layer}" for i in range(2) for layer in layers}
+    trunk = "trunk." if make is ScalarGPT else ""
+    adapters = lora.adapters(model)
+    assert set(adapters) == {trunk + place for place in places}
+    own = {name for name, p in model.named_parameters() if p.requires_grad and name[-2] != "."}
+    assert own == ({"head.weight", "head.bias"} if trunk else set())
+    for adapter in adapters.values():
+        bound = 1 / math.sqrt(adapter.in_features)
+        assert 0.999 * bound < adapter.A.abs().max() <= bound and not adapter.B.any()
+        assert adapter.A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+        assert abs(adapter.A.mean().item()) < 0.02 * bound
+
+
 def test_the_base_is_the_same_weights_without_adapters():
     model = adapted()
     base = lora.base(model)

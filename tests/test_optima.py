@@ -123,6 +123,25 @@ def test_simpo_s_orpo_s_and_kto_s_losses_agree_with_the_scripts():
     assert optima.kto(log_p, LOG_D, LABELS, *weights, z=0.3).item() == pytest.approx(mean.item())
 
 
+def test_kto_s_reference_point_is_that_of_mismatched_pairs():
+    """ẑ by a plain loop over (prompt, another prompt's answer): the answer comes from a row with
+    another prompt. The policy answers each prompt as the others are answered, so ẑ is above 0, and
+    with its own answers it would be below."""
+    p = LABELS.sum(2)  # (x, y)
+    log_p = (p.sum(0) - p).log().log_softmax(1)
+    u, z, own = log_p - LOG_D, 0.0, 0.0
+    for x in range(4):
+        other_rows = p.sum() - p[x].sum()
+        for y in range(40):
+            others = sum(p[other, y] for other in range(4) if other != x)
+            z += (p[x].sum() * others / other_rows * u[x, y]).item()
+            own += (p[x, y] * u[x, y]).item()
+    assert z > 0.1 > -0.1 > own
+    loss, known = optima.kto(log_p, LOG_D, LABELS, 0.5), optima.kto(log_p, LOG_D, LABELS, 0.5, z=z)
+    assert loss.item() == pytest.approx(known.item(), rel=1e-12)
+    assert abs(loss - optima.kto(log_p, LOG_D, LABELS, 0.5, z=0.0)) > 1e-4
+
+
 # ---- of the world
 
 
