@@ -5,9 +5,10 @@
     python -m pytest -p analysis.break_it --break-it mean_for_sum tests/test_losses.py
 
 The scripts stay as they are: the lines are put in while a script runs in this process, and taken
-out again. In each of them `right` is the function that stood there. All runs but those of sft.py
-start from one SFT checkpoint, which is made first where it is missing. The last command runs tests
-with the bug in place; docs/break-it.md shows all ten, and which test fails.
+out again. In each of them `right` is the original function. All runs but those of sft.py start from
+one SFT checkpoint, which is made first if it is missing. The last command runs tests with the bug
+in place; it takes the names of analysis/mistakes.py too. docs/break-it.md shows all ten, and which
+test fails.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from unittest.mock import patch
 import gpt
 import training
 from analysis import plots, tables
+from analysis.mistakes import MISTAKES
 from data import UserError, say
 from training import opt, parse
 
@@ -91,6 +93,23 @@ class Bug(NamedTuple):
     tells: str  # the one that would have told, and which way it goes
     test: str  # that catches it, in tests/
 
+    @contextlib.contextmanager
+    def planted(self):
+        """Within it the lines stand in each of the places."""
+        with contextlib.ExitStack() as stack:
+            for place in self.places.split():
+                stack.enter_context(patch(place, around(self.patch, resolve_name(place))))
+            yield
+
+
+def around(lines, right):
+    """-> a function that calls the lines with the original function"""
+
+    def broken(*args, **more):
+        return lines(right, *args, **more)
+
+    return broken
+
 
 SFT = "sft --task arithmetic:1 --n-layer 2 --n-embd 64 --steps 300 --lr 4e-3"
 DPO = "dpo --task exact --steps 120 --batch-size 1024 --lr 2e-3"
@@ -132,7 +151,7 @@ BUGS = [
         DPO,
         OF_PAIRS + " final_kl_star",
         "final_kl_star rises",
-        "test_gradients.py::test_dpo_s_first_gradient_is_the_equation_s[dpo-0.1]",
+        "test_steps.py::test_dpo",
     ),
     Bug(
         moving_reference,
@@ -195,34 +214,22 @@ BUGS = [
         PPO + " --temperature 0.7",
         OF_PPO,
         "policy/approxkl_avg rises",
-        "test_gradients.py::test_what_is_old_is_of_before_ppo_s_updates",
+        "test_steps.py::test_ppo",
     ),
 ]
 BUGS = {bug.patch.__name__: bug for bug in BUGS}
 
 
-def planted(bug):
-    """-> patches, one for each place, that put the bug in where they start"""
-    return [patch(place, around(bug.patch, resolve_name(place))) for place in bug.places.split()]
-
-
-def around(lines, right):
-    """-> a function that calls the lines with what stood there"""
-
-    def broken(*args, **more):
-        return lines(right, *args, **more)
-
-    return broken
-
-
 def pytest_addoption(parser):
-    parser.addoption("--break-it", choices=BUGS, help="run the tests with this bug in place")
+    names = [*BUGS, *MISTAKES]
+    parser.addoption("--break-it", choices=names, help="run the tests with this bug in place")
 
 
 def pytest_configure(config):
     if name := config.getoption("break_it"):
-        for place in planted(BUGS[name]):
-            place.start()
+        stack = contextlib.ExitStack()
+        stack.enter_context((BUGS | MISTAKES)[name].planted())
+        config.add_cleanup(stack.close)
 
 
 # ---- both runs
@@ -254,9 +261,7 @@ def measured(bug, o, broken=False):
     path = f"{o.out}/{name}.pt"
     command = f"{bug.command} --log-every 1 --eval-every 0 --seed {o.seed}".split()
     command += [*start_of(bug, o), "--out", path]
-    with contextlib.ExitStack() as stack:
-        for place in planted(bug) if broken else ():
-            stack.enter_context(place)
+    with bug.planted() if broken else contextlib.nullcontext():
         train(command)
     _, steps, final = tables.read(Path(o.out), name)
     end = steps[-max(1, len(steps) // 10) :]

@@ -4,9 +4,10 @@
     python -m analysis.parity --only KTO RLOO  those with one of these words in their name
 
 A comparison runs a script's `main` and `train` of a trainer of TRL on a small GPT-2. At each
-optimizer step it looks at the loss that is differentiated, and at the gradient of every weight.
-Where the two sides differ by more than rounding, it must name one of DEPARTURES: without a name the
-exit code is 1. It is 1 too where a departure shows no difference any more.
+optimizer step it looks at the loss that is differentiated, and at the gradient of every weight; and
+at the end at every figure that both sides have logged. If the two differ by more than rounding, the
+comparison must name one of DEPARTURES: without a name the exit code is 1. It is 1 too if a
+departure shows no difference any more.
 
 analysis/sides.py runs the two sides. The printed tables are in docs/parity.md.
 """
@@ -80,6 +81,25 @@ DEPARTURES = {  # -> (what TRL does, what the script does, whose side the paper 
     ),
 }
 
+# Figures that TRL logs under the same name, but defines otherwise: in rows with all of these words
+# words of TRL's side | figures | what TRL logs | what the script logs
+FIGURES = """
+DPO loss_type=ipo | rewards/chosen rewards/rejected rewards/margins rewards/accuracies
+    | β times the log-ratio, summed over tokens | β times its mean over tokens, which the loss has
+CPO | logps/chosen logps/rejected | means over tokens | sums over tokens
+ORPO | logps/chosen logps/rejected | means over tokens | sums over tokens
+Reward center_rewards_coefficient=0.1 | grad_norm | its head has no bias | the bias is counted
+GRPO | reward_std | over all responses | mean over the groups
+RLOO | reward_std | over all responses | mean over the groups
+RLOO | kl | mean k1 of a token as it was sampled | k3, summed over a response
+GRPO use_bias_correction_kl=True | kl | k3 times the ratio | k3
+GRPO accumulation=2 | entropy | mean of the micro-batches' means | mean over all tokens
+GRPO importance_sampling_level=sequence | clip_ratio/low_mean clip_ratio/high_mean
+    | share of responses | share of tokens
+GRPO reward=verdict+overlong | reward | with the length penalty | without it
+OnlineDPO | kl | padding's log-ratios are in the sum | those of the response alone
+"""
+
 # name | script and options | trainer and settings | departure | what else it needs
 TABLE = """
 SFT | sft | SFT
@@ -122,7 +142,8 @@ GRPO, ε and ε_high | grpo --kl none --updates 2 --eps 0.1 --eps-high 0.3
     | GRPO loss_type=grpo updates=2 epsilon=0.1 epsilon_high=0.3
 GRPO, k3 | grpo --updates 2 --beta 0.1
     | GRPO loss_type=grpo updates=2 beta=0.1 use_bias_correction_kl=False
-GRPO, ρ k3 | grpo --updates 2 --beta 0.1 --kl k3-ratio | GRPO loss_type=grpo updates=2 beta=0.1
+GRPO, ρ k3 | grpo --updates 2 --beta 0.1 --kl k3-ratio
+    | GRPO loss_type=grpo updates=2 beta=0.1 use_bias_correction_kl=True
 GRPO, TRL's KL | grpo --beta 0.1 | GRPO loss_type=grpo beta=0.1 | ρ k3
 GRPO, temperature | grpo --kl none --updates 2 --temperature 0.7
     | GRPO loss_type=grpo updates=2 temperature=0.7
@@ -152,6 +173,10 @@ DAPO, minibatches | dapo --minibatches 2 --no-overlong --eps-high 0.2
 online DPO | online_dpo --label argmax | OnlineDPO beta=0.1
 online IPO of sums | online_dpo --label argmax --loss ipo --ipo-sum --beta 0.5
     | OnlineDPO loss_type=ipo beta=0.5
+PPO | ppo --updates 2 --minibatches 2 --beta 0.1 --lam 0.9 --gamma 0.8 --vf-coef 0.3 --eps 0.02
+    --eps-v 0.02 --missing-eos-penalty 0.5
+    | derivation passes=2 parts=2 beta=0.1 lam=0.9 gamma=0.8 vf_coef=0.3 eps=0.02 eps_v=0.02
+    penalty=0.5
 """
 
 
@@ -165,19 +190,30 @@ class Comparison(NamedTuple):
     departs: str = ""
     needs: str = ""
 
+    def other(self):
+        """-> the figures that TRL defines otherwise here"""
+        words = set(self.theirs.split())
+        rows = [figures for where, figures, *_ in OTHER if set(where.split()) <= words]
+        return {name for figures in rows for name in figures.split()}
 
-COMPARISONS = [
-    Comparison(*map(str.strip, row.split("|")))
-    for row in TABLE.replace("\n    ", " ").strip().splitlines()
-]
+
+def cells(table):
+    """-> the rows of a table above"""
+    lines = table.replace("\n    ", " ").strip().splitlines()
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+OTHER = cells(FIGURES)
+COMPARISONS = [Comparison(*row) for row in cells(TABLE)]
 
 
 # ---- one comparison
 
 
 def compare(row, folder):
-    """-> (how far the losses are apart, how far the gradients, relative to their norm): the most of
-    all optimizer steps"""
+    """-> (how far the losses are apart, how far the gradients, relative to their norm, both the
+    most of all optimizer steps; how far each figure is that both sides have logged, relative to
+    TRL's where that is above 1)"""
     data = sides.rows(row.ours.split()[0], row.needs)
     ours, rollout = sides.ours(row.ours, data, folder)
     data = data[::-1] if "backwards" in row.needs else data
@@ -185,7 +221,10 @@ def compare(row, folder):
     assert len(theirs) == len(ours) > 0, f"{row.name}: {len(theirs)} and {len(ours)} steps"
     losses = [abs(a - b) for (a, _), (b, _) in zip(ours, theirs)]
     gradients = [apart(a, b) for (_, a), (_, b) in zip(ours, theirs)]
-    return tuple(torch.tensor([losses, gradients]).amax(1).tolist())  # amax keeps a NaN
+    loss, gradient = torch.tensor([losses, gradients]).amax(1).tolist()  # amax keeps a NaN
+    both = ours.figures.keys() & theirs.figures.keys()
+    pairs = {name: (ours.figures[name], theirs.figures[name]) for name in sorted(both)}
+    return loss, gradient, {name: abs(a - b) / max(1, abs(b)) for name, (a, b) in pairs.items()}
 
 
 def apart(a, b):
@@ -195,14 +234,34 @@ def apart(a, b):
     return (difference / sum(x.square().sum() for x in b.values())).sqrt().item()
 
 
-def judge(row, loss, gradient):
+def judged(row, figures):
+    """-> {figure: how far it is apart}, of those that are held to agree"""
+    left_out = row.other() | ({"loss"} if "gradient" in row.needs else set())
+    return {} if row.departs else {k: x for k, x in figures.items() if k not in left_out}
+
+
+def judge(row, loss, gradient, figures):
     """-> (the verdict, whether it is the one that is expected)"""
-    found = [gradient] if "gradient" in row.needs else [loss, gradient]
+    found = (
+        {"gradient": gradient} if "gradient" in row.needs else {"loss": loss, "gradient": gradient}
+    )
     if row.departs:
-        shown = any(x > LARGE for x in found)
+        shown = any(x > LARGE for x in found.values())
         return row.departs if shown else f"NO LONGER: {row.departs}", shown
-    agree = all(x < SMALL for x in found)
-    return "agree" if agree else "DIFFERS", agree
+    wrong = [name for name, x in (judged(row, figures) | found).items() if not x < SMALL]
+    return f"DIFFERS: {', '.join(wrong)}" if wrong else "agree", not wrong
+
+
+def gone(found):
+    """{comparison: its differences} -> the figures that are said to be defined otherwise, and no
+    longer differ in any of these comparisons"""
+    for words, figures, *_ in OTHER:
+        rows = [
+            x for row, (*_, x) in found.items() if set(words.split()) <= set(row.theirs.split())
+        ]
+        for name in figures.split():
+            if rows and not any(x.get(name, 0) > SMALL for x in rows):
+                yield f"{name} of {words}"
 
 
 # ---- the command
@@ -227,15 +286,27 @@ def report(found):
     """{comparison: its differences} -> the tables, as lines of Markdown"""
     packages = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "torch"))
     yield f"{packages}\n"
-    lines = [["comparison", "ours", "TRL", "Δ loss", "Δ gradient", "verdict"]]
-    for row, (loss, gradient) in found.items():
-        figures = ["" if "gradient" in row.needs else f"{loss:.0e}", f"{gradient:.0e}"]
-        verdict, _ = judge(row, loss, gradient)
-        lines.append([row.name, f"`{row.ours}`", f"`{row.theirs}`", *figures, verdict])
+    head = ["comparison", "ours", "TRL", "Δ loss", "Δ gradient", "Δ figures", "of", "verdict"]
+    lines = [head]
+    for row, (loss, gradient, figures) in found.items():
+        shown = ["" if "gradient" in row.needs else f"{loss:.0e}", f"{gradient:.0e}"]
+        held = judged(row, figures)
+        shown += [f"{max(held.values()):.0e}", str(len(held))] if held else ["", ""]
+        verdict, _ = judge(row, loss, gradient, figures)
+        lines.append([row.name, f"`{row.ours}`", f"`{row.theirs}`", *shown, verdict])
     yield from tables.markdown(lines)
     named = {row.departs for row in found}
     lines = [["departure", "TRL", "ours", "the paper's side"]]
     lines += [[name, *words] for name, words in DEPARTURES.items() if name in named]
+    if len(lines) > 1:
+        yield ""
+        yield from tables.markdown(lines)
+    other = {name for row in found for name in row.other()}
+    lines = [["figures", "TRL logs", "ours"]]
+    for words, figures, *means in OTHER:
+        if set(figures.split()) <= other:
+            names = ", ".join(f"`{name}`" for name in figures.split())
+            lines.append([f"{names} of `{words}`", *means])
     if len(lines) > 1:
         yield ""
         yield from tables.markdown(lines)
@@ -254,7 +325,13 @@ def main(argv=None):
     agree = sum(not row.departs for row in found)
     if wrong:
         raise Stopped(f"{len(wrong)} of {len(found)} are not as expected: {'; '.join(wrong)}")
-    say(f"\n{len(found)} comparisons: {agree} agree, {len(found) - agree} depart, as expected.")
+    if alike := list(gone(found)):
+        raise Stopped(f"no longer defined otherwise: {'; '.join(alike)}")
+    held = sum(len(judged(row, x)) for row, (*_, x) in found.items())
+    say(
+        f"\n{len(found)} comparisons: {agree} agree, in {held} figures too, and "
+        f"{len(found) - agree} depart, as expected."
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The two sides of analysis.parity: a script's own `main`, and `train` of a trainer of TRL.
 
-Both read one folder: a small GPT-2 of random weights in float64, a reference, and a tokenizer of
-letters. Both read the same rows, in order. Where a method samples, the script samples, and the
-trainer is handed the same tokens. No loss is written here, and none is changed.
+Both read one folder: a small GPT-2 of random weights in float64, a reference, a reward model, and a
+tokenizer of letters. Both read the same rows, in order. If a method samples, the script samples,
+and the trainer is handed the same tokens. No loss is written here, and none is changed. TRL has no
+PPO: there analysis/derived_ppo.py is the other side.
 """
 
 import contextlib
@@ -12,11 +13,13 @@ import json
 import string
 import warnings
 from pathlib import Path
+from statistics import fmean
 from unittest.mock import patch
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from analysis import derived_ppo
 from gpt import ScalarGPT
 from training import Run, hf, locks, sampling
 
@@ -33,15 +36,16 @@ SCRIPTS = {  # a script -> the columns of its rows beside the prompt, has it a r
     "grpo": ("", True, "letters"),
     "dapo": ("", False, "verdict"),
     "online_dpo": ("", True, "letters"),
+    "ppo": ("", True, "a reward model"),
 }
 # Nothing is clipped: a clipped gradient does not show that it is twice too large.
 OURS = "--lr 0.003 --lr-schedule constant --warmup 0 --grad-clip 1000"
-OURS += " --dtype float64 --device cpu --eval-prompts 1"
+OURS += " --dtype float64 --device cpu --eval-prompts 1 --log-every 1"
 THEIRS = dict(
     **dict(learning_rate=0.003, lr_scheduler_type="constant", max_grad_norm=1000),
     **dict(optim="adamw_torch", adam_beta2=0.95, gradient_checkpointing=False),
-    **dict(use_cpu=True, bf16=False, save_strategy="no", logging_strategy="no"),
-    **dict(report_to="none", disable_tqdm=True),
+    **dict(use_cpu=True, bf16=False, save_strategy="no", report_to="none"),
+    **dict(logging_strategy="steps", logging_steps=1, disable_tqdm=True),
 )
 MODULES = {  # of a trainer that is not in trl itself
     "CPO": "trl.experimental.cpo",
@@ -53,14 +57,20 @@ ALIASES = {  # what the table calls a setting -> its name in TRL
     "accumulation": "gradient_accumulation_steps",
     "updates": "num_iterations",
 }
+NAMES = {  # TRL's name of a figure -> ours
+    "learning_rate": "lr",
+    "objective/scores": "reward",
+    "objective/scores_margin": "reward_margin",
+    "objective/kl": "kl",
+}
 
 
 # ---- what both read
 
 
 def write(folder):
-    """Writes folder/policy and folder/reference."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    """Writes folder/policy, folder/reference and folder/reward."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     ids = dict(bos_token_id=None, eos_token_id=END, pad_token_id=PAD)
@@ -75,6 +85,14 @@ def write(folder):
             words[END, 0], words[PAD, 0] = 2, -40  # some responses end, and none draws padding
             model.save_pretrained(Path(folder, name))
             tokenizer().save_pretrained(Path(folder, name))
+    config = GPT2Config(**SIZES, **no_dropout, **ids, num_labels=1)
+    with quiet():
+        judge = GPT2ForSequenceClassification(config).double()
+        with torch.no_grad():
+            for p in judge.parameters():
+                p += 0.2 * torch.randn_like(p)
+        judge.save_pretrained(Path(folder, "reward"))
+        tokenizer().save_pretrained(Path(folder, "reward"))
 
 
 def tokenizer(pad="<pad>"):
@@ -127,11 +145,20 @@ def verdict(completion):
 
 
 class Steps(list):
-    """An entry an optimizer step: (the loss that was differentiated, {a weight's name in
-    transformers: its gradient}). Torch itself is asked, on both sides alike."""
+    """One entry per optimizer step: (the loss that was differentiated, {a weight's name in
+    transformers: its gradient}). Torch itself is asked, on both sides alike. figures: {a figure
+    that the side has logged, under our name: its mean over the run}."""
 
     def __init__(self):
-        self.losses = []  # since the last step; several where there are micro-batches
+        self.losses = []  # since the last step; several if there are micro-batches
+        self.figures = {}
+
+    def logged(self, lines):
+        """Takes what the side has logged: dicts, each of an optimizer step or of a rollout."""
+        for name in {name for line in lines for name in line} - {"step"}:
+            found = [line[name] for line in lines if isinstance(line.get(name), (int, float))]
+            if found:
+                self.figures[NAMES.get(name, name)] = fmean(found)
 
     def watch(self, optimizer, gradients):
         def before(*_):
@@ -178,9 +205,9 @@ def ours(command, data, folder):
     script, steps, drawn = importlib.import_module(name), Steps(), []
     adamw, sample = Run.adamw, sampling.sample
 
-    def watched(run, model):
-        optimizer = adamw(run, model)
-        steps.watch(optimizer, lambda: gradients(model))
+    def watched(run, *models):
+        optimizer = adamw(run, *models)
+        steps.watch(optimizer, lambda: gradients(*models))
         return optimizer
 
     def kept(*args, **how):
@@ -196,6 +223,8 @@ def ours(command, data, folder):
         stack.enter_context(patch.object(Run, "finish", lambda *_, **__: None))  # no evaluation
         stack.enter_context(patch("training.sampling.sample", kept))
         script.main([*arguments(name, data, folder), *argv])
+    lines = Path(folder, "ours.jsonl").read_text().splitlines()
+    steps.logged([line for line in map(json.loads, lines) if "step" in line])
     return steps, drawn[-1] if drawn else None
 
 
@@ -209,17 +238,21 @@ def arguments(script, data, folder):
     if has_reference:
         found += ["--reference", f"{folder}/reference"]
     if judge:
-        found += ["--reward", f"{__file__}:{judge}", "--max-new-tokens", str(LONGEST)]
+        judge = f"{folder}/reward" if judge == "a reward model" else f"{__file__}:{judge}"
+        found += ["--reward", judge, "--max-new-tokens", str(LONGEST)]
     return found
 
 
-def gradients(model):
-    """-> {a weight's name in transformers: its gradient, as the weight stands there}"""
+def gradients(*models):
+    """-> {a weight's name in transformers: its gradient, as the weight stands there}; of a second
+    model, PPO's critic, the names begin with "critic." """
     found = {}
-    for name, p in model.named_parameters():
-        if name != "head.bias":  # transformers' head has none
-            (theirs,) = hf.theirs(name, model.config)
-            found[theirs] = (p.grad.T if hf.transposed(name, model.config) else p.grad).clone()
+    for prefix, model in zip(("", "critic."), models):
+        for name, p in model.named_parameters():
+            if name != "head.bias":  # transformers' head has none
+                (theirs,) = hf.theirs(name, model.config)
+                grad = p.grad.T if hf.transposed(name, model.config) else p.grad
+                found[prefix + theirs] = grad.clone()
     return found
 
 
@@ -235,6 +268,9 @@ def theirs(command, data, folder, steps, rollout=None):
     from transformers import GPT2LMHeadModel
 
     kind, *told = command.split()
+    if kind == "derivation":
+        with quiet():
+            return derived_ppo.train(Steps(), rollout, folder, **dict(map(setting, told)))
     module, found = importlib.import_module(MODULES.get(kind, "trl")), Steps()
     settings = THEIRS | {"output_dir": f"{folder}/theirs", "max_steps": steps}
     settings["per_device_train_batch_size"] = len(data)
@@ -269,6 +305,10 @@ def theirs(command, data, folder, steps, rollout=None):
         found.watch(optimizer, lambda: {name: p.grad.clone() for name, p in weights.items()})
         with found.watching_losses():
             trainer.train()
+    found.logged(trainer.state.log_history)
+    found.figures["loss"] = fmean(loss for loss, _ in found)
+    if kind in ("GRPO", "RLOO") and "kl" in found.figures:  # of a token; ours: of a response
+        found.figures["kl"] *= found.figures["completions/mean_length"]
     return found
 
 

@@ -121,6 +121,15 @@ def threads():
     torch.set_num_threads(1)
 
 
+def trained(folder, *args):
+    """Runs sft.py in this process. -> the folder, which has its checkpoint"""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        assert main("sft", *args) == 0
+    return folder
+
+
 JUDGE = """
 def odd(prompt, completion, **columns):
     return 1.0 if len(completion) % 2 else -1.0
@@ -133,9 +142,8 @@ def constant(prompt, completion):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with out/reviews/sft.pt, three steps of a tiny model."""
-    folder = tmp_path_factory.mktemp("tiny")
-    run("sft.py", *TINY, "--n-layer", 2, "--n-head", 2, "--n-embd", 16, cwd=folder)
-    return folder
+    small = "--n-layer 2 --n-head 2 --n-embd 16"
+    return trained(tmp_path_factory.mktemp("tiny"), *TINY, *small.split())
 
 
 ENDS = ["--init", "ends.pt", "--max-new-tokens", "8", "--device", "cpu"]
@@ -162,6 +170,5 @@ def ends(tiny):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A folder with out/exact/sft.pt, 150 steps of the default."""
-    folder = tmp_path_factory.mktemp("world")
-    run("sft.py", "--task", "exact", "--steps", 150, "--device", "cpu", cwd=folder)
-    return folder
+    how = "--task exact --steps 150 --device cpu"
+    return trained(tmp_path_factory.mktemp("world"), *how.split())

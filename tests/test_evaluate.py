@@ -5,6 +5,7 @@ import math
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import lines
@@ -12,6 +13,7 @@ from conftest import lines
 import data
 import dpo
 import kto
+import reward_model
 import sft
 import simpo
 from evaluate import Evaluator, printable
@@ -169,6 +171,28 @@ def test_held_out_loss_counts_every_row(tmp_path):
     held_out = task.demonstrations, partial(sft.compute_loss, o=None)
     found = evaluator(task, 4, held_out=held_out).measure(policy)["nll"]
     assert found == pytest.approx(nats / tokens)
+
+
+def test_held_out_figures_of_a_reward_model_by_hand(monkeypatch):
+    """Margins 1, -1, 0, 2 of labels p = 0.8, 0.3, 0.9, 1: the model agrees with 0.8, 0.7, 0 (a tie)
+    and 1. The gold labels 0.9, 0.2, 0.5, 1 allow 0.9, 0.8, 0.5 and 1; their noise is
+    √(0.09 + 0.16 + 0.25) / 4. Of the world: r - r_θ = (3, 1) at d = (¼, ¾) less its mean 1.5 is
+    (1.5, -0.5), whose mean square is ¼ 9/4 + ¾ 1/4 = ¾."""
+    found = reward_model.HeldOut.__new__(reward_model.HeldOut)
+    found.run, found.world, found.gold = None, ["outcomes"], True
+    found.texts = [("x", i, i) for i in range(4)]
+    found.pairs = [((1,), (2,), (3,), 0.0, p) for p in (0.8, 0.3, 0.9, 1.0)]
+    gold = dict(enumerate((0.9, 0.2, 0.5, 1.0)))
+    found.task = SimpleNamespace(preferred=lambda x, w, l, columns: gold[w])
+    found.task.r, found.task.d = np.array([[1.0, 2.0]]), np.array([[0.25, 0.75]])
+    scores = {8: [2.0, 0.0, 1.0, 5.0, 1.0, 1.0, 1.0, 3.0], 1: [4.0, 3.0]}
+    given = lambda model, rows, run: torch.tensor(scores[len(rows)])  # noqa: E731
+    monkeypatch.setattr(reward_model, "scores", given)
+    figures = found.measure(None)
+    expected = {"accuracy": 0.625, "accuracy_se": math.sqrt(0.625 * 0.375 / 4), "margin": 0.5}
+    expected |= {"mean_reward": 14 / 8, "min_reward": 0.0, "max_reward": 5.0, "pairs": 4}
+    expected |= {"accuracy_bound": 0.8, "accuracy_bound_se": math.sqrt(0.5) / 4}
+    assert figures == pytest.approx(expected | {"rms": math.sqrt(0.75)})
 
 
 def test_control_characters_do_not_reach_the_terminal():

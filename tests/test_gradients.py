@@ -1,13 +1,12 @@
-"""Gradients: estimators against enumeration, each RL script's first step by a plain loop from its
-equations, and what is trained, old or without weight."""
+"""Gradients: estimators against enumeration, and what is trained, old or without weight. The steps
+of the scripts themselves are held to their equations in test_steps.py."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import BATCH, ENDS, TINY, few_prompts, first_gradient, lines, main
-from torch.nn.functional import cosine_similarity, linear, pad
+from torch.nn.functional import cosine_similarity, pad
 
 import dapo
 import data
@@ -20,7 +19,6 @@ from gpt import (
     GPT,
     GPTConfig,
     ScalarGPT,
-    layout,
     load,
     response_logprobs,
     row_lengths,
@@ -154,6 +152,7 @@ def test_kl_estimators_against_the_exact_kl(drawn):
     assert cosine(toward, away) < 0.95  # the two directions differ
 
 
+@pytest.mark.slow
 def test_the_first_step_climbs_j_whatever_the_critic_says(world, monkeypatch):
     """The loop's own first gradient from 8,192 samples against that of E[r] by enumeration, with a
     critic that is wrong by half of what rewards vary: at λ = 1 the cosine is above 0.99, at λ = 0
@@ -214,178 +213,6 @@ def test_equal_rows_are_scored_once_and_count_as_often_as_they_stand(loss, world
     a, b = (gradient(losses.mean(), policy) for losses in (together, torch.cat(single)))
     torch.testing.assert_close(together, torch.cat(single))
     assert a.norm() > 1e-3 and (a - b).norm() < 1e-9 * a.norm()
-
-
-# ---- the first gradient, by a plain loop
-
-
-def keep(kept):
-    """-> sampling.sample, which adds its rollouts to `kept`, as they are drawn"""
-
-    def keep(*args, **more):
-        kept.append(sample(*args, **more))
-        return kept[-1] | {}
-
-    return keep
-
-
-def plain(model, ids, mask):
-    """-> log π of the response tokens of one row alone, from its logits"""
-    row, where = ids[: row_lengths(mask[None])], mask[1 : row_lengths(mask[None])]
-    logp = model(row[None])[0, :-1].log_softmax(-1).gather(1, row[1:, None])[:, 0]
-    return logp[where]
-
-
-def odd(rollout):
-    """-> (N,) what judge.py:odd gives"""
-    texts = [WORDS.decode(ids[mask].tolist()) for ids, mask in zip(rollout.ids, rollout.mask)]
-    return torch.tensor([1.0 if len(text) % 2 else -1.0 for text in texts]).double()
-
-
-@pytest.mark.parametrize(
-    "script, norm, agg, more",
-    [
-        ("grpo", "std", "seq_mean", []),
-        ("grpo", "std", "token_mean", []),
-        ("grpo", "std", "const", []),
-        ("grpo", "std", "sum", []),
-        ("grpo", "none", "const", ["--kl", "none"]),  # Dr. GRPO
-        ("grpo", "loo", "sum", ["--kl", "reward"]),  # RLOO: plain sums
-        ("dapo", "std", "token_mean", ["--no-overlong"]),
-        ("dapo", "std", "sum", ["--no-overlong"]),
-    ],
-)
-def test_the_first_gradient_is_the_equation_s(script, norm, agg, more, ends, monkeypatch):
-    """On-policy, π = π_ref: the gradient of - Σ_i w_i A_i Σ_t log π(y_it), with w = 1/(S|y|),
-    1/Σ|y|, 1/(S L_max) or 1/S, of the first 8 groups, dapo.py's mixed ones."""
-    monkeypatch.chdir(ends)
-    kept = []
-    args = [*ENDS, *BATCH, *ONE, "--adv-norm", norm, "--agg", agg, *more]
-    found, metrics = first_gradient(script, args, monkeypatch, sample=keep(kept))
-    model, s = load("ends.pt")[0].double(), Rollout.cat(kept[1:])  # the first was tried out
-    reward = odd(s).view(-1, 4)
-    chosen = torch.ones(len(reward)).bool() if script == "grpo" else reward.std(1) > 0
-    chosen &= chosen.cumsum(0) <= 8
-    s, reward = s[chosen.repeat_interleave(4)], reward[chosen]
-    total, value, lengths = 0.0, 0.0, s.mask.sum(1).tolist()
-    assert len(lengths) == 32 and len(set(lengths)) > 3 and (script == "grpo" or len(kept) > 2)
-    for i in range(32):
-        r, group = reward[i // 4, i % 4], reward[i // 4]
-        adv = r - group.mean()
-        if norm == "std":
-            adv = adv / ((((group - group.mean()) ** 2).sum() / 3).sqrt() + 1e-4)
-        if norm == "loo":
-            adv = r - (group.sum() - r) / 3
-        weights = {"seq_mean": 1 / 32 / lengths[i], "token_mean": 1 / sum(lengths)}
-        weight = (weights | {"const": 1 / 32 / 8, "sum": 1 / 32})[agg]
-        total = total - weight * adv * plain(model, s.ids[i], s.mask[i]).sum()
-        value = value - weight * adv * lengths[i]
-    torch.testing.assert_close(found, gradient(total, model), rtol=1e-5, atol=1e-8)
-    assert metrics["loss"] == pytest.approx(value.item(), abs=1e-6)  # each ratio is 1
-    assert metrics.get("kl", 0.0) == 0.0
-
-
-def test_gspo_equals_seq_mean_grpo_on_the_first_update(ends, monkeypatch):
-    monkeypatch.chdir(ends)
-    a, _ = first_gradient("grpo", [*ENDS, *BATCH], monkeypatch)
-    b, metrics = first_gradient("grpo", [*ENDS, *BATCH, "--ratio", "seq"], monkeypatch)
-    assert a.norm() > 1e-3 and (a - b).norm() < 1e-12
-    assert metrics["clip_ratio/low_mean"] == metrics["clip_ratio/high_mean"] == 0.0
-
-
-def plain_values(model, ids):
-    """(T,) ids -> (T,) values, of one row alone"""
-    at = layout(ids[None], torch.ones_like(ids, dtype=torch.bool)[None])
-    return linear(model.trunk.hidden(at), model.head.weight, model.head.bias)[:, 0]
-
-
-def test_ppo_s_first_gradients_are_the_equations(ends, monkeypatch):
-    """The policy's and the critic's, token by token in a plain loop from the docstring's equations,
-    float64. π = π_ref: no KL in the rewards; the reward model's score at the last token, 5 less
-    where there is no end; the mean is over all 32 responses' tokens."""
-    monkeypatch.chdir(ends)
-    kept = []
-    options = "--missing-eos-penalty 5 --lam 0.9 --gamma 0.8 --vf-coef 0.3".split()
-    args = [*RM, *ONE, *options]
-    found, metrics = first_gradient("ppo", args, monkeypatch, sample=keep(kept))
-    policy, critic, s = load("ends.pt")[0].double(), load("judge.pt")[0].double(), kept[-1]
-    assert 0 < s.finished.float().mean() < 1
-    tokens = []  # (log π, V with gradient, A, R) of every response token
-    for ids, mask, finished in zip(s.ids, s.mask, s.finished):
-        logp, values = (
-            plain(policy, ids, mask),
-            plain_values(critic, ids[: row_lengths(mask[None])]),
-        )
-        # the reward model is the critic's start, read at the last token
-        score = values[-1].item() - (0 if finished else 5)
-        V, n, A = values[-1 - len(logp) : -1], len(logp), 0.0
-        for t in reversed(range(n)):
-            delta = (score if t == n - 1 else 0.8 * V[t + 1].item()) - V[t].item()
-            A = delta + 0.8 * 0.9 * A
-            tokens.append((logp[t], V[t], A, A + V[t].item()))
-    adv = torch.tensor([A for *_, A, _ in tokens]).double()
-    white = (adv - adv.mean()) / (adv.var(correction=0) + 1e-8).sqrt()
-    loss = sum(-a * logp for (logp, *_), a in zip(tokens, white.tolist())) / len(tokens)
-    error = sum(0.5 * (V - R) ** 2 for _, V, _, R in tokens) / len(tokens)
-    expected = gradient(loss + 0.3 * error, policy, critic)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
-    assert metrics["loss/value_avg"] == pytest.approx(error.item(), rel=1e-6)
-    assert metrics["loss/policy_avg"] == pytest.approx(0, abs=1e-6)
-    assert metrics["policy/approxkl_avg"] == metrics["policy/clipfrac_avg"] == 0.0
-    assert metrics["val/clipfrac_avg"] == 0.0
-
-
-@pytest.mark.parametrize("loss, beta", [("dpo", 0.1), ("ipo", 1.0)])
-def test_dpo_s_first_gradient_is_the_equation_s(loss, beta, tiny, monkeypatch):
-    """π = π_ref, so h = 0: -β/2 mean(∇log π(y_w) - ∇log π(y_l)), of sums over tokens; IPO: -1/τ of
-    means. The log-probs are those of plain logits, row by row."""
-    monkeypatch.chdir(tiny)
-    args = f"--init out/reviews/sft.pt --batch-size 8 --loss {loss} --device cpu".split()
-    found, metrics = first_gradient("dpo", args, monkeypatch)
-    model, how = load("out/reviews/sft.pt")[0].double(), SimpleNamespace(seed=0, batch_size=8)
-    how.truncate = False
-    pairs = data.Batches(data.task("reviews").preferences, 0, WORDS, 256, how)[0]
-    total, rows = 0.0, [(x, y, sign) for x, *ys in pairs for y, sign in zip(ys, (1, -1))]
-    for x, y, sign in rows:
-        ids = torch.tensor([*x, *y])
-        logp = plain(model, ids, torch.arange(len(ids)) >= len(x))
-        total = total + sign * (logp.mean() if loss == "ipo" else logp.sum())
-    expected = gradient(-(1 / beta if loss == "ipo" else beta / 2) * total / len(pairs), model)
-    assert expected.norm() > 1e-3 and (found - expected).norm() < 1e-6 * expected.norm()
-    assert metrics["loss"] == pytest.approx(0.25 if loss == "ipo" else math.log(2))
-
-
-@pytest.mark.parametrize("label", ["argmax", "bt"])
-@pytest.mark.parametrize("loss, beta", [("dpo", 0.1), ("ipo", 1.0)])
-def test_online_dpo_s_first_gradient_is_the_equation_s(loss, beta, label, ends, monkeypatch):
-    """π = π_ref, so h = 0: -β/2 mean(∇log π(y_w) - ∇log π(y_l)) over the pairs that count; IPO:
-    -1/τ of the means over tokens. The pairs are told by a plain loop from the samples, and from
-    uniforms that draw the better one always."""
-    monkeypatch.chdir(ends)
-    monkeypatch.setattr(torch, "sigmoid", lambda x: torch.ones_like(x))
-    kept = []
-    args = f"--samples-per-prompt 3 --loss {loss} --label {label} --seed 3".split()
-    found, metrics = first_gradient("online_dpo", [*PAIRS, *args], monkeypatch, sample=keep(kept))
-    model, s = load("ends.pt")[0].double(), kept[-1]
-    reward, logp = odd(s), [plain(model, *row) for row in zip(s.ids, s.mask)]
-    logp = [x.mean() if loss == "ipo" else x.sum() for x in logp]
-    total, n = 0.0, 0
-    assert len(logp) == 24
-    for i in range(0, 24, 3):
-        best, worst = ([j for j in range(i, i + 3) if reward[j] == r] for r in (1, -1))
-        if (
-            not best or not worst
-        ):  # a tie: no weight with argmax, else the last wins, if they differ
-            same = s.ids[i][s.mask[i]].tolist() == s.ids[i + 2][s.mask[i + 2]].tolist()
-            if label == "argmax" or same:
-                continue
-            best, worst = [i + 2], [i]
-        total, n = total + logp[best[-1]] - logp[worst[0]], n + 1
-    expected = gradient(-(1 / beta if loss == "ipo" else beta / 2) * total / n, model)
-    assert 2 < n < (8 if label == "argmax" else 9)
-    assert (found - expected).norm() < 1e-6 * expected.norm()
-    assert metrics["loss"] == pytest.approx(0.25 if loss == "ipo" else math.log(2))
-    assert metrics["kl"] == pytest.approx(0, abs=1e-9)
 
 
 # ---- what is trained
@@ -452,21 +279,6 @@ def spy(monkeypatch, place, name):
         return kept[-1][1]
 
     monkeypatch.setattr(place, name, watch)
-    return kept
-
-
-def rollouts(monkeypatch):
-    """-> a list that gets (rollout, weights of the policy) where the training samples"""
-    kept, draw = [], Run.sample
-
-    def watch(self, model, *args, generator=None):
-        weights = {name: x.clone() for name, x in model.state_dict().items()}
-        rollout = draw(self, model, *args, generator=generator)
-        if generator is None:
-            kept.append((rollout, weights))
-        return rollout
-
-    monkeypatch.setattr(Run, "sample", watch)
     return kept
 
 
@@ -570,126 +382,6 @@ def test_at_a_rollout_s_first_optimizer_step_the_ratio_is_1(script, dtype, ends,
         assert torch.equal(logp, old) == first
         clipped = [x for key, x in metrics.items() if "clip" in key or "approxkl" in key]
         assert len(clipped) >= 2 and (not first or not any(x.any() for x in clipped))
-
-
-CLIP = "clip_grad_norm_"
-TWICE = "--steps 1 --updates 2 --minibatches 2 --warmup 0 --lr 0.01 --dtype float64 --log-every 1"
-
-
-@pytest.mark.parametrize("script", [grpo, dapo])
-def test_old_log_probs_are_those_before_the_rollout_s_updates(script, ends, monkeypatch):
-    """Two passes of two minibatches: the first ratio is exactly 1, and every old log-prob is the
-    starting policy's, whose rows and tokens are met again; later ratios are not 1, and with a large
-    step some are clipped. What is logged is the mean of the four."""
-    monkeypatch.chdir(ends)
-    name = script.__name__
-    seen, norms = spy(monkeypatch, script, f"{name}_loss"), spy(monkeypatch, torch.nn.utils, CLIP)
-    assert main(name, *ENDS, *BATCH, *TWICE.split(), "--out", "old/x.pt") == 0
-    pairs = [(args[0].detach(), args[1]) for args, _ in seen]
-    assert len(pairs) == 4 and torch.equal(*pairs[0])  # ratio 1
-    assert all((logp - old).abs().max() > 1e-3 for logp, old in pairs[1:])
-    sums = [torch.cat([old.sum(1) for _, old in pairs[i : i + 2]]).sort()[0] for i in (0, 2)]
-    torch.testing.assert_close(*sums)  # both passes: the same old log-probs, in another order
-    bound, clipped = (1.2 if script is grpo else 1.28), []
-    for (logp, old), (args, _) in zip(pairs, seen):
-        ratio, adv, n = (logp - old).exp(), args[3 if script is grpo else 2], (old != 0).sum()
-        low, high = (ratio < 0.8) & (adv < 0), (ratio > bound) & (adv > 0)
-        clipped.append([low.sum() / n, high.sum() / n])
-    line = lines(ends / "old/x.jsonl")[1]
-    low, high = torch.tensor(clipped).mean(0).tolist()
-    assert line["clip_ratio/low_mean"] == pytest.approx(low) and low > 0 < high
-    assert line["clip_ratio/high_mean"] == pytest.approx(high)
-    assert line["grad_norm"] == pytest.approx(sum(norm for _, norm in norms).item() / 4)
-
-
-def test_what_is_old_is_of_before_ppo_s_updates(ends, monkeypatch):
-    """Two passes of two minibatches, large steps: the first ratio is exactly 1, later ones are not;
-    both passes meet the same old log-probs (those that the tokens were drawn with), advantages and
-    values, in another order. Advantages are whitened over the rollout, not over a minibatch. What
-    is logged is the mean over the four, over response tokens."""
-    monkeypatch.chdir(ends)
-    policy, value = spy(monkeypatch, ppo, "ppo_loss"), spy(monkeypatch, ppo, "value_loss")
-    drawn, norms = rollouts(monkeypatch), spy(monkeypatch, torch.nn.utils, CLIP)
-    args = "--temperature 0.7 --eps 0.1 --eps-v 0.15 --missing-eos-penalty 5".split()
-    assert main("ppo", *RM, *TWICE.split(), *args, "--out", "old/x.pt") == 0
-    assert len(policy) == len(value) == 4 and torch.equal(*policy[0][0][:2])
-    masks = [old != 0 for (_, old, *_), _ in policy]
-
-    def tokens(calls, place, parts=slice(0, 2)):
-        """An argument of some of the calls, on response tokens"""
-        return torch.cat([args[place][m] for (args, _), m in list(zip(calls, masks))[parts]])
-
-    for i in (1, 2, 3):
-        assert (
-            tokens(policy, 0, slice(i, i + 1)) - tokens(policy, 1, slice(i, i + 1))
-        ).abs().max() > 1e-3
-    for calls, place in ((policy, 1), (policy, 2), (value, 1), (value, 2)):
-        first, second = tokens(calls, place), tokens(calls, place, slice(2, 4))
-        torch.testing.assert_close(first.sort()[0], second.sort()[0])
-    s, old = drawn[0][0], tokens(policy, 1).sort()[0]
-    torch.testing.assert_close(old.float(), s.logp[s.mask].sort()[0], rtol=0, atol=1e-4)  # at 0.7
-    adv, part = tokens(policy, 2), tokens(policy, 2, slice(0, 1))
-    assert adv.mean().abs() < 1e-6 and adv.var(correction=0).item() == pytest.approx(1, abs=1e-6)
-    assert part.mean().abs() > 1e-3
-    line, found = lines(ends / "old/x.jsonl")[1], []
-    for ((logp, old, A, _), loss), ((V, old_V, R, _), error), m in zip(policy, value, masks):
-        ratio, clipped_V = (logp - old).exp(), old_V + (V - old_V).clamp(-0.15, 0.15)
-        shares = {
-            "policy/clipfrac_avg": ((ratio > 1.1) & (A > 0)) | ((ratio < 0.9) & (A < 0)),
-            "val/clipfrac_avg": (V - R) ** 2 < (clipped_V - R) ** 2,
-            "policy/approxkl_avg": (logp - old) ** 2 / 2,
-            "loss/policy_avg": loss,
-            "loss/value_avg": error,
-        }
-        found.append({name: x[m].double().mean().item() for name, x in shares.items()})
-    for name in found[0]:
-        assert line[name] == pytest.approx(sum(x[name] for x in found) / 4, rel=1e-6), name
-    assert line["policy/clipfrac_avg"] > 0 < line["val/clipfrac_avg"]
-    assert line["kl"] == pytest.approx(0, abs=1e-6)  # π = π_ref
-    assert line["grad_norm"] == pytest.approx(sum(norm for _, norm in norms).item() / 4)
-    R, V = tokens(value, 2), tokens(value, 1)
-    explained = 1 - ((R - V).var() / R.var()).item()
-    assert line["explained_variance"] == pytest.approx(explained, abs=1e-4)
-
-
-def test_kl_in_the_reward_is_subtracted_before_the_baseline(ends, monkeypatch):
-    """Step 2: what the advantages are taken of is r - β Σ_t (log π - log π_ref), π the policy that
-    sampled."""
-    monkeypatch.chdir(ends)
-    scores, drawn = spy(monkeypatch, grpo, "group_advantages"), rollouts(monkeypatch)
-    args = "--kl reward --beta 0.5 --steps 2 --warmup 0 --lr 0.01 --adv-norm loo --log-every 1"
-    assert main("grpo", *ENDS, *BATCH, *args.split(), "--out", "inside/x.pt") == 0
-    ref, (s, weights) = load("ends.pt")[0], drawn[1]
-    policy = GPT(ref.config)
-    policy.load_state_dict(weights)
-    with torch.no_grad():
-        x = ref.logprobs(s.ids, s.mask) - policy.logprobs(s.ids, s.mask)
-    assert x.sum(1).abs().max() > 0.1
-    score = (odd(s) + 0.5 * x.sum(1)).double()
-    torch.testing.assert_close(scores[1][0][0].flatten(), score, rtol=0, atol=1e-3)
-    k3 = (x.exp() - x - 1).sum(1).mean().item()
-    assert lines(ends / "inside/x.jsonl")[2]["kl"] == pytest.approx(k3, rel=1e-3)
-
-
-def test_online_dpo_s_kl_is_that_of_the_second_step_s_samples(ends, monkeypatch):
-    """Drawn at the temperature. kl: mean over the step's responses of log π - log π_ref, of the
-    policy after one step; sampled_tokens: all of them, once."""
-    monkeypatch.chdir(ends)
-    drawn = rollouts(monkeypatch)
-    args = "--temperature 0.7 --steps 2 --warmup 0 --lr 0.01 --log-every 1 --dtype float64"
-    assert main("online_dpo", *PAIRS, *args.split(), "--out", "second/x.pt") == 0
-    first, _, second, last = lines(ends / "second/x.jsonl")
-    (s, weights), ref = drawn[1], load("ends.pt")[0].double()
-    policy = GPT(ref.config).double()
-    policy.load_state_dict(weights)
-    with torch.no_grad():
-        at_temperature = policy.logprobs(s.ids, s.mask, 0.7).float()
-        torch.testing.assert_close(at_temperature, s.logp, rtol=0, atol=1e-4)
-        x = policy.logprobs(s.ids, s.mask) - ref.logprobs(s.ids, s.mask)
-    mean = x.sum(1).mean().item()
-    assert abs(mean) > 1e-3 and second["kl"] == pytest.approx(mean, rel=1e-6) and len(drawn) == 2
-    total = sum(int(s.mask.sum()) for s, _ in drawn)
-    assert second["sampled_tokens"] == last["final"]["sampled_tokens"] == total
 
 
 # ---- what moves nothing

@@ -29,7 +29,11 @@ FLOORS = {  # file or folder -> what of ours it may import, and what else
     "analysis/bench.py": (f"gpt data training analysis {' '.join(METHODS)}", "torch tqdm"),
     "analysis/peers.py": ("data training analysis", "torch trl transformers tokenizers datasets"),
     "analysis/parity.py": ("data training analysis", "torch tqdm"),
-    "analysis/sides.py": ("gpt data training", "torch trl transformers tokenizers datasets"),
+    "analysis/sides.py": (
+        "gpt data training analysis",
+        "torch trl transformers tokenizers datasets",
+    ),
+    "analysis/derived_ppo.py": ("", "torch transformers"),
     "analysis/plots.py": (f"data training analysis {' '.join(METHODS)}", "matplotlib"),
 }
 FLOORS |= {f"{name}.py": ("gpt data training evaluate", "torch") for name in METHODS}

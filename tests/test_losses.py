@@ -251,6 +251,7 @@ def test_log_odds():
     near = log_odds(torch.tensor([-1e-7, -1e-8, 0.0, -80.0]))
     assert near[0].item() == pytest.approx(math.log(1e7), abs=1e-3)
     assert torch.isfinite(near).all() and near[3].item() == -80.0
+    assert near[0] == near[1] == near[2]  # constant from there on
 
 
 def test_orpo():

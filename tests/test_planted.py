@@ -1,73 +1,76 @@
-"""Mistakes that an implementation of these models can make, each planted in a copy of the sources:
-the golden tests see every one of them."""
+"""Every mistake of analysis/mistakes.txt and every bug of analysis/break_it.py can be put in, and
+the test that it names fails under it."""
 
-import shutil
+import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
-PLANTED = {
-    "pairs side by side": (
-        "gpt.py",
-        "x.roll(self.D // 2, -1)",
-        "x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)",
-    ),
-    "the other sense of rotation": (
-        "gpt.py",
-        "torch.cat([-sin, sin], -1)",
-        "torch.cat([sin, -sin], -1)",
-    ),
-    "no scaling of long waves": ("gpt.py", "if config.rope_scaling:", "if False:"),
-    "another base": ("gpt.py", "1 / config.rope_theta **", "1 / 10000.0 **"),
-    "no norm of queries and keys": ("gpt.py", "if self.qk_norm:\n", "if False:\n"),
-    "another epsilon": (
-        "gpt.py",
-        "self.weight.to(x.dtype), self.eps",
-        "self.weight.to(x.dtype), 1e-3",
-    ),
-    "gate and up the wrong way": ("gpt.py", "gate, h = h.chunk", "h, gate = h.chunk"),
-    "queries of the wrong key": (
-        "gpt.py",
-        "q_ = q.reshape(rows * self.K, -1, D)",
-        "q_ = q.unflatten(1, (-1, self.K)).transpose(1, 2).reshape(rows * self.K, -1, D)",
-    ),
-    "keys that are cached unrotated": ("gpt.py", "if angles:", "if angles and cache is None:"),
-    "one position for all rows": (
-        "gpt.py",
-        "self.position = self.length[:, None] + self.column[:T]",
-        "self.position = self.length.max() + self.column[:T].expand(len(self.length), T)",
-    ),
-    "the exact GELU": ("gpt.py", 'approximate="tanh"', 'approximate="none"'),
-    "a head that is always tied": ("gpt.py", "if not config.tied:", "if False:"),
-    "no 1/√D": ("gpt.py", "alpha=D**-0.5", "alpha=1.0"),
-    "matrices as they stand in GPT-2": (
-        "training/hf.py",
-        "return inner and not config.llama",
-        "return False",
-    ),
-    "keys and values exchanged": (
-        "training/hf.py",
-        '"self_attn.k_proj", "self_attn.v_proj"',
-        '"self_attn.v_proj", "self_attn.k_proj"',
-    ),
-    "no biases in Qwen2": ("training/hf.py", 'qkv_bias=kind == "qwen2"', "qkv_bias=False"),
-    "other heights": ("training/hf.py", "[H * D, K * D, K * D]", "[K * D, K * D, H * D]"),
-}
+import kto
+from analysis.break_it import BUGS
+from analysis.mistakes import MISTAKES, Mistake, read
+from kto import kto_kl
+
+ALL = BUGS | MISTAKES
+ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_every_mistake_has_its_place_and_its_test():
+    """Its place is a function whose source has the text once, and the edit changes its code."""
+    for name, mistake in MISTAKES.items():
+        assert mistake.code, name
+    for name, mistake in ALL.items():
+        file, test = mistake.test.split("::")
+        assert f"\ndef {test.partition('[')[0]}(" in (ROOT / "tests" / file).read_text(), name
+    assert not set(BUGS) & set(MISTAKES)
+
+
+def test_a_mistake_whose_place_is_gone_is_an_error():
+    for place, right in (("kto.gone", "x"), ("kto.kto_kl", "gone"), ("kto.kto_kl", "ratio")):
+        with pytest.raises((AttributeError, AssertionError)):
+            assert Mistake(place, right, "y", "").code
+    with pytest.raises(AssertionError, match="changes no code"):
+        assert Mistake("kto.kto_loss", "beta=0.1", "beta=0.2", "").code  # a default is no code
+
+
+def test_a_mistake_is_put_in_for_all_who_hold_the_function_and_taken_out_again():
+    text = "x: kto.kto_kl\n- ratio.sum()\n+ (-ratio).sum()\ntest_steps.py::test_kto\nparity KTO"
+    mistake = read(f"# a heading\n\n{text}\n")["x"]
+    assert mistake[3:] == ("test_steps.py::test_kto", "KTO")
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0])
+    assert kto_kl(a, b) == kto.kto_kl(a, b) == 1.5
+    with mistake.planted():
+        assert kto_kl(a, b) == kto.kto_kl(a, b) == 0.0
+    assert kto_kl(a, b) == kto.kto_kl(a, b) == 1.5
+
+
+# ---- each is seen
+
+
+def outcome(tests, *more):
+    """Runs tests of the repository. -> the finished process"""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *more, *tests]
+    return subprocess.run(command, cwd=ROOT, env=ALONE, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def all_pass():
+    """The tests pass while no mistake is in place."""
+    tests = {f"tests/{mistake.test.partition('[')[0]}" for mistake in ALL.values()}
+    done = outcome(sorted(tests))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", PLANTED)
-def test_it_is_seen(mistake, tmp_path):
-    file, right, wrong = PLANTED[mistake]
-    left_out = shutil.ignore_patterns(".*", "out", "docs", "__pycache__")
-    shutil.copytree(ROOT, tmp_path / "x", ignore=left_out)
-    path = tmp_path / "x" / file
-    text = path.read_text()
-    assert right in text
-    path.write_text(text.replace(right, wrong))
-    names = "logits or groups or to_the_bit"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_hf.py", "-k", names]
-    done = subprocess.run(command, cwd=tmp_path / "x", capture_output=True, text=True)
-    assert done.returncode == 1 and "test_hf.py::" in done.stdout, done.stdout + done.stderr
+@pytest.mark.parametrize("name", ALL)
+def test_it_is_seen(name, all_pass):
+    """By an assertion, and not because something is no longer defined"""
+    done = outcome([f"tests/{ALL[name].test}"], "-p", "analysis.break_it", "--break-it", name)
+    failed = re.search(
+        r"^FAILED tests/\S+.* - (assert |AssertionError|Failed: DID)", done.stdout, re.M
+    )
+    assert done.returncode == 1 and failed, done.stdout + done.stderr

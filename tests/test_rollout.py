@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BATCH, ENDS, TINY, documented, few_prompts, lines, main
-from test_gradients import NEVER_TIED, PAIRS, rollouts, spy
+from conftest import ENDS, TINY, documented, few_prompts, lines, main
+from test_gradients import NEVER_TIED, PAIRS, spy
 
 import dapo
 import online_dpo
@@ -200,29 +200,6 @@ def test_a_run_that_finds_no_mixed_groups(
     assert load("starved/x.pt")[1]["steps"] == 2 and not (ends / "starved/x.state").exists()
 
 
-def test_dapo_s_reward_is_the_verdict_with_the_length_penalty_after_the_filter(
-    ends, few_test_prompts, monkeypatch
-):
-    """±1, minus the soft punishment: with L_max = 8, L_c = 4 a response of 8 tokens loses 1, of 6
-    tokens ½, of 4 nothing."""
-    monkeypatch.chdir(ends)
-    scores = spy(monkeypatch, dapo, "group_advantages")
-    taken = spy(monkeypatch, dapo, "dynamic_sampling")
-    args = [*ENDS, *BATCH, *"--steps 1 --overlong-cache 4 --log-every 1 --out long/x.pt".split()]
-    assert main("dapo", *args) == 0
-    s, correct, _ = taken[0][1]
-    n = s.length.view(8, 4)
-    assert {4, 6, 8} <= set(n.flatten().tolist())
-    expected = torch.where(correct, 1.0, -1.0) - ((n - 4) / 4).clamp(min=0)
-    torch.testing.assert_close(scores[0][0][0], expected)
-    line = lines(ends / "long/x.jsonl")[1]
-    assert line["overlong"] == pytest.approx((n > 4).float().mean().item())
-    assert line["overlong_reward"] == pytest.approx(-((n - 4) / 4).clamp(min=0).mean().item())
-    assert line["overlong_reward"] < 0 and line["frac_reward_zero_std"] == 0.0
-    assert line["reward"] == pytest.approx((2.0 * correct - 1).mean().item())
-    assert line["kept_fraction"] > 0
-
-
 def test_fewer_prompts_than_a_batch_and_fewer_responses_than_minibatches(
     ends, tmp_path, monkeypatch
 ):
@@ -281,6 +258,21 @@ def watched(args, monkeypatch):
         m.setattr(Run, "update", watch)
         assert main("online_dpo", *args) == 0
     return policies, refs
+
+
+def rollouts(monkeypatch):
+    """-> a list that gets (rollout, weights of the policy) where the training samples"""
+    kept, draw = [], Run.sample
+
+    def watch(self, model, *args, generator=None):
+        weights = {name: x.clone() for name, x in model.state_dict().items()}
+        rollout = draw(self, model, *args, generator=generator)
+        if generator is None:
+            kept.append((rollout, weights))
+        return rollout
+
+    monkeypatch.setattr(Run, "sample", watch)
+    return kept
 
 
 def test_the_reference_is_fixed_or_the_last_round_s_policy(ends, few_test_prompts, monkeypatch):

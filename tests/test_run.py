@@ -20,7 +20,6 @@ from conftest import ROOT, TINY, TRAIN, documented, killed, lines, main, run
 
 import data
 import dpo
-import kto
 import reward_model
 from data import Stopped
 from gpt import GPTConfig, ScalarGPT, load
@@ -286,62 +285,6 @@ def test_files_of_pairs_train_the_whole_family(shop, call):
 # ---- the loop's loss and gradient
 
 
-def test_kto_s_reference_point_sees_the_whole_batch(tiny, monkeypatch):
-    """ẑ is one number for the step, from mismatched pairs of all 64 rows, whatever the micro-batch.
-    Not clamped here, lest all be 0."""
-    monkeypatch.chdir(tiny)
-    seen, loss = [], kto.kto_loss
-    monkeypatch.setattr(kto, "kto_kl", lambda logp, ref_logp: (logp - ref_logp).mean())
-    monkeypatch.setattr(kto, "kto_loss", lambda *x: (seen.append(x[3].item()), loss(*x))[1])
-    args = "--steps 2 --warmup 0 --lr 0.01 --max-new-tokens 4 --dtype float64 --device cpu".split()
-    for micro in (64, 16):
-        assert main("kto", *args, "--micro-batch", micro, "--out", "z/kto.pt") == 0
-    whole, cut = seen[:2], seen[2:]
-    assert len(cut) == 8 and cut[:4] == [0.0] * 4 and len(set(cut[4:])) == 1
-    assert cut[4] == pytest.approx(whole[1], rel=1e-6) and abs(whole[1]) > 1e-3
-
-
-def means(model, rows, prompt_too=False):
-    """(prompt, response) rows -> log π(y|x) a token by the plain formula; with the prompt, of all
-    tokens but the first."""
-    out = []
-    for x, y in rows:
-        ids = torch.tensor([*x, *y])
-        logp = model(ids[None])[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        out.append(logp.mean() if prompt_too else logp[-len(y) :].mean())
-    return torch.stack(out)
-
-
-@pytest.mark.parametrize(
-    "command",
-    ["simpo --beta 3 --gamma-beta-ratio 0.4", "simpo --sft-weight 0.5", "orpo --lam 2"]
-    + ["orpo --prompt-loss"],
-)
-def test_the_first_step_s_loss_is_the_equation_s(command, tiny, monkeypatch):
-    """The loop's loss on its first 8 pairs, against the equation in the file's docstring with
-    log-probs from plain logits."""
-    monkeypatch.chdir(tiny)
-    args = "--init out/reviews/sft.pt --steps 1 --batch-size 8 --max-new-tokens 4 --dtype float64"
-    name, *options = f"{command} {args} --log-every 1 --device cpu --out first/x.pt".split()
-    assert main(name, *options) == 0
-    logged = lines(tiny / "first/x.jsonl")[1]
-    model, meta = load("out/reviews/sft.pt")
-    tokenizer = data.Tokenizer(meta["tokenizer"])
-    how = SimpleNamespace(seed=0, batch_size=8, truncate=False)
-    pairs = data.Batches(data.task("reviews").preferences, 0, tokenizer, 256, how)[0]
-    with torch.no_grad():
-        w, l = (means(model.double(), [(row[0], row[i]) for row in pairs]) for i in (1, 2))
-        whole = means(model, [row[:2] for row in pairs], prompt_too=True)
-    if name == "simpo":
-        beta, gamma, sft_weight = (3, 1.2, 0) if "--beta" in options else (2, 1, 0.5)
-        loss = torch.log1p(torch.exp(gamma - beta * (w - l))) - sft_weight * w
-    else:
-        odds_w, odds_l = (p / (1 - p) for p in (w.exp(), l.exp()))
-        nll = -whole if "--prompt-loss" in options else -w
-        loss = nll + (2 if "--lam" in options else 0.1) * torch.log(1 + odds_l / odds_w)
-    assert logged["loss"] == pytest.approx(loss.mean().item(), rel=1e-9)
-
-
 @pytest.mark.parametrize(
     "command",
     ["sft", "dpo", "dpo --loss ipo", "dpo --sft-weight 0.5", "reward_model --center-rewards 0.1"]
@@ -401,15 +344,6 @@ def test_a_frozen_reward_model_scores_as_its_original_in_bfloat16():
         assert torch.equal(model.score(ids, ids >= 0), frozen.score(ids, ids >= 0))
     assert frozen.trunk.blocks[0].up.weight.dtype == torch.bfloat16
     assert frozen.head.weight.dtype == torch.float32
-
-
-def test_precomputed_reference_changes_no_loss(tiny, monkeypatch):
-    monkeypatch.chdir(tiny)
-    logs = []
-    for extra in ([], ["--precompute-ref"]):
-        assert main("dpo", *TINY, "--pairs", 12, "--out", "pre/dpo.pt", *extra) == 0
-        logs.append([line["loss"] for line in lines(tiny / "pre/dpo.jsonl") if "loss" in line])
-    assert logs[0] == pytest.approx(logs[1], abs=1e-5) and len(logs[0]) == 3
 
 
 def test_log_probs_of_the_end_token_are_trained():
