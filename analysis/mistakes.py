@@ -35,7 +35,8 @@ class Mistake(NamedTuple):
     def function(self):
         """The function at the place, without its decorators"""
         found = resolve_name(self.place)
-        return inspect.unwrap(getattr(found, "fget", found))
+        found = getattr(found, "fget", getattr(found, "func", found))  # of a property, a cached one
+        return inspect.unwrap(found)
 
     @property
     def code(self):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
@@ -297,7 +298,7 @@ def watched(done):
         m.setattr(rlaif, "leave_one_out", logged("reward", advantages, lambda x, _: x[0]))
         m.setattr(rlaif, "bradley_terry_loss", logged("p", loss, lambda x, _: x[2]))
         args = ["--init", "a/x-skills.pt", *SHORT, "--batch-size", 32, "--lr", 0.01, "--beta", 0.5]
-        args += ["--clamp", 0.2, "--dtype", "float64", "--out", "w/x.pt"]
+        args += ["--clamp", 0.2, "--temperature", 0.7, "--dtype", "float64", "--out", "w/x.pt"]
         assert main("rlaif", *args) == 0
     kept["samples"] = [rollout for rollout in kept["samples"] if len(rollout) == 128]
     return seen, kept
@@ -328,6 +329,12 @@ def likelihoods(model, x, y):
     return logp[len(x) - 1 :]
 
 
+def logged(path, step=0):
+    """-> the figures of a step, but for those of the optimizer"""
+    figures = [line for line in lines(path) if "loss" in line][step]
+    return {k: x for k, x in figures.items() if k not in ("step", "lr", "grad_norm")}
+
+
 def test_sl_cai_learns_the_revisions_and_no_critique(watched, done):
     """The gradient of -Σ log π(y'|x)/Σ|y'| alone, both rounds' revisions; nothing of answers,
     principles or critiques."""
@@ -337,7 +344,9 @@ def test_sl_cai_learns_the_revisions_and_no_critique(watched, done):
     assert 2 < len(rows) <= 32
     assert {row.a for row in rows} & {row.b for row in rows}  # the second round revises the first's
     logp = [likelihoods(model, WORDS.encode(row.prompt), WORDS.answer(row.b)) for row in rows]
-    agree(gradient, -torch.cat(logp).mean(), model)
+    loss = -torch.cat(logp).mean()
+    agree(gradient, loss, model)
+    assert logged(done / "w/x-sl.jsonl") == pytest.approx({"loss": loss.item()})
 
 
 def test_the_preference_model_learns_soft_labels(watched, done):
@@ -355,12 +364,16 @@ def test_the_preference_model_learns_soft_labels(watched, done):
     assert sorted(kept["p"][0].tolist()) == pytest.approx(sorted(label.tolist()))
     writer = load(done / "w/x-sl.pt")[0].state_dict()
     assert all(torch.equal(x, writer[k].to(x)) for k, x in kept["comparisons, by"].items())
-    loss = 0.0
+    loss, right, margin = 0.0, [], []
     for pair, p in zip(pairs, label.tolist()):
         x, answers = WORDS.encode(pair.prompt), map(WORDS.answer, (pair.a, pair.b))
         a, b = (model.values(torch.tensor([x + y]))[0, -1] for y in answers)
         loss = loss - p * torch.sigmoid(a - b).log() - (1 - p) * torch.sigmoid(b - a).log()
+        right.append(float((a > b) == (p > 0.5)))
+        margin.append(abs(a - b).item())
     agree(gradient, loss / len(pairs), model)
+    figures = {"loss": loss.item() / len(pairs), "accuracy": fmean(right), "margin": fmean(margin)}
+    assert logged(done / "w/x-pm.jsonl") == pytest.approx(figures)
 
 
 def test_rl_cai_s_gradient_is_reinforce_s(watched, done):
@@ -377,7 +390,23 @@ def test_rl_cai_s_gradient_is_reinforce_s(watched, done):
     torch.testing.assert_close(r, score, atol=1e-4, rtol=0)
     groups = [r[i // 4 * 4 : i // 4 * 4 + 4] for i in range(128)]
     adv = torch.stack([x - (group.sum() - x) / 3 for x, group in zip(r, groups)])
-    agree(gradient, -(adv * model.logprobs(rollout.ids, rollout.mask).sum(1)).mean(), model)
+    logp, entropy = model.logprobs(rollout.ids, rollout.mask, 0.7, entropy=True)
+    loss = -(adv * logp.sum(1)).mean()
+    agree(gradient, loss, model)
+    groups, lengths = r.view(-1, 4), rollout.mask.sum(1).double()
+    figures = {
+        "loss": loss.item(),
+        "entropy": entropy.sum().item() / lengths.sum(),
+        "kl": 0.0,
+        "reward": r.mean(),
+        "reward_std": groups.std(1).mean(),
+        "frac_reward_zero_std": (groups.std(1) == 0).double().mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/clipped_ratio": 1 - rollout.finished.double().mean(),
+        "sampled_tokens": lengths.sum(),
+    }
+    figures = {name: float(x) for name, x in figures.items()}
+    assert logged(done / "w/x.jsonl") == pytest.approx(figures, abs=1e-4)
     allowed = {x for x, _ in REVIEWS.prompts(None, 0, "rest")}
     assert {row.prompt for row in kept["revisions"]} <= allowed
 
@@ -388,9 +417,10 @@ def test_the_kl_to_sl_cai_is_taken_from_the_reward(watched, done):
     rollout, reward = (watched[1][name][2] for name in ("samples", "reward"))
     sl, pm = opened(done / "w/x-sl.pt"), opened(done / "w/x-pm.pt")
     with torch.no_grad():
-        kl = (rollout.logp - sl.logprobs(rollout.ids, rollout.mask)).sum(1)
+        kl = (rollout.logp - sl.logprobs(rollout.ids, rollout.mask, 0.7)).sum(1)
         expected = pm.score(rollout.ids, rollout.mask) - 1.0 * ~rollout.finished - 0.5 * kl
     assert kl.abs().max() > 0.1
+    assert logged(done / "w/x.jsonl", 2)["kl"] == pytest.approx(kl.mean().item(), abs=1e-4)
     torch.testing.assert_close(reward.flatten(), expected, atol=1e-3, rtol=0)
 
 
