@@ -361,11 +361,10 @@ def token_logprobs(model, batch, temperature=1.0, entropy=False, mask=None):
     return tuple(map(batch.spread, found)) if entropy else batch.spread(found)
 
 
-def response_logprobs(model, batch, mean=False):
+def response_logprobs(model, batch):
     """-> (rows,) log-probs of the responses of a data.Batch or a Rollout: sums over their tokens,
-    in nats, or means."""
-    logp = model.logprobs(batch.ids, batch.mask, at=batch.layout).sum(1)
-    return batch.spread(logp / batch.mask.sum(1) if mean else logp)
+    in nats."""
+    return batch.spread(model.logprobs(batch.ids, batch.mask, at=batch.layout).sum(1))
 
 
 def response_scores(model, batch):

@@ -2,13 +2,12 @@
 
     python -m analysis.break_it mean_for_sum        the lines, a healthy run beside a broken one
     python -m analysis.break_it mean_for_sum --seed 1 --plot curves.png
-    python -m pytest -p analysis.break_it --break-it mean_for_sum tests/test_losses.py
+    python -m pytest -p analysis.plugin --break-it mean_for_sum tests/test_losses.py
 
 The scripts stay as they are: the lines are put in while a script runs in this process, and taken
 out again. In each of them `right` is the original function. All runs but those of sft.py start from
 one SFT checkpoint, which is made first if it is missing. The last command runs tests with the bug
-in place; it takes the names of analysis/mistakes.py too. docs/break-it.md shows all ten, and which
-test fails.
+in place. docs/break-it.md shows all ten, and which test fails.
 """
 
 import contextlib
@@ -26,7 +25,6 @@ from unittest.mock import patch
 import gpt
 import training
 from analysis import plots, tables
-from analysis.mistakes import MISTAKES
 from data import UserError, say
 from training import opt, parse
 
@@ -47,7 +45,7 @@ def end_out_of_mask(right, rows, device="cpu", ends=False):
 
 
 def mean_for_sum(right, model, batch):
-    return right(model, batch, mean=True)
+    return right(model, batch) / batch.length
 
 
 def moving_reference(right, run, policy):
@@ -218,18 +216,6 @@ BUGS = [
     ),
 ]
 BUGS = {bug.patch.__name__: bug for bug in BUGS}
-
-
-def pytest_addoption(parser):
-    names = [*BUGS, *MISTAKES]
-    parser.addoption("--break-it", choices=names, help="run the tests with this bug in place")
-
-
-def pytest_configure(config):
-    if name := config.getoption("break_it"):
-        stack = contextlib.ExitStack()
-        stack.enter_context((BUGS | MISTAKES)[name].planted())
-        config.add_cleanup(stack.close)
 
 
 # ---- both runs

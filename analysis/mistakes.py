@@ -9,7 +9,7 @@ mistakes.txt has them, as stanzas with an empty line between them:
     parity KTO                                          comparisons of analysis.parity that differ
 
     python -m analysis.mistakes                         all of them, each with its test
-    python -m pytest -p analysis.break_it --break-it kto-kl-sign tests/test_steps.py
+    python -m pytest -p analysis.plugin --break-it kto-kl-sign tests/test_steps.py
 
 While a mistake is in place, the function runs the code of its own edited source, so whoever holds a
 reference to it gets the mistake too. If a place is gone, or if text does not stand there exactly

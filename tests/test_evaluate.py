@@ -47,7 +47,7 @@ def model(seed):
 
 
 def test_rewards_and_win_rate_by_hand(monkeypatch):
-    """Rewards 3, -3, 1, -3 against 1, 3, 1, -3 (the last two do not end or are empty): one win, one
+    """Rewards 3, -3, 1, -3 against 1, 3, 1, -3 (the last two do not end): one win, one
     loss, two ties: win rate (1 + 0 + ½ + ½) / 4; means -2/4 and 2/4. The deviations of the first
     from their mean are 3.5, -2.5, 1.5 and -2.5: the variance is 27/3, the standard error 3/√4."""
     good, bad, mild = "The plot is superb.", "The plot is dreadful.", "The jokes are never wooden."
@@ -57,7 +57,7 @@ def test_rewards_and_win_rate_by_hand(monkeypatch):
 
     def respond(m, n, seed, scored_by=None):
         mine = m is policy
-        ended = [True, True, True, mine]
+        ended = [True, True, True, False]
         rows = zip(measured.prompts, texts[mine], ended)
         earned = [reward(prompt, text, end) for (_, prompt, _), text, end in rows]
         ratios = [torch.tensor([1.0, 2.0, 3.0, 6.0])]
@@ -74,7 +74,7 @@ def test_rewards_and_win_rate_by_hand(monkeypatch):
     assert figures["kl"] == pytest.approx(3.0)
     assert figures["kl_se"] == pytest.approx((14 / 3) ** 0.5 / 2)  # deviations -2 -1 0 3; √4
     assert figures["length"] == 10 and figures["ref_length"] == 20
-    assert figures["entropy"] == 0.5 and figures["ended"] == 1.0
+    assert figures["entropy"] == 0.5 and figures["ended"] == 0.75
     assert measured.shown[0][1:] == (texts[False][0], texts[True][0])
 
 
@@ -156,6 +156,9 @@ def test_held_out_accuracy_of_unpaired_rows(tmp_path):
     figures = evaluator(task, 4, reference=ref, held_out=held_out).measure(policy)
     assert figures["accuracy"] == pytest.approx(expected)
     assert 0 < expected < 1 and expected != 0.5
+    n = min(map(len, scores.values()))  # so many couples have no row in common
+    assert figures["accuracy_n"] == n > 1
+    assert figures["accuracy_se"] == pytest.approx(math.sqrt(expected * (1 - expected) / n))
 
 
 def test_held_out_loss_counts_every_row(tmp_path):

@@ -224,6 +224,19 @@ def test_entropy_is_that_of_the_distribution(temperature):
     assert entropy.max() <= math.log(11) and not entropy.requires_grad
 
 
+def test_log_probs_and_entropies_of_bfloat16_weights_are_float32():
+    """The logits are bfloat16's, their softmax is not."""
+    m, (ids, mask) = model(torch.bfloat16), ragged()
+    found = m.logprobs(ids, mask, 0.7, entropy=True)
+    log_p = (m(ids)[:, :-1].float() / 0.7).log_softmax(-1)
+    logp = log_p.gather(2, ids[:, 1:, None])[:, :, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    for x, expected in zip(found, (logp, entropy)):
+        assert x.dtype == torch.float32
+        expected = F.pad(torch.where(mask[:, 1:], expected, 0.0), (1, 0))
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_padding_and_row_order_change_nothing():
     m, (ids, mask) = model(), ragged()
     logp = m.logprobs(ids, mask)

@@ -1,0 +1,75 @@
+"""A plugin of pytest: runs tests with a bug of break_it.py or a mistake of mistakes.txt in place.
+
+    python -m pytest -p analysis.plugin --break-it wrong_kl_sign tests/test_losses.py
+    python -m pytest -p analysis.plugin --break-it every tests/test_steps.py
+
+With `every` each test runs once for every mistake that names it, and at the end without any.
+"""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from analysis.break_it import BUGS
+from analysis.mistakes import MISTAKES
+
+ALL = BUGS | MISTAKES
+
+
+def pytest_addoption(parser):
+    names = [*ALL, "every"]
+    parser.addoption("--break-it", choices=names, help="run the tests with this mistake in place")
+
+
+def pytest_configure(config):
+    name = config.getoption("break_it")
+    if name == "every":
+        config.pluginmanager.register(Every())
+    elif name:
+        stack = contextlib.ExitStack()
+        stack.enter_context(ALL[name].planted())
+        config.add_cleanup(stack.close)
+
+
+class Every:
+    """Prints which mistakes an assertion has seen, and which tests fail without a mistake."""
+
+    def __init__(self):
+        self.seen, self.unwell = {}, []
+
+    def pytest_generate_tests(self, metafunc):
+        test = f"{Path(metafunc.module.__file__).name}::{metafunc.function.__name__}"
+        names = [name for name, x in ALL.items() if x.test.partition("[")[0] == test]
+        metafunc.fixturenames.insert(0, "mistake")
+        metafunc.parametrize("mistake", [*names, "none"] if names else [], indirect=True)
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = filter(self.wanted, items)
+
+    def wanted(self, item):
+        """Whether the item is of a test that has mistakes, with the parameters that they name"""
+        name = item.callspec.params.get("mistake")
+        test = ALL[name].test if name in ALL else ""
+        return name is not None and test.partition("[")[2].rstrip("]") in item.name
+
+    @pytest.fixture
+    def mistake(self, request):
+        with ALL[request.param].planted() if request.param in ALL else contextlib.nullcontext():
+            yield
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        name, asserted = item.callspec.params["mistake"], (AssertionError, pytest.fail.Exception)
+        if report.failed and name == "none":
+            self.unwell.append(item.nodeid)
+        elif report.failed and isinstance(call.excinfo.value, asserted):
+            self.seen.setdefault(name, item.nodeid)
+        return report
+
+    def pytest_terminal_summary(self, terminalreporter):
+        for name, test in self.seen.items():
+            terminalreporter.write_line(f"seen: {name} by {test}")
+        for test in self.unwell:
+            terminalreporter.write_line(f"fails without a mistake: {test}")
