@@ -140,6 +140,11 @@ def test_kto_s_reference_point_is_that_of_mismatched_pairs():
     loss, known = optima.kto(log_p, LOG_D, LABELS, 0.5), optima.kto(log_p, LOG_D, LABELS, 0.5, z=z)
     assert loss.item() == pytest.approx(known.item(), rel=1e-12)
     assert abs(loss - optima.kto(log_p, LOG_D, LABELS, 0.5, z=0.0)) > 1e-4
+    log_p.requires_grad_()  # ẑ has no gradient
+    slopes = [
+        torch.autograd.grad(optima.kto(log_p, LOG_D, LABELS, 0.5, z=x), log_p)[0] for x in (None, z)
+    ]
+    torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-12)
 
 
 # ---- of the world
@@ -314,6 +319,9 @@ def test_what_is_known_of_grpo_and_ppo_and_what_is_not(agg):
     torch.testing.assert_close(point, best)
     assert loss(point) < loss(LOG_D)
     assert loss(LOG_D).item() == pytest.approx(-(LOG_D.exp() * R).sum(1).mean().item())
+    log_p = random_table(2).log_softmax(1)
+    J = ((log_p.exp() * R).sum(1) - 0.5 * kl(log_p, LOG_D)).mean()
+    assert loss(log_p).item() == pytest.approx(-J.item())
     unknown = [{"kl": "none"}, {"adv_norm": "std"}, {"agg": "seq_mean"}, {"agg": "token_mean"}]
     judges = [{"reward": x} for x in ("rm", "out/exact/reward_model.pt", "mine.py:number")]
     for change in [*unknown, *judges, {"temperature": 0.5}, {"beta": 0.0}]:
