@@ -13,8 +13,10 @@ import pytest
 
 from analysis.break_it import BUGS
 from analysis.mistakes import MISTAKES
+from data import UserError
 
 ALL = BUGS | MISTAKES
+SEEN = AssertionError, pytest.fail.Exception, UserError  # what a test fails by that sees a mistake
 
 
 def pytest_addoption(parser):
@@ -33,7 +35,7 @@ def pytest_configure(config):
 
 
 class Every:
-    """Prints which mistakes an assertion has seen, and which tests fail without a mistake."""
+    """Prints which mistakes are seen, by which test, and which tests fail without a mistake."""
 
     def __init__(self):
         self.seen, self.unwell = {}, []
@@ -41,7 +43,6 @@ class Every:
     def pytest_generate_tests(self, metafunc):
         test = f"{Path(metafunc.module.__file__).name}::{metafunc.function.__name__}"
         names = [name for name, x in ALL.items() if x.test.partition("[")[0] == test]
-        metafunc.fixturenames.insert(0, "mistake")
         metafunc.parametrize("mistake", [*names, "none"] if names else [], indirect=True)
 
     def pytest_collection_modifyitems(self, items):
@@ -51,9 +52,9 @@ class Every:
         """Whether the item is of a test that has mistakes, with the parameters that they name"""
         name = item.callspec.params.get("mistake")
         test = ALL[name].test if name in ALL else ""
-        return name is not None and test.partition("[")[2].rstrip("]") in item.name
+        return name in (*ALL, "none") and test.partition("[")[2].rstrip("]") in item.name
 
-    @pytest.fixture
+    @pytest.fixture(autouse=True)
     def mistake(self, request):
         with ALL[request.param].planted() if request.param in ALL else contextlib.nullcontext():
             yield
@@ -61,10 +62,10 @@ class Every:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
-        name, asserted = item.callspec.params["mistake"], (AssertionError, pytest.fail.Exception)
+        name = item.callspec.params["mistake"]
         if report.failed and name == "none":
             self.unwell.append(item.nodeid)
-        elif report.failed and isinstance(call.excinfo.value, asserted):
+        elif report.failed and isinstance(call.excinfo.value, SEEN):
             self.seen.setdefault(name, item.nodeid)
         return report
 

@@ -34,7 +34,7 @@ FLOORS = {  # file or folder -> what of ours it may import, and what else
         "torch trl transformers tokenizers datasets",
     ),
     "analysis/derived_ppo.py": ("", "torch transformers"),
-    "analysis/plugin.py": ("analysis", "pytest"),
+    "analysis/plugin.py": ("analysis data", "pytest"),
     "analysis/plots.py": (f"data training analysis {' '.join(METHODS)}", "matplotlib"),
 }
 FLOORS |= {f"{name}.py": ("gpt data training evaluate", "torch") for name in METHODS}

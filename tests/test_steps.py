@@ -88,12 +88,12 @@ def watch(ends, monkeypatch):
 
     def watch(command, steps=2):
         script, *args = command.split()
-        how = "--dtype float64 --device cpu --log-every 1 --out steps/x.pt"
-        how += "" if "--steps" in args else f" --steps {steps} --warmup 0 --lr 0.01"
-        how += (
-            "" if {script, *args} & {"reward_model", "--max-new-tokens"} else " --max-new-tokens 8"
-        )
-        assert main(script, *args, *how.split()) == 0
+        how = ["--dtype float64 --device cpu --log-every 1 --out steps/x.pt"]
+        if "--steps" not in args:
+            how.append(f"--steps {steps} --warmup 0 --lr 0.01")
+        if script != "reward_model" and "--max-new-tokens" not in args:
+            how.append("--max-new-tokens 8")
+        assert main(script, *args, *" ".join(how).split()) == 0
         found = [line for line in lines(ends / "steps/x.jsonl") if "loss" in line]
         return list(zip(found, taken, drawn, strict=True))
 
@@ -330,9 +330,8 @@ def responses(rollout):
     """-> [(prompt, response, whether it ended)], as ids"""
     found = []
     for ids, mask, finished in zip(rollout.ids, rollout.mask, rollout.finished.tolist()):
-        found.append(
-            (tuple(ids[: mask.int().argmax()].tolist()), tuple(ids[mask].tolist()), finished)
-        )
+        x, y = ids[: mask.int().argmax()], ids[mask]
+        found.append((tuple(x.tolist()), tuple(y.tolist()), finished))
     return found
 
 
@@ -364,7 +363,7 @@ def deviation(x):
 
 
 def advantages(groups, norm):
-    """[[score]] -> [A], one a response"""
+    """[[score]] -> [A], one per response"""
     found = []
     for group in groups:
         for r in group:
@@ -374,7 +373,7 @@ def advantages(groups, norm):
     return found
 
 
-def clipped(steps, rows, adv, models, temperature, weight, low, high, penalty, by_response=False):
+def clipped(steps, adv, models, temperature, weight, low, high, penalty, by_response=False):
     """The clipped loss of the responses of each optimizer step -> [(loss, figures)].
 
     adv: {(x, y): A}. weight(y, S, tokens): of each token of y, among S responses with so many
@@ -460,7 +459,7 @@ def test_grpo(options, watch):
             return beta * k3 * (ratio if kl == "k3-ratio" else 1)
 
         how = (adv, models, temperature, WEIGHTS[agg], low, high, kl != "none" and penalty)
-        found = clipped(steps, rows, *how, by_response="seq" in options)
+        found = clipped(steps, *how, by_response="seq" in options)
         groups = [rewards[i : i + 4] for i in range(0, 32, 4)]
         sampled += sum(len(y) for _, y, _ in rows)
         rest = group_figures(groups) | summary(rows) | {"sampled_tokens": sampled}
@@ -483,6 +482,7 @@ def test_dapo(watch):
         scores = [r + penalty for r, penalty in zip(rewards, lengths)]
         adv = advantages([scores[i : i + 4] for i in range(0, 32, 4)], "std")
         adv = {(x, y): A for (x, y, _), A in zip(rows, adv)}
+        assert {row[:2] for step in steps for row in responses(step.rows)} == adv.keys()
         how = (adv, steps[0].models, 1.3, WEIGHTS["token_mean"], 0.02, 0.05, None)
         rest = group_figures([rewards[i : i + 4] for i in range(0, 32, 4)]) | summary(rows)
         rest |= {
@@ -494,17 +494,17 @@ def test_dapo(watch):
             "sampled_tokens": sampled,
         }
         assert len(rollouts) > 1 and len(mixed) > 8 and 0 < rest["overlong"] < 1
-        found = clipped(steps, rows, *how)
+        found = clipped(steps, *how)
         agree(line, steps, [(loss, figures | rest) for loss, figures in found])
 
 
 def test_a_fifth_of_the_length_is_shaped_by_default(watch):
-    """L_max = 10: R_len is -(|y| - 8)/2 above 8 tokens."""
+    """L_max = 12: R_len is -(|y| - 10)/2 above 10 tokens."""
     command = f"dapo {SAMPLED} --reward judge.py:odd --temperature 1.3"
-    command += " --max-new-tokens 10"
+    command += " --max-new-tokens 12"
     for line, steps, _ in watch(command, 1):
         kept = [row for step in steps[:2] for row in responses(step.rows)]
-        shaped = [-max(0.0, (len(y) - 8) / 2) for _, y, _ in kept]
+        shaped = [-max(0.0, (len(y) - 10) / 2) for _, y, _ in kept]
         assert min(shaped) < 0 and line["overlong_reward"] == pytest.approx(mean(shaped))
 
 
