@@ -569,9 +569,11 @@ def test_batches_are_a_function_of_step_and_seed(tmp_path):
     seen = [tuple(map(str, row)) for step in range(batches.per_epoch) for row in batches[step]]
     assert batches.per_epoch == 38 and len(seen) == len(set(seen)) == 300
     assert again[50] == batches[50] != batches[12]  # another epoch, another order
+    assert sorted(batches[0]) != sorted(data.Batches(*draw, TOKENIZER, 64, options(4))[0])
     draw = data.task("reviews").preferences, 0
     toy, again = (data.Batches(*draw, TOKENIZER, 128, options(3)) for _ in range(2))
     assert toy[5] == again[5] != toy[6]
+    assert toy[5] != data.Batches(*draw, TOKENIZER, 128, options(4))[5]
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ import kto
 import reward_model
 import sft
 import simpo
-from evaluate import Evaluator, printable
+from evaluate import Evaluator, log_ratio_and_entropy, printable
 from gpt import GPT, GPTConfig
 from training import Compute
+from training.sampling import sample
 
 TOKENIZER = data.tokenizer()
 
@@ -106,6 +107,25 @@ def written(folder, **files):
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return data.task(str(folder / "train.jsonl"), str(folder / "test.jsonl"))
+
+
+def test_log_ratios_and_entropies_are_sums_over_a_response():
+    """By the plain formula, row by row: Σ_t log π/π_ref, Σ_t of the entropies, and how far a
+    token's log-prob is at most from the one that it was drawn with."""
+    policy, ref = model(0), model(1)
+    draws = torch.Generator().manual_seed(0)
+    rollout = sample(policy, [[1, 2, 3], [4, 5]], 6, TOKENIZER.end_id, generator=draws, group=2)
+    rollout.logp[1, 4] += 0.5
+    found = log_ratio_and_entropy(policy, ref, rollout).tolist()
+    alone = log_ratio_and_entropy(policy, None, rollout)[:, 0]
+    assert not alone.any()
+    for i, (ids, mask) in enumerate(zip(rollout.ids, rollout.mask)):
+        log_p, log_q = (m(ids[None])[0, :-1].log_softmax(-1) for m in (policy, ref))
+        places = mask[1:].nonzero()[:, 0]
+        ratio = (log_p - log_q)[places, ids[places + 1]].sum().item()
+        entropy = -(log_p.exp() * log_p).sum(-1)[places].sum().item()
+        assert found[i] == pytest.approx([ratio, entropy, 0.5 if i == 1 else 0.0], abs=1e-4)
+        assert len(places) > 1
 
 
 LOSSES = {
