@@ -1,9 +1,10 @@
 """A plugin of pytest: runs tests with a bug of break_it.py or a mistake of mistakes.txt in place.
 
     python -m pytest -p analysis.plugin --break-it wrong_kl_sign tests/test_losses.py
-    python -m pytest -p analysis.plugin --break-it every tests/test_steps.py
+    python -m pytest -n0 -p analysis.plugin --break-it every tests/test_steps.py
 
-With `every` each test runs once for every mistake that names it, and at the end without any.
+With `every`, in one process, each test runs once for every mistake that names it, and at the end
+without any.
 """
 
 import contextlib

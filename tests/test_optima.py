@@ -400,25 +400,25 @@ def descend(path, normalise=False, uniform=False, drop_end=False, steps=225):
     return kl(log_p, star(log_ref, R, 0.5)).mean().item()
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("uniform", "drop_end")]
+def test_dpo_finds_the_optimum(world):
+    assert descend(world / "out/exact/sft.pt") < 0.02
 
 
-@pytest.mark.parametrize("mistake", ["normalise", *SLOW])
-def test_dpo_finds_the_optimum_and_its_usual_mistakes_do_not(mistake, world):
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["normalise", "uniform", "drop_end"])
+def test_dpo_s_usual_mistakes_do_not_find_it(mistake, world):
     """Negative controls: a mean for the sum, a uniform reference, an end token left out of the
     sum."""
-    start = world / "out/exact/sft.pt"
-    right = descend(start)
-    assert right < 0.02
-    assert descend(start, **{mistake: True}) > max(0.1, 10 * right)
+    assert descend(world / "out/exact/sft.pt", **{mistake: True}) > 0.1
 
 
 def test_the_command_prints_a_line_a_checkpoint(world, call):
-    said = call("dpo", *SHORT, "--out", "out/exact/short.pt", cwd=world)
+    short = [*SHORT, "--steps", 10]
+    said = call("dpo", *short, "--out", "out/exact/short.pt", cwd=world)
     final = lines(world / "out/exact/short.jsonl")[-1]["final"]
     assert "kl_optimum" not in final and "KL(·‖π*)" in said
     more = ["--loss", "robust", "--dtype", "bfloat16", "--out", "out/exact/robust.pt"]
-    call("dpo", *SHORT, *more, cwd=world)
+    call("dpo", *short, *more, cwd=world)
     paths = "out/exact/short.pt", "out/exact/robust.pt"
     said = call("analysis.optima", *paths, "--device", "cpu", cwd=world).splitlines()
     short, robust = (next(x for x in said if x.startswith(path)) for path in paths)
