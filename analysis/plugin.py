@@ -44,26 +44,26 @@ class Every:
     def pytest_generate_tests(self, metafunc):
         test = f"{Path(metafunc.module.__file__).name}::{metafunc.function.__name__}"
         names = [name for name, x in ALL.items() if x.test.partition("[")[0] == test]
-        metafunc.parametrize("mistake", [*names, "none"] if names else [], indirect=True)
+        metafunc.parametrize("planted_mistake", [*names, "none"] if names else [], indirect=True)
 
     def pytest_collection_modifyitems(self, items):
         items[:] = filter(self.wanted, items)
 
     def wanted(self, item):
         """Whether the item is of a test that has mistakes, with the parameters that they name"""
-        name = item.callspec.params.get("mistake")
+        name = item.callspec.params.get("planted_mistake")
         test = ALL[name].test if name in ALL else ""
         return name in (*ALL, "none") and test.partition("[")[2].rstrip("]") in item.name
 
     @pytest.fixture(autouse=True)
-    def mistake(self, request):
+    def planted_mistake(self, request):
         with ALL[request.param].planted() if request.param in ALL else contextlib.nullcontext():
             yield
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
-        name = item.callspec.params["mistake"]
+        name = item.callspec.params["planted_mistake"]
         if report.failed and name == "none":
             self.unwell.append(item.nodeid)
         elif report.failed and isinstance(call.excinfo.value, SEEN):

@@ -181,6 +181,22 @@ def test_held_out_accuracy_of_unpaired_rows(tmp_path):
     assert figures["accuracy_se"] == pytest.approx(math.sqrt(expected * (1 - expected) / n))
 
 
+def test_held_out_accuracy_of_a_file_of_pairs_that_is_split(tmp_path):
+    """KTO's: the share of pairs whose chosen answer has the higher log-ratio."""
+    rows = data.task("reviews").preferences(25, 0)
+    files = [dict(zip(("prompt", "chosen", "rejected"), row)) for row in rows]
+    task, policy, ref = written(tmp_path, train=files, test=files), model(0), model(1)
+    higher = []
+    for x, *answers in rows:
+        w, l = (plain(x, y, "sum", policy, ref) for y in answers)
+        higher.append(w > l)
+    o = SimpleNamespace(beta=0.1, w_desirable=1.0, w_undesirable=1.0)
+    held_out = task.feedback, partial(kto.compute_loss, o=o)
+    figures = evaluator(task, 4, reference=ref, held_out=held_out).measure(policy)
+    assert figures["accuracy"] == pytest.approx(sum(higher) / 25)
+    assert 0.2 < figures["accuracy"] < 0.8 and figures["accuracy_n"] == 25
+
+
 def test_held_out_loss_counts_every_row(tmp_path):
     """Rows that stand twice in the file count twice: nats a token, by the plain formula."""
     rows = data.task("reviews").demonstrations(6, 0)
@@ -306,6 +322,18 @@ def test_moments_of_longer_responses_by_a_plain_loop(monkeypatch):
     sums["objective"] = sums["reward"] - 0.5 * sums["kl"]
     assert {key: figures[key] for key in sums} == pytest.approx(sums)
     assert 1.5 < sums["length"] < 2.9
+
+
+def test_of_sft_the_reference_is_the_policy_itself(monkeypatch):
+    """J is then E[r], and KL(π‖π*) = log Z - E[r]/β: Z is the mean of exp(r/β) under π."""
+    world, policy = data.task("exact"), object()
+    measured = evaluator(world, context=8, is_reference=True)
+    log_p = torch.randn(4, 40, generator=torch.Generator().manual_seed(0)).double().log_softmax(1)
+    monkeypatch.setattr(measured, "table", {policy: log_p}.get)
+    figures, p, r = measured.measure(policy), log_p.exp(), torch.from_numpy(world.r)
+    assert figures["objective"] == figures["reward"] == pytest.approx((p * r).sum(1).mean().item())
+    log_z = (p * (r / 0.5).exp()).sum(1).log().mean().item()
+    assert figures["kl_star"] == pytest.approx(log_z - figures["reward"] / 0.5)
 
 
 def test_evaluate_prints_the_table(world, call):

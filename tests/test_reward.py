@@ -69,6 +69,8 @@ def test_each_response_is_judged_with_its_own_prompt(judge, tmp_path):
     user = judge("r.py:f", "arithmetic:2")
     assert user(rows, s).tolist() == [0.0, 1.0, 1.0, 1.0] and user.model is None
     assert user.correct(rows, s).tolist() == [False, True, True, True]
+    user(rows[:1], s[:1])  # the largest reward of all rollouts is kept, not that of the last
+    assert user.run.largest_reward == 1.0
 
 
 # ---- a user's function

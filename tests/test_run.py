@@ -63,6 +63,15 @@ HELD = {  # the models in memory; * is trained
     "dapo": "policy*",
     "ppo": "policy* critic* ref",
 }
+FORWARD = {  # passes over a token: of the policy's sampling, π_old and each update; of the others
+    "dpo": 2,
+    "simpo": 1,
+    "orpo": 1,
+    "kto": 4,  # of both models, for ẑ and for the loss
+    "grpo": 2 + 1,
+    "dapo": 3,  # of many minibatches, π_old is a pass of its own
+    "ppo": 4 + 3 + 1,
+}
 SAMPLING = ("grpo", "dapo", "ppo")
 
 
@@ -101,6 +110,7 @@ def test_end_to_end(name, shop, call):
     keys = FIGURES + (SAMPLED if name in SAMPLING else [])
     assert all(math.isfinite(final[key]) for key in keys)
     assert [(model["role"], model["trainable"]) for model in final["models"]] == held
+    assert final["forward_passes"] == FORWARD[name]
     documented(steps, final)
     if name == "dpo":  # π = π_ref
         assert "gold reward" in said and "sft on reviews, 3 steps" in said
@@ -222,7 +232,8 @@ INIT = ["--init", "out/reviews/sft.pt", *TINY]
 
 
 def test_kto_warns_of_imbalance(shop, call):
-    """λ_D n_D / (λ_U n_U): 40 to 20 is 2, outside [1, 4/3]; with --w-undesirable 1.6 it is 1.25."""
+    """λ_D n_D / (λ_U n_U): 40 to 20 is 2, outside [1, 4/3]; with --w-undesirable 1.6 it is 1.25,
+    with --w-desirable 0.6 it is 1.2, and with 3 it is 6, of which 1.15 is 3 · 1.15/6."""
     rows = [{"prompt": f"q{i}", "completion": "a b c", "label": i % 3 > 0} for i in range(60)]
     write(shop / "l.jsonl", rows)
     write(shop / "e.jsonl", [row | {"prompt": f"e{i}"} for i, row in enumerate(rows)])
@@ -233,6 +244,9 @@ def test_kto_warns_of_imbalance(shop, call):
     assert words + " [1, 4/3]" in call("kto", *args, cwd=shop)
     assert 0 <= lines(shop / "out/l/kto.jsonl")[-1]["final"]["accuracy"] <= 1
     assert "warning" not in call("kto", *args, "--w-undesirable", 1.6, cwd=shop)
+    assert "warning" not in call("kto", *args, "--w-desirable", 0.6, cwd=shop)
+    said = call("kto", *args, "--w-desirable", 3, cwd=shop)
+    assert "= 6, outside" in said and "--w-desirable 0.57 would balance it" in said
     assert "warning" not in call("kto", *TINY, cwd=shop)
 
 
