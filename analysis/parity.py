@@ -138,8 +138,8 @@ KTO, micro-batches | kto --micro-batch 4 | KTO batch=4 accumulation=3 | ẑ of a
 KTO, prompts twice | kto | KTO | equal prompts | backwards twins
 GRPO | grpo --kl none | GRPO loss_type=grpo
 GRPO, clip | grpo --kl none --updates 2 | GRPO loss_type=grpo updates=2
-GRPO, ε and ε_high | grpo --kl none --updates 2 --eps 0.1 --eps-high 0.3
-    | GRPO loss_type=grpo updates=2 epsilon=0.1 epsilon_high=0.3
+GRPO, ε and ε_high | grpo --kl none --updates 2 --eps 0.1 --eps-high 0.5
+    | GRPO loss_type=grpo updates=2 epsilon=0.1 epsilon_high=0.5
 GRPO, k3 | grpo --updates 2 --beta 0.1
     | GRPO loss_type=grpo updates=2 beta=0.1 use_bias_correction_kl=False
 GRPO, ρ k3 | grpo --updates 2 --beta 0.1 --kl k3-ratio
