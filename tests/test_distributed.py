@@ -167,6 +167,17 @@ def test_the_uneven_batch_has_a_stand_in(monkeypatch):
     assert distributed.mine(5) == slice(2, 5) and distributed.mine(1) == slice(0, 1)
 
 
+def test_a_stand_in_counts_for_nothing(shop):
+    """Neither in the gradient nor in the tokens nor in the figures; what counts adds up."""
+    run = Run("dpo", training.parse(dpo.Options, ["--device", "cpu"], dpo.PRESETS))
+    run.sums, run.logged_in, run.updates = {}, {}, 0
+    x = torch.tensor(2.0, requires_grad=True)
+    for run.counts, tokens in ((True, 5), (False, 9), (True, 7)):
+        run.backward(3 * x, tokens)
+        run.log({"loss": torch.tensor([1.0, 2.0])}, 0.5)
+    assert x.grad == 6 and run.tokens == 12 and run.sums["loss"] == 3.0
+
+
 def test_a_rank_holds_half(both):
     """The ledger and the measured peak of --shard are those of one process of two: of every tensor
     it has the half, the larger one where a number is odd, and a gathered block is there too."""
@@ -281,6 +292,7 @@ def test_float16_is_close_to_float32(shop):
     half, full = (lines(shop / f"{dtype}.jsonl")[1:-1] for dtype in ("float16", "float32"))
     assert half[0]["skipped"] == 0 and half[0]["scale"] == 65536
     assert half[0]["entropy"] == pytest.approx(full[0]["entropy"], rel=1e-3)
+    assert half[0]["grad_norm"] == pytest.approx(full[0]["grad_norm"], rel=0.02)  # not scaled
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from analysis.mistakes import MISTAKES, Mistake, read
 from analysis.plugin import ALL
 from kto import kto_kl
 
-ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
+ALONE = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}
 
 
 def test_every_mistake_has_its_place_and_its_test():
@@ -25,7 +25,9 @@ def test_every_mistake_has_its_place_and_its_test():
         assert mistake.code, name
     for name, mistake in ALL.items():
         file, test = mistake.test.split("::")
-        assert f"\ndef {test.partition('[')[0]}(" in (ROOT / "tests" / file).read_text(), name
+        text, (function, _, parameters) = (ROOT / "tests" / file).read_text(), test.partition("[")
+        assert f"\ndef {function}(" in text, name
+        assert parameters.rstrip("]") in text or name in BUGS, name
     assert not set(BUGS) & set(MISTAKES)
 
 
@@ -76,6 +78,6 @@ def test_it_is_seen(name, seen):
     defined. What acts while modules are imported, or within a fixture of many tests, is put in
     alone."""
     if name not in seen:
-        said = outcome(name, [f"tests/{ALL[name].test}"])
+        said = outcome(name, [f"tests/{ALL[name].test.partition('[')[0]}"])
         why = r"(assert |AssertionError|Failed: DID|data\.error\.UserError)"
         assert re.search(rf"^(FAILED|ERROR) tests/.* - {why}", said, re.M), said
