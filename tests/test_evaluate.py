@@ -79,6 +79,25 @@ def test_rewards_and_win_rate_by_hand(monkeypatch):
     assert measured.shown[0][1:] == (texts[False][0], texts[True][0])
 
 
+def test_every_prompt_is_answered_once_at_temperature_1(monkeypatch):
+    """Ten prompts four at a time, by the policy and then by the reference: each question is judged
+    with its own response, whose log-probs are those that it was drawn with."""
+    monkeypatch.setattr("evaluate.ROWS", 4)
+    measured, seen = evaluator(data.task("reviews"), 6, reference=model(1)), []
+
+    def judge(questions, rollout):
+        for (ids, *_), row, mask in zip(questions, rollout.ids.tolist(), rollout.mask):
+            assert row[: int(mask.int().argmax())] == list(ids)
+        seen.extend(prompt for _, prompt, _ in questions)
+        return torch.arange(len(seen) - len(questions), len(seen)) * 1.0
+
+    measured.judges = {"reward": judge}
+    figures = measured.measure(model(0), 10)
+    assert seen == 2 * [prompt for _, prompt, _ in measured.prompts[:10]]
+    assert figures["prompts"] == 10 and figures["sampling_difference"] < 1e-4
+    assert figures["reward"] == 4.5 and figures["ref_reward"] == 14.5 and figures["win_rate"] == 0
+
+
 def test_kl_is_that_of_the_samples():
     """Against itself a policy is at KL 0 to the bit; against another its mean is positive by more
     than noise."""
@@ -331,6 +350,7 @@ def test_of_sft_the_reference_is_the_policy_itself(monkeypatch):
     log_p = torch.randn(4, 40, generator=torch.Generator().manual_seed(0)).double().log_softmax(1)
     monkeypatch.setattr(measured, "table", {policy: log_p}.get)
     figures, p, r = measured.measure(policy), log_p.exp(), torch.from_numpy(world.r)
+    assert set(figures) >= {"objective", "kl_star", "tv_star"}
     assert figures["objective"] == figures["reward"] == pytest.approx((p * r).sum(1).mean().item())
     log_z = (p * (r / 0.5).exp()).sum(1).log().mean().item()
     assert figures["kl_star"] == pytest.approx(log_z - figures["reward"] / 0.5)

@@ -21,9 +21,10 @@ from conftest import ROOT, TINY, TRAIN, documented, killed, lines, main, run
 import data
 import dpo
 import reward_model
+import sft
 from data import Stopped
-from gpt import GPTConfig, ScalarGPT, load
-from training import Compute, Run, checkpoint
+from gpt import GPT, GPTConfig, ScalarGPT, load
+from training import Compute, Run, checkpoint, lora, parse
 
 CPU = SimpleNamespace(device="cpu", dtype="float32")
 
@@ -358,6 +359,22 @@ def test_a_frozen_reward_model_scores_as_its_original_in_bfloat16():
         assert torch.equal(model.score(ids, ids >= 0), frozen.score(ids, ids >= 0))
     assert frozen.trunk.blocks[0].up.weight.dtype == torch.bfloat16
     assert frozen.head.weight.dtype == torch.float32
+
+
+def test_the_seed_is_that_of_weights_adapters_and_draws(shop, monkeypatch):
+    monkeypatch.chdir(shop)
+    task, path = data.task("reviews"), "out/reviews/sft.pt"
+    how = ["--seed", "3", "--device", "cpu"]
+    run = Run("sft", parse(sft.Options, [*how, "--n-layer", "1"], sft.PRESETS))
+    policy, _ = run.create(task)
+    assert run.generator.initial_seed() == 3
+    assert torch.equal(policy.wte.weight, GPT(policy.config, 3).wte.weight)
+    run = Run("reward_model", parse(reward_model.Options, [*how, "--lora", "2"]))
+    reward, _ = run.load(path, task, scalar=True)
+    assert torch.equal(reward.head.weight, ScalarGPT(reward.config, 3).head.weight)
+    expected = load(path)[0]
+    lora.adapt(expected, 2, 2.0, 3)
+    assert torch.equal(reward.trunk.blocks[1].up.A, expected.blocks[1].up.A)
 
 
 def test_log_probs_of_the_end_token_are_trained():
