@@ -112,6 +112,7 @@ def test_end_to_end(name, shop, call):
     assert all(math.isfinite(final[key]) for key in keys)
     assert [(model["role"], model["trainable"]) for model in final["models"]] == held
     assert final["forward_passes"] == FORWARD[name]
+    assert final["backward_passes"] == (4 if name == "ppo" else 1)  # of two models, two updates
     documented(steps, final)
     if name == "dpo":  # π = π_ref
         assert "gold reward" in said and "sft on reviews, 3 steps" in said
