@@ -25,7 +25,7 @@ from gpt import GPTConfig, load
 from training import Run, distributed
 from training.sampling import sample, uniforms
 
-TINY = "--steps 3 --batch-size 4 --log-every 1 --warmup 1 --device cpu --eval-prompts 6".split()
+TINY = "--steps 2 --batch-size 4 --log-every 1 --warmup 1 --device cpu --eval-prompts 6".split()
 SHORT = [*TINY, "--init", "ends.pt"]
 WIDE = [*SHORT, "--max-new-tokens", 6, "--dtype", "float64"]
 ROLLOUT = ["--group", 4, "--reward", "judge.py:odd"]

@@ -363,8 +363,10 @@ def test_overlong_filter_leaves_cut_responses_out_of_the_loss(ends, monkeypatch)
 # ---- what is old
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("script", [grpo, dapo, ppo])
+@pytest.mark.parametrize(
+    "script, dtype",
+    [(grpo, "float32"), (grpo, "bfloat16"), (dapo, "bfloat16"), (ppo, "bfloat16")],
+)
 def test_at_a_rollout_s_first_optimizer_step_the_ratio_is_1(script, dtype, ends, monkeypatch):
     """To the bit, however it is cut: of two rollouts with four minibatches of two micro-batches
     each, the first minibatch alone."""

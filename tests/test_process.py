@@ -76,7 +76,9 @@ def test_prompts_are_printed_without_control_characters(shop, call):
 # ---- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_signals_however_often_promise_only_what_is_true(number, shop):
     """Three in a row: where a state is named, it is whole."""
     args = [*INIT, "--steps", 100000, "--batch-size", 4, "--log-every", 1, "--out", "c/x.pt"]
