@@ -41,14 +41,15 @@ class Mistake(NamedTuple):
     @property
     def code(self):
         """The function's code with the mistake in it"""
-        path, own = inspect.getsourcefile(self.function), inspect.getsource(self.function)
+        function = self.function
+        path, own = inspect.getsourcefile(function), inspect.getsource(function)
         text, n = Path(path).read_text(), own.count(self.right)
         assert n == 1, f"{self.place} has {self.right!r} {n} times, not once"
         assert text.count(own) == 1, f"{path} has the source of {self.place} more than once"
         code = compile(text.replace(own, own.replace(self.right, self.wrong)), path, "exec")
-        for name in self.function.__qualname__.split("."):
+        for name in function.__qualname__.split("."):
             (code,) = [x for x in code.co_consts if isinstance(x, CodeType) and x.co_name == name]
-        assert code != self.function.__code__, f"{self.place}: the edit changes no code"
+        assert code != function.__code__, f"{self.place}: the edit changes no code"
         return code
 
     @contextlib.contextmanager

@@ -190,10 +190,13 @@ class Comparison(NamedTuple):
     departs: str = ""
     needs: str = ""
 
+    def has(self, words):
+        """Whether TRL's side has all of these words"""
+        return set(words.split()) <= set(self.theirs.split())
+
     def other(self):
         """-> the figures that TRL defines otherwise here"""
-        words = set(self.theirs.split())
-        rows = [figures for where, figures, *_ in OTHER if set(where.split()) <= words]
+        rows = [figures for words, figures, *_ in OTHER if self.has(words)]
         return {name for figures in rows for name in figures.split()}
 
 
@@ -242,9 +245,7 @@ def judged(row, figures):
 
 def judge(row, loss, gradient, figures):
     """-> (the verdict, whether it is the one that is expected)"""
-    found = (
-        {"gradient": gradient} if "gradient" in row.needs else {"loss": loss, "gradient": gradient}
-    )
+    found = ({} if "gradient" in row.needs else {"loss": loss}) | {"gradient": gradient}
     if row.departs:
         shown = any(x > LARGE for x in found.values())
         return row.departs if shown else f"NO LONGER: {row.departs}", shown
@@ -256,9 +257,7 @@ def gone(found):
     """{comparison: its differences} -> the figures that are said to be defined otherwise, and no
     longer differ in any of these comparisons"""
     for words, figures, *_ in OTHER:
-        rows = [
-            x for row, (*_, x) in found.items() if set(words.split()) <= set(row.theirs.split())
-        ]
+        rows = [x for row, (*_, x) in found.items() if row.has(words)]
         for name in figures.split():
             if rows and not any(x.get(name, 0) > SMALL for x in rows):
                 yield f"{name} of {words}"
@@ -301,10 +300,9 @@ def report(found):
     if len(lines) > 1:
         yield ""
         yield from tables.markdown(lines)
-    other = {name for row in found for name in row.other()}
     lines = [["figures", "TRL logs", "ours"]]
     for words, figures, *means in OTHER:
-        if set(figures.split()) <= other:
+        if any(row.has(words) for row in found):
             names = ", ".join(f"`{name}`" for name in figures.split())
             lines.append([f"{names} of `{words}`", *means])
     if len(lines) > 1:
