@@ -10,8 +10,8 @@
     4. overlong shaping   R_i = ±1 (correct or not) + R_len: 0 up to L_max - L_c tokens, then to -1
 
     paper               code                      shape
-    G, S                group, len(minibatch)     responses to a prompt; in an optimizer step
-    r, R, A             reward, score, adv        (P, G) of P prompts; A (P·G, 1), one a response
+    G, S                group, len(minibatch)     responses per prompt; per optimizer step
+    r, R, A             reward, score, adv        (P, G) of P prompts; A (P·G, 1), one per response
     log π_θ, π_old      logp, old_logp            (B, T) of token t, nats, at the temperature
     |y|, L_max          length, longest           response tokens, end token included
 
@@ -42,7 +42,8 @@ def group_advantages(reward, eps=1e-4, norm="std"):
     assert reward.dim() == 2 and reward.size(1) > 1, "a (P, G) tensor, G > 1"
     reward = reward.detach()
     reward = reward - reward[:, :1]  # so that equal rewards give 0, not a rounding error over eps
-    adv, G = reward - reward.mean(1, keepdim=True), reward.size(1)
+    adv = reward - reward.mean(1, keepdim=True)
+    G = reward.size(1)
     if norm == "std":
         return adv / (reward.std(1, keepdim=True) + eps)
     return adv * G / (G - 1) if norm == "loo" else adv  # r - mean of the other G - 1
@@ -64,7 +65,7 @@ def dapo_loss(logp, old_logp, adv, eps_low=0.2, eps_high=0.28):
 
 
 def overlong_penalty(length, max_len, cache_len):
-    """Of (B,) lengths in tokens, (B,): 0 up to max_len - cache_len, then falling to -1."""
+    """length: tokens, any shape. Returns the same shape: 0 up to max_len - cache_len, then to -1."""
     return -((length - (max_len - cache_len)) / cache_len).clamp(0, 1)
 
 
@@ -98,9 +99,9 @@ PRESETS = {
 
 
 def compute_loss(policy, batch, o):
-    """A micro-batch of B responses -> (losses, metrics), each (B, T): one entry a token."""
+    """A micro-batch of B responses -> (losses, metrics): (B, T), per token, or (B,), of each."""
     logp, entropy = token_logprobs(policy, batch, o.temperature, entropy=True)
-    old_logp = logp.detach() if batch.old_logp is None else batch.old_logp  # π_old is π_θ
+    old_logp = batch.old_logp_or(logp)  # first step of a rollout: π_old is π_θ, ρ is 1
     losses = dapo_loss(logp, old_logp, batch.adv, o.eps_low, o.eps_high)
 
     logp = logp.detach()
@@ -111,6 +112,15 @@ def compute_loss(policy, batch, o):
         "clip_ratio/high_mean": (ratio > 1 + o.eps_high) & (batch.adv > 0),
     }
     return losses, metrics
+
+
+def score_rollout(reward, rollout, o):
+    """reward (P, G) -> A, (P·G, 1), of the rollout's responses"""
+    score = reward
+    if o.overlong:  # after the filter, so that lengths make no group mixed
+        score = reward + rollout.R_len.view_as(reward)
+    adv = group_advantages(score, norm=o.adv_norm)
+    return adv.view(-1, 1).to(rollout.logp)
 
 
 def token_weight(batch, minibatch, longest, agg):
@@ -126,19 +136,25 @@ def token_weight(batch, minibatch, longest, agg):
     return batch.mask / S  # 1/S Σ_i Σ_t, RLOO (arXiv:2402.14740)
 
 
+def group_figures(reward):
+    """reward: (P, G) -> the figures of a rollout that a record has"""
+    equal = (reward == reward[:, :1]).all(1).float().mean()
+    spread = reward.std(1).mean()
+    return {"reward": reward.mean(), "reward_std": spread, "frac_reward_zero_std": equal}
+
+
 def dynamic_sampling(policy, prompts, judge, run, o):
-    """Samples until P groups are mixed. -> (their Rollout, verdicts (P, G), figures to log)"""
+    """Samples until P groups are mixed. -> (their Rollout, rewards ±1 (P, G), figures to log)"""
     parts, verdicts, keep = [], [], torch.zeros(0)
     while keep.sum() < prompts.batch_size and len(parts) < o.max_rounds:
         questions = next(prompts)  # P of them
         parts.append(run.sample(policy, questions, prompts.longest, o.group, o.temperature))
         verdicts.append(judge.correct(questions, parts[-1]).view(-1, o.group))
-        correct = torch.cat(verdicts)
-        keep = keep_groups(correct)
+        keep = keep_groups(correct := torch.cat(verdicts))
     figures = {"accuracy": correct.float().mean(), "kept_fraction": keep.float().mean()}
     keep &= keep.cumsum(0) <= prompts.batch_size  # the surplus is dropped
     rollout = parts[0].cat(parts)[keep.repeat_interleave(o.group)]
-    return rollout, correct[keep], figures | {"num_gen_batches": len(parts)}
+    return rollout, 2.0 * correct[keep] - 1, figures | {"num_gen_batches": len(parts)}
 
 
 def main(argv=None):
@@ -146,37 +162,33 @@ def main(argv=None):
     run = Run("dapo", o)
     task = data.task(o.task, o.eval_file, o.strict)
     judge = load_judge(o.reward, run, task)
-    policy, tokenizer = run.load(o.init or run.stage("sft"), task)
+    policy = run.load(o.init or run.stage("sft"), task)
     run.hold(policy=policy, reward=judge.model)
 
-    prompts = data.Prompts(task, tokenizer, run.block_size, o)
+    prompts = run.prompts()
     cache = o.overlong_cache or max(1, prompts.longest // 5)
     if o.overlong and cache > prompts.longest:
         raise data.UserError(f"--overlong-cache {cache} is above a response's {prompts.longest}")
-    evaluator = Evaluator(run, task, run.init, judge)
+    evaluator = Evaluator(run, task, run.baseline, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
-    once = o.updates == o.minibatches == 1
+    on_policy = o.updates == o.minibatches == 1  # π_θ is π_old all along: no pass for it
 
     for _ in run.steps(prompts, optimizer):
         with run.clock("sample"):
-            rollout, correct, figures = dynamic_sampling(policy, prompts, judge, run, o)
-            reward = 2.0 * correct - 1  # (P, G)
+            rollout, reward, figures = dynamic_sampling(policy, prompts, judge, run, o)
         if len(reward) < prompts.batch_size:
             found = f"{len(reward)} groups with mixed answers of the {prompts.batch_size} needed"
             easy = "too easy" if figures["accuracy"] > 0.5 else "too hard"
             run.cut_short(f"--max-rounds {o.max_rounds} found {found}: {easy}, or too few rounds")
             break
         with run.clock("logprobs"):
-            rollout.old_logp = None if once else run.logprobs(policy, rollout, o.temperature)
+            rollout.old_logp = None if on_policy else run.logprobs(policy, rollout, o.temperature)
 
-        score = reward
-        if o.overlong:  # after the filter, so that lengths make no group mixed
-            R_len = overlong_penalty(rollout.length.view_as(reward), prompts.longest, cache)
-            score = reward + R_len
+        if o.overlong:
+            R_len = rollout.R_len = overlong_penalty(rollout.length, prompts.longest, cache)
             figures |= {"overlong": (R_len < 0).float().mean(), "overlong_reward": R_len.mean()}
-        adv = group_advantages(score, norm=o.adv_norm)  # (P, G)
-        rollout.adv = adv.view(-1, 1).to(rollout.logp)  # (P·G, 1)
+        rollout.adv = score_rollout(reward, rollout, o)  # (P·G, 1)
         run.log(group_figures(reward) | rollout.summary())
         run.log(figures)
         if o.overlong_filter:  # nothing may be left of a response, nor of a minibatch
@@ -188,21 +200,13 @@ def main(argv=None):
                     with run.autocast():
                         losses, metrics = compute_loss(policy, batch, o)
                     weight = token_weight(batch, minibatch, prompts.longest, o.agg)
-                    run.backward((weight * losses).sum(), batch.tokens)
+                    run.backward((weight * losses).sum(), tokens=batch.tokens)
                     run.log({"loss": losses}, weight)
                     run.log(metrics, token_weight(batch, minibatch, prompts.longest, "token_mean"))
                 run.update(optimizer)
         run.evaluate(evaluator, policy)
 
-    passes = 1 + (not once) + o.updates  # sampling, log-probs of π_old, training
-    run.finish(evaluator, policy, {"policy": passes}, o.updates)
-
-
-def group_figures(reward):
-    """reward: (P, G) -> the figures of a rollout that a record has"""
-    equal = (reward == reward[:, :1]).all(1).float().mean()
-    spread = reward.std(1).mean()
-    return {"reward": reward.mean(), "reward_std": spread, "frac_reward_zero_std": equal}
+    run.finish(evaluator, policy)
 
 
 if __name__ == "__main__":

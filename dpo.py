@@ -36,7 +36,7 @@ import torch.nn.functional as F
 import data
 import training
 from data import UserError
-from evaluate import Evaluator
+from evaluate import Evaluator, pair_accuracy
 from gpt import response_logprobs
 from training import PairOptions, Run, opt, parse
 
@@ -100,8 +100,7 @@ PRESETS = {
 
 
 def compute_loss(policy, ref, batch, o):
-    """A micro-batch of B pairs -> (losses, metrics), each (B,): one entry a pair."""
-    mean = o.loss == "ipo" and not o.ipo_sum
+    """A micro-batch of B pairs -> (losses, metrics), each (B,): one entry per pair."""
     logp_w, logp_l = response_logprobs(policy, batch).chunk(2)  # (B,) twice, chosen first
     len_w, len_l = batch.length.chunk(2)
     with torch.no_grad():
@@ -110,9 +109,11 @@ def compute_loss(policy, ref, batch, o):
         else:
             ref_logp_w, ref_logp_l = response_logprobs(ref, batch).chunk(2)
 
+    sum_w, sum_l = logp_w, logp_l
+    if o.loss == "ipo" and not o.ipo_sum:  # means over tokens
+        logp_w, ref_logp_w = logp_w / len_w, ref_logp_w / len_w
+        logp_l, ref_logp_l = logp_l / len_l, ref_logp_l / len_l
     logps = logp_w, logp_l, ref_logp_w, ref_logp_l
-    if mean:
-        logps = [x / n for x, n in zip(logps, (len_w, len_l, len_w, len_l))]
     if o.loss == "dpo":
         losses = dpo_loss(*logps, o.beta, o.label_smoothing)
     elif o.loss == "robust":
@@ -120,43 +121,48 @@ def compute_loss(policy, ref, batch, o):
     else:
         losses = ipo_loss(*logps, tau=o.beta)
     if o.sft_weight:
-        losses = losses - o.sft_weight * logp_w / len_w
+        losses = losses - o.sft_weight * sum_w / len_w
 
-    reward_w = o.beta * (logps[0] - logps[2]).detach()
-    reward_l = o.beta * (logps[1] - logps[3]).detach()
+    reward_w = o.beta * (logp_w - ref_logp_w).detach()
+    reward_l = o.beta * (logp_l - ref_logp_l).detach()
     return losses, {
         "rewards/chosen": reward_w,
         "rewards/rejected": reward_l,
         "rewards/margins": reward_w - reward_l,
         "rewards/accuracies": reward_w > reward_l,
-        "logps/chosen": logp_w.detach(),
-        "logps/rejected": logp_l.detach(),
+        "logps/chosen": sum_w.detach(),
+        "logps/rejected": sum_l.detach(),
     }
+
+
+def held_out(task, o):
+    return pair_accuracy(task, partial(compute_loss, o=o), with_ref=True)
 
 
 def with_reference(ref, pairs, run):
     """-> the pairs with two more columns, the log-probs of chosen and of rejected under ref"""
 
     def both(micro):
-        return response_logprobs(ref, data.pad_pairs(micro, run.device)).view(2, -1).T
+        logps = response_logprobs(ref, data.pad_pairs(micro, run.device))
+        return torch.stack(logps.chunk(2), 1)
 
     size = run.o.micro_batch or run.o.batch_size
-    return pairs.widened(run.scores(pairs, both, size).tolist())
+    return pairs.with_columns(run.scores(pairs, both, size).tolist())
 
 
 def main(argv=None):
     o = parse(Options, argv, PRESETS)
     run = Run("dpo", o)
     task = data.task(o.task, o.eval_file, o.strict)
-    policy, tokenizer = run.load(o.init or run.stage("sft"), task)
+    policy = run.load(o.init or run.stage("sft"), task)
     ref = run.reference(policy)
-    batches = data.Batches(task.preferences, o.pairs or task.size, tokenizer, run.block_size, o)
+    batches = run.batches(task.preferences, fixed=o.pairs)
     if o.precompute_ref:
-        batches.rows, ref = with_reference(ref, batches.rows, run), None
+        batches.rows = with_reference(ref, batches.rows, run)
+        ref = None  # one model is left in memory
     run.hold(policy=policy, ref=ref)
 
-    held_out = task.preferences, partial(compute_loss, o=o)
-    evaluator = Evaluator(run, task, ref or run.init, held_out=held_out)
+    evaluator = Evaluator(run, task, ref or run.baseline, held_out=held_out(task, o))
     optimizer = run.adamw(policy)
 
     for step in run.steps(batches, optimizer):
@@ -166,7 +172,7 @@ def main(argv=None):
             batch = data.pad_pairs(micro, run.device)
             with run.autocast():
                 losses, metrics = compute_loss(policy, ref, batch, o)
-            run.backward((weight * losses).sum(), batch.tokens)
+            run.backward((weight * losses).sum(), tokens=batch.tokens)
             run.log(metrics | {"loss": losses}, weight)
         run.update(optimizer)
         run.evaluate(evaluator, policy)

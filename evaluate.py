@@ -8,12 +8,12 @@ from the reference π_ref, the checkpoint that the method started from:
 
     reward       mean reward of the responses; ref_reward: of the reference's
     score        mean score of the reward model that the method was trained with; ref_score
-    win_rate     share of prompts where the response has the higher reward of the two, ties half
-    kl           KL(π‖π_ref) a response, in nats: mean of Σ_t log π/π_ref over the policy's samples
-    length       tokens a response, its end token counted; ended: the share that has one
+    win_rate     share of prompts whose response has the higher reward of the two, ties half
+    kl           KL(π‖π_ref) per response, nats: mean of Σ_t log π/π_ref over the policy's samples
+    length       tokens per response, the end token included; ended: the share that has one
     entropy      of the next-token distribution, mean over response tokens, nats
-    accuracy     without a known reward: share of held-out pairs with the chosen answer preferred
-    nll          without a known reward, after SFT: nats a token of the held-out answers
+    accuracy     if no reward is known: share of held-out pairs whose chosen answer is preferred
+    nll          if no reward is known, after SFT: nats per token of the held-out answers
 
 On `exact` nothing is sampled: each figure is a sum over all outcomes, and the optimum
 π* ∝ π_ref exp(r/β) stands beside it:
@@ -25,97 +25,67 @@ For an SFT checkpoint π_ref is itself in these, whatever kl and win_rate compar
 """
 
 import importlib
-import inspect
-import math
 import os
 import statistics
-import time
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
 import torch
+from tqdm import tqdm
 
 import data
 import training
-from data import UserError
-from data.exact import kl, star, tv
+from data import UserError, say
+from gpt import response_scores
 from training import Compute, checkpoint, load_judge, opt, parse
 from training.options import flag
 from training.reward import Judge, completions
 
-ROWS = 128  # sequences a forward pass
-LONG = 60  # seconds of an evaluation that are told before the training
-SHORT = 2e12  # FLOPs of an evaluation whose time is not asked for
+ROWS = 128  # sequences per forward pass
 UNTOLD = {"block_size": 0, "truncate": False, "eval_file": "", "eval_prompts": 512}
 
 
 class Evaluator:
-    """reference: a frozen model, or the path of a checkpoint, which is in memory only while it is
-    measured with. judge: what the method was trained with. held_out: a task's rows and the method's
-    compute_loss, which scores them where no reward is known. is_reference: the policy is what later
-    stages call π_ref. What does not fit is told when this is made, before the training."""
+    """Measures a policy on held-out prompts, beside another model.
+
+    compared_with: a frozen model, or the path of a checkpoint, which is in memory only while it is
+    measured with. judge: what the method was trained with. held_out: what the method's own loss
+    says of held-out rows, if no reward is known. is_reference: the policy is what later stages call
+    π_ref. What does not fit is said when this is made, before the training."""
 
     def __init__(
-        self, run, task, reference=None, judge=None, held_out=(None, None), is_reference=False
+        self, run, task, compared_with=None, judge=None, held_out=None, is_reference=False
     ):
-        self.run, self.task, self.reference, self.judge = run, task, reference, judge
-        self.draw, self.compute_loss = held_out
-        self.is_reference = is_reference
+        self.run, self.task, self.compared_with, self.judge = run, task, compared_with, judge
+        self.held_out, self.is_reference = held_out, is_reference
         self.longest = task.longest(run.o.max_new_tokens, run.block_size)
         self.judges = {"reward": Judge(run, task, task.reward)} if task.has_reward else {}
         self.judges |= {judge.name: judge} if judge else {}
-        o, tokenizer = run.o, run.tokenizer
+        self.shown = []  # what `report` prints below the figures
+        self.world, self.prompts, self.rows = None, [], []
         if task.outcomes:
-            rows, _ = data.encode(task.rows, tokenizer, run.block_size)
-            self.world = data.pad(rows, run.device)
-            return
-        prompts = task.prompts(o.eval_prompts, o.seed, split="test")
-        limit = run.block_size - self.longest
-        rows, note = data.encode_prompts(prompts, tokenizer, limit, o.truncate)
-        data.say(note)
-        self.prompts = list(rows)
-        self.rows = []
-        if self.draw and not task.has_reward:
-            rows = self.draw(o.eval_prompts, o.seed, split="test")
-            self.rows, note = data.encode(rows, tokenizer, run.block_size, o.truncate)
-            data.say(note and f"held out: {note}")
-            if task.unpaired and self.draw == task.feedback and len({y for *_, y in self.rows}) < 2:
-                self.rows = []
-                left_out = "accuracy will be left out; --eval-file names others"
-                data.say(f"the held-out rows all have the same label: {left_out}")
-        if policy := run.models.get("policy"):
-            self._tell_time(policy)
+            from training.enumeration import Enumeration
 
-    def _tell_time(self, policy):
-        """Says how long the closing evaluation takes, if it is long: by eight prompts' first token,
-        and by a few after it"""
-        n, few, times = len(self.prompts), min(5, self.longest), []
-        models = 2 if self.reference else 1
-        tokens = n * models * (self.longest + max(len(x) for x, *_ in self.prompts[:8]))
-        if 2 * policy.matmul_parameters() * tokens < SHORT:
+            self.world = Enumeration(run, task)
             return
-        for longest in (1, few):
-            start = time.perf_counter()
-            generator = torch.Generator().manual_seed(0)
-            self.run.sample(policy, self.prompts[:8], longest, generator=generator)
-            times.append(time.perf_counter() - start)
-        a_token = max(0.0, times[1] - times[0]) / max(1, few - 1)
-        seconds = models * n / min(n, 8) * (times[0] + a_token * self.longest)
-        if seconds > LONG:
-            what = f"{n} prompts, {models} models, up to {self.longest} tokens"
-            minutes = f"up to {seconds / 60:.0f} min"
-            remedy = "--eval-prompts N shortens it"
-            data.say(f"the closing evaluation takes {minutes} ({what}); {remedy}")
+        o, limit = run.o, run.block_size - self.longest
+        prompts = task.prompts(o.eval_prompts, o.seed, split="test")
+        rows, note = data.encode_prompts(prompts, run.tokenizer, limit, o.truncate)
+        say(note)
+        self.prompts = list(rows)
+        if held_out and not task.has_reward:
+            self.rows = held_out.encode(run)
 
     @torch.no_grad()
     def measure(self, policy, prompts=0):
         """-> the figures of this file's docstring, of the first so many prompts; 0: of all"""
-        ref = self.reference
+        ref = self.compared_with
         if isinstance(ref, str):
             ref = self.run.open(ref) if ref else None
-        if self.task.outcomes:
-            return self._enumerate(policy, ref, not prompts)
+        if self.world:
+            figures, self.shown = self.world.measure(policy, ref, self.is_reference, not prompts)
+            return figures
         figures = self._sample(policy, ref, prompts or len(self.prompts))
         del ref
         self.run.forget()
@@ -123,13 +93,12 @@ class Evaluator:
 
     def facts(self, figures):
         """-> what a checkpoint keeps, so that the command measures it again"""
-        compared = isinstance(self.reference, str) and not self.is_reference
-        path = self.reference if compared else self.run.init
+        named = isinstance(self.compared_with, str) and not self.is_reference
         return {
             "template": self.task.template,
-            "reference": path,
+            "reference": self.compared_with if named else self.run.baseline,
             "max_new_tokens": self.longest,
-            "held_out": self.draw.__name__ if self.draw else "",
+            "held_out": self.held_out is not None,
             "reward": figures.get("reward"),
         }
 
@@ -154,7 +123,7 @@ class Evaluator:
             figures["kl"] = ratio.mean().item()
             if len(ratio) > 1:
                 figures["kl_se"] = (ratio.std() / len(ratio) ** 0.5).item()
-        figures |= self._held_out(policy, ref) if self.rows else {}
+        figures |= self.held_out.measure(self.run, self.rows, policy, ref) if self.rows else {}
         figures |= {"length": mine.tokens / len(mine.texts), "ended": statistics.fmean(mine.ended)}
         figures |= {"entropy": mine.entropy / mine.tokens, "prompts": len(mine.texts)}
         figures["sampling_difference"] = mine.difference
@@ -168,20 +137,22 @@ class Evaluator:
         found = SimpleNamespace(texts=[], ended=[], tokens=0, log_ratio=[], entropy=0.0)
         found.difference = 0.0
         found.earned = {name: [] for name in self.judges}
-        for i in range(0, min(n, len(self.prompts)), ROWS):
-            questions = self.prompts[i : min(i + ROWS, n)]
-            rollout = self.run.sample(model, questions, self.longest, generator=generator)
-            if scored_by:
-                score = partial(log_ratio_and_entropy, *scored_by)
-                log_ratio, entropy, difference = self.run.scores(rollout, score, ROWS).T
-                found.log_ratio.append(log_ratio)
-                found.entropy += entropy.sum().item()
-                found.difference = max(found.difference, difference.max().item())
-            found.texts += completions(self.run.tokenizer, rollout)
-            for name, judge in self.judges.items():
-                found.earned[name] += judge(questions, rollout).tolist()
-            found.ended += rollout.finished.tolist()
-            found.tokens += rollout.mask.sum().item()
+        prompts = self.prompts[:n]
+        with tqdm(total=len(prompts), desc="answers", delay=2, leave=False, disable=None) as bar:
+            for questions in [prompts[i : i + ROWS] for i in range(0, len(prompts), ROWS)]:
+                rollout = self.run.sample(model, questions, self.longest, generator=generator)
+                if scored_by:
+                    score = partial(log_ratio_and_entropy, *scored_by)
+                    log_ratio, entropy, difference = self.run.scores(rollout, score, ROWS).T
+                    found.log_ratio.append(log_ratio)
+                    found.entropy += entropy.sum().item()
+                    found.difference = max(found.difference, difference.max().item())
+                found.texts += completions(self.run.tokenizer, rollout)
+                for name, judge in self.judges.items():
+                    found.earned[name] += judge(questions, rollout).tolist()
+                found.ended += rollout.finished.tolist()
+                found.tokens += rollout.mask.sum().item()
+                bar.update(len(questions))
         return found
 
     def _examples(self, texts, ref_texts):
@@ -190,123 +161,6 @@ class Evaluator:
         ref_texts = ref_texts or [None] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: texts[i] == ref_texts[i])
         return [(self.prompts[i][1], ref_texts[i], texts[i]) for i in order[:2]]
-
-    def _held_out(self, policy, ref):
-        """-> how the method's own loss sees held-out rows: the NLL of answers, or the share of
-        pairs whose chosen answer has the higher implicit reward. Of unpaired rows each desirable
-        one makes a pair with each undesirable one."""
-        models = {"policy": policy, "ref": ref}
-        takes = inspect.signature(self.compute_loss).parameters
-        models = {role: model for role, model in models.items() if role in takes}
-        if None in models.values():
-            return {}
-        pad = data.pad_pairs if self.draw.__name__ == "preferences" else data.pad
-        kinds = set()
-
-        def score(rows):
-            batch = pad(rows, self.run.device)
-            losses, metrics = self.compute_loss(**models, batch=batch)
-            kinds.update(metrics)
-            found = metrics.get("rewards/accuracies", metrics.get("rewards", losses))
-            return found.to(losses)
-
-        found = self.run.scores(self.rows, score, 32)
-        if not kinds:
-            return {"nll": found.sum().item() / sum(len(y) for _, y in self.rows)}
-        if "rewards" not in kinds:
-            return share(found > 0)
-        desirable = torch.tensor([row[2] for row in self.rows], device=found.device)
-        chosen, rejected = found[desirable], found[~desirable]
-        if not self.task.unpaired:  # rows of a file of pairs, one after the other
-            return share(chosen > rejected)
-        return share(chosen[:, None] > rejected, min(len(chosen), len(rejected)))
-
-    # ---- by enumeration
-
-    def table(self, model):
-        """-> log π(y|x) of every outcome, (4, 40), float64"""
-        world = self.world
-        with self.run.autocast():
-            logp = model.logprobs(world.ids, world.mask, at=world.layout).sum(1)
-        logp = logp.cpu().double().view(self.task.r.shape)
-        total = logp.exp().sum(1)
-        assert (total - 1).abs().max() <= 1e-5, f"the probabilities sum to {total.tolist()}"
-        return logp
-
-    def _enumerate(self, policy, ref, closing):
-        log_p = self.table(policy)
-        log_ref = None if ref is None else self.table(ref)
-        r, beta = torch.from_numpy(self.task.r), self.task.world_beta
-        figures = self._moments(log_p)
-        if ref is not None:
-            start = self._moments(log_ref)
-            wins = (torch.sign(r[:, :, None] - r[:, None, :]) + 1) / 2  # (x, y, y'), a tie is ½
-            won = torch.einsum("xy,xyz,xz->x", log_p.exp(), wins, log_ref.exp()).mean()
-            figures |= {"ref_reward": start["reward"], "ref_length": start["length"]}
-            figures |= {"kl": kl(log_p, log_ref).mean(), "win_rate": won}
-        if self.is_reference:
-            log_ref = log_p
-        self.shown = []
-        if log_ref is not None:
-            log_star = star(log_ref, r, beta)
-
-            def reward(log_q):
-                return (log_q.exp() * r).sum(1)
-
-            def objective(log_q):
-                return reward(log_q) - beta * kl(log_q, log_ref)
-
-            figures["objective"] = objective(log_p).mean()
-            figures["kl_star"] = kl(log_p, log_star).mean()
-            figures["tv_star"] = tv(log_p, log_star).mean()
-            measures = {"E[r]": reward, "KL(·‖π_ref)": partial(kl, log_q=log_ref), "J": objective}
-            measures |= {"KL(·‖π*)": partial(kl, log_q=log_star)}
-            measures |= {"TV(·, π*)": partial(tv, log_q=log_star)}
-            self.shown = self._lines(measures, {"π": log_p, "π_ref": log_ref, "π*": log_star})
-        figures = {name: float(x) for name, x in figures.items()}
-        if closing and log_ref is not None:  # (KL, E[r]) of π* at each β: no policy lies above
-            stars = [star(log_ref, r, 10 ** (i / 20)) for i in range(-40, 41)]
-            points = [(kl(log_q, log_ref).mean(), reward(log_q).mean()) for log_q in stars]
-            figures["frontier"] = [[x.item(), y.item()] for x, y in points]
-        return figures | {"prompts": len(log_p), "outcomes": log_p.size(1)}
-
-    def _moments(self, log_p):
-        """What needs no second policy; tokens are averaged over tokens, all else over prompts."""
-        p, r = log_p.exp(), torch.from_numpy(self.task.r)
-        length = self.world.length.view(r.shape).cpu()
-        ends = [len(y) < self.task.max_new_tokens for y in self.task.outcomes]
-        tokens = (p * length).sum()
-        return {
-            "reward": (p * r).sum(1).mean(),
-            "length": tokens / len(p),
-            "ended": (p * torch.tensor(ends)).sum(1).mean(),
-            "entropy": -(p * log_p).sum() / tokens,
-        }
-
-    def _lines(self, measures, tables):
-        """-> the measures of each policy by prompt, and where π is furthest from π*, as text"""
-        task, log_ref = self.task, tables["π_ref"]
-        n = log_ref.size(1)
-        head = (*task.contexts, "mean")
-        lines = [f"{f'β = {task.world_beta}, nats':<26}" + "".join(f"{x:>10}" for x in head)]
-        for name, measure in measures.items():
-            for of, log_q in tables.items():
-                by_prompt = measure(log_q)
-                itself = of == "π" and self.is_reference
-                if by_prompt.abs().max() > 1e-12 and not itself:
-                    row = [*by_prompt.tolist(), by_prompt.mean().item()]
-                    lines.append(f"{name:<19}{of:<7}" + "".join(f"{x:>10.4f}" for x in row))
-        entropy = -(log_ref.exp() * log_ref).sum(1).mean().item()
-        far = f"KL(π_ref‖uniform) {math.log(n) - entropy:.3f}"
-        lines.append(f"π_ref: entropy {entropy:.3f} of log {n} = {math.log(n):.3f} nats, {far}")
-        head = "".join(f"{x:>10}" for x in (*tables, "r"))
-        lines.append(f"\n{'the five outcomes furthest from π*':<34}{head}")
-        columns = [log_q.exp() for log_q in tables.values()] + [torch.from_numpy(task.r)]
-        for i in (columns[0] - columns[2]).abs().flatten().topk(5).indices.tolist():
-            x, y = divmod(i, n)
-            text = f"  {task.contexts[x]} -> {task.outcomes[y] or '(empty)'}"
-            lines.append(f"{text:<34}" + "".join(f"{t[x, y].item():>10.4f}" for t in columns))
-        return lines
 
     # ---- to look at
 
@@ -319,11 +173,11 @@ class Evaluator:
             ("score of the reward model", "score"),
             ("win rate against the reference", "win_rate"),
             ("held-out preference accuracy", "accuracy"),
-            ("held-out loss, nats a token", "nll"),
-            ("KL(π‖π_ref), nats a response", "kl"),
+            ("held-out loss, nats per token", "nll"),
+            ("KL(π‖π_ref), nats per response", "kl"),
             ("length, tokens", "length"),
             ("ended", "ended"),
-            ("entropy, nats a token", "entropy"),
+            ("entropy, nats per token", "entropy"),
         ]
         outcomes = f", each with all its {f['outcomes']} outcomes" if "outcomes" in f else ""
         print(f"\n{title}: {f['prompts']} test prompts{outcomes}")
@@ -334,7 +188,7 @@ class Evaluator:
                 spread = f" ± {f[f'{key}_se']:.2f}" if f"{key}_se" in f else ""
                 spread += f" (n = {f['accuracy_n']})" if key == "accuracy" else ""
                 print(f"{name:<34}{before:>10}{f[key]:>10.2f}{spread}")
-        if self.task.outcomes:
+        if self.world:
             print("", *self.shown, "", sep="\n", flush=True)
             return
         for prompt, *texts in self.shown:
@@ -346,12 +200,93 @@ class Evaluator:
 
 
 def log_ratio_and_entropy(policy, ref, rollout):
-    """-> (rows, 3): Σ_t log π/π_ref of each response, the sum of its tokens' entropies, and by how
-    much the log-prob of a token is at most another one than it was drawn with"""
+    """-> (rows, 3): Σ_t log π/π_ref of each response, the sum of its tokens' entropies, and the
+    largest difference between the log-prob of a token and the one it was drawn with"""
     logp, entropy = policy.logprobs(rollout.ids, rollout.mask, entropy=True)
     ref_logp = logp if ref is None else ref.logprobs(rollout.ids, rollout.mask)
     difference = (logp - rollout.logp).abs().amax(1)
     return torch.stack([(logp - ref_logp).sum(1), entropy.sum(1), difference], 1)
+
+
+# ---- held-out rows, if no reward is known
+
+
+class HeldOut:
+    """Held-out rows, and what a method's own loss says of them. A script names its figure: `nll`,
+    `pair_accuracy` or `label_accuracy`."""
+
+    def __init__(self, draw, score, figures, pad=data.pad, with_ref=False):
+        """draw: a task's rows; score(policy, ref, batch) -> a number per row or pair; figures(they,
+        rows) -> what is measured; with_ref: it cannot be measured without a reference"""
+        self.draw, self.score, self.figures = draw, score, figures
+        self.pad, self.with_ref = pad, with_ref
+
+    def encode(self, run):
+        o = run.o
+        rows = self.draw(o.eval_prompts, o.seed, split="test")
+        rows, note = data.encode(rows, run.tokenizer, run.block_size, o.truncate)
+        say(note and f"held out: {note}")
+        return rows
+
+    def measure(self, run, rows, policy, ref):
+        if self.with_ref and ref is None:
+            return {}
+        found = run.scores(rows, lambda x: self.score(policy, ref, self.pad(x, run.device)), 32)
+        return self.figures(found, rows)
+
+
+def nll(task, compute_loss):
+    """-> the nats per token of demonstrations. compute_loss(policy, batch) -> losses, sums over the
+    tokens of an answer; metrics"""
+
+    def score(policy, ref, batch):
+        return compute_loss(policy, batch)[0]
+
+    def figures(losses, rows):
+        return {"nll": losses.sum().item() / sum(len(y) for _, y in rows)}
+
+    return HeldOut(task.demonstrations, score, figures)
+
+
+def pair_accuracy(task, compute_loss, with_ref=False):
+    """-> the share of pairs whose chosen answer has the higher implicit reward, as compute_loss
+    logs it. It takes (policy, batch), or with_ref (policy, ref, batch)."""
+
+    def score(policy, ref, batch):
+        models = (policy, ref) if with_ref else (policy,)
+        losses, metrics = compute_loss(*models, batch)
+        return metrics["rewards/accuracies"].to(losses)
+
+    def figures(right, rows):
+        return share(right > 0)
+
+    return HeldOut(task.preferences, score, figures, data.pad_pairs, with_ref)
+
+
+def label_accuracy(task, compute_loss):
+    """-> the share of pairs (a desirable answer, an undesirable one) whose desirable answer has the
+    higher implicit reward. Of a file of pairs these are the pairs; of unpaired rows each desirable
+    one makes a pair with each undesirable one. compute_loss(policy, ref, batch)"""
+
+    def draw(n, seed, split):
+        rows = task.feedback(n, seed, split=split)
+        if task.unpaired and len({label for *_, label in rows}) < 2:
+            left_out = "accuracy will be left out; --eval-file names others"
+            say(f"the held-out rows all have the same label: {left_out}")
+        return rows
+
+    def score(policy, ref, batch):
+        return compute_loss(policy, ref, batch)[1]["rewards"]
+
+    def figures(rewards, rows):
+        desirable = torch.tensor([row[2] for row in rows], device=rewards.device)
+        chosen, rejected = rewards[desirable], rewards[~desirable]
+        if not task.unpaired:  # rows of a file of pairs, one after the other
+            return share(chosen > rejected)
+        n = min(len(chosen), len(rejected))
+        return share(chosen[:, None] > rejected, n) if n else {}
+
+    return HeldOut(draw, score, figures, with_ref=True)
 
 
 def share(found, n=0):
@@ -368,6 +303,135 @@ def printable(text):
     """A text as one can look at it: a file, and a model that has learned little, may hold control
     characters, which a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\n" else "·" for c in text.strip())
+
+
+# ---- reward models
+
+
+class RewardEvaluator:
+    """Measures a reward model on held-out pairs, which are encoded before the training so that what
+    does not fit is said then. On `exact` also every outcome."""
+
+    def __init__(self, run, task):
+        self.run, self.task = run, task
+        o, fit = run.o, (run.tokenizer, run.block_size, run.o.truncate)
+        self.texts = task.graded(o.eval_prompts, o.seed, split="test")
+        self.pairs, note = data.encode(self.texts, *fit)
+        say(note and f"held out: {note}")
+        self.gold = task.size == 0 and not note  # a cut answer was never judged
+        self.demonstrations, _ = data.encode(task.demonstrations(1024, o.seed), *fit)
+        self.world = data.encode(task.rows, *fit)[0] if task.outcomes else []
+
+    def scores(self, reward, rows):
+        """(prompt ids, response ids) rows -> (len(rows),) scores, on the CPU"""
+        pad = partial(data.pad, device=self.run.device, ends=True)
+        return self.run.scores(rows, lambda x: response_scores(reward, pad(x)), 512).cpu()
+
+    def center(self, reward):
+        """Shifts the scores so that demonstrations average 0. -> what was subtracted"""
+        shift = self.scores(reward, self.demonstrations).mean().item()
+        with torch.no_grad():
+            reward.head.bias -= shift
+        return shift
+
+    def measure(self, reward, n=None):
+        """-> the figures of the first n pairs; gold figures if the task knows its reward"""
+        pairs, texts = self.pairs[:n], self.texts[:n]
+        score = self.scores(reward, [x[:2] for x in pairs] + [(x[0], x[2]) for x in pairs])
+        delta = torch.sub(*score.chunk(2))
+        p = torch.tensor([pair[4] for pair in pairs], dtype=score.dtype)
+        agreed = torch.where(delta > 0, p, torch.where(delta < 0, 1 - p, 0.0))
+        figures = {
+            "accuracy": agreed.mean(),
+            "accuracy_se": standard_error(agreed.mean(), len(pairs)),
+            "margin": delta.mean(),
+            "mean_reward": score.mean(),
+            "min_reward": score.min(),
+            "max_reward": score.max(),
+        }
+        if self.gold:
+            known = [self.task.preferred(*text[:3], {}) for text in texts]
+            figures["accuracy_bound"] = statistics.fmean(max(x, 1 - x) for x in known)
+            noise = sum(x * (1 - x) for x in known) ** 0.5 / len(known)
+            figures["accuracy_bound_se"] = noise
+        if self.world:
+            figures["rms"] = self._distance(reward)
+        elif self.gold:
+            rows = [x[:2] for x in texts] + [(x[0], x[2]) for x in texts]
+            gold = torch.tensor([self.task.reward(*row) for row in rows], dtype=score.dtype)
+            figures["correlation"] = torch.corrcoef(torch.stack([score, gold]))[0, 1]
+        return {name: float(x) for name, x in figures.items()} | {"pairs": len(pairs)}
+
+    def _distance(self, reward):
+        """-> the rms distance of the scores to r, each outcome weighed by d(y|x), up to a constant
+        per prompt"""
+        error = self.scores(reward, self.world).double().view(self.task.r.shape)
+        error = error - torch.from_numpy(self.task.r)
+        d = torch.from_numpy(self.task.d)
+        error = error - (d * error).sum(1, keepdim=True)
+        return (d * error**2).sum(1).mean().sqrt()
+
+    def facts(self, figures):
+        facts = {"template": self.task.template, "reference": self.run.baseline, "reward": None}
+        return facts | {"shift": figures["shift"]}
+
+    def report(self, title, f):
+        rows = [
+            ("held-out preference accuracy", "accuracy"),
+            ("margin, chosen - rejected", "margin"),
+            ("score, mean", "mean_reward"),
+            ("  least", "min_reward"),
+            ("  greatest", "max_reward"),
+            ("correlation with the gold reward", "correlation"),
+            ("rms distance to r, by d(y|x)", "rms"),
+        ]
+        print(f"\n{title}: {f['pairs']} held-out pairs")
+        for name, key in rows:
+            note = ""
+            if key == "accuracy" and "accuracy_bound" in f:
+                bound = f"{f['accuracy_bound']:.3f} ± {f['accuracy_bound_se']:.3f}"
+                note = f" (the labels' noise allows {bound})"
+            if key in f:
+                spread = f" ± {f['accuracy_se']:.3f}" if key == "accuracy" else ""
+                print(f"{name:<34}{f[key]:>10.3f}{spread}{note}")
+        for prompt, *answers in [pair[:3] for pair in self.pairs[:2]]:
+            print("\n" + self.run.tokenizer.decode(prompt)[-400:])
+            score = self.scores(self.run.models["reward"], [(prompt, y) for y in answers])
+            for name, y, x in zip(("chosen", "rejected"), answers, score.tolist()):
+                text = printable(self.run.tokenizer.decode(y)).replace("\n", "\n" + " " * 18 + "| ")
+                print(f"  {name:>8} {x:6.2f} | {text}")
+        print(flush=True)
+
+
+class PreferenceEvaluator:
+    """Measures a preference model that learned from an AI judge: its agreement with the judge, and
+    with the gold reward. pairs: feedback.Pair, from held-out prompts"""
+
+    def __init__(self, run, task, judge, pairs, facts):
+        self.run, self.task, self.judge, self.pairs, self.facts = run, task, judge, pairs, facts
+
+    def measure(self, reward):
+        from training import feedback
+
+        run, pairs = self.run, self.pairs
+        if not pairs:
+            return {}
+
+        def margin(part):
+            batch = data.pad_pairs(part, run.device, ends=True)
+            return torch.sub(*response_scores(reward, batch).chunk(2))
+
+        rows, _ = data.encode([x[:3] for x in pairs], run.tokenizer, run.block_size, truncate=True)
+        a_wins = run.scores(rows, margin, ROWS) > 0
+        return feedback.label_figures(self.task, pairs, *self.judge.compare(pairs), a_wins)
+
+    def report(self, title, figures):
+        from training import feedback
+
+        feedback.show(f"{title}: {len(self.pairs)} held-out pairs", figures)
+
+
+# ---- the command
 
 
 @dataclass
@@ -399,7 +463,7 @@ class Again(Compute):
         self.trained = SimpleNamespace(**UNTOLD | self.meta["options"])
         self.block_size = self.trained.block_size or policy.config.block_size
         self.reference = self._find_reference()
-        self.init = self.reference
+        self.baseline = self.reference
         o.max_new_tokens = o.max_new_tokens or self.meta["max_new_tokens"]
         o.truncate = o.truncate or self.trained.truncate
         o.eval_prompts = o.eval_prompts or self.trained.eval_prompts
@@ -456,7 +520,7 @@ class Again(Compute):
 def main(argv=None):
     o = parse(Options, argv)
     run = Again(o)
-    run.tokenizer = run.told(run.tokenizer)
+    run.tokenizer = run.with_chat(run.tokenizer)
     if o.prompt:
         run.answer(o.prompt.replace("\\n", "\n"))
         return
@@ -487,10 +551,10 @@ def main(argv=None):
             judge = load_judge(reward, run, task)
         except UserError as e:
             print(f"what it was trained with is left out ({e}); --reward names another")
-    held_out = None, None
+    held_out = None
     if run.meta.get("held_out"):
         script = importlib.import_module(run.meta["method"])
-        held_out = getattr(task, run.meta["held_out"]), partial(script.compute_loss, o=run.trained)
+        held_out = script.held_out(task, run.trained)
     is_reference = run.meta["method"] == "sft"
     evaluator = Evaluator(run, task, run.reference, judge, held_out, is_reference)
     figures = evaluator.measure(run.policy)

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-import data
 import training
 from data import UserError
 from gpt import ScalarGPT
-from training import checkpoint, hf, opt, parse
+from hf import weights
+from hf.vocabulary import tokenizer_files
+from training import checkpoint, opt, parse
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -34,12 +35,13 @@ class Options:
     adapter: bool = opt(False, "write the adapters of --lora alone, as PEFT has them")
 
 
-def whole(model, tokenizer, meta, dtype):
+def merged(model, tokenizer, meta, dtype):
     """-> (config.json, tensors, other files, what the other side does not see) of a model"""
     files = dict(tokenizer.meta.get("files", {}))
-    config, unseen = hf.write_config(model, json.loads(files.get("config.json", "{}")), dtype), []
+    known, unseen = json.loads(files.get("config.json", "{}")), []
+    config = weights.write_config(model, known, dtype)
     if not files:
-        files = data.tokenizer_files(tokenizer, model.config.block_size)
+        files = tokenizer_files(tokenizer, model.config.block_size)
         config |= {"bos_token_id": tokenizer.end_id}
         unseen.append("no chat template: prompts and answers are plain text, joined as they are")
     generation = json.loads(files.get("generation_config.json", "{}"))
@@ -60,7 +62,7 @@ def whole(model, tokenizer, meta, dtype):
         unseen.append(f"batches are to be padded with token {pad}, which ends no response")
         if bias := model.head.bias.item():
             unseen.append(f"every score is {bias:.4f} higher here (score_bias in config.json)")
-    return config, hf.tensors_of(model, dtype), files, unseen
+    return config, weights.tensors_of(model, dtype), files, unseen
 
 
 def pad_token(tokenizer):
@@ -81,11 +83,11 @@ def adapters(model, meta, path):
     facts, config, tensors = meta["lora"], model.config, {}
     for name, x in facts["tensors"].items():
         name, _, letter = name.rpartition(".")
-        parts = hf.theirs(f"{name}.weight", config)
+        parts = weights.theirs(f"{name}.weight", config)
         if letter == "A" or len(parts) == 1:
             cut = [x] * len(parts)
         else:
-            cut = x.split(hf.cuts(f"{name}.weight", config))
+            cut = x.split(weights.cuts(f"{name}.weight", config))
         for part, y in zip(parts, cut):
             full = part.removesuffix("weight") + f"lora_{letter}.weight"
             tensors[f"base_model.model.{full}"] = y.clone().contiguous()
@@ -107,7 +109,7 @@ def write(folder, config_name, config, tensors, weights_name, files):
         for name, text in files.items():
             (half / name).write_text(text, "utf-8")
         (half / config_name).write_text(json.dumps(config, indent=2), "utf-8")
-        hf.save_tensors(tensors, half / weights_name)
+        weights.save_tensors(tensors, half / weights_name)
         os.replace(half, folder)
     finally:
         shutil.rmtree(half, ignore_errors=True)
@@ -125,7 +127,7 @@ def main(argv=None):
         config, tensors, files, unseen = adapters(model, meta, o.checkpoint)
         names = "adapter_config.json", "adapter_model.safetensors"
     else:
-        config, tensors, files, unseen = whole(model, tokenizer, meta, dtype)
+        config, tensors, files, unseen = merged(model, tokenizer, meta, dtype)
         names = "config.json", "model.safetensors"
     write(folder, names[0], config, tensors, names[1], files)
     size = sum(x.numel() for x in tensors.values())

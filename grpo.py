@@ -11,15 +11,15 @@
     GSPO      ρ_i = (π_θ(y_i|x)/π_old(y_i|x))^(1/|y_i|)   --ratio seq --kl none --minibatches 4
 
     paper               code                      shape
-    G, S                group, len(minibatch)     responses to a prompt; in an optimizer step
-    r, R, A             reward, score, adv        (P, G) of P prompts; A (P·G, 1), one a response
+    G, S                group, len(minibatch)     responses per prompt; per optimizer step
+    r, R, A             reward, score, adv        (P, G) of P prompts; A (P·G, 1), one per response
     log π_θ, π_old      logp, old_logp            (B, T) of token t, nats, at the temperature
     log π_ref           ref_logp                  (B, T)
     |y|, L_max          length, longest           response tokens, end token included
 
 Models in memory: 2 (policy, trained; ref, frozen), 1 with --kl none; a learned reward adds one.
 Data: prompts, and what judges a response.
-Departures: one reward a response; std is the unbiased one, + 1e-4; reference and judge stay.
+Departures: one reward per response; std is the unbiased one, + 1e-4; reference and judge stay.
 
     python grpo.py --task arithmetic:2          sums of two digits, reward 1 if right
 """
@@ -44,7 +44,8 @@ def group_advantages(reward, eps=1e-4, norm="std"):
     assert reward.dim() == 2 and reward.size(1) > 1, "a (P, G) tensor, G > 1"
     reward = reward.detach()
     reward = reward - reward[:, :1]  # so that equal rewards give 0, not a rounding error over eps
-    adv, G = reward - reward.mean(1, keepdim=True), reward.size(1)
+    adv = reward - reward.mean(1, keepdim=True)
+    G = reward.size(1)
     if norm == "std":
         return adv / (reward.std(1, keepdim=True) + eps)
     return adv * G / (G - 1) if norm == "loo" else adv  # r - mean of the other G - 1
@@ -57,16 +58,16 @@ def k3(logp, ref_logp):
     return x.expm1() - x  # e^x - 1 - x, of which nothing cancels near 0
 
 
-def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, kl="k3"):
+def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, ratio_kl=False):
     """GRPO, arXiv:2402.03300. logp, old_logp, ref_logp: (B, T) token log-probs in nats; ref_logp
-    may be None at beta = 0. adv: (B, 1). kl: "k3", or "k3-ratio" for ρ k3, whose mean gradient is
-    each token's of KL(π‖π_ref). Returns (B, T) losses. At logp = old_logp the ratio is 1."""
+    may be None at beta = 0. adv: (B, 1). ratio_kl: ρ k3 in place of k3; its mean gradient is each
+    token's of KL(π‖π_ref). Returns (B, T) losses. At logp = old_logp the ratio is 1."""
     assert logp.shape == old_logp.shape and adv.shape == (len(logp), 1), "(B, T) twice, (B, 1)"
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - eps, 1 + (eps if eps_high is None else eps_high))
     losses = -torch.min(ratio * adv, clipped * adv)
-    if beta and kl.startswith("k3"):
-        losses = losses + beta * k3(logp, ref_logp) * (ratio if kl == "k3-ratio" else 1)
+    if beta:
+        losses = losses + beta * k3(logp, ref_logp) * (ratio if ratio_kl else 1)
     return losses
 
 
@@ -107,12 +108,13 @@ PRESETS = {
 
 
 def compute_loss(policy, batch, o):
-    """A micro-batch of B responses -> (losses, metrics), each (B, T): one entry a token."""
+    """A micro-batch of B responses -> (losses, metrics): (B, T), per token, or (B,), of each."""
     logp, entropy = token_logprobs(policy, batch, o.temperature, entropy=True)
-    old_logp = logp.detach() if batch.old_logp is None else batch.old_logp  # π_old is π_θ
-    if o.ratio == "seq":
-        old_logp = sequence_old_logp(logp, old_logp, batch.mask)
-    losses = grpo_loss(logp, old_logp, batch.ref_logp, batch.adv, o.eps, o.beta, o.eps_high, o.kl)
+    old_logp = batch.old_logp_or(logp)  # first step of a rollout: π_old is π_θ, ρ is 1
+    old_logp = sequence_old_logp(logp, old_logp, batch.mask) if o.ratio == "seq" else old_logp
+    beta = o.beta if o.kl.startswith("k3") else 0.0  # "reward": it is in the advantage
+    how = o.eps, beta, o.eps_high, o.kl == "k3-ratio"
+    losses = grpo_loss(logp, old_logp, batch.ref_logp, batch.adv, *how)
 
     logp = logp.detach()
     ratio = (logp - old_logp).exp()
@@ -121,9 +123,18 @@ def compute_loss(policy, batch, o):
         "clip_ratio/low_mean": (ratio < 1 - o.eps) & (batch.adv < 0),
         "clip_ratio/high_mean": (ratio > 1 + o.eps_high) & (batch.adv > 0),
     }
-    if batch.ref_logp is not None:
-        metrics["kl"] = k3(logp, batch.ref_logp)
+    if batch.ref_logp is not None:  # of a response, the sum over its tokens
+        metrics["kl"] = (k3(logp, batch.ref_logp) * batch.mask).sum(1)
     return losses, metrics
+
+
+def score_rollout(reward, rollout, o):
+    """reward (P, G) -> A, (P·G, 1), of the rollout's responses"""
+    score = reward
+    if o.kl == "reward" and rollout.ref_logp is not None:
+        score = reward - o.beta * (rollout.logp - rollout.ref_logp).sum(1).view_as(reward)
+    adv = group_advantages(score, norm=o.adv_norm)
+    return adv.view(-1, 1).to(rollout.logp)
 
 
 def token_weight(batch, minibatch, longest, agg):
@@ -139,20 +150,27 @@ def token_weight(batch, minibatch, longest, agg):
     return batch.mask / S  # 1/S Σ_i Σ_t, RLOO (arXiv:2402.14740)
 
 
+def group_figures(reward):
+    """reward: (P, G) -> the figures of a rollout that a record has"""
+    equal = (reward == reward[:, :1]).all(1).float().mean()
+    spread = reward.std(1).mean()
+    return {"reward": reward.mean(), "reward_std": spread, "frac_reward_zero_std": equal}
+
+
 def main(argv=None):
     o = parse(Options, argv, PRESETS)
     run = Run("grpo", o)
     task = data.task(o.task, o.eval_file, o.strict)
     judge = load_judge(o.reward, run, task)
-    policy, tokenizer = run.load(o.init or run.stage("sft"), task)
+    policy = run.load(o.init or run.stage("sft"), task)
     ref = run.reference(policy) if o.kl != "none" and o.beta else None
     run.hold(policy=policy, ref=ref, reward=judge.model)
 
-    prompts = data.Prompts(task, tokenizer, run.block_size, o)
-    evaluator = Evaluator(run, task, ref or run.init, judge)
+    prompts = run.prompts()
+    evaluator = Evaluator(run, task, ref or run.baseline, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
-    once = o.updates == o.minibatches == 1
+    on_policy = o.updates == o.minibatches == 1  # π_θ is π_old all along: no pass for it
 
     for _ in run.steps(prompts, optimizer):
         with run.clock("sample"):
@@ -160,14 +178,10 @@ def main(argv=None):
             rollout = run.sample(policy, questions, prompts.longest, o.group, o.temperature)
             reward = judge(questions, rollout).view(-1, o.group)  # (P, G)
         with run.clock("logprobs"):
-            rollout.old_logp = None if once else run.logprobs(policy, rollout, o.temperature)
+            rollout.old_logp = None if on_policy else run.logprobs(policy, rollout, o.temperature)
             rollout.ref_logp = run.logprobs(ref, rollout, o.temperature) if ref else None
 
-        score = reward
-        if o.kl == "reward" and ref:
-            score = reward - o.beta * (rollout.logp - rollout.ref_logp).sum(1).view_as(reward)
-        adv = group_advantages(score, norm=o.adv_norm)  # (P, G)
-        rollout.adv = adv.view(-1, 1).to(rollout.logp)  # (P·G, 1)
+        rollout.adv = score_rollout(reward, rollout, o)  # (P·G, 1)
         run.log(group_figures(reward) | rollout.summary())
 
         with run.clock("update"):
@@ -176,23 +190,15 @@ def main(argv=None):
                     with run.autocast():
                         losses, metrics = compute_loss(policy, batch, o)
                     weight = token_weight(batch, minibatch, prompts.longest, o.agg)
-                    run.backward((weight * losses).sum(), batch.tokens)
+                    run.backward((weight * losses).sum(), tokens=batch.tokens)
                     run.log({"loss": losses}, weight)
-                    if ref:  # of a response, the sum over its tokens
-                        run.log({"kl": metrics.pop("kl")}, batch.mask / len(minibatch))
+                    if ref:
+                        run.log({"kl": metrics.pop("kl")}, 1 / len(minibatch))
                     run.log(metrics, token_weight(batch, minibatch, prompts.longest, "token_mean"))
                 run.update(optimizer)
         run.evaluate(evaluator, policy)
 
-    passes = 1 + (not once) + o.updates  # sampling, log-probs of π_old, training
-    run.finish(evaluator, policy, {"policy": passes}, o.updates)
-
-
-def group_figures(reward):
-    """reward: (P, G) -> the figures of a rollout that a record has"""
-    equal = (reward == reward[:, :1]).all(1).float().mean()
-    spread = reward.std(1).mean()
-    return {"reward": reward.mean(), "reward_std": spread, "frac_reward_zero_std": equal}
+    run.finish(evaluator, policy)
 
 
 if __name__ == "__main__":

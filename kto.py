@@ -36,7 +36,7 @@ import torch
 import data
 import training
 from data import UserError
-from evaluate import Evaluator
+from evaluate import Evaluator, label_accuracy
 from gpt import response_logprobs
 from training import PairOptions, Run, opt, parse
 
@@ -73,7 +73,7 @@ PRESETS = {
 
 
 def compute_loss(policy, ref, batch, o, kl=0.0):
-    """A micro-batch of B examples -> (losses, metrics), each (B,): one entry an example."""
+    """A micro-batch of B examples -> (losses, metrics), each (B,): one entry per example."""
     logp = response_logprobs(policy, batch)  # (B,)
     with torch.no_grad():
         ref_logp = response_logprobs(ref, batch)
@@ -82,6 +82,10 @@ def compute_loss(policy, ref, batch, o, kl=0.0):
     losses = kto_loss(logp, ref_logp, desirable, kl, o.beta, o.w_desirable, o.w_undesirable)
     reward = (o.beta * (logp - ref_logp)).detach()
     return losses, {"rewards": reward, "logps": logp.detach()}
+
+
+def held_out(task, o):
+    return label_accuracy(task, partial(compute_loss, o=o))
 
 
 def reference_point(policy, ref, rows, run):
@@ -95,82 +99,75 @@ def reference_point(policy, ref, rows, run):
     return kto_kl(*run.scores(rows, both).view(len(rows), 2).T)
 
 
-def check(rows, fixed, o):
-    """Refuses rows of a single prompt, where there is no ẑ, and warns where λ_D n_D / (λ_U n_U)
-    leaves [1, 4/3]. rows: the fixed set, or a sample, which spares three standard errors."""
+def check(rows, batches, o):
+    """Refuses rows of a single prompt, which have no ẑ. Warns of a batch of one prompt, whose ẑ is
+    0, and if λ_D n_D / (λ_U n_U) leaves [1, 4/3]. rows: the fixed set, or a sample of fresh ones,
+    which is spared three standard errors."""
+    fixed, n, n_D = batches.rows, len(rows), sum(row[2] for row in rows)
     if fixed and all(x == rows[0][0] for x, *_ in rows):
         needs = "and ẑ needs an answer to another; add rows, or raise --pairs"
         raise UserError(f"the training rows have one prompt only, {needs}")
-    n, desirable = len(rows), sum(row[2] for row in rows)
-    if desirable in (0, n):
-        kind = "desirable" if desirable else "undesirable"
+    steps = batches.per_epoch or 0
+    alone = sum(len({x for x, *_ in batches[step]}) == 1 for step in range(steps))
+    if alone:
+        hold = f"{alone} of {steps} batches hold one prompt only, and ẑ is 0 there"
+        data.say(f"warning: {hold}; a larger --batch-size mixes prompts")
+    if n_D in (0, n):
+        kind = "desirable" if n_D else "undesirable"
         data.say(f"warning: all {n} examples are {kind}; KTO is meant for both kinds")
         return
     slack = 0 if fixed else 6 / n**0.5
-    ratio = o.w_desirable * desirable / (o.w_undesirable * (n - desirable))
+    ratio = o.w_desirable * n_D / (o.w_undesirable * (n - n_D))
     if not 1 - slack <= ratio <= 4 / 3 + slack:
-        counts = f"{desirable} desirable and {n - desirable} undesirable examples"
+        counts = f"{n_D} desirable and {n - n_D} undesirable examples"
         counts += "" if fixed else " of a sample"
-        remedy = f"--w-desirable {1.15 * o.w_desirable / ratio:.2g} would balance it"
         words = f"make λ_D n_D / (λ_U n_U) = {ratio:.3g}, outside [1, 4/3]"
+        remedy = f"--w-desirable {1.15 * o.w_desirable / ratio:.2g} would balance it"
         data.say(f"warning: {counts} {words}; {remedy}")
 
 
-def check_batches(batches):
-    """Warns where batches of a fixed set hold one prompt alone: nothing is mismatched there, and ẑ
-    is 0."""
-    n = batches.per_epoch or 0
-    alone = sum(len({x for x, *_ in batches[step]}) == 1 for step in range(n))
-    if alone:
-        remedy = "a larger --batch-size mixes prompts"
-        data.say(
-            f"warning: {alone} of {n} batches hold one prompt only, and ẑ is 0 there; {remedy}"
-        )
+def log_classes(run, metrics, is_desirable, n_D, n):
+    """Logs the metrics as means over the n_D desirable examples of the step ("chosen"), and over
+    the others ("rejected"); a class may be absent."""
+    chosen, rejected = is_desirable / max(1, n_D), ~is_desirable / max(1, n - n_D)
+    if n_D:
+        run.log({f"{name}/chosen": x for name, x in metrics.items()}, chosen)
+    if n > n_D:
+        run.log({f"{name}/rejected": x for name, x in metrics.items()}, rejected)
+    if 0 < n_D < n:
+        run.log({"rewards/margins": metrics["rewards"]}, chosen - rejected)
 
 
 def main(argv=None):
     o = parse(Options, argv, PRESETS)
     run = Run("kto", o)
     task = data.task(o.task, o.eval_file, o.strict)
-    policy, tokenizer = run.load(o.init or run.stage("sft"), task)
+    policy = run.load(o.init or run.stage("sft"), task)
     ref = run.reference(policy)
     run.hold(policy=policy, ref=ref)
 
-    batches = data.Batches(task.feedback, o.pairs or task.size, tokenizer, run.block_size, o)
-    check(batches.rows or task.feedback(4096, o.seed), batches.rows, o)
-    check_batches(batches)
-    held_out = task.feedback, partial(compute_loss, o=o)
-    evaluator = Evaluator(run, task, ref, held_out=held_out)
+    batches = run.batches(task.feedback, fixed=o.pairs)
+    check(batches.rows or task.feedback(4096, o.seed), batches, o)
+    evaluator = Evaluator(run, task, ref, held_out=held_out(task, o))
     optimizer = run.adamw(policy)
 
     for step in run.steps(batches, optimizer):
         rows = batches[step]
         kl = reference_point(policy, ref, rows, run)
         run.log({"kl": kl})
-        desirable = sum(label for _, _, label in rows)
+        desirable = sum(label for _, _, label in rows)  # n_D of the step
         for micro in run.micro_batches(rows):
             batch = data.pad(micro, run.device)
             with run.autocast():
                 losses, metrics = compute_loss(policy, ref, batch, o, kl)
             # a mean over all examples of the step: the counts of the classes act as weights
-            run.backward((losses / len(rows)).sum(), batch.tokens)
+            run.backward((losses / len(rows)).sum(), tokens=batch.tokens)
             run.log({"loss": losses}, 1 / len(rows))
-            is_desirable = batch.columns[0].to(losses.device)
-            sides = (
-                ("chosen", is_desirable, desirable),
-                ("rejected", ~is_desirable, len(rows) - desirable),
-            )
-            for name, side, count in sides:
-                if count:  # a class may be absent from a step
-                    means = {f"{key}/{name}": x for key, x in metrics.items()}
-                    run.log(means, side / count)
-        if 0 < desirable < len(rows):
-            chosen, rejected = run.sums["rewards/chosen"], run.sums["rewards/rejected"]
-            run.log({"rewards/margins": chosen - rejected})
+            log_classes(run, metrics, batch.columns[0].to(losses.device), desirable, len(rows))
         run.update(optimizer)
         run.evaluate(evaluator, policy)
 
-    run.finish(evaluator, policy, forward={"policy": 2, "ref": 2})
+    run.finish(evaluator, policy)
 
 
 if __name__ == "__main__":

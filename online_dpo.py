@@ -109,7 +109,11 @@ class Options(JudgedOptions):
 PRESETS = {
     "any": dict(steps=150, lr=3e-4),
     "exact": dict(
-        **dict(beta=0.5, steps=1000, batch_size=256, lr=5e-4, lr_schedule="linear"),
+        beta=0.5,
+        steps=1000,
+        batch_size=256,
+        lr=5e-4,
+        lr_schedule="linear",
         missing_eos_penalty=0.0,  # a missing end costs nothing there
     ),
     "loss=ipo": dict(beta=1.0),
@@ -119,28 +123,30 @@ PRESETS = {
 
 def compute_loss(policy, ref, batch, o):
     """A micro-batch of B pairs, 2B responses, the chosen ones first -> (losses, metrics), each
-    (B,): one entry a pair."""
+    (B,): one entry per pair."""
     logp_w, logp_l = response_logprobs(policy, batch).chunk(2)  # (B,)
     with torch.no_grad():
         ref_logp_w, ref_logp_l = response_logprobs(ref, batch).chunk(2)
 
-    logps = logp_w, logp_l, ref_logp_w, ref_logp_l
-    if o.loss == "ipo" and not o.ipo_sum:
+    sum_w, sum_l = logp_w.detach(), logp_l.detach()
+    kl = (sum_w - ref_logp_w + sum_l - ref_logp_l) / 2
+    if o.loss == "ipo" and not o.ipo_sum:  # means over tokens
         len_w, len_l = batch.mask.sum(1).chunk(2)
-        logps = [x / n for x, n in zip(logps, (len_w, len_l, len_w, len_l))]
+        logp_w, ref_logp_w = logp_w / len_w, ref_logp_w / len_w
+        logp_l, ref_logp_l = logp_l / len_l, ref_logp_l / len_l
+    logps = logp_w, logp_l, ref_logp_w, ref_logp_l
     losses = ipo_loss(*logps, o.beta) if o.loss == "ipo" else dpo_loss(*logps, o.beta)
 
-    reward_w = o.beta * (logps[0] - logps[2]).detach()
-    reward_l = o.beta * (logps[1] - logps[3]).detach()
-    logp_w, logp_l = logp_w.detach(), logp_l.detach()
+    reward_w = o.beta * (logp_w - ref_logp_w).detach()
+    reward_l = o.beta * (logp_l - ref_logp_l).detach()
     return losses, {
         "rewards/chosen": reward_w,
         "rewards/rejected": reward_l,
         "rewards/margins": reward_w - reward_l,
         "rewards/accuracies": reward_w > reward_l,
-        "logps/chosen": logp_w,
-        "logps/rejected": logp_l,
-        "kl": (logp_w - ref_logp_w + logp_l - ref_logp_l) / 2,
+        "logps/chosen": sum_w,
+        "logps/rejected": sum_l,
+        "kl": kl,
     }
 
 
@@ -200,7 +206,7 @@ def collect(policy, prompts, judge, run, o):
 
 
 def end_of_round(step, o):
-    """-> where the round that begins at this step ends; None where none begins"""
+    """-> where the round that begins at this step ends; None if none begins"""
     rounds = o.rounds or o.steps
     starts = [i * o.steps // rounds for i in range(rounds + 1)]
     return dict(zip(starts, starts[1:])).get(step)
@@ -211,13 +217,13 @@ def main(argv=None):
     run = Run("online_dpo", o)
     task = data.task(o.task, o.eval_file, o.strict)
     judge = load_judge(o.reward, run, task)
-    policy, tokenizer = run.load(o.init or run.stage("sft"), task)
+    policy = run.load(o.init or run.stage("sft"), task)
     ref = run.reference(policy)
     run.hold(policy=policy, ref=ref, reward=judge.model)
 
-    prompts = data.Prompts(task, tokenizer, run.block_size, o)
+    prompts = run.prompts()
     fixed = o.ref_update == "fixed"
-    evaluator = Evaluator(run, task, ref if fixed else run.init, judge)
+    evaluator = Evaluator(run, task, ref if fixed else run.baseline, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
     labelled, state = Round(), {} if fixed else {"ref": Weights(ref, frozen=True)}
@@ -235,21 +241,19 @@ def main(argv=None):
         P = len(pairs) // 2
         counted = pairs.counts[:P].sum().clamp(min=1)
         with run.clock("update"):
-            for rows in run.micro_batches(torch.arange(P)):
+            for rows in run.micro_batches(torch.arange(P), responses=2):
                 batch = pairs[torch.cat([rows, rows + P])]
                 with run.autocast():
                     losses, metrics = compute_loss(policy, ref, batch, o)
                 weight = batch.counts[: len(rows)] / counted  # a mean over the pairs that count
-                run.backward((weight * losses).sum(), batch.tokens)
+                run.backward((weight * losses).sum(), tokens=batch.tokens)
                 run.log({"kl": metrics.pop("kl")}, 1 / P)
                 run.log(metrics | {"loss": losses}, weight)
             run.update(optimizer)
         run.log(figures | {"labels": labelled.labels})
         run.evaluate(evaluator, policy)
 
-    sampled = o.samples_per_prompt / 2  # responses for each that is trained on
-    forward = {"policy": 1 + sampled, "reward": sampled}
-    run.finish(evaluator, policy, forward, labels=labelled.labels)
+    run.finish(evaluator, policy, labels=labelled.labels)
 
 
 if __name__ == "__main__":

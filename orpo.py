@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 import data
 import training
-from evaluate import Evaluator
+from evaluate import Evaluator, pair_accuracy
 from gpt import token_logprobs
 from training import PairOptions, Run, ScratchOptions, opt, parse
 from training.checkpoint import find_reference
@@ -69,23 +69,29 @@ class Options(ScratchOptions, PairOptions):
 PRESETS = {
     "any": dict(steps=500, lr=4e-3, warmup=50),
     "exact": dict(
-        **dict(lam=0.25, steps=2000, batch_size=4096, lr=2e-3, lr_schedule="linear"),
-        **dict(n_layer=2, n_embd=64, block_size=8),
+        lam=0.25,
+        steps=2000,
+        batch_size=4096,
+        lr=2e-3,
+        lr_schedule="linear",
+        n_layer=2,
+        n_embd=64,
+        block_size=8,
     ),
 }
 
 
 def compute_loss(policy, batch, o):
-    """A micro-batch of B pairs -> (losses, metrics), each (B,): one entry a pair."""
+    """A micro-batch of B pairs -> (losses, metrics), each (B,): one entry per pair."""
     scored = batch.text if o.prompt_loss else None
     token_logp = token_logprobs(policy, batch, mask=scored)  # (2B, T)
-    logp_w, logp_l = (token_logp * batch.spread(batch.mask)).sum(1).chunk(2)  # (B,)
+    logp_w, logp_l = (token_logp * batch.unfold(batch.mask)).sum(1).chunk(2)  # (B,)
     len_w, len_l = batch.length.chunk(2)
 
     losses = orpo_loss(logp_w, logp_l, len_w, len_l, o.lam)
     nll = -logp_w / len_w
     if o.prompt_loss:
-        tokens = batch.spread(batch.text[:, 1:].sum(1))
+        tokens = batch.unfold(batch.text[:, 1:].sum(1))
         whole = -(token_logp.sum(1) / tokens).chunk(2)[0]
         losses, nll = losses - nll + whole, whole
 
@@ -105,17 +111,19 @@ def compute_loss(policy, batch, o):
     }
 
 
+def held_out(task, o):
+    return pair_accuracy(task, partial(compute_loss, o=o))
+
+
 def main(argv=None):
     o = parse(Options, argv, PRESETS)
     run = Run("orpo", o)
     task = data.task(o.task, o.eval_file, o.strict)
-    policy, tokenizer = run.load(o.init, task) if o.init else run.create(task)
+    policy = run.load(o.init, task) if o.init else run.create(task)
     run.hold(policy=policy)
 
-    batches = data.Batches(task.preferences, o.pairs or task.size, tokenizer, run.block_size, o)
-    held_out = task.preferences, partial(compute_loss, o=o)
-    reference = find_reference(run.init, task, tokenizer, run.block_size)
-    evaluator = Evaluator(run, task, reference, held_out=held_out)
+    batches = run.batches(task.preferences, fixed=o.pairs)
+    evaluator = Evaluator(run, task, find_reference(run), held_out=held_out(task, o))
     optimizer = run.adamw(policy)
 
     for step in run.steps(batches, optimizer):
@@ -125,7 +133,7 @@ def main(argv=None):
             batch = data.pad_pairs(micro, run.device)
             with run.autocast():
                 losses, metrics = compute_loss(policy, batch, o)
-            run.backward((weight * losses).sum(), batch.tokens)
+            run.backward((weight * losses).sum(), tokens=batch.tokens)
             run.log(metrics | {"loss": losses}, weight)
         run.update(optimizer)
         run.evaluate(evaluator, policy)

@@ -41,6 +41,7 @@ import data
 import training
 from evaluate import Evaluator
 from gpt import ScalarGPT, token_logprobs
+from packing import last_token
 from training import RolloutOptions, Run, load_judge, opt, parse
 from training.checkpoint import load, load_scalar
 
@@ -52,12 +53,11 @@ def token_rewards(score, logp, ref_logp, mask, kl_coef):
     assert score.shape == (len(mask),) and logp.shape == ref_logp.shape == mask.shape, (
         "(B,), (B, T)"
     )
-    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-    return -kl_coef * (logp - ref_logp) * mask + score[:, None] * last
+    return -kl_coef * (logp - ref_logp) * mask + score[:, None] * last_token(mask)
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalized advantage estimation (arXiv:1506.02438): A_t = Σ_{s≥t} (γλ)^(s-t) δ_s,
+    """Generalized advantage estimation (arXiv:1506.02438): A_t = δ_t + γλ A_t+1, with
     δ_t = r_t + γ V_t+1 - V_t. rewards, values, mask: (B, T); values[:, t] is that of the state
     before token t, and past a response's last token 0. Returns adv and returns = adv + values,
     (B, T) each, 0 off the mask. At λ = 1 and γ = 1 the returns are the sums of the rewards to
@@ -65,10 +65,10 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     assert rewards.shape == values.shape == mask.shape and mask.dtype == torch.bool, "(B, T) thrice"
     values = values * mask
     delta = (rewards + gamma * F.pad(values, (0, 1))[:, 1:] - values) * mask
-    t = torch.arange(mask.size(1), device=mask.device)
-    ahead = (t[:, None] - t).clamp(min=0)
-    decay = ((gamma * lam) ** ahead.to(delta.dtype)).tril()  # (s, t): (γλ)^(s-t), 0 where s < t
-    adv = delta @ decay * mask
+    adv, ahead = torch.zeros_like(delta), 0.0
+    for t in reversed(range(mask.size(1))):
+        adv[:, t] = ahead = delta[:, t] + gamma * lam * ahead
+    adv = adv * mask
     return adv, adv + values
 
 
@@ -78,6 +78,13 @@ def whiten(x, mask):
     n = mask.sum()
     x = (x - (x * mask).sum() / n) * mask
     return x * ((x**2).sum() / n + 1e-8).rsqrt()
+
+
+def explained_variance(adv, returns, mask):
+    """1 - Var(R - V) / Var(R) over the entries that `mask` marks: 1 for a critic that knows the
+    returns, 0 for one that is as good as their mean. adv is R - V. All (B, T); returns a scalar."""
+    unexplained, variance = (x[mask].var(correction=0) for x in (adv, returns))
+    return 1 - unexplained / (variance + 1e-5)  # not over 0 if all returns are equal
 
 
 def ppo_loss(logp, old_logp, adv, eps=0.2):
@@ -119,12 +126,25 @@ class Options(RolloutOptions):
 
 PRESETS = {
     "any": dict(
-        **dict(reward="rm", group=1, updates=2, minibatches=4, batch_size=128, steps=60),
-        **dict(lr=2e-4, lr_schedule="linear", warmup=10, save_every=20),
+        reward="rm",
+        group=1,
+        updates=2,
+        minibatches=4,
+        batch_size=128,
+        steps=60,
+        lr=2e-4,
+        lr_schedule="linear",
+        warmup=10,
+        save_every=20,
     ),
     "arithmetic": dict(reward="task", steps=100, batch_size=256),
     "exact": dict(
-        **dict(reward="task", beta=0.5, group=64, batch_size=4, steps=300, lr=5e-4),
+        reward="task",
+        beta=0.5,
+        group=64,
+        batch_size=4,
+        steps=300,
+        lr=5e-4,
         missing_eos_penalty=0.0,  # a missing end costs nothing there
     ),
     "file": dict(reward="task"),
@@ -132,10 +152,10 @@ PRESETS = {
 
 
 def compute_loss(policy, critic, batch, o):
-    """A micro-batch of B responses -> (losses, metrics), each (B, T): one entry a token."""
+    """A micro-batch of B responses -> (losses, metrics), each (B, T): one entry per token."""
     logp, entropy = token_logprobs(policy, batch, o.temperature, entropy=True)
-    values = critic.values_before(batch.ids, batch.mask, batch.layout)
-    old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
+    values = critic.values_before(batch.ids, batch.mask, batch.packed)
+    old_logp = batch.old_logp_or(logp)  # first step of a rollout: π_old is π_θ, ρ is 1
     policy_losses = ppo_loss(logp, old_logp, batch.adv, o.eps)
     value_losses = value_loss(values, batch.old_values, batch.returns, o.eps_v)
     losses = policy_losses + o.vf_coef * value_losses
@@ -158,7 +178,8 @@ def compute_loss(policy, critic, batch, o):
 def new_critic(judge, run):
     """-> the reward model, to be trained on; of another vocabulary, of a shorter context, or
     without one, the policy's trunk, whose V is 0 until it has learned"""
-    if judge.model and judge.reads_tokens and judge.model.config.block_size >= run.block_size:
+    same_vocabulary = judge.model and judge.reads_tokens
+    if same_vocabulary and judge.model.config.block_size >= run.block_size:
         return run.prepare(load_scalar(judge.path, mapped=run.shard)[0])
     trunk, _, _ = load(run.start, mapped=run.shard)
     critic = ScalarGPT(trunk.config, trunk=trunk)
@@ -171,12 +192,12 @@ def main(argv=None):
     run = Run("ppo", o)
     task = data.task(o.task, o.eval_file, o.strict)
     judge = load_judge(o.reward, run, task)
-    policy, tokenizer = run.load(o.init or run.stage("sft"), task)
+    policy = run.load(o.init or run.stage("sft"), task)
     critic = new_critic(judge, run)
     ref = run.reference(policy)
     run.hold(policy=policy, critic=critic, ref=ref, reward=judge.model)
 
-    prompts = data.Prompts(task, tokenizer, run.block_size, o)
+    prompts = run.prompts()
     evaluator = Evaluator(run, task, ref, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy, critic)
@@ -197,8 +218,10 @@ def main(argv=None):
         rewards = token_rewards(score.to(ref_logp), rollout.old_logp, ref_logp, mask, o.beta)
         adv, rollout.returns = gae(rewards, rollout.old_values, mask, o.gamma, o.lam)
         rollout.adv = whiten(adv, mask)
-        unexplained = adv[mask].var(correction=0)  # Var(R - V)
-        explained = 1 - unexplained / (rollout.returns[mask].var(correction=0) + 1e-5)
+        run.log({"reward": score.mean(), "rlhf_reward": rewards.sum(1).mean()})
+        run.log({"kl": (rollout.old_logp - ref_logp).sum(1).mean()})
+        run.log({"explained_variance": explained_variance(adv, rollout.returns, mask)})
+        run.log(rollout.summary())
 
         with run.clock("update"):
             for minibatch in rollout.minibatches(o.updates, o.minibatches, run.generator):
@@ -206,16 +229,12 @@ def main(argv=None):
                     with run.autocast():
                         losses, metrics = compute_loss(policy, critic, batch, o)
                     weight = batch.mask.to(losses) / minibatch.length.sum()  # a mean over tokens
-                    run.backward((weight * losses).sum(), batch.tokens)
+                    run.backward((weight * losses).sum(), tokens=batch.tokens)
                     run.log(metrics | {"loss": losses}, weight)
                 run.update(optimizer)
-        figures = {"reward": score.mean(), "rlhf_reward": rewards.sum(1).mean()}
-        figures["kl"] = (rollout.old_logp - ref_logp).sum(1).mean()
-        run.log(figures | {"explained_variance": explained} | rollout.summary())
         run.evaluate(evaluator, policy)
 
-    forward = {"policy": 2 + o.updates, "critic": 1 + o.updates}  # sampling, old values, training
-    run.finish(evaluator, policy, forward, o.updates)
+    run.finish(evaluator, policy)
 
 
 if __name__ == "__main__":

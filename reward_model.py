@@ -26,18 +26,17 @@ rate for toy models.
 It ends with the accuracy on held-out pairs beside what the labels' noise allows.
 """
 
-import statistics
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 import data
 import training
-from evaluate import printable, standard_error
+from evaluate import RewardEvaluator
 from gpt import response_scores
 from training import PairOptions, Run, opt, parse
+from training.distributed import greatest, least
 
 
 def bradley_terry_loss(reward_w, reward_l, margin=0.0, p=1.0):
@@ -63,7 +62,7 @@ PRESETS = {
 
 
 def compute_loss(reward, batch, o):
-    """A micro-batch of B pairs -> (losses, metrics), each (B,): one entry a pair."""
+    """A micro-batch of B pairs -> (losses, metrics), each (B,): one entry per pair."""
     reward_w, reward_l = response_scores(reward, batch).chunk(2)
     margin, p = (x.to(reward_w) for x in batch.columns)
     losses = bradley_terry_loss(reward_w, reward_l, margin, p)
@@ -79,105 +78,15 @@ def compute_loss(reward, batch, o):
     }
 
 
-def scores(reward, rows, run):
-    """(prompt ids, response ids) rows -> (len(rows),) scores, on the CPU"""
-    batch = partial(data.pad, device=run.device, ends=True)
-    return run.scores(rows, lambda x: response_scores(reward, batch(x)), 512).cpu()
-
-
-class HeldOut:
-    """Held-out pairs, encoded before the training so that what does not fit is told then. On
-    `exact` also every outcome."""
-
-    def __init__(self, run, task):
-        self.run, self.task = run, task
-        o, fit = run.o, (run.tokenizer, run.block_size, run.o.truncate)
-        self.texts = task.graded(o.eval_prompts, o.seed, split="test")
-        self.pairs, note = data.encode(self.texts, *fit)
-        data.say(note and f"held out: {note}")
-        self.gold = task.size == 0 and not note  # a cut answer was never judged
-        self.demonstrations, _ = data.encode(task.demonstrations(1024, o.seed), *fit)
-        self.world = data.encode(task.rows, *fit)[0] if task.outcomes else []
-
-    def center(self, reward):
-        """Shifts the scores so that demonstrations average 0. -> what was subtracted"""
-        shift = scores(reward, self.demonstrations, self.run).mean().item()
-        with torch.no_grad():
-            reward.head.bias -= shift
-        return shift
-
-    def measure(self, reward, n=None):
-        """-> the figures of the first n pairs; gold figures where the task knows its reward"""
-        pairs, texts = self.pairs[:n], self.texts[:n]
-        score = scores(reward, [x[:2] for x in pairs] + [(x[0], x[2]) for x in pairs], self.run)
-        delta = torch.sub(*score.chunk(2))
-        p = torch.tensor([pair[4] for pair in pairs], dtype=score.dtype)
-        agreed = torch.where(delta > 0, p, torch.where(delta < 0, 1 - p, 0.0))
-        figures = {
-            "accuracy": agreed.mean(),
-            "accuracy_se": standard_error(agreed.mean(), len(pairs)),
-            "margin": delta.mean(),
-            "mean_reward": score.mean(),
-        }
-        figures |= {"min_reward": score.min(), "max_reward": score.max()}
-        if self.gold:
-            known = [self.task.preferred(*text[:3], {}) for text in texts]
-            figures["accuracy_bound"] = statistics.fmean(max(x, 1 - x) for x in known)
-            noise = sum(x * (1 - x) for x in known) ** 0.5 / len(known)
-            figures["accuracy_bound_se"] = noise
-        if self.world:
-            error = scores(reward, self.world, self.run).double().view(self.task.r.shape)
-            error = error - torch.from_numpy(self.task.r)
-            d = torch.from_numpy(self.task.d)
-            error = error - (d * error).sum(1, keepdim=True)  # up to a constant a prompt
-            figures["rms"] = (d * error**2).sum(1).mean().sqrt()
-        elif self.gold:
-            rows = [x[:2] for x in texts] + [(x[0], x[2]) for x in texts]
-            gold = torch.tensor([self.task.reward(*row) for row in rows], dtype=score.dtype)
-            figures["correlation"] = torch.corrcoef(torch.stack([score, gold]))[0, 1]
-        return {name: float(x) for name, x in figures.items()} | {"pairs": len(pairs)}
-
-    def facts(self, figures):
-        shift, template = figures["shift"], self.task.template
-        return {"template": template, "reference": self.run.init, "shift": shift, "reward": None}
-
-    def report(self, title, f):
-        rows = [
-            ("held-out preference accuracy", "accuracy"),
-            ("margin, chosen - rejected", "margin"),
-            ("score, mean", "mean_reward"),
-            ("  least", "min_reward"),
-            ("  greatest", "max_reward"),
-            ("correlation with the gold reward", "correlation"),
-            ("rms distance to r, by d(y|x)", "rms"),
-        ]
-        print(f"\n{title}: {f['pairs']} held-out pairs")
-        for name, key in rows:
-            note = ""
-            if key == "accuracy" and "accuracy_bound" in f:
-                bound = f"{f['accuracy_bound']:.3f} ± {f['accuracy_bound_se']:.3f}"
-                note = f" (the labels' noise allows {bound})"
-            if key in f:
-                spread = f" ± {f['accuracy_se']:.3f}" if key == "accuracy" else ""
-                print(f"{name:<34}{f[key]:>10.3f}{spread}{note}")
-        for prompt, *answers in [pair[:3] for pair in self.pairs[:2]]:
-            print("\n" + self.run.tokenizer.decode(prompt)[-400:])
-            score = scores(self.run.models["reward"], [(prompt, y) for y in answers], self.run)
-            for name, y, x in zip(("chosen", "rejected"), answers, score.tolist()):
-                text = printable(self.run.tokenizer.decode(y)).replace("\n", "\n" + " " * 18 + "| ")
-                print(f"  {name:>8} {x:6.2f} | {text}")
-        print(flush=True)
-
-
 def main(argv=None):
     o = parse(Options, argv, PRESETS)
     run = Run("reward_model", o)
     task = data.task(o.task, o.eval_file, o.strict)
-    reward, tokenizer = run.load(o.init or run.stage("sft"), task, scalar=True)
+    reward = run.load(o.init or run.stage("sft"), task, scalar=True)
     run.hold(reward=reward)
 
-    batches = data.Batches(task.graded, o.pairs or task.size, tokenizer, run.block_size, o)
-    held_out = HeldOut(run, task)
+    batches = run.batches(task.graded, fixed=o.pairs)
+    evaluator = RewardEvaluator(run, task)
     optimizer = run.adamw(reward)
 
     for step in run.steps(batches, optimizer):
@@ -187,15 +96,14 @@ def main(argv=None):
             batch = data.pad_pairs(micro, run.device, ends=True)
             with run.autocast():
                 losses, metrics = compute_loss(reward, batch, o)
-            run.backward((weight * losses).sum(), batch.tokens)
+            run.backward((weight * losses).sum(), tokens=batch.tokens)
             extremes += [metrics.pop("min_reward").min(), metrics.pop("max_reward").max()]
             run.log(metrics | {"loss": losses}, weight)
-        extremes = {"min_reward": run.least(extremes), "max_reward": run.greatest(extremes)}
-        run.log(extremes)
+        run.log({"min_reward": least(extremes), "max_reward": greatest(extremes)})
         run.update(optimizer)
-        run.evaluate(held_out, reward)
+        run.evaluate(evaluator, reward)
 
-    run.finish(held_out, reward, shift=held_out.center(reward))
+    run.finish(evaluator, reward, shift=evaluator.center(reward))
 
 
 if __name__ == "__main__":

@@ -34,13 +34,14 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 
 import data
 import training
 from data import Stopped, UserError, say
-from evaluate import Evaluator, printable
+from data.constitution import Dialogues, constitution, pad_dialogues
+from data.skills import demonstrate
+from evaluate import Evaluator, PreferenceEvaluator, printable
 from gpt import response_scores, token_logprobs
 from training import Rollout, Run, ScratchOptions, checkpoint, feedback, load_judge, opt, parse
 
@@ -115,7 +116,7 @@ def revision_loss(policy, batch):
 
 
 def preference_loss(reward, batch):
-    """A micro-batch of B labelled pairs -> (losses, metrics), each (B,): one entry a pair."""
+    """A micro-batch of B labelled pairs -> (losses, metrics), each (B,): one entry per pair."""
     reward_a, reward_b = response_scores(reward, batch).chunk(2)
     p = batch.columns[0].to(reward_a)
     delta = (reward_a - reward_b).detach()
@@ -136,7 +137,7 @@ class Pipeline:
         self.task = data.task(o.task, o.eval_file, o.strict)
         if self.task.outcomes:
             raise UserError(f"{o.task} has a vocabulary of its own, in which nothing can be asked")
-        self.principles = data.constitution(o.constitution)
+        self.principles = constitution(o.constitution)
         self.split = "train" if data.kind(o.task) == "file" else "rest"  # no skill was shown there
         self.run, self.runs = Run("rlaif", o), {}
         self.ended = {"skills": {"models": [], "wall_s": 0.0}}  # the figures of each phase
@@ -151,33 +152,35 @@ class Pipeline:
         self.judge = None
         if o.judge:
             model, tokenizer, _ = checkpoint.load(o.judge, mapped=self.run.shard)
-            self.judge = feedback.Judge(self.run.freeze(self.run.place(model)), tokenizer, self.run)
+            model = self.run.freeze(self.run.place(model))
+            self.judge = feedback.AIJudge(model, tokenizer, self.run)
 
     def writer(self, run, path):
-        model, _ = run.load(path, self.task)
+        model = run.load(path, self.task)
         return feedback.Writer(run.freeze(model), run, self.task, self.principles)
 
     def open(self):
-        """Opens the model with the skills, from which the phases start. Tells what does not fit."""
+        """Opens the model with the skills, from which the phases start. Says what does not fit."""
         run = self.run
         self.skilled = self.writer(run, self.start)
-        self.judge = self.judge or feedback.Judge(self.skilled.model, run.tokenizer, run)
+        self.judge = self.judge or feedback.AIJudge(self.skilled.model, run.tokenizer, run)
         self.evaluator = Evaluator(run, self.task, self.start)
-        self.prompts = data.Prompts(self.task, run.tokenizer, run.block_size, run.o, self.split)
+        self.prompts = run.prompts(self.split)
 
     def do(self, name, learn):
         """Trains a phase, unless --resume finds that it has ended. Once it is trained, nothing is
         gone on with that an earlier run has left of the phases after it."""
         run, since = self.runs[name], time.time()
-        run.wall = since
-        final = run.past() if run.o.resume else None
+        run.figures.began = since
+        final = run.state.past() if run.o.resume else None
         if final:
             say(f"--resume: {run.method} has ended, {run.o.out} is its checkpoint")
         else:
             final = learn(self, run)
             for later in self.runs.keys() - self.ended.keys() - {name}:
                 self.runs[later].files.forget()
-        self.run.wall -= final["wall_s"] - (time.time() - since)  # seconds of earlier processes
+        earlier = final["wall_s"] - (time.time() - since)  # seconds of earlier processes
+        self.run.figures.began -= earlier
         self.ended[name] = final
         return final
 
@@ -193,7 +196,7 @@ def fit(run, model, batches, compute_loss, evaluator, pad, count, **figures):
             batch = pad(micro, run.device)
             with run.autocast():
                 losses, metrics = compute_loss(model, batch)
-            run.backward((weight * losses).sum(), batch.tokens)
+            run.backward((weight * losses).sum(), tokens=batch.tokens)
             run.log(metrics | {"loss": losses}, weight)
         run.update(optimizer)
 
@@ -202,22 +205,23 @@ def fit(run, model, batches, compute_loss, evaluator, pad, count, **figures):
 
 def learn_skills(p, run):
     """Next-token prediction on demonstrations. Each turn weighs the same, a letter as a review."""
-    policy, tokenizer = run.create(p.task)
+    policy = run.create(p.task)
     run.hold(policy=policy)
-    draw = partial(data.demonstrate, p.task, principles=p.principles)
-    batches = data.Dialogues(draw, run.o.batch_size, run.o.seed, tokenizer, run.block_size)
+    draw = partial(demonstrate, p.task, principles=p.principles)
+    batches = Dialogues(draw, run.o.batch_size, run.o.seed, run.tokenizer, run.block_size)
     evaluator = Evaluator(run, p.task, is_reference=True)
-    return fit(run, policy, batches, skills_loss, evaluator, pad_dialogues, lambda x: sum(x[1]))
+    return fit(run, policy, batches, skills_loss, evaluator, pad_turns, lambda x: sum(x[1]))
 
 
-def pad_dialogues(rows, device):
-    ids, weight = data.pad_dialogues(rows, device)
+def pad_turns(rows, device):
+    ids, weight = pad_dialogues(rows, device)
     return Rollout(ids=ids, mask=weight > 0, weight=weight)
 
 
 def learn_revisions(p, run):
     """SL-CAI: fine-tuning on the revisions. What led to them is not seen."""
-    o, asked = run.o, feedback.asked("to criticise and revise", policy=p.skilled.model)
+    o, what = run.o, "to criticise and revise"
+    asked = feedback.frozen_records(what, policy=p.skilled.model)
     made = p.skilled.revise(o.answers, "revisions", p.split, o.revisions)
     if not made:
         what = "answer, critique and revision, so there is nothing to learn"
@@ -225,9 +229,9 @@ def learn_revisions(p, run):
         remedy = f"it needs {more}, or more --max-new-tokens"
         raise Stopped(f"{p.start} ended no {what}: {remedy}")
     rows = [(x.prompt, x.b) for x in made]
-    policy, tokenizer = run.load(p.start, p.task)
+    policy = run.load(p.start, p.task)
     run.hold(policy=policy)
-    batches = data.Batches(lambda n, seed: rows, None, tokenizer, run.block_size, o)
+    batches = run.batches(lambda n, seed: rows, fixed=len(rows))
     how = revision_loss, p.evaluator, data.pad, lambda x: len(x[1])
     return fit(run, policy, batches, *how, revisions=len(batches.rows), models_asked=asked)
 
@@ -235,50 +239,29 @@ def learn_revisions(p, run):
 def learn_preferences(p, run):
     """The judge labels pairs of SL-CAI's answers. The preference model starts from the skills."""
     o, writer = run.o, p.writer(run, p.runs["sl"].o.out)
-    asked = feedback.asked("to answer and compare", policy=writer.model, judge=p.judge.model)
+    models = {"policy": writer.model, "judge": p.judge.model}
+    asked = feedback.frozen_records("to answer and compare", **models)
     pairs = writer.pairs(o.comparisons, "comparisons", p.split)
     if not pairs:
         raise Stopped("no two answers to a prompt differed and ended, so nothing can be compared")
     labels = ai_label(*p.judge.compare(pairs), o.clamp).tolist()
     rows = [(x.prompt, x.a, x.b, label) for x, label in zip(pairs, labels)]
-    held_out = HeldOut(p, run, writer.pairs(o.eval_prompts, "held out", "test"))
+    held_out = writer.pairs(o.eval_prompts, "held out", "test")
+    evaluator = PreferenceEvaluator(run, p.task, p.judge, held_out, p.evaluator.facts)
     del writer  # only one model is in memory while it learns
-    reward, tokenizer = run.load(p.start, p.task, scalar=True)
+    reward = run.load(p.start, p.task, scalar=True)
     run.hold(reward=reward)
-    batches = data.Batches(lambda n, seed: rows, None, tokenizer, run.block_size, o)
+    batches = run.batches(lambda n, seed: rows, fixed=len(rows))
     pad = partial(data.pad_pairs, ends=True)
-    how = preference_loss, held_out, pad, lambda x: 1
+    how = preference_loss, evaluator, pad, lambda x: 1
     return fit(run, reward, batches, *how, labels=len(batches.rows), models_asked=asked)
-
-
-class HeldOut:
-    """Measures a preference model: its agreement with the judge, and with the gold reward."""
-
-    def __init__(self, p, run, pairs):
-        self.p, self.run, self.pairs, self.facts = p, run, pairs, p.evaluator.facts
-
-    def measure(self, reward):
-        run, pairs = self.run, self.pairs
-        if not pairs:
-            return {}
-
-        def margin(part):
-            batch = data.pad_pairs(part, run.device, ends=True)
-            return torch.sub(*response_scores(reward, batch).chunk(2))
-
-        rows, _ = data.encode([x[:3] for x in pairs], run.tokenizer, run.block_size, truncate=True)
-        a_wins = run.scores(rows, margin, feedback.ROWS) > 0
-        return feedback.label_figures(self.p.task, pairs, *self.p.judge.compare(pairs), a_wins)
-
-    def report(self, title, figures):
-        feedback.show(f"{title}: {len(self.pairs)} held-out pairs", figures)
 
 
 def reinforce(p, run, figures):
     """RL-CAI: REINFORCE on the preference model's score, less the KL to SL-CAI."""
     o, prompts = run.o, p.prompts
     judge = load_judge(p.runs["pm"].o.out, run, p.task)
-    policy, _ = run.load(p.runs["sl"].o.out, p.task)
+    policy = run.load(p.runs["sl"].o.out, p.task)
     ref = run.reference(policy)
     run.hold(policy=policy, ref=ref, reward=judge.model)
     evaluator = Evaluator(run, p.task, o.reference or p.start, judge)
@@ -300,7 +283,7 @@ def reinforce(p, run, figures):
                 with run.autocast():
                     losses, metrics = compute_loss(policy, batch, o)
                 weight = 1 / len(rollout)  # a mean over the step's responses
-                run.backward((weight * losses).sum(), batch.tokens)
+                run.backward((weight * losses).sum(), tokens=batch.tokens)
                 run.log({"loss": losses}, weight)
                 run.log(metrics, batch.mask / rollout.length.sum())
             run.update(optimizer)
@@ -309,7 +292,7 @@ def reinforce(p, run, figures):
         run.log({"frac_reward_zero_std": equal} | rollout.summary())
         run.evaluate(evaluator, policy)
 
-    return run.finish(evaluator, policy, {"policy": 2}, **figures)
+    return run.finish(evaluator, policy, **figures)
 
 
 def summary(p):
@@ -325,8 +308,8 @@ def summary(p):
         x = max(rows, key=lambda row: len(row.critique))
         ab, ba = p.judge.compare([x])
         print(f"\nof {len(rows)} held-out answers the one with the longest critique:\n{x.prompt}")
-        told = {"answer": x.a, "principle": x.principle, "critique": x.critique, "revision": x.b}
-        for name, text in told.items():
+        texts = {"answer": x.a, "principle": x.principle, "critique": x.critique, "revision": x.b}
+        for name, text in texts.items():
             print(f"  {name:>9} | {printable(text)}")
         places = f"{ab.softmax(1)[0, 1]:.3f} where it stands as B, {ba.softmax(1)[0, 0]:.3f} as A"
         print(f"  the revision is better, says the judge: {1 - ai_label(ab, ba)[0]:.3f} ({places})")

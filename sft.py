@@ -5,7 +5,7 @@
     paper        code                       shape
     x, y         prompt and response ids    lists of tokens
     m            batch.mask                 (B, T), True on the response and its end token
-    log π_θ      logp                       (B, T), nats a token, 0 off the mask
+    log π_θ      logp                       (B, T), nats per token, 0 off the mask
 
 Both sums run over the whole optimizer step: every response token weighs the same, however the batch
 is cut. It is the stage that the other methods start from.
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import data
+import evaluate
 import training
 from evaluate import Evaluator
 from gpt import token_logprobs
@@ -46,28 +47,36 @@ PRESETS = {
     "any": dict(steps=500, lr=4e-3, warmup=50),
     "arithmetic": dict(steps=1600, batch_size=64, lr=2e-3),
     "exact": dict(
-        **dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear"),
-        **dict(n_layer=2, n_embd=64, block_size=8),
+        steps=1000,
+        batch_size=4096,
+        lr=2e-3,
+        lr_schedule="linear",
+        n_layer=2,
+        n_embd=64,
+        block_size=8,
     ),
 }
 
 
 def compute_loss(policy, batch, o):
-    """A micro-batch of B answers -> (losses (B,), one entry an answer; no metrics)."""
+    """A micro-batch of B answers -> (losses (B,), one entry per answer; no metrics)."""
     return nll(token_logprobs(policy, batch)), {}
+
+
+def held_out(task, o):
+    return evaluate.nll(task, partial(compute_loss, o=o))
 
 
 def main(argv=None):
     o = parse(Options, argv, PRESETS)
     run = Run("sft", o)
     task = data.task(o.task, o.eval_file, o.strict)
-    policy, tokenizer = run.load(o.init, task) if o.init else run.create(task)
+    policy = run.load(o.init, task) if o.init else run.create(task)
     run.hold(policy=policy)
 
-    batches = data.Batches(task.demonstrations, task.size, tokenizer, run.block_size, o)
-    held_out = task.demonstrations, partial(compute_loss, o=o)
-    reference = find_reference(run.init, task, tokenizer, run.block_size)
-    evaluator = Evaluator(run, task, reference, held_out=held_out, is_reference=True)
+    batches = run.batches(task.demonstrations)
+    earlier = find_reference(run)
+    evaluator = Evaluator(run, task, earlier, held_out=held_out(task, o), is_reference=True)
     optimizer = run.adamw(policy)
 
     for step in run.steps(batches, optimizer):
@@ -77,7 +86,7 @@ def main(argv=None):
             batch = data.pad(micro, run.device)
             with run.autocast():
                 losses, metrics = compute_loss(policy, batch, o)
-            run.backward((weight * losses).sum(), batch.tokens)
+            run.backward((weight * losses).sum(), tokens=batch.tokens)
             run.log(metrics | {"loss": losses}, weight)
         run.update(optimizer)
         run.evaluate(evaluator, policy)

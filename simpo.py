@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import data
 import training
-from evaluate import Evaluator
+from evaluate import Evaluator, pair_accuracy
 from gpt import response_logprobs
 from training import PairOptions, Run, opt, parse
 
@@ -57,7 +57,7 @@ PRESETS = {
 
 
 def compute_loss(policy, batch, o):
-    """A micro-batch of B pairs -> (losses, metrics), each (B,): one entry a pair."""
+    """A micro-batch of B pairs -> (losses, metrics), each (B,): one entry per pair."""
     logp_w, logp_l = response_logprobs(policy, batch).chunk(2)  # (B,)
     len_w, len_l = batch.length.chunk(2)
 
@@ -78,17 +78,20 @@ def compute_loss(policy, batch, o):
     }
 
 
+def held_out(task, o):
+    return pair_accuracy(task, partial(compute_loss, o=o))
+
+
 def main(argv=None):
     o = parse(Options, argv, PRESETS)
     run = Run("simpo", o)
     task = data.task(o.task, o.eval_file, o.strict)
-    policy, tokenizer = run.load(o.init or run.stage("sft"), task)
+    policy = run.load(o.init or run.stage("sft"), task)
     data.say(f"β = {o.beta:g}, γ = {o.gamma_beta_ratio * o.beta:g}")
     run.hold(policy=policy)
 
-    batches = data.Batches(task.preferences, o.pairs or task.size, tokenizer, run.block_size, o)
-    held_out = task.preferences, partial(compute_loss, o=o)
-    evaluator = Evaluator(run, task, run.init, held_out=held_out)
+    batches = run.batches(task.preferences, fixed=o.pairs)
+    evaluator = Evaluator(run, task, run.baseline, held_out=held_out(task, o))
     optimizer = run.adamw(policy)
 
     for step in run.steps(batches, optimizer):
@@ -98,7 +101,7 @@ def main(argv=None):
             batch = data.pad_pairs(micro, run.device)
             with run.autocast():
                 losses, metrics = compute_loss(policy, batch, o)
-            run.backward((weight * losses).sum(), batch.tokens)
+            run.backward((weight * losses).sum(), tokens=batch.tokens)
             run.log(metrics | {"loss": losses}, weight)
         run.update(optimizer)
         run.evaluate(evaluator, policy)

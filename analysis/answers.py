@@ -15,7 +15,7 @@ def answers(path, task, o, n=PROMPTS):
     task's own, None where it has none."""
     run = Compute(o)
     model, tokenizer, meta = checkpoint.load(path)
-    run.tokenizer, longest = tokenizer.told(None, {}), meta["max_new_tokens"]
+    run.tokenizer, longest = tokenizer.with_chat(None, {}), meta["max_new_tokens"]
     task.template = meta["template"]
     prompts = task.prompts(n, o.seed, split="test")
     limit = model.config.block_size - longest

@@ -118,7 +118,7 @@ def step(job):
     """Runs a script, whose clock shows CPU time. -> CPU ms of a step, bytes at its peak"""
     name, *arguments = job["command"]
     script = importlib.import_module(name)
-    with patch("training.run.time.perf_counter", time.process_time):
+    with patch("training.figures.time.perf_counter", time.process_time):
         with contextlib.redirect_stdout(io.StringIO()):
             script.main([*arguments, "--out", f"{os.getpid()}.pt"])
     final = json.loads(Path(f"{os.getpid()}.jsonl").read_text().splitlines()[-1])["final"]
@@ -130,19 +130,11 @@ def generator(config, job):
     """-> a function that draws responses, and tells how many tokens"""
     model = GPT(config)
     if job["ends"]:
-        end_often(model.norm.bias, model.wte.weight)
+        peers.end_often(model.norm.bias, model.wte.weight)
     prompts = torch.randint(2, config.vocab_size, (job["prompts"], job["prompt"])).tolist()
     how = dict(group=job["group"], generator=torch.Generator().manual_seed(0))
     end = 1 if job["ends"] else -1
     return lambda: sampling.sample(model, prompts, job["response"], end, **how).mask.sum()
-
-
-@torch.no_grad()
-def end_often(bias, embedding):
-    """Makes token 1 so likely that responses to a prompt of the bench have 24 tokens on average, of
-    96 at most. Its logit is about 3.3 above the others', of which there are some 750."""
-    bias[0] = 4.0
-    embedding[1, 0] += 0.82
 
 
 def tokens_per_second(draw, runs=5):

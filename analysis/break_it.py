@@ -22,10 +22,10 @@ from pkgutil import resolve_name
 from typing import NamedTuple
 from unittest.mock import patch
 
-import gpt
 import training
 from analysis import plots, tables
 from data import UserError, say
+from packing import before, last_token, pack
 from training import opt, parse
 
 # ---- the lines
@@ -35,13 +35,13 @@ def prompt_in_mask(right, rows, device="cpu", ends=False):
     batch = right(rows, device, ends)
     mask = batch.text.clone()
     mask[:, 0] = False  # nothing stands before the first token
-    return batch._replace(mask=mask, layout=gpt.layout(batch.ids, gpt.before(mask)))
+    return batch._replace(mask=mask, packed=pack(batch.ids, before(mask)))
 
 
 def end_out_of_mask(right, rows, device="cpu", ends=False):
     batch = right(rows, device, ends)
-    mask = batch.mask & ~gpt.last(batch.mask)
-    return batch._replace(mask=mask, layout=gpt.layout(batch.ids, gpt.before(mask)))
+    mask = batch.mask & ~last_token(batch.mask)
+    return batch._replace(mask=mask, packed=pack(batch.ids, before(mask)))
 
 
 def mean_for_sum(right, model, batch):
@@ -57,7 +57,7 @@ def wrong_kl_sign(right, score, logp, ref_logp, mask, kl_coef):
 
 
 def attached_advantage(right, policy, critic, batch, o):
-    values = critic.values_before(batch.ids, batch.mask, batch.layout)  # no .detach()
+    values = critic.values_before(batch.ids, batch.mask, batch.packed)  # no .detach()
     batch.adv = (batch.returns - values) * batch.mask
     return right(policy, critic, batch, o)
 

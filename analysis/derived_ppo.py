@@ -29,27 +29,8 @@ def train(steps, rollout, folder, parts, passes, beta, gamma, lam, eps, eps_v, v
     )
     steps.watch(optimizer, lambda: {name: p.grad.clone() for name, p in weights.items()})
 
-    # what is fixed before the first step: log π_old, V_old, rewards, advantages, returns
-    texts, old, scores, totals, kls = [], [], [], [], []
-    with torch.no_grad():
-        for ids, mask, ended in zip(rollout.ids, rollout.mask, rollout.finished.tolist()):
-            first, n = int(mask.int().argmax()), int(mask.sum())
-            x, y = ids[:first].tolist(), ids[first : first + n].tolist()
-            logp, ref_logp = (log_probs(model, x, y)[0].tolist() for model in (policy, reference))
-            V = values(critic, bias, x, y).tolist()
-            score = judge(torch.tensor([x + y])).logits[0, 0].item() - (0 if ended else penalty)
-            r = [-beta * (a - b) for a, b in zip(logp, ref_logp)]
-            r[-1] += score
-            A, ahead = [0.0] * n, 0.0
-            for t in reversed(range(n)):
-                V_next = V[t + 1] if t + 1 < n else 0.0
-                ahead = r[t] + gamma * V_next - V[t] + gamma * lam * ahead
-                A[t] = ahead
-            texts.append((x, y))
-            old.append([(logp[t], V[t], A[t], A[t] + V[t]) for t in range(n)])
-            scores.append(score)
-            totals.append(sum(r))
-            kls.append(sum(logp) - sum(ref_logp))
+    how = beta, gamma, lam, penalty
+    texts, old, scores, totals, kls = before(policy, reference, judge, critic, bias, rollout, *how)
     A = [token[2] for tokens in old for token in tokens]
     R = [token[3] for tokens in old for token in tokens]
     mean, scale = fmean(A), math.sqrt(variance(A) + 1e-8)
@@ -85,6 +66,32 @@ def train(steps, rollout, folder, parts, passes, beta, gamma, lam, eps, eps_v, v
         "completions/clipped_ratio": 1 - rollout.finished.double().mean().item(),
     }
     return steps
+
+
+def before(policy, reference, judge, critic, bias, rollout, beta, gamma, lam, penalty):
+    """What is fixed before the first step. -> the responses (x, y), (log π_old, V_old, A, R) of
+    each of their tokens, scores, sums of the rewards, and KLs"""
+    texts, old, scores, totals, kls = [], [], [], [], []
+    with torch.no_grad():
+        for ids, mask, ended in zip(rollout.ids, rollout.mask, rollout.finished.tolist()):
+            first, n = int(mask.int().argmax()), int(mask.sum())
+            x, y = ids[:first].tolist(), ids[first : first + n].tolist()
+            logp, ref_logp = (log_probs(model, x, y)[0].tolist() for model in (policy, reference))
+            V = values(critic, bias, x, y).tolist()
+            score = judge(torch.tensor([x + y])).logits[0, 0].item() - (0 if ended else penalty)
+            r = [-beta * (a - b) for a, b in zip(logp, ref_logp)]
+            r[-1] += score
+            A, ahead = [0.0] * n, 0.0
+            for t in reversed(range(n)):
+                V_next = V[t + 1] if t + 1 < n else 0.0
+                ahead = r[t] + gamma * V_next - V[t] + gamma * lam * ahead
+                A[t] = ahead
+            texts.append((x, y))
+            old.append([(logp[t], V[t], A[t], A[t] + V[t]) for t in range(n)])
+            scores.append(score)
+            totals.append(sum(r))
+            kls.append(sum(logp) - sum(ref_logp))
+    return texts, old, scores, totals, kls
 
 
 def token(logp, logp_old, A, V, V_old, R, eps, eps_v):

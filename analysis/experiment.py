@@ -85,7 +85,7 @@ class World:
     def table(self, model):
         """The same of a model, with its gradient"""
         x = self.batch
-        return model.logprobs(x.ids, x.mask, at=x.layout).sum(1).view(self.r.shape)
+        return model.logprobs(x.ids, x.mask, packed=x.packed).sum(1).view(self.r.shape)
 
     def expected(self, log_p):
         """-> E[r], a mean over prompts"""

@@ -42,8 +42,9 @@ import data
 import training
 from data import UserError
 from data.exact import kl, star, tv
-from evaluate import Again, Evaluator
+from evaluate import Again
 from training import opt, parse
+from training.enumeration import Enumeration
 from training.options import DTYPES
 
 
@@ -322,11 +323,11 @@ def distances(o):
     if not task.outcomes:
         where = f"was trained on {task.name}; optima are known on exact alone"
         raise UserError(f"{o.checkpoint} {where}")
-    evaluator = Evaluator(run, task)
-    log_p = evaluator.table(run.policy)
+    world = Enumeration(run, task)
+    log_p = world.table(run.policy)
     log_ref, figures = None, {}
     if run.reference:
-        log_ref = evaluator.table(run.open(run.reference))
+        log_ref = world.table(run.open(run.reference))
     with torch.enable_grad():
         found = optimum(task, log_ref, run.meta["method"], run.trained)
     if found:

@@ -21,8 +21,10 @@ from torch.utils._pytree import tree_map_only
 import data
 from analysis.rows import EVERY, SAMPLED, in_pairs, longest_context
 from data import UserError
-from gpt import GPT, GPTConfig, ScalarGPT, last, layout, load
-from training import Compute, Rollout, distributed, hf, lora, memory, parse, sampling, sharding
+from gpt import GPT, GPTConfig, ScalarGPT, load
+from hf import weights
+from packing import last_token, pack
+from training import Compute, Rollout, distributed, lora, memory, parse, sampling, sharding
 from training.checkpoint import is_checkpoint
 from training.options import flag
 from training.reward import ROWS
@@ -168,18 +170,18 @@ class Sampled:
         self.prompts, self.response = [row[0] for row in prompts], response
         drawn = self.rollout(2 if pairs else self.group)
         self.drawn = list(cut(drawn, o.micro_batch))
-        self.whole = Rollout.cat([drawn] * ranks)
-        self.once = parts * getattr(o, "updates", 1) == 1
+        self.rollout_of_all = Rollout.cat([drawn] * ranks)
+        self.on_policy = parts * getattr(o, "updates", 1) == 1
         minibatch = drawn
-        if not self.once:
+        if not self.on_policy:
             generator = torch.Generator().manual_seed(o.seed)
-            minibatch = next(iter(self.whole.minibatches(2, parts, generator)))
+            minibatch = next(iter(self.rollout_of_all.minibatches(2, parts, generator)))
         share = next(cut(minibatch, len(drawn) // parts))
         self.share = list(cut(share, 2 * o.micro_batch if pairs else o.micro_batch))
-        self.reads = sampling.read(self.prompts, "cpu")[1]
+        self.packed_prompts = sampling.encode_prompts(self.prompts, "cpu")[1]
         self.judged = list(cut(self.rollout(self.group), ROWS))
-        self.asked = [layout(x.ids, last(x.mask)) for x in self.judged]
-        assert all(part.tokens for part in self.drawn + self.share)  # layouts, of real numbers
+        self.packed_judged = [pack(x.ids, last_token(x.mask)) for x in self.judged]
+        assert all(part.tokens for part in self.drawn + self.share)  # packed, of real numbers
 
     def rollout(self, group):
         """-> so many responses to each prompt, as they are drawn"""
@@ -187,7 +189,7 @@ class Sampled:
         answers = torch.randint(10, (group * len(self.prompts), self.response), generator=digits)
         prompts = [tuple(prompt) for prompt in self.prompts for _ in range(group)]
         batch = data.pad(list(zip(prompts, map(tuple, answers.tolist()))))
-        ids, mask = batch.spread(batch.ids), batch.spread(batch.mask)
+        ids, mask = batch.unfold(batch.ids), batch.unfold(batch.mask)
         return Rollout(ids=ids, mask=mask, logp=mask.float())
 
     def passes(self, models, compute, tracker):
@@ -196,19 +198,20 @@ class Sampled:
         tracker.during("sampling")
         with torch.no_grad():
             self.sample(models["policy"], compute)
-            for part, at in zip(self.judged, self.asked) if "reward" in models else ():
+            judged = zip(self.judged, self.packed_judged)
+            for part, packed in judged if "reward" in models else ():
                 with compute.autocast():
-                    models["reward"].score(fake(part).ids, fake(part).mask, fake(at))
-            rollout = fake(self.whole)
+                    models["reward"].score(fake(part).ids, fake(part).mask, fake(packed))
+            rollout = fake(self.rollout_of_all)
             tracker.during(None)
             for part in self.drawn:
                 part = fake(part)
                 for role, model in models.items():
                     with compute.autocast():
                         if role == "critic":
-                            model.values_before(part.ids, part.mask, part.layout)
+                            model.values_before(part.ids, part.mask, part.packed)
                         elif role != "reward":
-                            model.logprobs(part.ids, part.mask, at=part.layout)
+                            model.logprobs(part.ids, part.mask, packed=part.packed)
         return rollout | self.columns(rollout), (self.batch(part) for part in self.share)
 
     def sample(self, policy, compute):
@@ -219,15 +222,16 @@ class Sampled:
         with compute.autocast():
             model = compute.to_sample(policy)
             with torch.inference_mode():
-                rows = sampling.Drawing(model, fake(self.reads), lengths, self.group, uniform)
-                rows.width = rows.mask.size(2) - 1
+                packed = fake(self.packed_prompts)
+                rows = sampling.Drawing(model, packed, lengths, self.group, uniform)
+                rows.cache.width = rows.cache.mask.size(2) - 1
                 rows.step()
 
     def batch(self, part):
         """-> a micro-batch with the columns that the script's loop has given it"""
         batch = fake(part)
         columns = self.columns(batch)
-        batch.__dict__.update(columns | {"old_logp": None} if self.once else columns)
+        batch.__dict__.update(columns | {"old_logp": None} if self.on_policy else columns)
         return batch
 
     def columns(self, rollout):
@@ -241,8 +245,8 @@ def fake(x):
     found = tree_map_only(torch.Tensor, torch.empty_like, x)
     if isinstance(x, Rollout):
         found = Rollout(**fake(vars(x)))
-        if hasattr(x, "_layout"):
-            found._layout = fake(x._layout)
+        if hasattr(x, "_packed"):
+            found._packed = fake(x._packed)
     return found
 
 
@@ -301,7 +305,7 @@ def of_folder(o):
         raise UserError(f"--predict {o.predict}: give own, 1b, 7b, or a checkpoint's folder")
     if sizes := o.given & {"n_layer", "n_head", "n_embd", "vocab_size"}:
         raise UserError(f"{flag(min(sizes))}: {o.predict} has its own sizes; leave it out")
-    return hf.read_config(o.predict)
+    return weights.read_config(o.predict)
 
 
 def ask(row, o, recompute, dtype):

@@ -21,7 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from analysis import derived_ppo
 from gpt import ScalarGPT
-from training import Run, hf, locks, sampling
+from hf import weights
+from training import Run, locks, sampling
 
 END, PAD = 0, 1  # token ids; the letters come after them
 SIZES = dict(vocab_size=28, n_positions=32, n_layer=2, n_head=2, n_embd=16)
@@ -250,8 +251,8 @@ def gradients(*models):
     for prefix, model in zip(("", "critic."), models):
         for name, p in model.named_parameters():
             if name != "head.bias":  # transformers' head has none
-                (theirs,) = hf.theirs(name, model.config)
-                grad = p.grad.T if hf.transposed(name, model.config) else p.grad
+                (theirs,) = weights.theirs(name, model.config)
+                grad = p.grad.T if weights.transposed(name, model.config) else p.grad
                 found[prefix + theirs] = grad.clone()
     return found
 
@@ -300,9 +301,9 @@ def theirs(command, data, folder, steps, rollout=None):
         trainer = getattr(module, f"{kind}Trainer")(args=config, **given)
         if rollout:
             hand_over(kind, trainer, rollout, reference)
-        weights = dict(policy.named_parameters())
+        named = dict(policy.named_parameters())
         optimizer = trainer.create_optimizer()
-        found.watch(optimizer, lambda: {name: p.grad.clone() for name, p in weights.items()})
+        found.watch(optimizer, lambda: {name: p.grad.clone() for name, p in named.items()})
         with found.watching_losses():
             trainer.train()
     found.logged(trainer.state.log_history)
@@ -343,7 +344,7 @@ def scalar(policy, words, folder):
     policy.config.num_labels, policy.config.pad_token_id = 1, words.pad_token_id
     model = GPT2ForSequenceClassification(policy.config).double()
     model.transformer = policy.transformer
-    trunk = hf.load(f"{folder}/policy")[0]
+    trunk = weights.load(f"{folder}/policy")[0]
     model.score.weight.data = ScalarGPT(trunk.config, trunk=trunk).head.weight.data.double()
     return model
 

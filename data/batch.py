@@ -9,32 +9,28 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import gpt
-from data.error import UserError
+from data.error import UserError, say
+from packing import Packed, before, pack
 
 
 class Drawn(list):
-    """Rows of a file. told(cut, equal) -> what became of each of the file's rows, where so many are
-    cut, and so many more dropped because that made their answers equal. lost: why how many are not
-    among these rows."""
+    """Rows of a file. account(cut, equal) -> a line on what became of all rows of the file, if so
+    many are cut, and so many dropped because that made their answers equal. lost: {reason: how many
+    are not among these rows}."""
 
-    def __init__(self, rows, told=None, lost=()):
+    def __init__(self, rows, account=None, lost=()):
         super().__init__(rows)
-        self.told, self.lost = told, lost
-
-
-def once(make):
-    """-> make(). Of many processes on a machine one makes the rows of a file, and the others map
-    them: training.distributed puts a function in place of this one."""
-    return make()
+        self.account, self.lost = account, lost
 
 
 class Rows:
-    """Rows (prompt ids, *answers, *others) as a list has them, all of one shape, in 2 or 4 bytes a
-    token. Ids are tuples."""
+    """Rows (prompt ids, *answers, *others), all of one shape, as a list of tuples would hold them,
+    but in 2 or 4 bytes per token. Ids are tuples."""
 
     def __init__(self, rows=()):
-        self.tokens, self.ends, self.numbers = array("H"), array("Q", [0]), []
+        self.tokens = array("H")  # uint16, or "I", uint32: of all texts, one after the other
+        self.ends = array("Q", [0])  # uint64: where each text ends
+        self.numbers = []  # of each row, what is no text
         for row in rows:
             self.append(row)
 
@@ -78,7 +74,7 @@ class Rows:
         )
         return rows
 
-    def widened(self, numbers):
+    def with_columns(self, numbers):
         """-> the same rows, each with more numbers at its end"""
         rows = Rows()
         vars(rows).update(vars(self))
@@ -93,7 +89,7 @@ def encode(rows, tokenizer, block_size, truncate=False, many=False):
 
     A row that does not fit in block_size tokens raises UserError with the count, or with `truncate`
     is cut: the prompt first, from its left, down to one token; then every answer at the same place,
-    losing its end. A pair whose answers are equal after that is dropped.
+    which loses its end. A pair whose answers are equal after that is dropped.
     """
     out, cut, equal, widest = Rows() if many else [], 0, 0, 0
     prompt_ids = lru_cache(4096)(lambda text, messages: tuple(tokenizer.prompt(text)))
@@ -129,7 +125,7 @@ def encode(rows, tokenizer, block_size, truncate=False, many=False):
 
 
 def _account(rows, cut, equal=0):
-    return rows.told(cut, equal) if isinstance(rows, Drawn) and rows.told else ""
+    return rows.account(cut, equal) if isinstance(rows, Drawn) and rows.account else ""
 
 
 def encode_prompts(rows, tokenizer, limit, truncate=False, what="test prompts"):
@@ -170,69 +166,72 @@ class Batches:
 
     draw: a task's demonstrations, preferences, graded or feedback. count: the size of a fixed set,
     shuffled anew each epoch; None for every row of a file; 0 for fresh rows at every step. A batch
-    larger than the set is the set. The last batch of an epoch may be smaller, and joins the one
-    before where it would hold one row.
+    larger than the set is the set. The last batch of an epoch may be smaller.
+    make(f) -> f(), which makes the rows; of many processes one may do it for all.
     """
 
-    def __init__(self, draw, count, tokenizer, block_size, o):
+    def __init__(self, draw, count, tokenizer, block_size, o, make=lambda f: f()):
         self.draw, self.seed, self.batch_size = draw, o.seed, o.batch_size
-        self.fit = tokenizer, block_size, o.truncate
+        self.tokenizer, self.block_size, self.truncate = tokenizer, block_size, o.truncate
         self.rows = self.per_epoch = None
-        if count == 0:  # a probe: what does not fit is told before the training
-            _, note = encode(draw(1000, o.seed), *self.fit)
+        if count == 0:  # a probe: what does not fit is said before the training
+            _, note = self.encode(draw(1000, o.seed))
             say(note and f"of a probe, {note}")
         else:
-            rows, note = once(lambda: encode(draw(count, o.seed), *self.fit, many=True))
+            self.rows, note = make(lambda: self.encode(draw(count, o.seed), many=True))
             say(note)
-            self._hold(rows)
+            self.shuffled = Shuffled(self.rows, o.batch_size, o.seed)
+            self.batch_size, self.per_epoch = self.shuffled.batch_size, self.shuffled.per_epoch
 
-    def _hold(self, rows):
-        self.rows, self.order = rows, (None, None)
-        self.batch_size = min(self.batch_size, len(rows))
-        self.per_epoch = len(rows) // self.batch_size + (len(rows) % self.batch_size > 1)
+    def encode(self, rows, many=False):
+        return encode(rows, self.tokenizer, self.block_size, self.truncate, many)
 
     def __getitem__(self, step):
         if self.rows is None:
-            return encode(self.draw(self.batch_size, f"{self.seed} step {step}"), *self.fit)[0]
+            return self.encode(self.draw(self.batch_size, f"{self.seed} step {step}"))[0]
+        return [self.rows[i] for i in self.shuffled[step]]
+
+
+class Shuffled:
+    """shuffled[step] -> which rows of a fixed set are the batch of a step. A last row alone joins
+    the batch before it."""
+
+    def __init__(self, rows, batch_size, seed):
+        self.n, self.seed = len(rows), seed
+        self.batch_size = min(batch_size, self.n)
+        self.per_epoch = self.n // self.batch_size + (self.n % self.batch_size > 1)
+        self.epoch = self.order = None
+
+    def __getitem__(self, step):
         epoch, i = divmod(step, self.per_epoch)
-        if self.order[0] != epoch:
-            order = list(range(len(self.rows)))
-            random.Random(f"{self.seed} epoch {epoch}").shuffle(order)
-            self.order = (epoch, order)
-        stop = len(self.rows) if i == self.per_epoch - 1 else (i + 1) * self.batch_size
-        return [self.rows[j] for j in self.order[1][i * self.batch_size : stop]]
-
-    def held_out(self, n):
-        """-> n rows of the test split, or all where there are fewer"""
-        rows, note = encode(self.draw(n, self.seed, split="test"), *self.fit)
-        say(note and f"held out: {note}")
-        return rows
+        if self.epoch != epoch:
+            self.epoch, self.order = epoch, list(range(self.n))
+            random.Random(f"{self.seed} epoch {epoch}").shuffle(self.order)
+        stop = self.n if i == self.per_epoch - 1 else (i + 1) * self.batch_size
+        return self.order[i * self.batch_size : stop]
 
 
-class Prompts(Batches):
+class Prompts:
     """next(prompts) -> the next batch of rows (ids, prompt, columns), shuffled anew each pass over
     the task's training prompts. `longest`: the tokens that a response may have. A world that is
-    enumerated has few prompts: a batch asks each of them as often."""
+    enumerated has few prompts: a batch asks each of them equally often."""
 
-    def __init__(self, task, tokenizer, block_size, o, split="train"):
-        self.seed, self.batch_size, self.cursor = o.seed, o.batch_size, 0
-        self.longest = task.longest(o.max_new_tokens, block_size)
-        count, fit = (
-            o.batch_size if task.outcomes else None,
-            (block_size - self.longest, o.truncate),
-        )
+    def __init__(self, task, tokenizer, block_size, o, split="train", make=lambda f: f()):
+        self.longest, self.cursor = task.longest(o.max_new_tokens, block_size), 0
+        count, room = o.batch_size if task.outcomes else None, block_size - self.longest
 
-        def make():
+        def rows():
             texts = task.prompts(count, o.seed, split)
-            return encode_prompts(texts, tokenizer, *fit, "training prompts")
+            return encode_prompts(texts, tokenizer, room, o.truncate, "training prompts")
 
-        rows, note = once(make)
+        self.rows, note = make(rows)
         say(note)
-        self._hold(rows)
+        self.shuffled = Shuffled(self.rows, o.batch_size, o.seed)
+        self.batch_size, self.per_epoch = self.shuffled.batch_size, self.shuffled.per_epoch
 
     def __next__(self):
         self.cursor += 1
-        return self[self.cursor - 1]
+        return [self.rows[i] for i in self.shuffled[self.cursor - 1]]
 
     def state_dict(self):
         return {"cursor": self.cursor}
@@ -241,15 +240,12 @@ class Prompts(Batches):
         self.cursor = state["cursor"]
 
 
-def say(note):
-    if note:
-        print(note, flush=True)
-
-
 def mismatched(rows, block_size):
     """Rows (prompt, response, …) -> rows (prompt, another prompt's response): that of the next row,
-    around the end, whose prompt differs. None is left where all prompts are equal. Where the two do
-    not fit in block_size, the response loses its end."""
+    around the end, whose prompt differs. None is left if all prompts are equal. If the two do not
+    fit in block_size, the response loses its end.
+
+    Prompts a a b: row 0 takes the answer of row 2, row 1 that of row 2, row 2 that of row 0."""
     n, partner = len(rows), None
     partners = []
     for i in reversed(range(2 * n - 1)):  # twice around, so that the last rows know their partner
@@ -262,38 +258,38 @@ def mismatched(rows, block_size):
 
 
 class Batch(NamedTuple):
-    """B different rows of prompt and response. Each is scored once; `spread` gives every row that
-    was handed in its score, so rows that stand twice cost nothing."""
+    """B unique rows of prompt and response. Each is scored once; `unfold` gives every row that was
+    handed in its score, so that rows which stand twice cost nothing."""
 
     ids: torch.Tensor  # (B, T) int64, padded on the right with 0
     mask: torch.Tensor  # (B, T) bool, True = a response token, its end token included
     text: torch.Tensor  # (B, T) bool, True = a token of prompt or response, False = padding
-    row: torch.Tensor  # int64, one for each row that was handed in: its place among the B
-    columns: tuple  # what the rows hold beside their texts: CPU tensors, one entry a row
-    layout: gpt.Layout  # which tokens are computed
+    inverse: torch.Tensor  # int64, of each row that was handed in: its place among the B
+    columns: tuple  # what the rows hold beside their texts: CPU tensors, one entry per row
+    packed: Packed  # which tokens are computed
 
-    def spread(self, x):
-        """x (B, …), one entry a different row -> one entry for each row that was handed in"""
-        return x.index_select(0, self.row)
+    def unfold(self, x):
+        """x (B, …), one entry per unique row -> one entry for each row that was handed in"""
+        return x.index_select(0, self.inverse)
 
     @property
     def length(self):
         """response tokens of each row that was handed in, end tokens included"""
-        return self.spread(self.mask.sum(1))
+        return self.unfold(self.mask.sum(1))
 
     @property
     def tokens(self):
         """how many tokens are computed"""
-        return len(self.layout.ids)
+        return len(self.packed.ids)
 
 
 def pad(rows, device="cpu", ends=False):
     """Rows of (prompt ids, response ids, *columns) -> Batch, for the log-probs of the responses, or
     with `ends` for what is read at their last tokens"""
-    place = {}
+    unique = {}
     texts = rows if len(rows[0]) == 2 else [row[:2] for row in rows]
-    row = torch.tensor([place.setdefault(text, len(place)) for text in texts])
-    texts = list(place)
+    inverse = torch.tensor([unique.setdefault(text, len(unique)) for text in texts])
+    texts = list(unique)
     start = torch.tensor([len(x) for x, _ in texts])[:, None]
     stop = torch.tensor([len(x) + len(y) for x, y in texts])[:, None]
     column = torch.arange(int(stop.max()))
@@ -301,20 +297,20 @@ def pad(rows, device="cpu", ends=False):
     mask = text & (column >= start)
     ids = torch.zeros(text.shape, dtype=torch.int64)
     ids[text] = torch.tensor([token for x, y in texts for part in (x, y) for token in part])
-    layout = gpt.layout(ids, column == stop - 1 if ends else gpt.before(mask), device)
-    tensors = [x.to(device) for x in (ids, mask, text, row)]
-    return Batch(*tensors, _columns(rows, 2), layout)
+    packed = pack(ids, column == stop - 1 if ends else before(mask), device)
+    tensors = [x.to(device) for x in (ids, mask, text, inverse)]
+    return Batch(*tensors, _columns(rows, 2), packed)
 
 
 def pad_pairs(pairs, device="cpu", ends=False):
     """B pairs (prompt, chosen, rejected, *columns) -> Batch of 2B rows, the chosen ones first: one
-    forward pass for both. The columns have one entry a pair. ends: as for `pad`"""
+    forward pass for both. The columns have one entry per pair. ends: as for `pad`"""
     rows = [pair[:2] for pair in pairs] + [(pair[0], pair[2]) for pair in pairs]
     batch = pad(rows, device, ends)
     return batch._replace(columns=_columns(pairs, 3))
 
 
 def _columns(rows, first):
-    """-> what the rows hold from place `first` on, a tensor a column"""
+    """-> what the rows hold from place `first` on, a tensor per column"""
     places = range(first, len(rows[0]))
     return tuple(torch.from_numpy(np.array([row[i] for row in rows])) for i in places)

@@ -1,6 +1,16 @@
-"""A user's mistake, told in one line."""
+"""What a run says: notes, and a user's mistake in one line."""
 
 import contextlib
+import sys
+
+from tqdm import tqdm
+
+
+def say(note):
+    """Prints a note, if there is one, above a progress bar that may be there."""
+    if note:
+        tqdm.write(note)
+        sys.stdout.flush()
 
 
 class UserError(Exception):
@@ -20,7 +30,7 @@ class Stopped(UserError):
 
 
 @contextlib.contextmanager
-def told(what, remedy=""):
+def user_errors(what, remedy=""):
     """Whatever a stranger's code raises within it becomes a UserError: what, why and the remedy. A
     panic of a package in Rust is no Exception."""
     try:

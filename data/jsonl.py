@@ -23,18 +23,11 @@ from collections import Counter
 from decimal import Decimal
 from functools import partial
 
-from data.batch import Drawn, say
-from data.chat import Chat
-from data.error import UserError
+from data.batch import Drawn
+from data.chat import TEMPLATE, Chat
+from data.error import UserError, say
 from data.toy import Task, hash_share
 
-TEMPLATE = {
-    "system": "System: {}\n\n",
-    "user": "User: {}\n\n",
-    "assistant": "Assistant: {}\n\n",
-    "answer": "Assistant:",
-    "before": " ",  # an answer
-}
 TEST_SHARE = 0.05
 KINDS = {dict: "an object", list: "a list", bool: "a boolean", str: "a string", type(None): "null"}
 TURN = "\n\nAssistant:"  # where an answer begins in a transcript, as in HH
@@ -267,10 +260,10 @@ class Jsonl(Task):
         if n is not None and n < len(rows):
             lost["not drawn"] = len(rows) - n
             rows = random.Random(seed).sample(rows, n)
-        told = partial(self._told, draw, lost, len(rows)) if split == "train" else None
-        return Drawn(rows, told, lost)
+        account = partial(self._account, draw, lost, len(rows)) if split == "train" else None
+        return Drawn(rows, account, lost)
 
-    def _told(self, draw, lost, used, cut, equal):
+    def _account(self, draw, lost, used, cut, equal):
         """What became of each row of the file: used rows were read to train on, of which `cut` were
         cut, `equal` of them so far that their answers became equal"""
         held_out = draw(None, 0, split="test")

@@ -1,13 +1,8 @@
-"""Tasks by their names."""
+"""Tasks by their names. The file of a task is imported if the task is asked for."""
 
 import os
 
-from data.arithmetic import Arithmetic
 from data.error import UserError
-from data.exact import Exact
-from data.jsonl import Jsonl
-from data.reviews import Reviews
-from data.tokens import Tokens
 
 BUILT_IN = ("reviews", "arithmetic", "exact", "tokens", "compare")  # folders of out/ that are taken
 
@@ -35,21 +30,31 @@ def task(name, eval_file="", strict=False):
     """
     what, _, digits = name.partition(":")
     if kind(name) == "file":
+        from data.jsonl import Jsonl
+
         return Jsonl(name, eval_file, strict)
     if eval_file:
         raise UserError(f"--eval-file goes with a JSONL file; {name} has test prompts of its own")
     if name == "reviews":
+        from data.reviews import Reviews
+
         return Reviews()
     if what == "arithmetic":
         if not digits.isdecimal() or not 1 <= int(digits) <= 9:
             raise UserError(f"--task {name}: give the digits, from arithmetic:1 to arithmetic:9")
+        from data.arithmetic import Arithmetic
+
         return Arithmetic(int(digits))
     if name in ("exact", "exact:1"):
+        from data.exact import Exact
+
         return Exact(int(digits or 3))
     if what == "tokens":
         sizes = digits.split("+")
         if len(sizes) != 2 or not all(n.isdecimal() for n in sizes):
             raise UserError(f"--task {name}: give the tokens of prompt and response: tokens:32+96")
+        from data.tokens import Tokens
+
         return Tokens(*map(int, sizes))
     known = "reviews, arithmetic:N, exact, exact:1, tokens:P+C, and the path of a .jsonl file"
     raise UserError(f"--task {name}: no such task; there are {known}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tiktoken
 
-from data.error import UserError, told
+from data.error import UserError, user_errors
 
 END = "<|endoftext|>"
 BLANK = 500_000  # white space in a row: at twice as much tiktoken panics
@@ -53,7 +53,7 @@ class Tokenizer:
         begins = beginning(text)
         if len(text) > BLANK and re.search(rf"\s{{{BLANK}}}", text):
             raise UserError(f"{begins} has {BLANK:,} spaces or new lines in a row; leave them out")
-        with told(f"{begins} cannot be encoded", "leave it out"):
+        with user_errors(f"{begins} cannot be encoded", "leave it out"):
             return self.encoding.encode_ordinary(text)
 
     def prompt(self, text):
@@ -91,7 +91,7 @@ class Tokenizer:
         """Whether a model with so many logits may have this vocabulary"""
         return self.size == vocab_size
 
-    def told(self, chat, args):
+    def with_chat(self, chat, args):
         """-> itself, with other settings of the chat template that it has not"""
         if chat is not None or args:
             what = "--chat and --template-args are for checkpoints with a chat template"
@@ -102,15 +102,6 @@ class Tokenizer:
 def beginning(text):
     """-> how a message names a text"""
     return f"the text of {len(text):,} characters that begins with {text[:40]!r}"
-
-
-def of_checkpoint(meta):
-    """-> the Tokenizer that a checkpoint names"""
-    if "files" in meta:
-        from data.hf_tokenizer import HFTokenizer  # which needs a package that is optional
-
-        return HFTokenizer(meta)
-    return Tokenizer(meta)
 
 
 def tokenizer(name="", own=None):

@@ -88,7 +88,7 @@ def test_the_lines_get_what_stood_there():
     with BUGS["sampling_temperature"].planted():
         seen = []
         model = type("", (), {"logprobs": lambda self, *args: seen.append(args) or args[0]})()
-        batch = type("", (), {"ids": 1, "mask": 2, "layout": 3, "spread": lambda self, x: x})()
+        batch = type("", (), {"ids": 1, "mask": 2, "packed": 3, "unfold": lambda self, x: x})()
         ppo.token_logprobs(model, batch, 0.7)
     assert seen == [(1, 2, 1.0, False, 3)] and ppo.token_logprobs is token_logprobs
 
@@ -100,7 +100,7 @@ def test_the_masks_by_hand():
     for name in ("prompt_in_mask", "end_out_of_mask"):
         with BUGS[name].planted():
             batch, both = data.pad(rows), data.pad_pairs([((1, 2), (3, 4), (4, 4))])
-        assert batch.layout.places.numel() == batch.mask.sum()
+        assert batch.packed.places.numel() == batch.mask.sum()
         found.append([ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask)])
         assert both.mask.sum() == (6 if name == "prompt_in_mask" else 2)
     assert found == [[[2, 3, 4], [6]], [[3], []]]
@@ -180,7 +180,7 @@ def test_the_page_s_figures_are_printed_again(name, tmp_path_factory):
 
 
 def detached_advantage(right, policy, critic, batch, o):
-    values = critic.values_before(batch.ids, batch.mask, batch.layout).detach()
+    values = critic.values_before(batch.ids, batch.mask, batch.packed).detach()
     batch.adv = (batch.returns - values) * batch.mask
     return right(policy, critic, batch, o)
 

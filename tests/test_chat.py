@@ -8,7 +8,8 @@ from folders import CHATML, LETTERS, folder
 
 import data
 from data import UserError
-from data.chat import Chat, Template
+from data.chat import Chat
+from hf.template import Template
 from training import checkpoint
 
 ID = {x: i for i, x in enumerate(LETTERS)} | {"he": 18, "th": 19, "<s>": 20, "[": 21, "]": 22}
@@ -27,7 +28,7 @@ def ids(text):
 
 def open_tokenizer(path, template=CHATML, chat=None, bos=False, **args):
     tokenizer = checkpoint.load(folder(path, template=template, bos=bos))[1]
-    return tokenizer.told(chat, args)
+    return tokenizer.with_chat(chat, args)
 
 
 @pytest.fixture
@@ -102,7 +103,9 @@ def test_no_chat_keeps_strings_bare_and_messages_rendered(tmp_path):
 def test_arguments_reach_the_template_and_are_kept(tmp_path):
     tokenizer = open_tokenizer(tmp_path, think=True)
     assert tokenizer.prompt("a") == ids("[u\na]\n[a\n1")
-    assert data.of_checkpoint(tokenizer.meta).prompt("a") == ids("[u\na]\n[a\n1")
+    assert checkpoint.tokenizer_of({"tokenizer": tokenizer.meta}).prompt("a") == ids(
+        "[u\na]\n[a\n1"
+    )
     assert json.loads(json.dumps(tokenizer.meta)) == tokenizer.meta
 
 
@@ -112,7 +115,7 @@ def test_a_model_without_a_template_has_bare_prompts_behind_its_bos(tmp_path):
     assert tokenizer.end_id == ID["<s>"]  # eos_token
     assert tokenizer.cut("the day", 3) == [ID["<s>"], *ids("ay")]
     with pytest.raises(UserError, match="no chat template"):
-        tokenizer.told(False, {})
+        tokenizer.with_chat(False, {})
 
 
 def test_cutting_spares_the_template(tokenizer):

@@ -370,11 +370,11 @@ def test_what_becomes_of_each_row_is_told(tmp_path):
     train, test = (task.preferences(None, 0, split) for split in ("train", "test"))
     assert len(train) + len(test) == 199 and all(y in (" Yes", " No") for _, y, _ in train)
     end = f"{len(test)} held out ({len(test)} prompts), 2 dropped (1 empty, 1 equal)"
-    assert train.told(0, 0) == f"{tmp_path}/hh.jsonl: 201 rows: {len(train)} train, {end}"
+    assert train.account(0, 0) == f"{tmp_path}/hh.jsonl: 201 rows: {len(train)} train, {end}"
     some = task.preferences(10, 0)
-    assert f"10 train (3 of them cut), {len(test)} held out" in some.told(3, 0)
-    assert f"{len(train) - 10} not drawn" in some.told(3, 0) and len(some) == 10
-    assert "8 train" in some.told(3, 2) and "2 equal once cut" in some.told(3, 2)
+    assert f"10 train (3 of them cut), {len(test)} held out" in some.account(3, 0)
+    assert f"{len(train) - 10} not drawn" in some.account(3, 0) and len(some) == 10
+    assert "8 train" in some.account(3, 2) and "2 equal once cut" in some.account(3, 2)
 
     labels = [{"prompt": f"p{i}", "completion": "c", "label": i % 2} for i in range(100)]
     held_out = [{"prompt": f"q{i}", "completion": "c", "label": True} for i in range(9)]
@@ -382,7 +382,7 @@ def test_what_becomes_of_each_row_is_told(tmp_path):
     paths = write(tmp_path / "k.jsonl", labels), write(tmp_path / "e.jsonl", held_out)
     task = data.task(*paths)
     assert "1 of the 10 prompts" in task.notes[0] and "are trained on" in task.notes[0]
-    assert task.demonstrations(None, 0).told(0, 0).splitlines() == [
+    assert task.demonstrations(None, 0).account(0, 0).splitlines() == [
         f"{paths[0]}: 100 rows: 50 train, 50 dropped (50 undesirable)",
         f"{paths[1]}: 10 rows: 9 held out (9 prompts), 1 dropped (1 empty)",
     ]
@@ -397,7 +397,7 @@ def test_rows_of_one_prompt_stay_apart(tmp_path):
     assert sorted((x, c["answer"]) for x, c in both) == sorted(
         (r["prompt"], r["answer"]) for r in rows
     )
-    assert task.prompts(None, 0).told(0, 0).startswith(f"{tmp_path}/q.jsonl: 87 rows: ")
+    assert task.prompts(None, 0).account(0, 0).startswith(f"{tmp_path}/q.jsonl: 87 rows: ")
 
 
 @pytest.mark.parametrize(
@@ -410,8 +410,8 @@ def test_a_lopsided_split_is_warned_of(rows, held, said, tmp_path):
         )
         for i, n in enumerate((rows, held))
     ]
-    told = data.task(*paths).demonstrations(None, 0).told(0, 0)
-    assert said in told and "warning: " in told and "--eval-file" in told
+    account = data.task(*paths).demonstrations(None, 0).account(0, 0)
+    assert said in account and "warning: " in account and "--eval-file" in account
 
 
 @pytest.mark.parametrize(
@@ -482,8 +482,8 @@ def test_useless_rows_are_dropped_aloud_or_refused(tmp_path, capsys):
     rows = task.preferences(None, 0)
     kept = len(task.preferences(None, 0, split="test"))
     said = f"{path}: 103 rows: {len(rows)} train, {kept} held out ({kept} prompts), 3 dropped ("
-    assert rows.told(0, 0).startswith(said) and "1 empty" in rows.told(0, 0)
-    assert "2 equal" in rows.told(0, 0)
+    assert rows.account(0, 0).startswith(said) and "1 empty" in rows.account(0, 0)
+    assert "2 equal" in rows.account(0, 0)
     with pytest.raises(data.UserError, match="--strict"):
         data.task(path, strict=True).preferences(None, 0)
 
@@ -532,11 +532,11 @@ def test_the_mask_covers_the_response_and_its_end_token():
     assert (batch.ids[1, 3:] == 0).all()
     places = batch.mask[:, 1:].nonzero()
     assert (
-        batch.layout.places.tolist() == (places[:, 0] * batch.ids.size(1) + places[:, 1]).tolist()
+        batch.packed.places.tolist() == (places[:, 0] * batch.ids.size(1) + places[:, 1]).tolist()
     )
     assert batch.tokens == len(x) + len(y) - 1  # the second row begins as the first
     both = data.pad_pairs([(x, y, y[:1], 0.5), (x, y, x, 2.0)])
-    assert both.row.tolist() == [0, 0, 1, 2] and both.columns[0].tolist() == [0.5, 2.0]
+    assert both.inverse.tolist() == [0, 0, 1, 2] and both.columns[0].tolist() == [0.5, 2.0]
 
 
 def test_truncation_cuts_the_prompt_first_then_the_answers_alike():
@@ -621,7 +621,7 @@ def test_rows_held_flat_are_the_rows():
     assert data.batch.Rows(rows[::2]).tokens.itemsize == 2
     with pytest.raises(IndexError):
         held[3]
-    wide = held.widened([(9.0,), (8.0,), (7.0,)])
+    wide = held.with_columns([(9.0,), (8.0,), (7.0,)])
     assert list(wide) == [(*row, x) for row, x in zip(rows, (9.0, 8.0, 7.0))]
     assert list(held) == rows
 

@@ -23,6 +23,7 @@ from analysis import predict
 from data import UserError
 from gpt import GPTConfig, load
 from training import Run, distributed
+from training.optimizer import Scaler
 from training.sampling import sample, uniforms
 
 TINY = "--steps 2 --batch-size 4 --log-every 1 --warmup 1 --device cpu --eval-prompts 6".split()
@@ -134,24 +135,25 @@ def test_two_processes_give_the_weights_of_one(name, both):
 
 def test_one_process_of_a_machine_encodes_a_file(monkeypatch, tmp_path):
     """And the other maps what it wrote: the same rows, whose tokens stay in the file."""
-    rows = data.batch.Rows([((1, 2), (3,), 0.5), ((70_000,), (5, 6, 7), 1.5)])
+    rows = data.Rows([((1, 2), (3,), 0.5), ((70_000,), (5, 6, 7), 1.5)])
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(distributed, "total", lambda x: x)
     monkeypatch.setattr(distributed, "wait", lambda: None)
+    monkeypatch.setattr(distributed, "many", True)
     sent = []
     monkeypatch.setattr(distributed, "gathered", lambda x: (sent.append(x), [x, None])[1])
     unlink = os.unlink
     monkeypatch.setattr(os, "unlink", sent.append)
-    assert distributed.once(lambda: (rows, "a note")) == (rows, "a note")
+    assert distributed.in_one_process(lambda: (rows, "a note")) == (rows, "a note")
     (path, note), gone = sent
     assert gone == path and note == "a note"
     monkeypatch.setattr(distributed, "local", 1)
     monkeypatch.setattr(distributed, "rank", 1)
     monkeypatch.setattr(distributed, "gathered", lambda x: [(path, note), x])
-    mapped, said = distributed.once(None)  # nothing is made here
+    mapped, said = distributed.in_one_process(None)  # nothing is made here
     assert list(mapped) == list(rows) and said == note and mapped[1][0] == (70_000,)
     unlink(path)
-    assert mapped[0] == ((1, 2), (3,), 0.5) and len(mapped.widened([(1,), (2,)])[1]) == 4
+    assert mapped[0] == ((1, 2), (3,), 0.5) and len(mapped.with_columns([(1,), (2,)])[1]) == 4
 
 
 def test_the_uneven_batch_has_a_stand_in(monkeypatch):
@@ -170,12 +172,11 @@ def test_the_uneven_batch_has_a_stand_in(monkeypatch):
 def test_a_stand_in_counts_for_nothing(shop):
     """Neither in the gradient nor in the tokens nor in the figures; what counts adds up."""
     run = Run("dpo", training.parse(dpo.Options, ["--device", "cpu"], dpo.PRESETS))
-    run.sums, run.logged_in, run.updates = {}, {}, 0
-    x = torch.tensor(2.0, requires_grad=True)
-    for run.counts, tokens in ((True, 5), (False, 9), (True, 7)):
+    figures, x = run.figures, torch.tensor(2.0, requires_grad=True)
+    for figures.counts, tokens in ((True, 5), (False, 9), (True, 7)):
         run.backward(3 * x, tokens)
         run.log({"loss": torch.tensor([1.0, 2.0])}, 0.5)
-    assert x.grad == 6 and run.tokens == 12 and run.sums["loss"] == 3.0
+    assert x.grad == 6 and figures.tokens == 12 and figures.sums["loss"] == 3.0
 
 
 def test_a_rank_holds_half(both):
@@ -225,8 +226,7 @@ def shop(both, tmp_path, monkeypatch):
 def test_float16_backs_off_trains_and_resumes(shop, monkeypatch):
     """From a scale of 2^40 gradients are not finite: the steps are skipped, the weights stay, and
     the scale halves until they fit. A run that is interrupted then goes on with that scale."""
-    large = partial(torch.amp.GradScaler, init_scale=2.0**40)
-    monkeypatch.setattr(torch.amp, "GradScaler", large)
+    monkeypatch.setattr("training.run.Scaler", partial(Scaler, init_scale=2.0**40))
     args = ["--dtype", "float16", "--batch-size", 4, "--micro-batch", 2, *LAST]
     assert main("dpo", *args, "--steps", 40, "--out", "a.pt") == 0
     first, *steps, last = lines(shop / "a.jsonl")

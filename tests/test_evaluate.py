@@ -1,22 +1,22 @@
 """The yardstick against figures counted by hand."""
 
+import io
 import json
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import lines
+from tqdm import tqdm
 
 import data
 import dpo
 import kto
-import reward_model
 import sft
 import simpo
-from evaluate import Evaluator, log_ratio_and_entropy, printable
+from evaluate import Evaluator, RewardEvaluator, log_ratio_and_entropy, printable
 from gpt import GPT, GPTConfig
 from training import Compute
 from training.sampling import sample
@@ -54,7 +54,7 @@ def test_rewards_and_win_rate_by_hand(monkeypatch):
     good, bad, mild = "The plot is superb.", "The plot is dreadful.", "The jokes are never wooden."
     texts = {True: [good, bad, mild, ""], False: [mild, good, mild, good]}
     policy, ref, reward = model(0), model(1), data.task("reviews").reward
-    measured = evaluator(data.task("reviews"), 4, reference=ref)
+    measured = evaluator(data.task("reviews"), 4, compared_with=ref)
 
     def respond(m, n, seed, scored_by=None):
         mine = m is policy
@@ -83,7 +83,7 @@ def test_every_prompt_is_answered_once_at_temperature_1(monkeypatch):
     """Ten prompts four at a time, by the policy and then by the reference: each question is judged
     with its own response, whose log-probs are those that it was drawn with."""
     monkeypatch.setattr("evaluate.ROWS", 4)
-    measured, seen = evaluator(data.task("reviews"), 6, reference=model(1)), []
+    measured, seen = evaluator(data.task("reviews"), 6, compared_with=model(1)), []
 
     def judge(questions, rollout):
         for (ids, *_), row, mask in zip(questions, rollout.ids.tolist(), rollout.mask):
@@ -91,8 +91,17 @@ def test_every_prompt_is_answered_once_at_temperature_1(monkeypatch):
         seen.extend(prompt for _, prompt, _ in questions)
         return torch.arange(len(seen) - len(questions), len(seen)) * 1.0
 
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **more):
+            bars.append(self)
+            super().__init__(**more | {"disable": False, "file": io.StringIO()})
+
+    monkeypatch.setattr("evaluate.tqdm", Bar)
     measured.judges = {"reward": judge}
     figures = measured.measure(model(0), 10)
+    assert [(bar.n, bar.total) for bar in bars] == [(10, 10), (10, 10)]  # of both models
     assert seen == 2 * [prompt for _, prompt, _ in measured.prompts[:10]]
     assert figures["prompts"] == 10 and figures["sampling_difference"] < 1e-4
     assert figures["reward"] == 4.5 and figures["ref_reward"] == 14.5 and figures["win_rate"] == 0
@@ -102,12 +111,12 @@ def test_kl_is_that_of_the_samples():
     """Against itself a policy is at KL 0 to the bit; against another its mean is positive by more
     than noise."""
     policy = model(0)
-    measured = evaluator(data.task("reviews"), 6, reference=policy)
+    measured = evaluator(data.task("reviews"), 6, compared_with=policy)
     figures = measured.measure(policy, 256)
     assert figures["kl"] == 0.0 and figures["kl_se"] == 0.0
     assert figures["ref_length"] != figures["length"]  # the two draw independently
     assert measured.measure(policy, 256) == figures  # a fixed seed
-    figures = evaluator(data.task("reviews"), 6, reference=model(1)).measure(policy, 256)
+    figures = evaluator(data.task("reviews"), 6, compared_with=model(1)).measure(policy, 256)
     assert figures["kl"] > 5 * figures["kl_se"] > 0
 
 
@@ -172,8 +181,8 @@ def test_held_out_accuracy_is_that_of_the_implicit_reward(implicit, tmp_path):
     pairs = task.preferences(None, 0, split="test")
     expected = sum(score(x, w) > score(x, l) for x, w, l in pairs) / 30
     script, options = LOSSES[implicit]
-    held_out = task.preferences, partial(script.compute_loss, o=SimpleNamespace(**options))
-    figures = evaluator(task, 4, reference=ref, held_out=held_out).measure(policy)
+    held_out = script.held_out(task, SimpleNamespace(**options))
+    figures = evaluator(task, 4, compared_with=ref, held_out=held_out).measure(policy)
     assert figures["accuracy"] == pytest.approx(expected) and 0 < expected < 1
     alone = evaluator(task, 4, held_out=held_out).measure(policy)
     assert ("accuracy" in alone) == (implicit == "logp mean")  # which needs no reference
@@ -191,8 +200,8 @@ def test_held_out_accuracy_of_unpaired_rows(tmp_path):
     couples = [a > b for a in scores[True] for b in scores[False]]
     expected = sum(couples) / len(couples)
     o = SimpleNamespace(beta=0.1, w_desirable=1.0, w_undesirable=1.0)
-    held_out = task.feedback, partial(kto.compute_loss, o=o)
-    figures = evaluator(task, 4, reference=ref, held_out=held_out).measure(policy)
+    held_out = kto.held_out(task, o)
+    figures = evaluator(task, 4, compared_with=ref, held_out=held_out).measure(policy)
     assert figures["accuracy"] == pytest.approx(expected)
     assert 0 < expected < 1 and expected != 0.5
     n = min(map(len, scores.values()))  # so many couples have no row in common
@@ -210,8 +219,8 @@ def test_held_out_accuracy_of_a_file_of_pairs_that_is_split(tmp_path):
         w, l = (plain(x, y, "sum", policy, ref) for y in answers)
         higher.append(w > l)
     o = SimpleNamespace(beta=0.1, w_desirable=1.0, w_undesirable=1.0)
-    held_out = task.feedback, partial(kto.compute_loss, o=o)
-    figures = evaluator(task, 4, reference=ref, held_out=held_out).measure(policy)
+    held_out = kto.held_out(task, o)
+    figures = evaluator(task, 4, compared_with=ref, held_out=held_out).measure(policy)
     assert figures["accuracy"] == pytest.approx(sum(higher) / 25)
     assert 0.2 < figures["accuracy"] < 0.8 and figures["accuracy_n"] == 25
 
@@ -226,7 +235,7 @@ def test_held_out_loss_counts_every_row(tmp_path):
         n = len(TOKENIZER.answer(y))
         nats -= n * plain(x, y, "logp mean", policy, None)
         tokens += n
-    held_out = task.demonstrations, partial(sft.compute_loss, o=None)
+    held_out = sft.held_out(task, None)
     found = evaluator(task, 4, held_out=held_out).measure(policy)["nll"]
     assert found == pytest.approx(nats / tokens)
 
@@ -236,7 +245,7 @@ def test_held_out_figures_of_a_reward_model_by_hand(monkeypatch):
     and 1. The gold labels 0.9, 0.2, 0.5, 1 allow 0.9, 0.8, 0.5 and 1; their noise is
     √(0.09 + 0.16 + 0.25) / 4. Of the world: r - r_θ = (3, 1) at d = (¼, ¾) less its mean 1.5 is
     (1.5, -0.5), whose mean square is ¼ 9/4 + ¾ 1/4 = ¾."""
-    found = reward_model.HeldOut.__new__(reward_model.HeldOut)
+    found = RewardEvaluator.__new__(RewardEvaluator)
     found.run, found.world, found.gold = None, ["outcomes"], True
     found.texts = [("x", i, i) for i in range(4)]
     found.pairs = [((1,), (2,), (3,), 0.0, p) for p in (0.8, 0.3, 0.9, 1.0)]
@@ -244,8 +253,8 @@ def test_held_out_figures_of_a_reward_model_by_hand(monkeypatch):
     found.task = SimpleNamespace(preferred=lambda x, w, l, columns: gold[w])
     found.task.r, found.task.d = np.array([[1.0, 2.0]]), np.array([[0.25, 0.75]])
     scores = {8: [2.0, 0.0, 1.0, 5.0, 1.0, 1.0, 1.0, 3.0], 1: [4.0, 3.0]}
-    given = lambda model, rows, run: torch.tensor(scores[len(rows)])  # noqa: E731
-    monkeypatch.setattr(reward_model, "scores", given)
+    given = lambda model, rows: torch.tensor(scores[len(rows)])  # noqa: E731
+    monkeypatch.setattr(found, "scores", given)
     figures = found.measure(None)
     expected = {"accuracy": 0.625, "accuracy_se": math.sqrt(0.625 * 0.375 / 4), "margin": 0.5}
     expected |= {"mean_reward": 14 / 8, "min_reward": 0.0, "max_reward": 5.0, "pairs": 4}
@@ -264,7 +273,7 @@ def test_the_table_is_the_model_s_distribution():
     """Outcome by outcome the product of the plain next-token probabilities; all 40 sum to 1."""
     world, policy = data.task("exact"), GPT(GPTConfig(4, 8, 1, 1, 16))
     measured = evaluator(world, context=8)
-    table, tokenizer = measured.table(policy), measured.run.tokenizer
+    table, tokenizer = measured.world.table(policy), measured.run.tokenizer
     assert table.exp().sum(1).tolist() == pytest.approx([1.0] * 4, abs=1e-5)
     for i, x in enumerate(world.contexts):
         for j in (0, 2, 11, 39):
@@ -280,7 +289,7 @@ def test_probabilities_that_do_not_sum_to_one_are_noticed():
             return super().logprobs(*args, **more) * 1.01
 
     with pytest.raises(AssertionError, match="sum to"):
-        evaluator(data.task("exact"), context=8).table(Leaky(GPTConfig(4, 8, 1, 1, 16)))
+        evaluator(data.task("exact"), context=8).world.table(Leaky(GPTConfig(4, 8, 1, 1, 16)))
 
 
 def test_figures_by_enumeration(monkeypatch):
@@ -291,10 +300,10 @@ def test_figures_by_enumeration(monkeypatch):
     world = data.task("exact:1")
     world.r[:] = [0, 1, 1, -1]
     policy, ref = object(), object()
-    measured = evaluator(world, context=8, reference=ref)
+    measured = evaluator(world, context=8, compared_with=ref)
     p = torch.tensor([[0.5, 0.25, 0.125, 0.125]] * 4).double()
     tables = {policy: p.log(), ref: torch.full((4, 4), 0.25).double().log()}
-    monkeypatch.setattr(measured, "table", tables.get)
+    monkeypatch.setattr(measured.world, "table", tables.get)
     figures = measured.measure(policy)
     kl, h = math.log(4) - 1.75 * math.log(2), 1.75 * math.log(2)
     expected = {"reward": 0.25, "ref_reward": 0.25, "kl": kl, "win_rate": 0.484375, "length": 1}
@@ -316,12 +325,12 @@ def test_moments_of_longer_responses_by_a_plain_loop(monkeypatch):
     """Responses of 1 to 3 tokens. Entropy is per token, Σ_x H(π(·|x)) / Σ_x E[|y|], and J the mean
     over prompts of E[r] - β KL(π‖π_ref)."""
     world, policy, ref = data.task("exact"), object(), object()
-    measured = evaluator(world, context=8, reference=ref)
+    measured = evaluator(world, context=8, compared_with=ref)
     draws, tables = torch.Generator().manual_seed(0), {}
     for model in (policy, ref):
         logits = 2 * torch.randn(4, 40, generator=draws, dtype=torch.float64)
         tables[model] = logits.log_softmax(1)
-    monkeypatch.setattr(measured, "table", tables.get)
+    monkeypatch.setattr(measured.world, "table", tables.get)
     figures = measured.measure(policy)
     p, q = (tables[model].exp().tolist() for model in (policy, ref))
     sums = dict.fromkeys(("reward", "length", "ended", "kl", "win_rate", "H", "ref_reward"), 0.0)
@@ -348,7 +357,7 @@ def test_of_sft_the_reference_is_the_policy_itself(monkeypatch):
     world, policy = data.task("exact"), object()
     measured = evaluator(world, context=8, is_reference=True)
     log_p = torch.randn(4, 40, generator=torch.Generator().manual_seed(0)).double().log_softmax(1)
-    monkeypatch.setattr(measured, "table", {policy: log_p}.get)
+    monkeypatch.setattr(measured.world, "table", {policy: log_p}.get)
     figures, p, r = measured.measure(policy), log_p.exp(), torch.from_numpy(world.r)
     assert set(figures) >= {"objective", "kl_star", "tv_star"}
     assert figures["objective"] == figures["reward"] == pytest.approx((p * r).sum(1).mean().item())
@@ -371,12 +380,12 @@ def test_no_policy_lies_above_the_frontier():
     """The record's curve of (KL, E[r]) is π*'s: of 500 policies none lies above a line that touches
     it, and it has the slope β."""
     world, policy = data.task("exact"), GPT(GPTConfig(4, 8, 1, 1, 16))
-    measured = evaluator(world, context=8, reference=policy)
+    measured = evaluator(world, context=8, compared_with=policy)
     curve = torch.tensor(measured.measure(policy)["frontier"], dtype=torch.float64)
     beta = 10 ** (torch.arange(-40, 41) / 20)
     slope = curve.diff(dim=0)[:, 1] / curve.diff(dim=0)[:, 0]
     assert ((slope >= beta[:-1]) & (slope <= beta[1:])).all() and (curve.diff(dim=0) < 0).all()
-    log_ref, r = measured.table(policy), torch.from_numpy(world.r)
+    log_ref, r = measured.world.table(policy), torch.from_numpy(world.r)
     best = curve[:, 1] - beta * curve[:, 0]  # J of π* at each β
     generator = torch.Generator().manual_seed(0)
     for strength in torch.linspace(0.1, 10, 500):

@@ -9,7 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import gpt
-from gpt import GPT, GPTConfig, ScalarGPT, before, layout, load, save
+import packing
+from gpt import GPT, GPTConfig, ScalarGPT, load, save
+from packing import before, last_token, pack
 
 SMALL = GPTConfig(vocab_size=11, block_size=32, n_layer=2, n_head=2, n_embd=8)
 END = 10
@@ -144,14 +146,18 @@ def table(rows):
 def test_what_is_skipped_and_shared_changes_nothing(name, apart, dtype, near, monkeypatch):
     """Log-probs, values and scores, and all gradients, of the plain padded formula; with columns
     that are attended on their own wherever rows begin alike, and nowhere."""
-    monkeypatch.setattr(gpt, "FEWER", 2.0 if apart else 0.0)
+    monkeypatch.setattr(packing, "SPLIT_BELOW", 2.0 if apart else 0.0)
     (ids, mask), m = table(ROWS[name]), model(dtype)
     judge = ScalarGPT(SMALL, trunk=model(dtype)).to(dtype)
-    at, ends = layout(ids, before(mask)), gpt.last(mask)
+    packed, ends = pack(ids, before(mask)), last_token(mask)
     weight = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     plain = torch.stack([plain_hidden(judge.trunk, row) @ judge.head.weight[0] for row in ids])
     plain = plain + judge.head.bias
-    found = [m.logprobs(ids, mask, at=at), judge.values_before(ids, mask), judge.values(ids)]
+    found = [
+        m.logprobs(ids, mask, packed=packed),
+        judge.values_before(ids, mask),
+        judge.values(ids),
+    ]
     expected = [plain_logprobs(m, ids, mask), F.pad(plain[:, :-1], (1, 0)) * mask, plain]
     if mask.any(1).all():
         found.append(judge.score(ids, mask)[:, None])
@@ -169,17 +175,17 @@ def test_what_is_skipped_and_shared_changes_nothing(name, apart, dtype, near, mo
 def test_tokens_are_computed_once_and_no_padding():
     """By hand: of a pair, the prompt's six and what stands before the other response tokens. The
     first ragged row's prompt is how the second begins."""
-    for name, tokens, heads in (("ragged", 5 + 1, 3), ("pairs", 6 + 1 + 2, 6), ("group", 19, 12)):
+    for name, tokens, p in (("ragged", 5 + 1, 3), ("pairs", 6 + 1 + 2, 6), ("group", 19, 12)):
         ids, mask = table(ROWS[name])
-        at = layout(ids, before(mask))
-        assert (len(at.ids), len(at.places)) == (tokens, mask.sum().item()), name
-        assert heads == (0 if at.heads is None else at.heads.size(1)), name
-        found = ids.flatten()[at.places]
-        assert torch.equal(at.ids[at.read], found) and torch.equal(
-            at.position[at.read], at.places % ids.size(1)
+        packed = pack(ids, before(mask))
+        assert (len(packed.ids), len(packed.places)) == (tokens, mask.sum().item()), name
+        assert p == (0 if packed.prefixes is None else packed.prefixes.size(1)), name
+        found = ids.flatten()[packed.places]
+        assert torch.equal(packed.ids[packed.wanted], found) and torch.equal(
+            packed.position[packed.wanted], packed.places % ids.size(1)
         )
     even, mask = table(ROWS["even, nothing shared"])
-    assert layout(even, before(mask)).first is None  # no row is gathered
+    assert pack(even, before(mask)).gather is None  # no row is gathered
 
 
 def test_a_single_shared_token_is_not_worth_gathering_every_row():
@@ -189,20 +195,20 @@ def test_a_single_shared_token_is_not_worth_gathering_every_row():
     mask = torch.arange(50) >= 30
     for together, tokens in ((1, 98), (10, 88)):
         ids[1, :together] = ids[0, :together]
-        at = layout(ids, before(mask.expand(2, -1)))
-        assert len(at.ids) == tokens and (at.first is None) == (together == 1)
+        packed = pack(ids, before(mask.expand(2, -1)))
+        assert len(packed.ids) == tokens and (packed.gather is None) == (together == 1)
     ids[1] = torch.tensor([0, *range(50, 99)])
     shorter = torch.stack([mask, mask & (torch.arange(50) < 40)])
-    assert len(layout(ids, before(shorter)).ids) == 49 + 39 - 1
+    assert len(pack(ids, before(shorter)).ids) == 49 + 39 - 1
 
 
-def test_logprobs_take_a_layout_and_run_under_fake_tensors():
+def test_logprobs_take_a_packing_and_run_under_fake_tensors():
     m, (ids, mask) = model(), ragged()
-    at = layout(ids, before(mask))
-    assert torch.equal(m.logprobs(ids, mask, at=at), m.logprobs(ids, mask))
+    packed = pack(ids, before(mask))
+    assert torch.equal(m.logprobs(ids, mask, packed=packed), m.logprobs(ids, mask))
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        ids, mask, at = tree_map_only(torch.Tensor, fake.from_tensor, (ids, mask, at))
-        out = GPT(SMALL).logprobs(ids, mask, at=at)
+        ids, mask, packed = tree_map_only(torch.Tensor, fake.from_tensor, (ids, mask, packed))
+        out = GPT(SMALL).logprobs(ids, mask, packed=packed)
     assert out.shape == (3, 7)
 
 

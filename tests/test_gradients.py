@@ -21,9 +21,9 @@ from gpt import (
     ScalarGPT,
     load,
     response_logprobs,
-    row_lengths,
     save,
 )
+from packing import row_lengths
 from training import Rollout, Run, parse
 from training.sampling import sample
 
@@ -204,7 +204,7 @@ def test_equal_rows_are_scored_once_and_count_as_often_as_they_stand(loss, world
     pairs *= 3
     rows = {(pair[0], y) for pair in pairs for y in pair[1:]}
     batch = data.pad_pairs(pairs)
-    assert len(batch.ids) == len(rows) < 128 < len(batch.row) == 384
+    assert len(batch.ids) == len(rows) < 128 < len(batch.inverse) == 384
     ends = sum(len(y) - 1 for _, y in rows)  # what stands before them; and once how prompts begin
     begins = {x[:i] for x, _ in rows for i in range(1, len(x) + 1)}
     assert batch.tokens == ends + len(begins)

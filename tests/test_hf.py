@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 import data
 from data import UserError
 from gpt import ScalarGPT, save
-from training import checkpoint, hf, parse
+from hf import weights as hf
+from training import checkpoint, parse
 from training.options import Options
 from training.sampling import sample
 
@@ -47,7 +48,7 @@ def test_logits_are_those_of_transformers(golden):
 @pytest.mark.parametrize("long", [1, 100])
 def test_groups_of_ragged_prompts_are_drawn_with_their_own_probabilities(golden, long, monkeypatch):
     """Each row with its own copy of the prompt, and a group with one."""
-    monkeypatch.setattr("training.sampling.LONG", long)
+    monkeypatch.setattr("training.sampling.SHARE_PROMPT_FROM", long)
     model = copy.deepcopy(golden[0]).double()
     prompts = [IDS[0, :4].tolist(), IDS[1, :9].tolist(), IDS[0, :2].tolist()]
     generator = torch.Generator().manual_seed(0)
@@ -255,7 +256,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_folder_is_one_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data.chat.SECONDS", 1)
+    monkeypatch.setattr("hf.template.SECONDS", 1)
     spoil, words = BROKEN[name]
     path = folder(tmp_path / "x", "qwen2.5")
     spoil(path)
@@ -450,15 +451,6 @@ def test_a_folder_that_has_changed_is_not_gone_on_with(chats, monkeypatch, capsy
     capsys.readouterr()
     assert main("dpo", *args, "--resume") == 2
     assert "base has changed since the run began" in capsys.readouterr().err
-
-
-def test_a_long_evaluation_is_told_before_the_first_step(chats, monkeypatch, capsys):
-    monkeypatch.setattr("evaluate.SHORT", 0)
-    monkeypatch.setattr("evaluate.LONG", 0)
-    assert main("dpo", *ARGS, *MORE, "--init", "base", "--out", "y.pt") == 0
-    said = capsys.readouterr().out
-    words = "the closing evaluation takes up to 0 min (2 prompts, 2 models, up to 4 tokens)"
-    assert said.index(words) < said.index("dpo step 2/2")
 
 
 def test_predict_reads_config_json_alone(chats, capsys):

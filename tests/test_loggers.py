@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import TINY, killed, lines, main
 
-from training import distributed, loggers
+from training import distributed, files, loggers
 from training.files import Files
 
 RUN = [*TINY, "--eval-every", "2", "--save-every", "1", "--out", "a/x.pt"]
@@ -38,7 +38,7 @@ def test_a_logger_takes_every_line_of_the_record(tiny, tmp_path, monkeypatch):
     """The lines that a resumed run has already come first; the curve is the record."""
     seen = []
 
-    class Seen(loggers.Logger):
+    class Seen(files.Logger):
         def begin(self, options, before):
             assert options["steps"] == 3
             seen[:] = before
@@ -48,7 +48,7 @@ def test_a_logger_takes_every_line_of_the_record(tiny, tmp_path, monkeypatch):
 
     shutil.copy(tiny / "out/reviews/sft.pt", tmp_path / "s.pt")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(loggers.LOGGERS, "", Seen)
+    monkeypatch.setattr(files, "Logger", Seen)
     args = ["--init", "s.pt", *RUN]
     killed(3, "dpo", args, monkeypatch)
     assert len(seen) == 4  # the options, two steps, an evaluation
@@ -60,17 +60,17 @@ def test_a_logger_takes_every_line_of_the_record(tiny, tmp_path, monkeypatch):
 
 
 def test_only_the_first_process_logs(tmp_path, monkeypatch):
-    class Never(loggers.Logger):
+    class Never(files.Logger):
         def begin(self, options, before):
             raise AssertionError("began")
 
         take = begin
 
-    monkeypatch.setattr(distributed, "first", False)
-    files = Files(str(tmp_path / "x.pt"), Never("dpo", "x.pt"))
-    files.begin({})
-    files.record({"step": 1})
-    assert files.lines and not list(tmp_path.iterdir())
+    monkeypatch.setattr(distributed, "is_first", False)
+    written = Files(str(tmp_path / "x.pt"), Never("dpo", "x.pt"))
+    written.begin({})
+    written.record({"step": 1})
+    assert written.lines and not list(tmp_path.iterdir())
 
 
 @pytest.mark.docs

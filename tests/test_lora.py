@@ -279,7 +279,7 @@ def test_another_reference_is_a_second_model(more, ends, monkeypatch, capsys):
     measure = Evaluator.measure
 
     def measured(self, policy, prompts=0):
-        seen.append(self.reference)
+        seen.append(self.compared_with)
         return measure(self, policy, prompts)
 
     monkeypatch.setattr(Evaluator, "measure", measured)

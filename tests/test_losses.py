@@ -393,9 +393,9 @@ def test_decoupled_bounds():
 def test_the_two_kl_terms_of_grpo():
     """π_ref/π = 2, ρ = 1, A = 3, β = ½: k3 = 2 - log 2 - 1. Plain: -3 + ½ k3, gradient -3 + ½ (1 -
     2). ρ k3: the gradient has k3 too."""
-    for kl, more in (("k3", 0.0), ("k3-ratio", 0.5 * (1 - math.log(2)))):
-        logp = t([-1.0]).requires_grad_()
-        value = grpo_loss(logp, logp.detach(), t([-1.0 + math.log(2)]), t([3.0]), beta=0.5, kl=kl)
+    for ratio_kl, more in ((False, 0.0), (True, 0.5 * (1 - math.log(2)))):
+        logp, ref_logp = t([-1.0]).requires_grad_(), t([-1.0 + math.log(2)])
+        value = grpo_loss(logp, logp.detach(), ref_logp, t([3.0]), beta=0.5, ratio_kl=ratio_kl)
         value.sum().backward()
         assert value.item() == close(-3 + 0.5 * (1 - math.log(2)))
         assert logp.grad.item() == close(-3 - 0.5 + more)

@@ -16,11 +16,12 @@ from analysis import optima
 from analysis.optima import Options, distances, optimum
 from data.exact import kl, star, tv
 from dpo import dpo_loss, ipo_loss
-from evaluate import Again, Evaluator
+from evaluate import Again
 from kto import kto_loss
 from orpo import orpo_loss
 from simpo import simpo_loss
 from training import parse
+from training.enumeration import Enumeration
 
 WORLD = data.task("exact")
 R, PAIRS, LABELS = (torch.from_numpy(x) for x in (WORLD.r, WORLD.pairs, WORLD.labels))
@@ -270,7 +271,8 @@ def mean_gradient(log_p, world, log_ref, kl, beta):
     logp = theta.log_softmax(-1).flatten(1)[:, place]
     adv = (r - (p * r).sum(1, keepdim=True))[:, :, None]
     rows = zip(logp, ref, adv)
-    losses = [grpo.grpo_loss(a, a.detach(), b, c, beta=beta, kl=kl) for a, b, c in rows]
+    how = {"beta": beta, "ratio_kl": kl == "k3-ratio"}
+    losses = [grpo.grpo_loss(a, a.detach(), b, c, **how) for a, b, c in rows]
     (p[:, :, None] * mask * torch.stack(losses)).sum().backward()
     return theta.grad.abs().max().item()
 
@@ -368,16 +370,16 @@ def test_ipo_on_own_pairs_ends_where_no_policy_wins():
 
 
 def tabled(path):
-    """-> (the opened checkpoint, its evaluator)"""
+    """-> (the opened checkpoint, the world as it reads it)"""
     again = Again(parse(Options, [str(path), "--device", "cpu"]))
-    return again, Evaluator(again, WORLD)
+    return again, Enumeration(again, WORLD)
 
 
 def descend(path, normalise=False, uniform=False, drop_end=False, steps=225):
     """DPO on the whole population at once, a transformer as the policy, dpo_loss as it stands. ->
     mean KL(π‖π*)"""
-    again, evaluator = tabled(path)
-    ref, world = again.policy, evaluator.world
+    again, enumeration = tabled(path)
+    ref, world = again.policy, enumeration.batch
     policy = copy.deepcopy(ref).requires_grad_()
     mask = world.mask & (world.ids != again.tokenizer.end_id) if drop_end else world.mask
     length = mask.sum(1).clamp(min=1) if normalise else torch.ones(len(mask))
@@ -396,7 +398,7 @@ def descend(path, normalise=False, uniform=False, drop_end=False, steps=225):
         optimizer.zero_grad()
         schedule.step()
     with torch.no_grad():
-        log_p, log_ref = evaluator.table(policy), evaluator.table(ref)
+        log_p, log_ref = enumeration.table(policy), enumeration.table(ref)
     return kl(log_p, star(log_ref, R, 0.5)).mean().item()
 
 
@@ -449,9 +451,10 @@ def test_kto_is_measured_against_its_limit(world, call):
     found = measured(world / "out/exact/k.pt")
     assert 0 < found["loss_gap"] < 0.05 and 0 < found["tv_optimum"] < 0.5
     assert "kl_optimum" not in found
-    again, evaluator = tabled(world / "out/exact/k.pt")
+    again, enumeration = tabled(world / "out/exact/k.pt")
     with torch.no_grad():
-        log_p, log_ref = (evaluator.table(x) for x in (again.policy, again.open(again.reference)))
+        models = again.policy, again.open(again.reference)
+        log_p, log_ref = map(enumeration.table, models)
     limit, infimum = optima.kto_limit(log_ref, LABELS, 0.5)
     assert found["tv_optimum"] == pytest.approx(tv(log_p, limit).mean().item(), rel=1e-4)
     loss = optima.kto(log_p, log_ref, LABELS, 0.5)

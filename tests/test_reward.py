@@ -19,7 +19,7 @@ from data import UserError
 from data.make_vocab import main as make_vocab
 from gpt import GPTConfig, ScalarGPT, load, save
 from training import Rollout, Run, checkpoint, function, load_judge, parse
-from training.function import Reward
+from training.function import UserReward
 
 WORDS = data.tokenizer()
 RM = [*ENDS, "--reward", "judge.pt"]
@@ -98,7 +98,7 @@ def leave(prompt, completion): raise SystemExit(3)
 def reward(name, columns):
     """-> the user's function, on rows of these columns"""
     task = SimpleNamespace(columns=lambda: list(columns), lacks=lambda column: "")
-    return Reward(name, task)
+    return UserReward(name, task)
 
 
 def test_a_user_s_function_gets_the_columns_it_names(tmp_path):

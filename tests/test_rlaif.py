@@ -18,12 +18,13 @@ from conftest import few_prompts as few
 
 import data
 import rlaif
-from data import Stopped, reviews, skills
+from data import Stopped, constitution, reviews, skills
 from data.make_vocab import main as make_vocab
-from gpt import GPT, GPTConfig, ScalarGPT, load, row_lengths, save
+from gpt import GPT, GPTConfig, ScalarGPT, load, save
+from packing import row_lengths
 from rlaif import ai_label, bradley_terry_loss, leave_one_out
 from training import Compute, Run, feedback
-from training.feedback import Judge, Pair, Writer
+from training.feedback import AIJudge, Pair, Writer
 from training.sampling import sample
 
 KIND, FAIR, WARM, SPECIFIC = skills.PRINCIPLES
@@ -140,9 +141,9 @@ def test_demonstrations_teach_what_they_say():
     """Revisions break their principle nowhere, are of the grammar, and keep the other sentences;
     the better answer stands as A as often as B; all is a function of the seed; half of the
     dialogues are critiques and revisions."""
-    rows = data.demonstrate(REVIEWS, 1200, 7, skills.PRINCIPLES)
-    assert rows == data.demonstrate(REVIEWS, 1200, 7, skills.PRINCIPLES)
-    assert rows != data.demonstrate(REVIEWS, 1200, 8, skills.PRINCIPLES)
+    rows = skills.demonstrate(REVIEWS, 1200, 7, skills.PRINCIPLES)
+    assert rows == skills.demonstrate(REVIEWS, 1200, 7, skills.PRINCIPLES)
+    assert rows != skills.demonstrate(REVIEWS, 1200, 8, skills.PRINCIPLES)
     revisions = [row for row in rows if row[-2] == "\nRevision:"]
     letters = [row for row in rows if row[-1] in "AB"]
     ratings = [row for row in rows if row[-1].isdigit()]
@@ -161,7 +162,7 @@ def test_demonstrations_teach_what_they_say():
         a, b = (skills.follows(principle, y, reviews.genre_of(prompt)) for y in (a, b))
         assert letter == "BA"[a > b]
     assert {row[-1] for row in ratings} >= {"1", "5", "9"}
-    only = data.demonstrate(REVIEWS, 60, 0, [WARM])
+    only = skills.demonstrate(REVIEWS, 60, 0, [WARM])
     asks = [text for row in only for text in row if text.startswith("\n") and "." in text]
     assert all(WARM in text for text in asks)
 
@@ -172,7 +173,7 @@ def test_prompts_of_the_skills_are_used_nowhere_else():
     assert [len(splits[name]) for name in names] == [1696, 584, 548, 1148]
     own, rest = splits["skills"], splits["rest"]
     assert own | rest == splits["train"] and not own & (rest | splits["test"])
-    demonstrated = data.demonstrate(REVIEWS, 600, 0, skills.PRINCIPLES)
+    demonstrated = skills.demonstrate(REVIEWS, 600, 0, skills.PRINCIPLES)
     assert {row[0].split("\n")[0] for row in demonstrated} <= own
 
 
@@ -180,23 +181,23 @@ def test_a_dialogue_as_tokens():
     """What is written by the model, its end tokens included, weighs 1 a turn; what asks weighs
     nothing."""
     texts = ["A drama:", " It is kind.", "\nBetter: (", "A"]
-    ids, weight = data.spell(texts, WORDS)
+    ids, weight = constitution.spell(texts, WORDS)
     parts = [(WORDS.encode, WORDS.answer)[i % 2](text) for i, text in enumerate(texts)]
     assert list(ids) == [i for part in parts for i in part] and ids.count(WORDS.end_id) == 2
     x, y, question, _ = map(len, parts)
     assert list(weight) == [0.0] * x + [1 / y] * y + [0.0] * question + [0.5, 0.5]
-    padded, weights = data.pad_dialogues([(ids, weight), (ids[:3], weight[:3])])
+    padded, weights = constitution.pad_dialogues([(ids, weight), (ids[:3], weight[:3])])
     assert padded.shape == weights.shape == (2, len(ids))
     assert padded[1, 3:].sum() == weights[1].sum() == 0
     assert weights[0].sum().item() == pytest.approx(2)
 
     def draw(n, seed):
-        return data.demonstrate(REVIEWS, n, seed, skills.PRINCIPLES)
+        return skills.demonstrate(REVIEWS, n, seed, skills.PRINCIPLES)
 
-    rows = data.Dialogues(draw, 12, 0, WORDS, 256)[3]
+    rows = constitution.Dialogues(draw, 12, 0, WORDS, 256)[3]
     assert [len(x) for x, _ in rows] == sorted(len(x) for x, _ in rows) and len(rows) == 12
     with pytest.raises(data.UserError, match="more than the context of 64"):
-        data.Dialogues(draw, 12, 0, WORDS, 64)
+        constitution.Dialogues(draw, 12, 0, WORDS, 64)
 
 
 # ---- the judge
@@ -214,7 +215,7 @@ def judge():
     model = GPT(GPTConfig(748, 128, 2, 2, 16), seed=3).requires_grad_(False)
     for p in model.parameters():
         p *= 6 if p.dim() > 1 else 1
-    return Judge(model, WORDS, Compute(SimpleNamespace(device="cpu", dtype="auto")))
+    return AIJudge(model, WORDS, Compute(SimpleNamespace(device="cpu", dtype="auto")))
 
 
 def test_the_judge_is_read_not_sampled(judge):
@@ -250,7 +251,7 @@ def test_swapping_the_candidates_turns_p_into_1_minus_p(judge):
 
 
 def by_length(self, pairs):
-    """A judge in Judge.compare's place that prefers the longer answer, by a nat for each twenty
+    """A judge in AIJudge.compare's place that prefers the longer answer, by a nat for each twenty
     characters more."""
     more = torch.tensor([(len(pair.a) - len(pair.b)) / 20 for pair in pairs])
     return torch.stack([more, 0 * more], 1), torch.stack([-more, 0 * more], 1)
@@ -291,7 +292,7 @@ def watched(done):
         m.chdir(done)
         few(m, 16)
         m.setattr(Run, "update", watch)
-        m.setattr(Judge, "compare", by_length)
+        m.setattr(AIJudge, "compare", by_length)
         m.setattr(Writer, "revise", keep(Writer.revise))
         m.setattr(Writer, "pairs", keep(Writer.pairs))
         m.setattr("training.sampling.sample", logged("samples", sample, lambda _, rollout: rollout))
@@ -474,7 +475,7 @@ def test_the_skills_gradient_is_the_equation_s(done, monkeypatch):
     """The mean over turns of each turn's mean negative log-likelihood, however the step is cut."""
     monkeypatch.chdir(done)
     model, turns = GPT(GPTConfig(748, 256, 1, 2, 16), 0).double(), []
-    for dialogue in data.demonstrate(REVIEWS, 8, "0 step 0", skills.PRINCIPLES):
+    for dialogue in skills.demonstrate(REVIEWS, 8, "0 step 0", skills.PRINCIPLES):
         x = []
         for i, text in enumerate(dialogue):
             part = WORDS.answer(text) if i % 2 else WORDS.encode(text)
@@ -552,13 +553,13 @@ def test_other_judges_and_principles(done, monkeypatch):
     model = GPT(GPTConfig(own.size, 512, 1, 1, 8), seed=1)
     save(model, "judge.pt", **(meta | {"tokenizer": own.meta}))
     (done / "one.txt").write_text("# mine\n\nBe warm.\n")
-    compared, compare = [], Judge.compare
+    compared, compare = [], AIJudge.compare
 
     def watch(self, pairs):
         compared.append((self, pairs))
         return compare(self, pairs)
 
-    monkeypatch.setattr(Judge, "compare", watch)
+    monkeypatch.setattr(AIJudge, "compare", watch)
     args = ["--init", "a/x-skills.pt", *SHORT, "--judge", "judge.pt", "--constitution", "one.txt"]
     assert main("rlaif", *args, "--clamp", 0.4, "--out", "o/x.pt") == 0
     assert all(judge.tokenizer.meta == own.meta for judge, _ in compared)

@@ -135,9 +135,9 @@ def test_the_refill_holds_mixed_groups_only_and_drops_the_surplus():
     are taken, in order."""
     first, second = [[1, 1], [0, 1], [0, 0]], [[1, 1], [1, 1], [0, 0]]
     rounds = Rounds(3, [first, second, [[1, 0], [1, 0], [0, 1]]])
-    s, correct, figures = rounds.refill(2, 5)
+    s, reward, figures = rounds.refill(2, 5)
     assert s.ids[:, 0].tolist() == [2, 3, 12, 13, 14, 15]
-    assert correct.tolist() == [[False, True], [True, False], [True, False]]
+    assert reward.tolist() == [[-1, 1], [1, -1], [1, -1]]
     assert figures["num_gen_batches"] == 3 and figures["kept_fraction"] == pytest.approx(4 / 9)
     assert figures["accuracy"] == pytest.approx(10 / 18)
 
@@ -146,10 +146,10 @@ def test_random_refills_never_hold_a_constant_group():
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         verdicts = torch.rand(30, 4, 3, generator=generator) < 0.8
-        s, correct, _ = Rounds(5, verdicts.tolist()).refill(3, 30)
-        assert correct.shape == (5, 3) and len(s) == 15
-        assert torch.equal(verdicts.flatten()[s.ids[:, 0]], correct.flatten())
-        assert (correct.any(1) & ~correct.all(1)).all()
+        s, reward, _ = Rounds(5, verdicts.tolist()).refill(3, 30)
+        assert reward.shape == (5, 3) and len(s) == 15
+        assert torch.equal(2.0 * verdicts.flatten()[s.ids[:, 0]] - 1, reward.flatten())
+        assert (reward.amin(1) < reward.amax(1)).all()
 
 
 EASY, HARD = [[1, 1]] * 3, [[0, 0]] * 3
@@ -162,9 +162,9 @@ EASY, HARD = [[1, 1]] * 3, [[0, 0]] * 3
 def test_a_refill_that_starves_holds_what_it_found(rounds, accuracy, mixed):
     """The rounds are used up, and no more than they are drawn."""
     rounds = Rounds(3, [*rounds, EASY])
-    s, correct, figures = rounds.refill(2, 2)
+    s, reward, figures = rounds.refill(2, 2)
     assert len(rounds.rounds) == 1 and figures["num_gen_batches"] == 2
-    assert correct.shape == (mixed, 2) and len(s) == 2 * mixed
+    assert reward.shape == (mixed, 2) and len(s) == 2 * mixed
     assert figures["accuracy"] == pytest.approx(accuracy)
 
 

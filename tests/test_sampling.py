@@ -13,13 +13,13 @@ from gpt import GPT, GPTConfig
 from training import Compute, RolloutOptions, parse, sampling
 from training.sampling import sample
 
-WAYS = {  # LONG, EVERY, DROP, static: prompts of groups apart, when rows are dropped, whole buffers
+WAYS = {  # what the names below are set to; static: buffers of one size
     "as it is": (128, 4, 0.9, False),
     "never dropped": (128, 99, 0.0, False),
-    "apart": (2, 4, 0.9, False),
-    "apart, dropped at once": (2, 1, 1.0, False),
+    "shared prompts": (2, 4, 0.9, False),
+    "shared prompts, dropped at once": (2, 1, 1.0, False),
     "static": (128, 4, 0.9, True),
-    "static, apart": (2, 2, 0.9, True),
+    "static, shared prompts": (2, 2, 0.9, True),
 }
 PROMPTS = {
     "ragged": [[1, 2, 3, 4, 5, 6], [7], [3, 9, 4]],
@@ -36,8 +36,10 @@ def test_how_rows_are_read_and_dropped_changes_no_sample(way, prompts, group, mo
     model; both architectures, fewer keys than queries."""
     long, every, drop, static = WAYS[way]
     prompts = PROMPTS[prompts]
-    for name, x in (("LONG", long), ("EVERY", every), ("DROP", drop), ("HALF", drop)):
-        monkeypatch.setattr(sampling, name, x)
+    monkeypatch.setattr(sampling, "SHARE_PROMPT_FROM", long)
+    monkeypatch.setattr(sampling, "CHECK_ENDS_EVERY", every)
+    for name in ("DROP_AT", "DROP_AT_STATIC"):
+        monkeypatch.setattr(sampling, name, drop)
     uniform = sampling.uniforms(len(prompts) * group, 18, torch.Generator().manual_seed(1))
     for config in (dict(), dict(llama=True, n_kv_head=2)):
         m = GPT(GPTConfig(11, 32, 2, 4, 16, **config), 3).double()

@@ -18,7 +18,7 @@ from conftest import few_prompts, lines, main
 import data
 from gpt import load, save
 from training import Run
-from training.run import learning_rate
+from training.optimizer import learning_rate
 from training.sampling import sample
 
 WORDS = data.tokenizer()
@@ -64,9 +64,9 @@ def watch(ends, monkeypatch):
             drawn.append([])
             yield step
 
-    def cut(self, rows):
+    def cut(self, rows, **more):
         taken[-1].append(Step(self, rows))
-        return micro_batches(self, rows)
+        return micro_batches(self, rows, **more)
 
     def updated(self, optimizer):
         step = taken[-1][-1]
@@ -527,11 +527,7 @@ def test_ppo(watch):
             scores.append(score - (0 if finished else 5))
             r = [-0.3 * (old[t] - ref[t]) for t in range(len(y))]
             r[-1] += scores[-1]
-            A, later = [], 0.0
-            for t in reversed(range(len(y))):
-                delta = r[t] + 0.8 * (V[t + 1] if t + 1 < len(y) else 0.0) - V[t]
-                later = delta + 0.8 * 0.9 * later
-                A.insert(0, later)
+            A = gae(r, V, 0.8, 0.9)
             found[x, y] = old, V, A
             adv += A
             returns += [a + v for a, v in zip(A, V)]
@@ -572,6 +568,16 @@ def test_ppo(watch):
             expected.append((total / len(per_token), figures | rest))
         assert line["policy/clipfrac_avg"] > 0 < line["val/clipfrac_avg"]
         agree(line, steps, expected)
+
+
+def gae(r, V, gamma, lam):
+    """A_t = δ_t + γλ A_t+1, with V = 0 after the last token"""
+    A, later = [], 0.0
+    for t in reversed(range(len(r))):
+        delta = r[t] + gamma * (V[t + 1] if t + 1 < len(r) else 0.0) - V[t]
+        later = delta + gamma * lam * later
+        A.insert(0, later)
+    return A
 
 
 def values(critic, x, y):

@@ -10,7 +10,8 @@ from pathlib import Path
 import data
 import gpt
 from data import Stopped, UserError
-from training import distributed, hf, locks
+from training import distributed, locks, lora
+from training.files import from_checkpoint
 
 
 def default_path(task, method):
@@ -60,15 +61,14 @@ def load_any(path):
 
 def _open(path, task, wanted, otherwise, mapped=False):
     try:
-        load = hf.load if os.path.isdir(path) else gpt.load
-        model, meta = load(path, mapped=mapped)
+        model, meta = _load(path, mapped)
     except ValueError as e:
         raise UserError(str(e)) from None
     if not isinstance(model, wanted):
         raise UserError(f"{path} is {otherwise}")
     if "tokenizer" not in meta:
         raise UserError(f"{path} does not say which tokenizer it was trained with; train it again")
-    tokenizer = data.of_checkpoint(meta["tokenizer"])
+    tokenizer = tokenizer_of(meta)
     if tokenizer.template:
         meta["template"] = meta["template"] | {"before": ""}
     size = model.config.vocab_size
@@ -78,6 +78,37 @@ def _open(path, task, wanted, otherwise, mapped=False):
     if task:
         same_world(path, tokenizer, meta, task)
     return model, tokenizer, meta
+
+
+def _load(path, mapped):
+    if not os.path.isdir(path):
+        return gpt.load(path, mapped=mapped)
+    from hf import weights
+
+    return weights.load(path, mapped)
+
+
+def tokenizer_of(meta):
+    """-> the tokenizer that a checkpoint names"""
+    if "files" not in meta["tokenizer"]:
+        return data.Tokenizer(meta["tokenizer"])
+    from hf.tokenizer import HFTokenizer  # which needs a package that is optional
+
+    return HFTokenizer(meta["tokenizer"])
+
+
+def facts(run):
+    """-> what a checkpoint keeps of the run that made it"""
+    meta = {"method": run.method, "task": run.o.task, "options": run.state.options}
+    meta |= {"steps": run.o.steps, "tokenizer": run.tokenizer.meta}
+    return meta | {"files": run.files.digests, "folder": from_checkpoint(run.o.out)}
+
+
+def adapters(run, policy):
+    """Merges a policy's adapters into its weights. -> what a checkpoint keeps of them"""
+    tensors, o = lora.merge(policy), run.o
+    facts = {"rank": o.lora, "alpha": o.lora_alpha, "start": run.start, "tensors": tensors}
+    return {"lora": facts} if tensors else {}
 
 
 def same_world(path, tokenizer, meta, task):
@@ -90,13 +121,14 @@ def same_world(path, tokenizer, meta, task):
         )
 
 
-def find_reference(path, task, tokenizer, block_size):
+def find_reference(run):
     """-> the path of the checkpoint that a policy is compared with: where it started, else an
-    earlier out/<task>/sft.pt; "" where there is none, which is said."""
-    path = path or default_path(task.name, "sft")
+    earlier out/<task>/sft.pt; "" if there is none, which is said."""
+    path = run.baseline or default_path(run.task.name, "sft")
     try:
         ref, own, _ = load(path)
-        if own.vocabulary == tokenizer.vocabulary and ref.config.block_size >= block_size:
+        fits = ref.config.block_size >= run.block_size
+        if own.vocabulary == run.tokenizer.vocabulary and fits:
             return path
         why = f"{path} has another vocabulary or a shorter context"
     except UserError as e:
@@ -113,11 +145,13 @@ def describe(meta):
     return f"{meta['method']} on {meta['task']}, {meta['steps']} steps{reward}"
 
 
-def make_if_missing(task, method, device, dtype):
-    """-> the default checkpoint of an earlier stage of the same task. Where there is none its
-    script is run first, in this process, with its own defaults."""
-    path = default_path(task, method)
-    if data.kind(task) == "file":
+def make_if_missing(method, o):
+    """-> the default checkpoint of an earlier stage of the same task. If there is none its script
+    is run first, in this process, with its own defaults."""
+    path = default_path(o.task, method)
+    if o.init and not os.path.exists(path):
+        load(o.init)  # a wrong one is refused before anything is trained
+    if data.kind(o.task) == "file":
         rows = "prompt, completion" if method == "sft" else "prompt, chosen, rejected"
         option = "--init" if method == "sft" else "--reward X.pt"
         made = f"a checkpoint such as python {method}.py --task FILE makes, of {rows}"
@@ -127,10 +161,10 @@ def make_if_missing(task, method, device, dtype):
         return path
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with locks.given_back():
-        if distributed.first:
+        if distributed.is_first:
             locks.wait(path, f"this one waits for it, and goes on when {path} is there")
         if not distributed.of_first(there):
-            _make(path, task, method, device, dtype)
+            _make(path, o.task, method, o.device, o.dtype)
     return path
 
 

@@ -28,7 +28,7 @@ class Compute:
 
     def place(self, model):
         """The one place where a model is moved and cast: to float32 master weights. With --shard it
-        is laid out, and `spread` moves it."""
+        is laid out, and `compile_and_shard` moves it."""
         if self.shard:
             return sharding.lay_out(model, self.weights)
         return model.to(self.device, self.weights)
@@ -41,7 +41,7 @@ class Compute:
             lora.adapt(model, o.lora, o.lora_alpha, o.seed, low)
         return model
 
-    def spread(self, model):
+    def compile_and_shard(self, model):
         """-> the model, its blocks compiled with --compile, and cut into parts with --shard"""
         if self.compile:
             for block in model.blocks:
@@ -50,23 +50,23 @@ class Compute:
         return sharding.shard(model, self.device) if self.shard else model
 
     def forget(self):
-        """Frees what nobody holds any more: a model in parts has cycles, so that it stays else."""
+        """Frees what nobody holds any more: a sharded model has cycles, and would stay."""
         if self.shard:
             gc.collect()
 
     def autocast(self):
         low = self.dtype if self.mixed else None
-        kept = not self.shard  # a kept cast would outlive the weights that were gathered for it
+        kept = not self.shard  # a cached cast would outlive the weights that were gathered for it
         return torch.autocast(self.device.type, low, enabled=self.mixed, cache_enabled=kept)
 
     def freeze(self, model):
         """-> a frozen copy. Its linear weights have the compute precision, so that it agrees with
         the original to the bit; a scalar head, which reads in float32, stays."""
         if not self.shard:
-            return self.spread(self._copy(model, torch.clone))
+            return self.compile_and_shard(self._copy(model, torch.clone))
         copy = self._copy(model, lambda p: torch.empty(p.shape, dtype=p.dtype, device="meta"))
         copy.unread = sharding.values(model)
-        return self.spread(copy)
+        return self.compile_and_shard(copy)
 
     def _copy(self, model, take):
         """-> a frozen copy of what `take` makes of the weights"""
@@ -79,16 +79,16 @@ class Compute:
                 lora.put(copy, key, torch.nn.Parameter(x, requires_grad=False))
         return copy.eval()
 
-    def whole(self, model):
-        """-> the model; of one that is cut into parts, a frozen copy with all of them"""
+    def gathered(self, model):
+        """-> the model; of a sharded one, a frozen copy with all its weights"""
         return self._copy(model, sharding.full) if self.shard else model
 
     def to_sample(self, model):
-        """-> the model in the compute precision, whole: in float32 with its adapters merged, which
-        bfloat16 would round; under autocast a copy that is cast once, as it would be cast at every
-        token. The embedding is read in float32, the head as the rest."""
+        """-> the model in the compute precision, with all its weights: in float32 with its adapters
+        merged, which bfloat16 would round; under autocast a copy that is cast once, as it would be
+        cast at every token. The embedding is read in float32, the head as the rest."""
         if not self.mixed:
-            model = self.whole(model)
+            model = self.gathered(model)
             return model if self.pure else lora.merged(model)
         model = self._copy(model, sharding.full)
         head = gpt.Linear(*reversed(model.head.shape), bias=False, device="meta")
@@ -98,8 +98,8 @@ class Compute:
 
     def reference(self, policy):
         """-> π_ref, frozen: a copy of the policy where it starts, or the checkpoint of --reference.
-        With --lora it is the policy without its adapters, and no weight is held twice; with
-        --shard a copy of that, as parts can be gathered by one model alone."""
+        With --lora it is the policy without its adapters, and no weight is held twice; with --shard
+        a copy of that, as only one model can gather its parts."""
         if self.o.reference:
             return self.freeze(self.place(self.other_reference()))
         bare = lora.base(policy) if self.o.lora else policy
@@ -137,7 +137,7 @@ class Compute:
 
     @torch.no_grad()
     def scores(self, rows, f, size=0):
-        """f of all rows, so many at a time (0: all), each process its share, without a graph.
+        """f of all rows, `size` at a time (0: all), each process its share, without a graph.
         f(some of the rows) -> (their number, …); -> (len(rows), …)"""
 
         def score(part):
@@ -146,7 +146,7 @@ class Compute:
 
         return distributed.shared(len(rows), score, size)
 
-    def told(self, tokenizer):
+    def with_chat(self, tokenizer):
         """-> the tokenizer with what --chat and --template-args say of its chat template"""
         o, args = self.o, {}
         for text in o.template_args:
@@ -157,7 +157,7 @@ class Compute:
                 args[name] = json.loads(value)
             except ValueError:
                 args[name] = value
-        tokenizer = tokenizer.told(o.chat if "chat" in o.given else None, args)
+        tokenizer = tokenizer.with_chat(o.chat if "chat" in o.given else None, args)
         if tokenizer.template:
             plain = "is one user message (--no-chat keeps it bare)"
             plain = plain if tokenizer.chat else "stays bare"

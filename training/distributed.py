@@ -25,7 +25,7 @@ started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
 rank = int(os.environ["RANK"]) if started else 0
 size = int(os.environ["WORLD_SIZE"]) if started else 1
 local = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
-first, many = rank == 0, size > 1
+is_first, many = rank == 0, size > 1
 store = None  # of short texts that all can read
 PATIENCE = timedelta(hours=2)  # for a process that writes, or waits for another run
 SAID = 3.0  # seconds in which the first process says what all of them have met
@@ -45,17 +45,16 @@ def joined():
     if not many or store:  # one process, or an earlier stage inside a run
         yield
         return
-    if not first:
+    if not is_first:
         sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
-    serves = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves = is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     plain = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False)
     store = dist.PrefixStore(f"nanopo {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", plain)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     group = {"store": dist.PrefixStore("group", store), "rank": rank, "world_size": size}
     dist.init_process_group(backend, timeout=PATIENCE, **group)
-    data.batch.once = once
     try:
         yield
     except SystemExit as e:
@@ -92,11 +91,11 @@ def to_say(message, alone=False, once=False):
         return "" if said or store.add("lost", 1) > 1 else f"rank {rank}: {message}"
     store.set(f"failed {rank}", "")
     until = time.time() + SAID
-    while not (first or alone) and time.time() < until:
+    while not (is_first or alone) and time.time() < until:
         if store.check(["failed 0"]):
             return ""
         time.sleep(0.1)
-    return message if first and not alone else f"rank {rank}: {message}"
+    return message if is_first and not alone else f"rank {rank}: {message}"
 
 
 def end(code):
@@ -172,9 +171,11 @@ def shared(n, f, rows=0):
     return total(whole)
 
 
-def once(make):
+def in_one_process(make):
     """-> what make() gives, Rows and a note. The first process of each machine makes them, and the
     others map its file, which is then gone."""
+    if not many:
+        return make()
     made = path = None
     try:
         with agreed():
@@ -184,10 +185,10 @@ def once(make):
                     made[0].save(file)
                 path = file.name, made[1]
     except UserError as e:
-        e.alone = False  # of all, told by one
+        e.alone = False  # all have met it, and one says it
         raise
     path, note = [x for x in gathered(path)[: rank + 1] if x][-1]  # of this machine
-    rows = made[0] if made else data.batch.Rows.mapped(path)
+    rows = made[0] if made else data.Rows.mapped(path)
     wait()
     if made:
         os.unlink(path)
@@ -201,6 +202,15 @@ def total(x, op="SUM"):
     found = x.clone() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
     dist.all_reduce(found, getattr(dist.ReduceOp, op))
     return found if torch.is_tensor(x) else found.item()
+
+
+def least(tensors):
+    """-> the least of some numbers, over all processes"""
+    return total(min(tensors), "MIN")
+
+
+def greatest(tensors):
+    return total(max(tensors), "MAX")
 
 
 def total_all(named, device):
@@ -228,6 +238,6 @@ def of_first(f):
     """-> what f() is in the first process"""
     if not many:
         return f()
-    found = [f() if first else None]
+    found = [f() if is_first else None]
     dist.broadcast_object_list(found)
     return found[0]

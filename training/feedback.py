@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import data
 from data import UserError
+from data.constitution import ask_choice, ask_critique, ask_revision
 from training import memory
 from training.reward import completions
 
@@ -66,8 +67,8 @@ class Writer:
         out = []
         for _ in range(rounds):
             asked = [(x, y, rng.choice(self.principles)) for (x, _), y in zip(rows, answers)]
-            critiques, ended = self.ask([data.ask_critique(*one) for one in asked], generator)
-            questions = [data.ask_revision(*one, c) for one, c in zip(asked, critiques)]
+            critiques, ended = self.ask([ask_critique(*one) for one in asked], generator)
+            questions = [ask_revision(*one, c) for one, c in zip(asked, critiques)]
             answers, ends = self.ask(questions, generator)
             whole = list(map(all, zip(whole, ended, ends)))
             for (x, a, principle), c, b, row, good in zip(asked, critiques, answers, rows, whole):
@@ -75,7 +76,7 @@ class Writer:
         return out
 
 
-class Judge:
+class AIJudge:
     """A frozen model that is asked multiple choice, in its own vocabulary. Its answer is what it
     would say next: nothing is sampled."""
 
@@ -89,28 +90,28 @@ class Judge:
     def compare(self, pairs):
         """Pairs -> (ab, ba), each (N, 2): log-probs of the options A and B, with a pair's a as A,
         and with its b as A"""
-        ab = [data.ask_choice(x.prompt, x.a, x.b, x.principle) for x in pairs]
-        ba = [data.ask_choice(x.prompt, x.b, x.a, x.principle) for x in pairs]
+        ab = [ask_choice(x.prompt, x.a, x.b, x.principle) for x in pairs]
+        ba = [ask_choice(x.prompt, x.b, x.a, x.principle) for x in pairs]
         return self.read(ab), self.read(ba)
 
     def read(self, questions):
         """-> (N, 2) log-probs of A and B as the next token, up to a constant of each question. A
         question that is too long loses its beginning."""
-        model = self.run.whole(self.model)
+        model = self.run.gathered(self.model)
         weight, room = model.head[self.options].float(), model.config.block_size
         rows = [(tuple(self.tokenizer.dialogue(question, room)), ()) for question in questions]
 
         def ask(part):
             batch = data.pad(part, self.run.device, ends=True)
-            h = model.hidden(batch.layout).float()
+            h = model.hidden(batch.packed).float()
             with torch.autocast(h.device.type, enabled=False):
-                return batch.spread(F.linear(h, weight))
+                return batch.unfold(F.linear(h, weight))
 
         return self.run.scores(rows, ask, ROWS).view(len(rows), 2)
 
 
-def asked(what, **models):
-    """Shows which models are asked, frozen, before a phase. -> their records"""
+def frozen_records(what, **models):
+    """Shows which frozen models are asked before a phase, and for what. -> their records"""
     data.say(f"asked {what}\n{memory.ledger(memory.records(models))}")
     return memory.records(models)
 
@@ -128,8 +129,8 @@ def agreement(task, pairs, *verdicts):
     """verdicts: (N,) bool each, whether a is the better one. -> the share that the gold reward
     shares, of those pairs that it tells apart; None without such a pair"""
     rewards = gold(task, pairs)
-    told = [i for i, (a, b) in enumerate(rewards) if a != b]
-    right = [(rewards[i][0] > rewards[i][1]) == bool(wins[i]) for wins in verdicts for i in told]
+    differ = [i for i, (a, b) in enumerate(rewards) if a != b]
+    right = [(rewards[i][0] > rewards[i][1]) == bool(wins[i]) for wins in verdicts for i in differ]
     return fmean(right) if right else None
 
 

@@ -13,8 +13,35 @@ import torch
 
 import gpt
 from data import Stopped, UserError
-from training import distributed, hf, locks
+from training import distributed, locks
 from training.options import flag
+
+
+def logger(log_to, method, out):
+    """-> what takes the record's lines beside the record: of --log-to, or nothing"""
+    if not log_to:
+        return Logger(method, out)
+    from training.loggers import LOGGERS
+
+    return LOGGERS[log_to](method, out)
+
+
+class Logger:
+    """Takes the lines of a record, and does nothing with them."""
+
+    def __init__(self, method, out):
+        self.method, self.stem = method, out.removesuffix(".pt")
+        self.step = 0  # of the last line
+
+    def begin(self, options, lines):
+        """lines: what a resumed run has of its record already; none of a new run"""
+
+    def facts(self):
+        """-> what the record's first line keeps, so that a resumed run finds its curve again"""
+        return {}
+
+    def take(self, line):
+        """The record's next line: the first one, or of a step, an evaluation, or the end."""
 
 
 class Files:
@@ -30,7 +57,7 @@ class Files:
         taken = os.path.exists(out) and not os.path.isfile(out)  # a folder, /dev/null
         if out.endswith((".jsonl", ".state", ".gz", "/")) or taken:
             raise UserError(f"--out {out} is no place for a checkpoint; give a path like {stem}.pt")
-        if not distributed.first:
+        if not distributed.is_first:
             return
         try:
             os.makedirs(os.path.dirname(os.path.realpath(out)), exist_ok=True)
@@ -57,14 +84,14 @@ class Files:
         if found and not may_change:
             part = part or os.path.basename(path)
             self.paths[part] = path
-            self.digests[part] = digest(path) if distributed.first else ""
+            self.digests[part] = digest(path) if distributed.is_first else ""
             distributed.wait()  # so that a mistake in it is met by all at once
 
     # ---- the record
 
     def begin(self, options):
         """Opens the record, with the lines that a resumed run has already."""
-        if not distributed.first:
+        if not distributed.is_first:
             return
         self.logger.begin(options, [json.loads(line) for line in self.lines])
         with self.writes(self.record_path):
@@ -74,7 +101,7 @@ class Files:
     def record(self, line):
         """One write a line, so that a killed run leaves whole lines, and a full disk too."""
         self.lines.append(json.dumps(line) + "\n")
-        if not distributed.first:
+        if not distributed.is_first:
             return
         text, place = self.lines[-1].encode(), self.file.tell()
         with self.writes(self.record_path):
@@ -97,7 +124,7 @@ class Files:
 
     def save(self, state):
         with self.writes(self.state_path):
-            if distributed.first:
+            if distributed.is_first:
                 gpt.write(state | {"files": self.digests, "lines": self.lines}, self.state_path)
 
     def load(self, options, device, mapped=False):
@@ -113,7 +140,7 @@ class Files:
         if differ := self._others(saved, options):
             had = f"the interrupted run had {differ}"
             raise UserError(f"--resume: {had}; give the same options, or start without --resume")
-        if distributed.first and state["files"] != self.digests:
+        if distributed.is_first and state["files"] != self.digests:
             changed = min(part for part, _ in state["files"].items() ^ self.digests.items())
             when = "has changed since the run began; start without --resume"
             raise UserError(f"--resume: {self.paths.get(changed, changed)} {when}")
@@ -162,20 +189,22 @@ class Files:
 
     def drop_state(self):
         with contextlib.suppress(FileNotFoundError):
-            if distributed.first:
+            if distributed.is_first:
                 os.unlink(self.state_path)
 
     def forget(self):
         """Takes away an earlier run's record and state, which are not to be gone on with."""
         self.drop_state()
-        if distributed.first:
+        if distributed.is_first:
             Path(self.record_path).unlink(missing_ok=True)
 
 
 def digest(path):
     """-> of a file's content, or of a checkpoint's folder"""
     if os.path.isdir(path):
-        return hf.digest(path)
+        from hf import weights
+
+        return weights.digest(path)
     found = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):

@@ -37,7 +37,7 @@ CHANGED = (  # put back only where it has changed
 )
 
 
-class Reward:
+class UserReward:
     """reward(prompt, completion, ended, **columns) -> float. The function gets by name what it asks
     for: prompt, completion, ended, and the columns of the row, a copy of its own. Raises UserError
     for a function that is not there, wants what no row has, raises, or returns what is no finite

@@ -9,6 +9,7 @@ import os
 import uuid
 
 from data import UserError
+from training.files import Logger
 
 NAMES = {  # in the record -> in TRL
     "lr": "learning_rate",
@@ -31,24 +32,6 @@ def scalars(method, line):
     if part:
         return {f"{part}/{k}": x for k, x in numbers.items()}
     return {names.get(k, k): x * UNITS.get(k, 1) for k, x in numbers.items() if k != "step"}
-
-
-class Logger:
-    """Takes the lines of a record, and does nothing with them."""
-
-    def __init__(self, method, out):
-        self.method, self.stem = method, out.removesuffix(".pt")
-        self.step = 0  # of the last line
-
-    def begin(self, options, lines):
-        """lines: what a resumed run has of its record already; none of a new run"""
-
-    def facts(self):
-        """-> what the record's first line keeps, so that a resumed run finds its curve again"""
-        return {}
-
-    def take(self, line):
-        """The record's next line: the first one, or of a step, an evaluation, or the end."""
 
 
 class TensorBoard(Logger):
@@ -109,11 +92,11 @@ class WandB(Logger):
             self.run.log(figures, step=self.step)
 
 
-LOGGERS = {"": Logger, "tensorboard": TensorBoard, "wandb": WandB}
+LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def check(how):
     """Stops where the package that --log-to needs is missing."""
-    if how and importlib.util.find_spec(how) is None:
+    if importlib.util.find_spec(how) is None:
         remedy = f"pip install {how}, or leave it out"
         raise UserError(f"--log-to {how} needs the package {how}, which is not installed; {remedy}")

@@ -3,6 +3,7 @@
     ledger     the models that a script holds, by role, as text; `records` as plain facts
     Tracker    while it is on, every tensor storage is counted from its making to its end
     track      a Tracker that knows weights, gradients and AdamW's moments
+    Meter      the bytes of one step of a run
 
 What a tracker counts is the bytes of live storages, each once however many views it has. On a CUDA
 device add the context (about 0.5 GB), the workspaces of its libraries and rounding. Categories:
@@ -37,8 +38,8 @@ PRODUCTS = aten.mm.default, aten.addmm.default, aten.linear.default, aten.bmm.de
 
 def records(models):
     """{role: model} -> a plain record for each: role, trainable, parameters, how many of them are
-    trained, bytes, their parts. Weights that an earlier model has too count once: there. Of parts
-    the bytes are those of this process."""
+    trained, bytes, their parts. Weights shared with an earlier model count there. The bytes of a
+    sharded model are those of this process."""
     out, counted = [], set()
     for role, model in models.items():
         parameters = list(model.parameters())
@@ -87,7 +88,7 @@ def ledger(records):
 
 
 def size_unit(size):
-    """Bytes -> (the unit to tell them in, its name)"""
+    """Bytes -> (the unit to show them in, its name)"""
     return (2**30, "GiB") if size >= 2**30 else (1e6, "MB")
 
 
@@ -97,21 +98,21 @@ def peak_text(parts, most):
     total = sum(parts.values())
     unit, symbol = size_unit(total)
 
-    def told(sizes):
-        shown = {name: x / unit for name, x in sizes.items() if x / unit >= 0.05}
-        return ", ".join(f"{name} {x:.1f}" for name, x in shown.items())
+    def shown(sizes):
+        large = {name: x / unit for name, x in sizes.items() if x / unit >= 0.05}
+        return ", ".join(f"{name} {x:.1f}" for name, x in large.items())
 
-    inner = told({name: x for name, x in parts.items() if name != "all"})
+    inner = shown({name: x for name, x in parts.items() if name != "all"})
     names = ("logits", "sampling")
-    other = told({name: most[name] for name in names if most.get(name, 0) > parts.get(name, 0)})
+    other = shown({name: most[name] for name in names if most.get(name, 0) > parts.get(name, 0)})
     text = f"{total / unit:.1f} {symbol}"
     text += f" ({inner})" if inner else ""
     return text + (f"; at other times {other}" if other else "")
 
 
 def flops(models, forward, backward, recompute=False):
-    """FLOPs a token, without attention: 2N for each forward pass and 4N for each backward pass, 6N
-    with the recomputation of --checkpoint-activations. forward, backward: role -> passes. N: the
+    """FLOPs per token, without attention: 2N for each forward pass and 4N for each backward pass,
+    6N with the recomputation of --checkpoint-activations. forward, backward: role -> passes. N: the
     weights that multiply every token. Of frozen weights the backward pass takes 2N less."""
     total = 0
     for role, model in models.items():
@@ -250,3 +251,50 @@ class Tracker(TorchDispatchMode):
         for (x, _), kind in zip(given, kinds):
             logits = logits or kind == "logits" and x.shape == out.shape
         return self.phase or ("logits" if logits else "activations"), False
+
+
+class Meter:
+    """Measures the bytes of one step: on a CPU those of its tensors, which compiled code does not
+    show; on a GPU those that its allocator gave out. `peak`: (bytes by category at the peak, the
+    most of each category), once they are known."""
+
+    def __init__(self, device, compiled):
+        self.device, self.compiled = device, compiled
+        self.tracker = self.peak = None
+
+    @contextmanager
+    def measure(self, models, optimizer, on):
+        """on: whether this step is the one"""
+        if on and self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            yield
+            self.peak = {"all": self.allocated}, {}
+        elif on and self.device.type == "cpu" and not self.compiled:
+            with track(models, optimizer) as self.tracker:
+                yield
+            self.tracker = None
+        else:
+            yield
+
+    @contextmanager
+    def during(self, phase):
+        """What is made within it has this category; None: what its making says."""
+        if self.tracker:
+            self.tracker.during(phase)
+        yield
+        if self.tracker:
+            self.tracker.during(None)
+
+    def figures(self):
+        """-> what a record keeps of the peak"""
+        if not self.peak:
+            return {}
+        parts, most = self.peak
+        return {"peak_bytes": sum(parts.values()), "peak": parts, "peak_most": most}
+
+    def read(self):
+        """The optimizer has stepped: what comes after it, such as an evaluation, does not count."""
+        if self.tracker:
+            self.peak = self.tracker.parts, dict(self.tracker.most)
+        elif self.device.type == "cuda":
+            self.allocated = torch.cuda.max_memory_allocated(self.device)

@@ -13,7 +13,7 @@ import torch
 
 import data
 from data import UserError
-from training import distributed, locks, loggers
+from training import distributed, locks
 from training.process import interrupts, streams
 
 DTYPES = ("auto", "float32", "float64", "float16", "bfloat16", "bfloat16-pure")
@@ -91,9 +91,16 @@ class Options:
         """-> (the rows of an optimizer step, how they come about)"""
         return self.batch_size, f"--batch-size {self.batch_size}"
 
+    def passes(self):
+        """-> how often the rows of a step are trained on"""
+        return 1
+
     def check(self):
         """Refuses what cannot work together. Called by parse; a script may add to it."""
-        loggers.check(self.log_to)
+        if self.log_to:
+            from training import loggers
+
+            loggers.check(self.log_to)
         if self.epochs and self.endless():
             fresh = f"{self.task} makes fresh rows every step; give --steps"
             raise UserError(f"--epochs counts passes over a fixed set, but {fresh}")
@@ -171,6 +178,9 @@ class RolloutOptions(JudgedOptions):
         if idle and self.updates == self.minibatches == 1:
             words = f"ρ is 1, and {flag(min(idle))} changes nothing"
             data.say(f"one optimizer step a rollout: {words}; --minibatches 4 gives it something")
+
+    def passes(self):
+        return self.updates
 
     def rows(self):
         n, parts = self.batch_size * self.group, self.minibatches

@@ -9,16 +9,15 @@ from data import UserError
 from gpt import response_scores
 from training import checkpoint, distributed
 from training.checkpoint import is_checkpoint
-from training.function import Reward
 
 ROWS = 128  # sequences a forward pass of a reward model
 
 
 def load_judge(how, run, task):
-    """-> what judges responses, a Judge. A wrong `how` is told at once.
+    """-> what judges responses, a Judge. A wrong `how` is refused at once.
 
     "task"              the task's own reward
-    "rm"                out/<task>/reward_model.pt, made first where it is missing
+    "rm"                out/<task>/reward_model.pt, made first if it is missing
     "X.pt"              another reward model, of any vocabulary; a folder of Hugging Face too
     "FILE.py:function"  a user's function
     """
@@ -37,8 +36,10 @@ def load_judge(how, run, task):
     if task.outcomes:
         own = f"{task.name} keeps its own rewards, whose optimum is known"
         raise UserError(f"--reward {how}: {own}; give task or rm")
-    earn = Reward(how, task)
-    run.reads(how.rpartition(":")[0], may_change=True)  # mended where it raised, say
+    from training.function import UserReward
+
+    earn = UserReward(how, task)
+    run.reads(how.rpartition(":")[0], may_change=True)  # it may be mended after it raised
     return Judge(run, task, earn, user=True)
 
 

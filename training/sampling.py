@@ -1,20 +1,23 @@
 """Sampling: prompts of mixed length -> a Rollout of responses to them."""
 
 import math
+from functools import partial
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import gpt
+from packing import before, pack, row_lengths
 
-EVERY = 4  # tokens after which ends are looked for
-DROP = 0.9  # rows are dropped once so many of them, or fewer, are still drawn
-HALF = 0.5  # the same where each number of rows is captured anew
-LONG = 64  # tokens of prompts that are read by all rows of a group from one copy
+CHECK_ENDS_EVERY = 4  # tokens
+DROP_AT = 0.9  # finished rows are dropped once so few of all are alive
+DROP_AT_STATIC = 0.5  # the same if each number of rows is captured anew
+SHARE_PROMPT_FROM = 64  # tokens: the rows of a group read a longer prompt from one copy
 
 
 class Rollout:
-    """Sampled responses, a row each. Every attribute is a tensor with one row a response, (N,),
+    """Sampled responses, one per row. Every attribute is a tensor with one row per response, (N,),
     (N, 1) or (N, T), or None; all are cut, shuffled and trimmed together.
 
     ids       (N, T) int64    prompt and response, padded on the right with 0
@@ -23,7 +26,7 @@ class Rollout:
     finished  (N,) bool       the end token was drawn
     """
 
-    __slots__ = ("__dict__", "_layout")
+    __slots__ = ("__dict__", "_packed")
 
     def __init__(self, **columns):
         self.__dict__.update(columns)
@@ -35,7 +38,7 @@ class Rollout:
         """-> these rows, in this order, without the columns that are padding in all of them"""
         width = self.ids.size(1)
         part = {name: x if x is None else x[rows] for name, x in vars(self).items()}
-        longest = int(gpt.row_lengths(part["mask"]).max()) if len(part["mask"]) else 0
+        longest = int(row_lengths(part["mask"]).max()) if len(part["mask"]) else 0
         for name, x in part.items():
             if x is not None and x.dim() == 2 and x.size(1) == width:
                 part[name] = x[:, : max(1, longest)]
@@ -63,25 +66,25 @@ class Rollout:
         return self.mask.sum(1, keepdim=True)
 
     @property
-    def layout(self):
+    def packed(self):
         """which tokens are computed for the log-probs of the responses"""
-        if not hasattr(self, "_layout"):
-            self._layout = gpt.layout(self.ids, gpt.before(self.mask))
-        return self._layout
+        if not hasattr(self, "_packed"):
+            self._packed = pack(self.ids, before(self.mask))
+        return self._packed
 
     @property
     def tokens(self):
         """how many tokens are computed"""
-        return len(self.layout.ids)
+        return len(self.packed.ids)
 
-    def spread(self, x):
+    def unfold(self, x):
         """As in a data.Batch, where equal rows are one; here every row counts."""
         return x
 
     def minibatches(self, updates, parts, generator):
-        """Yields the rows in `parts` shuffled minibatches, once for each of the updates; as they
-        stand where there is one. Until the first optimizer step π_θ is π_old, and the ratio of the
-        two 1 to the bit: the first minibatch has no old_logp. Within one, groups stay together."""
+        """Yields the rows in `parts` shuffled minibatches, once for each of the updates; a single
+        one has them as they stand. The first minibatch has no old_logp: until the first optimizer
+        step π_θ is π_old. Within a minibatch the rows of a group stay together."""
         n = len(self)
         if updates == parts == 1:
             yield self | {"old_logp": None}
@@ -91,6 +94,11 @@ class Rollout:
             for i, rows in enumerate(order.tensor_split(min(parts, n))):
                 minibatch = self[rows.sort().values]
                 yield minibatch | {"old_logp": None} if update == i == 0 else minibatch
+
+    def old_logp_or(self, logp):
+        """-> log π_old of the tokens, (N, T). Of a rollout's first minibatch it is π_θ itself, so
+        that the ratio of the two is 1 to the bit."""
+        return logp.detach() if self.old_logp is None else self.old_logp
 
     def summary(self):
         """-> the figures of the responses that a record has"""
@@ -115,10 +123,10 @@ def sample(
     -> a Rollout
 
     prompts: B non-empty lists of token ids, of mixed length. Row i·group + j answers prompt i. Each
-    prompt is read once. All uniforms are drawn up front by the generator, or given,
-    (B·group, max_new_tokens): they belong to the rows, so that how rows are batched or dropped
-    changes no sample. static: every step is made on buffers of one size, and on CUDA captured once
-    and replayed.
+    prompt is read once. uniform: (B·group, max_new_tokens), the random numbers; without them
+    `generator` draws them, all at the start. They belong to the rows, so that how rows are batched
+    or dropped changes no sample. static: every step runs on buffers of one size, and on CUDA it is
+    captured once and replayed.
     """
     lengths = [len(prompt) for prompt in prompts]
     longest, R, device = max(lengths), len(prompts) * group, model.head.device
@@ -126,144 +134,108 @@ def sample(
     room = model.config.block_size - max_new_tokens
     assert longest <= room, f"a prompt of {longest} tokens, but there is room for {room}"
     uniform = uniforms(R, max_new_tokens, generator) if uniform is None else uniform
-    ids, reads = read(prompts, device)
+    ids, packed = encode_prompts(prompts, device)
     drawn = torch.zeros(R, max_new_tokens, dtype=torch.int64, device=device)
     p_drawn = torch.ones(R, max_new_tokens, device=device)
     place = torch.arange(R, device=device)  # of the rows that are still drawn
 
     with torch.inference_mode():
-        rows = Drawing(model, reads, lengths, group, uniform.to(device), temperature, static)
+        uniform = uniform.to(device)
+        rows = Drawing(model, packed, lengths, group, uniform, temperature, static)
         step, graph = rows.step, None
         for t in range(1, max_new_tokens):
-            if t % EVERY == 0:
+            if t % CHECK_ENDS_EVERY == 0:
                 alive = (rows.drawn[:, :t] != end_id).all(1)
-                left = rows.left(alive)
-                if left == 0:
+                n = rows.alive_rows(alive)
+                if n == 0:
                     break
-                if left <= (HALF if static else DROP) * len(alive):
+                if n <= (DROP_AT_STATIC if static else DROP_AT) * len(alive):
                     drawn[place], p_drawn[place] = rows.drawn, rows.p
-                    place = place[rows.take(alive)]
+                    place = place[rows.drop_finished(alive)]
                     step, graph = rows.step, None
             step()
             if static and graph is None and device.type == "cuda":
                 step = graph = captured(rows.step)
         drawn[place], p_drawn[place] = rows.drawn, rows.p
+    return _rollout(ids, lengths, group, drawn, p_drawn, end_id)
 
+
+def _rollout(ids, lengths, group, drawn, p_drawn, end_id):
+    """Prompts ids (P, L), and what was drawn with which probability, (P·group, max_new_tokens)
+    -> a Rollout, each response behind its prompt and up to its end token"""
+    most, device = drawn.size(1), drawn.device
     is_end = drawn == end_id
     finished = is_end.any(1)
     first_end = is_end.int().argmax(1) + 1
-    n = torch.where(finished, first_end, max_new_tokens)[:, None]  # response tokens, end included
+    n = torch.where(finished, first_end, most)[:, None]  # response tokens, the end included
     start = torch.tensor(lengths, device=device).repeat_interleave(group)[:, None]
     T = int((start + n).max())
     column = torch.arange(T, device=device)
     mask = (column >= start) & (column < start + n)
-    kept = torch.arange(max_new_tokens, device=device) < n
-    ids = F.pad(ids.repeat_interleave(group, 0), (0, T - longest))
+    kept = torch.arange(most, device=device) < n
+    ids = F.pad(ids.repeat_interleave(group, 0), (0, T - ids.size(1)))
     ids[mask] = drawn[kept]
-    logp = torch.zeros(R, T, device=device)
+    logp = torch.zeros(mask.shape, device=device)
     logp[mask] = p_drawn[kept].log()
     return Rollout(ids=ids, mask=mask, logp=logp, finished=finished)
 
 
 def uniforms(rows, tokens, generator=None):
     """-> the random numbers of so many samples, (rows, tokens), on the generator's device"""
-    at = generator.device if generator else "cpu"
-    return torch.rand(rows, tokens, generator=generator, device=at)
+    device = generator.device if generator else "cpu"
+    return torch.rand(rows, tokens, generator=generator, device=device)
 
 
-def read(prompts, device):
-    """-> ids (P, L) of the prompts, padded on the right, and how they are read: a Layout that asks
-    for the state at the end of each"""
+def encode_prompts(prompts, device):
+    """-> ids (P, L) of the prompts, padded on the right, and their Packed, in which the state at
+    the end of each is wanted"""
     lengths = torch.tensor([len(prompt) for prompt in prompts])[:, None]
     column = torch.arange(int(lengths.max()))
     ids = torch.zeros(len(prompts), len(column), dtype=torch.int64)
     ids[column < lengths] = torch.tensor([token for prompt in prompts for token in prompt])
-    return ids.to(device), gpt.layout(ids, column == lengths - 1, device)
+    return ids.to(device), pack(ids, column == lengths - 1, device)
 
 
 class Drawing:
-    """G rows for each of P prompts: what they have drawn, and keys and values of what is read.
+    """G rows for each of P prompts, and what each has drawn.
 
     What is drawn begins at the same column in every row, behind the longest prompt; the columns
-    behind a shorter one are hidden. The rows of a group read a long prompt from one copy; a short
-    one is copied for each row, and every row counts as a prompt of its own, G = 1. To `GPT.hidden`
-    a drawing is what a Layout is: tokens, their positions, and how they attend.
+    behind a shorter prompt are masked. To `GPT.hidden` a drawing is what a Packed is: one token per
+    row, its position, and how it attends, which is a cache's business.
     """
 
-    def __init__(self, model, reads, lengths, group, uniform, temperature=1.0, static=False):
-        """reads: the Layout of P prompts; lengths: of each; uniform (P·G, tokens)"""
-        (P, L), device, n = reads.rows.shape, uniform.device, uniform.size(1)
-        self.model, self.head = gpt.plain(model), model.head
+    def __init__(self, model, packed, lengths, group, uniform, temperature=1.0, static=False):
+        """packed: P prompts; lengths: of each; uniform (P·G, tokens)"""
+        device = uniform.device
+        self.model, self.head = plain(model), model.head
         self.uniform, self.temperature = uniform, temperature
-        autocast = torch.is_autocast_enabled(device.type)
-        own = model.head.dtype
-        self.dtype = torch.get_autocast_dtype(device.type) if autocast else own
-        self.static, self.apart = static, group > 1 and L >= LONG
-        self.P, self.G, self.K = P, group, model.config.heads()[1]
         self.drawn = torch.zeros_like(uniform, dtype=torch.int64)
         self.p = torch.ones_like(uniform)
-        self.prompt, self.own = [], []  # of each layer (2, P·K, L, D) and (2, P·K·G, columns, D)
-
-        self.reads, self.ids, self.position = reads, reads.ids, reads.position
-        h = self.model.hidden(self).repeat_interleave(group, 0)
-        self.reads = None
+        self.t = torch.zeros(1, dtype=torch.int64, device=device)
 
         start = torch.tensor(lengths, device=device)
-        hidden = torch.zeros(1, 1, L, device=device, dtype=self.dtype)
+        L, K, n = packed.rows.size(1), model.config.heads()[1], uniform.size(1)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else model.head.dtype
+        prompt_mask = torch.zeros(1, 1, L, device=device, dtype=dtype)
         if min(lengths) < L:
             column = torch.arange(L, device=device)
-            hidden = torch.where(column < start[:, None, None], hidden, -math.inf)
-            hidden = hidden.repeat_interleave(self.K if self.apart else group * self.K, 0)
-        later = hidden.new_full((1 if self.apart else len(hidden), 1, n), -math.inf)
-        if self.apart:
-            self.hidden, self.mask, self.width = hidden, later, 0
-        else:
-            self.mask, self.width = torch.cat([hidden, later], 2), L
-            self.P, self.G = P * group, 1
-        self.column = torch.tensor([self.width], device=device)
-        self.t = torch.zeros_like(self.column)
+            prompt_mask = torch.where(column < start[:, None, None], prompt_mask, -math.inf)
+        kind = SharedPromptCache if group > 1 and L >= SHARE_PROMPT_FROM else OwnCache
+        self.cache = kind(len(lengths), group, K, n, prompt_mask, static)
+
+        h = self.model.hidden(Reading(packed, self.cache)).repeat_interleave(group, 0)
         self.position = start.repeat_interleave(group)
         self.ids = torch.zeros_like(self.position)
         self.draw(h)
 
-    def asked(self, x):
-        """x (N, C) -> the states that the next tokens are drawn from"""
-        return self.reads.asked(x) if self.reads else x
+    def select(self, x):
+        """x (N, C) -> the same: every row's state is wanted"""
+        return x
 
-    def attend(self, layer, qkv, sizes, last):
+    def attend(self, layer, qkv, sizes, final):
         """qkv (N, (H + 2K) D) of the next token of each row -> (N, H D)"""
-        H, K, D = sizes
-        q, kv = qkv.split((H * D, 2 * K * D), 1)
-        if self.reads:
-            self.keep(kv.index_select(0, self.reads.rows.flatten()), D)
-            return self.reads.attend(layer, qkv, sizes, last)
-        P, G, scale = self.P, self.G, D**-0.5
-        q = q.view(P, G, K, -1, D).transpose(1, 2).reshape(P * K * G, -1, D)
-        new = kv.view(P, G, 2, K, D).permute(2, 0, 3, 1, 4).reshape(2, P * K * G, 1, D)
-        self.own[layer].index_copy_(2, self.column, new)
-        k, v = self.own[layer].narrow(2, 0, self.width).unbind()
-        scores = torch.baddbmm(self.seen, q, k.mT, alpha=scale)  # for one query, faster than SDPA
-        if self.apart:
-            (k_, v_), q_ = self.prompt[layer], q.reshape(P * K, -1, D)
-            before = torch.baddbmm(self.hidden, q_, k_.mT, alpha=scale)  # (P·K, G·H/K, L)
-            weight = torch.cat([before, scores.view(*q_.shape[:2], -1)], 2).softmax(2)
-            before, own = weight.split((k_.size(1), k.size(1)), 2)
-            y = torch.baddbmm(torch.bmm(before, v_).reshape(q.shape), own.reshape(scores.shape), v)
-        else:
-            y = torch.bmm(scores.softmax(2), v)
-        return y.view(P, K, G, -1, D).transpose(1, 2).reshape(P * G, -1)
-
-    def keep(self, kv, D):
-        """kv (P·L, 2K D): of a layer's prompts"""
-        P, G, K, n = self.P, self.G, self.K, self.drawn.size(1)
-        kv = kv.view(P, -1, 2, K, D).permute(2, 0, 3, 1, 4)  # (2, P, K, L, D)
-        if self.apart:
-            self.prompt.append(kv.flatten(1, 2))
-            self.own.append(kv.new_zeros(2, P * K * G, n, D))
-        else:
-            own = kv.new_zeros(2, P, G, K, kv.size(3) + n, D)
-            own[:, :, :, :, : kv.size(3)] = kv[:, :, None]
-            self.own.append(own.flatten(1, 3))
+        return self.cache.attend(layer, qkv, sizes)
 
     def draw(self, h):
         """h (N, C) -> the next token of each row, by inverse CDF"""
@@ -281,20 +253,79 @@ class Drawing:
 
     def step(self):
         """Reads what was drawn, and draws the next."""
-        self.width = self.mask.size(2) if self.static else self.width + 1
-        self.seen = self.mask.index_fill_(2, self.column, 0).narrow(2, 0, self.width)
+        self.cache.show_column()
         self.draw(self.model.hidden(self))
         self.position += 1
-        self.column += 1
+        self.cache.column += 1
 
-    def left(self, alive):
-        """alive (P·G,) bool -> how many rows `take` would leave"""
+    def alive_rows(self, alive):
+        """alive (P·G,) bool -> how many rows `drop_finished` would leave"""
+        return self.cache.alive_rows(alive)
+
+    def drop_finished(self, alive):
+        """Goes on with as many rows per prompt as some prompt has alive, those first; a prompt with
+        none is dropped. alive (P·G,) bool -> which rows are left"""
+        rows = self.cache.drop_finished(alive)
+        for name in ("ids", "position", "drawn", "p", "uniform"):
+            setattr(self, name, getattr(self, name)[rows])
+        return rows
+
+
+class Reading:
+    """The prompts while they are read: a Packed whose keys and values a cache keeps."""
+
+    def __init__(self, packed, cache):
+        self.ids, self.position, self.select = packed.ids, packed.position, packed.select
+        self.packed, self.cache = packed, cache
+
+    def attend(self, layer, qkv, sizes, final):
+        H, K, D = sizes
+        rows = self.packed.rows  # (P, L)
+        kv = qkv[:, H * D :].index_select(0, rows.flatten()).view(*rows.shape, 2, K, D)
+        self.cache.add_prompts(kv.permute(2, 0, 3, 1, 4))
+        return self.packed.attend(layer, qkv, sizes, final)
+
+
+class Cache:
+    """Keys and values of P prompts and of the G rows that each of them has.
+
+    own      of each layer (2, P·K·G, columns, D), written at `column`, read up to `width`
+    mask     what a row sees of these columns: 0, or -inf
+    """
+
+    def __init__(self, P, G, K, n, prompt_mask, static):
+        """K heads; room for n drawn tokens; prompt_mask (1 or P, 1, L): 0, or -inf behind a prompt.
+        static: all columns are read at every step, masked while they are empty."""
+        self.P, self.G, self.K, self.n, self.static = P, G, K, n, static
+        self.own = []
+        self.start(prompt_mask)
+        self.column = torch.tensor([self.width], device=prompt_mask.device)
+
+    def show_column(self):
+        """The rows see one column more, the one that is written now."""
+        self.width = self.mask.size(2) if self.static else self.width + 1
+        self.seen = self.mask.index_fill_(2, self.column, 0).narrow(2, 0, self.width)
+
+    def write(self, layer, qkv, sizes):
+        """qkv (P·G, (H + 2K) D) of a token per row -> queries (P·K·G, H / K, D), and all keys and
+        values of the rows' own, each (P·K·G, width, D)"""
+        (H, K, D), P, G = sizes, self.P, self.G
+        q, kv = qkv.split((H * D, 2 * K * D), 1)
+        q = q.view(P, G, K, -1, D).transpose(1, 2).reshape(P * K * G, -1, D)
+        new = kv.view(P, G, 2, K, D).permute(2, 0, 3, 1, 4).reshape(2, P * K * G, 1, D)
+        self.own[layer].index_copy_(2, self.column, new)
+        return q, *self.own[layer].narrow(2, 0, self.width).unbind()
+
+    def rows(self, y):
+        """y (P·K·G, H / K, D) -> (P·G, H D)"""
+        P, G, K = self.P, self.G, self.K
+        return y.view(P, K, G, -1, y.size(2)).transpose(1, 2).reshape(P * G, -1)
+
+    def alive_rows(self, alive):
         alive = alive.view(self.P, self.G)
         return int(alive.any(1).sum() * alive.sum(1).max())
 
-    def take(self, alive):
-        """Goes on with as many rows of each prompt as some prompt has alive, those first; a prompt
-        without any is dropped. alive (P·G,) bool -> which rows are left"""
+    def drop_finished(self, alive):
         alive = alive.view(self.P, self.G)
         prompts, most = alive.any(1).nonzero()[:, 0], int(alive.sum(1).max())
         rows = alive[prompts].sort(dim=1, descending=True, stable=True).indices[:, :most]
@@ -303,17 +334,72 @@ class Drawing:
         own = (heads.view(-1, self.K, 1) * self.G + rows[:, None]).flatten()
         for layer, kv in enumerate(self.own):  # one at a time: never two whole caches
             self.own[layer] = kv.index_select(1, own)
-        for layer, kv in enumerate(self.prompt):
-            self.prompt[layer] = kv.index_select(1, heads)
-        if self.apart:
-            self.hidden = self.hidden if len(self.hidden) == 1 else self.hidden[heads]
-        else:
-            self.mask = self.mask if len(self.mask) == 1 else self.mask[own]
+        self.keep(heads, own)
         rows = (prompts[:, None] * self.G + rows).flatten()
-        for name in ("ids", "position", "drawn", "p", "uniform"):
-            setattr(self, name, getattr(self, name)[rows])
         self.P, self.G = len(prompts), most
         return rows
+
+
+class OwnCache(Cache):
+    """A short prompt is copied for each row: every row is a prompt of its own, G = 1."""
+
+    def start(self, prompt_mask):
+        self.copies, self.P, self.G = self.G, self.P * self.G, 1
+        self.width = prompt_mask.size(2)
+        if len(prompt_mask) > 1:
+            prompt_mask = prompt_mask.repeat_interleave(self.copies * self.K, 0)
+        later = prompt_mask.new_full((len(prompt_mask), 1, self.n), -math.inf)
+        self.mask = torch.cat([prompt_mask, later], 2)
+
+    def add_prompts(self, kv):
+        """kv (2, P, K, L, D), of a layer"""
+        L = kv.size(3)
+        own = kv.new_zeros(2, kv.size(1), self.copies, self.K, L + self.n, kv.size(4))
+        own[:, :, :, :, :L] = kv[:, :, None]
+        self.own.append(own.flatten(1, 3))
+
+    def attend(self, layer, qkv, sizes):
+        q, k, v = self.write(layer, qkv, sizes)
+        # for one query, faster than SDPA
+        scores = torch.baddbmm(self.seen, q, k.mT, alpha=sizes[2] ** -0.5)
+        return self.rows(torch.bmm(scores.softmax(2), v))
+
+    def keep(self, heads, own):
+        self.mask = self.mask if len(self.mask) == 1 else self.mask[own]
+
+
+class SharedPromptCache(Cache):
+    """The rows of a group read a long prompt from one copy, `prompt`: of each layer
+    (2, P·K, L, D)."""
+
+    def start(self, prompt_mask):
+        self.prompt, self.width = [], 0
+        self.prompt_mask = prompt_mask
+        if len(prompt_mask) > 1:
+            self.prompt_mask = prompt_mask.repeat_interleave(self.K, 0)
+        self.mask = prompt_mask.new_full((1, 1, self.n), -math.inf)
+
+    def add_prompts(self, kv):
+        """kv (2, P, K, L, D), of a layer"""
+        self.prompt.append(kv.flatten(1, 2))
+        self.own.append(kv.new_zeros(2, self.P * self.K * self.G, self.n, kv.size(4)))
+
+    def attend(self, layer, qkv, sizes):
+        q, k, v = self.write(layer, qkv, sizes)
+        scale, (k_prompt, v_prompt) = sizes[2] ** -0.5, self.prompt[layer]
+        scores = torch.baddbmm(self.seen, q, k.mT, alpha=scale)
+        group = q.reshape(self.P * self.K, -1, q.size(2))  # (P·K, G·H/K, D)
+        before = torch.baddbmm(self.prompt_mask, group, k_prompt.mT, alpha=scale)
+        weight = torch.cat([before, scores.view(*group.shape[:2], -1)], 2).softmax(2)
+        before, own = weight.split((k_prompt.size(1), k.size(1)), 2)
+        y = torch.bmm(before, v_prompt).reshape(q.shape)
+        return self.rows(torch.baddbmm(y, own.reshape(scores.shape), v))
+
+    def keep(self, heads, own):
+        for layer, kv in enumerate(self.prompt):
+            self.prompt[layer] = kv.index_select(1, heads)
+        if len(self.prompt_mask) > 1:
+            self.prompt_mask = self.prompt_mask[heads]
 
 
 def captured(step):
@@ -322,3 +408,24 @@ def captured(step):
     with torch.cuda.graph(graph):
         step()
     return graph.replay
+
+
+def plain(module):
+    """-> what a module computes, by the same formula on bare tensors. For the small products of one
+    token per row, finding the weights in modules takes as long as the products."""
+    kind, own = type(module), dict(module.named_parameters(recurse=False))
+    if kind is nn.ModuleList:
+        return [plain(x) for x in module]
+    if kind is nn.Embedding:
+        return partial(torch.embedding, module.weight)
+    if kind is gpt.Linear:
+        return partial(F.linear, **own)
+    if kind is gpt.LayerNorm:
+        shape, eps = module.normalized_shape, module.eps
+        return partial(torch.layer_norm, normalized_shape=shape, eps=eps, **own)
+    if kind not in (gpt.Attention, gpt.Block, gpt.GPT):
+        return module
+    bare = kind.__new__(kind)  # its methods, and none of what makes it a module
+    vars(bare).update({name: x for name, x in vars(module).items() if name[0] != "_"})
+    vars(bare).update({name: plain(x) for name, x in module.named_children()})
+    return bare if kind is gpt.GPT else bare.forward

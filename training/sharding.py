@@ -86,8 +86,8 @@ def gathered(model):
     """-> a plain model with the whole weights, on the CPU, in the first process alone"""
     plain = lora.like(model)
     for name, x in model.named_parameters():
-        x = whole(x.detach())
-        if distributed.first:
+        x = gathered_tree(x.detach())
+        if distributed.is_first:
             lora.put(plain, name, torch.nn.Parameter(x))
     return plain
 
@@ -97,12 +97,12 @@ def local(x):
     return x.to_local() if is_part(x) else x
 
 
-def whole(tree):
-    """-> a tree of tensors with whole ones in the first process, on the CPU. The others send their
+def gathered_tree(tree):
+    """-> a tree of tensors with full ones in the first process, on the CPU. The others send their
     parts, one tensor after the other, and get nothing."""
 
     def gather(x):
         x = full(x).cpu() if is_part(x) else x
-        return x if distributed.first else None
+        return x if distributed.is_first else None
 
     return tree_map(gather, tree)

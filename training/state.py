@@ -1,8 +1,150 @@
-"""What --resume restores of models and of their optimizer, whole or in parts."""
+"""What --resume goes on from: what was trained, what was drawn, and the options of the run."""
+
+import math
+import platform
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
 
 import torch
+from torch.utils._pytree import tree_map_only
 
-from training.sharding import is_part, put
+from data import Stopped, say
+from training import distributed, sharding
+from training.files import commit
+from training.optimizer import learning_rate
+from training.process import interrupts
+
+# options that do not change a run's bits; --shard changes them by rounding alone
+FREE = ("resume", "log_every", "log_to", "save_every", "out", "shard")
+LARGE = 1e6  # a reward above it is named if the loss is not finite
+
+
+class State:
+    """The saved state of a run. A step draws before it trains: rows, samples, an order. If it fails
+    before any weight has moved, the state as it was before the step is still to be had."""
+
+    def __init__(self, run):
+        self.run = run
+        self.options = {}  # that set the run's bits, once its steps are known
+        self.trained = {}  # name -> what the optimizer moves, as objects with state_dict
+        self.drawn = {}  # name -> what else a step moves
+        self.before = {}  # states of `drawn`, before the present step
+
+    def hold(self, optimizer, drawn):
+        """Knows from now on what is to be saved."""
+        run = self.run
+        self.options = self.bits()
+        self.trained = {role: Weights(run.models[role]) for role in run.trained()}
+        self.trained |= {"optimizer": Moments(optimizer)}
+        if run.scaler.is_enabled():
+            self.trained["scaler"] = run.scaler
+        self.drawn = drawn | {"figures": run.figures}
+
+    def bits(self):
+        """-> the options that set a run's bits"""
+        kept = {name: x for name, x in asdict(self.run.o).items() if name not in FREE}
+        return kept | {"device": self.run.device.type}
+
+    def begin(self):
+        """Begins the record of a fresh run. No older run's state is left to be resumed."""
+        run, o = self.run, self.run.o
+        if o.warmup > o.steps:
+            last = f"ends at {learning_rate(o.steps - 1, o):.3g}, not {o.lr:g}"
+            say(f"--warmup {o.warmup} outlasts the {o.steps} steps: the learning rate {last}")
+        if run.files.interrupted():
+            say(f"the state that an interrupted run left in {run.files.state_path} is replaced")
+        run.files.begin(asdict(o))
+        run.files.drop_state()
+        head = {"method": run.method, "task": o.task, "options": asdict(o), "commit": commit()}
+        head |= {"device": str(run.device), "dtype": str(run.dtype)[6:], "models": run.ledger}
+        head |= {"processes": distributed.size} | run.files.logger.facts()
+        head["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+        run.files.record(head)
+
+    def begin_step(self):
+        self.before = self._drawn()
+
+    def _drawn(self):
+        states = {name: x.state_dict() for name, x in self.drawn.items()}
+        skipped, generator = self.run.scaler.skipped, self.run.generator.get_state()
+        return states | {"skipped": skipped, "generator": generator}
+
+    def save(self, step, drawn=None):
+        """step: how many are done. drawn: earlier states, to be saved in place of today's"""
+        run = self.run
+        state = {"step": step, "options": self.options, "processes": self._processes()}
+        state |= {name: x.state_dict() for name, x in self.trained.items()}
+        state |= drawn or self._drawn()
+        state = sharding.gathered_tree(state) if run.shard else state
+        with interrupts.held():
+            run.files.save(state | {"wall": time.time() - run.figures.began})
+
+    def keep(self):
+        """Saves what was done before this step, if no weight has moved in it."""
+        run = self.run
+        if run.step == run.first_step or run.figures.updates:
+            return
+        weights = [p for group in run.optimizer.param_groups for p in group["params"]]
+        if not distributed.total(any(not sharding.local(p).isfinite().all() for p in weights)):
+            self.save(run.step, self.before)
+            path = run.files.state_path
+            say(f"step {run.step} is saved in {path}; --resume goes on from there")
+
+    def give_up(self, loss, norm):
+        """Ends the run at a loss or a gradient that is not finite."""
+        run = self.run
+        self.keep()
+        path = run.files.state_path
+        kept = f"the last good state is kept in {path}" if run.files.interrupted() else "no state"
+        found = f"the loss is {float(loss)}, the gradient's norm {float(norm)}; {kept}"
+        remedy = "start again with a smaller --lr or a longer --warmup"
+        if run.scaler.is_enabled() and math.isfinite(loss):
+            found += "; no scale of the loss keeps its gradient within float16"
+        if run.largest_reward > LARGE:
+            found = f"a reward is as large as {run.largest_reward:.3g}, so {found}"
+            remedy = "scale the rewards down, and start again"
+        raise Stopped(f"step {run.step + 1}: {found}; {remedy}")
+
+    def past(self):
+        """-> the closing figures of this very run, if it has ended before"""
+        run = self.run
+        return distributed.of_first(partial(run.files.past, run.method, self.bits()))
+
+    def resume(self):
+        """Restores the saved state; False if there is none, which is said. Ends the process if the
+        run had finished."""
+        run = self.run
+        if self.past():
+            say(f"--resume: this run has finished, {run.o.out} is its checkpoint")
+            sys.exit(0)
+        if not distributed.of_first(run.files.interrupted):
+            say(f"--resume: there is no {run.files.state_path} yet, so this run starts afresh")
+            return False
+        state = run.files.load(self.options, "cpu" if run.shard else run.device, run.shard)
+        for name, x in (self.trained | self.drawn).items():
+            takes_parts = isinstance(x, (Weights, Moments))
+            x.load_state_dict(state[name] if takes_parts else self._moved(state[name]))
+        run.generator.set_state(state["generator"].cpu())
+        run.scaler.skipped = state["skipped"]
+        run.figures.began = time.time() - state["wall"]
+        run.figures.tokens_before = run.figures.tokens
+        run.first_step = state["step"]
+        run.step = run.first_step - 1
+        run.files.begin(asdict(run.o))  # cut back to the saved step
+        say(f"resumed after step {run.first_step} of {run.o.steps}")
+        if state["processes"] != self._processes():
+            say(f"it was saved by {state['processes']} processes: the numbers differ by rounding")
+        return True
+
+    def _moved(self, state):
+        """-> a saved object's state, with its tensors on the device, and none in a mapped file"""
+        move = partial(torch.Tensor.to, device=self.run.device, copy=True)
+        return tree_map_only(torch.Tensor, move, state)
+
+    def _processes(self):
+        return f"{distributed.size}{' --shard' if self.run.shard else ''}"
 
 
 class Weights:
@@ -16,9 +158,10 @@ class Weights:
         return {k: p.detach() for k, p in named if p.requires_grad or self.frozen}
 
     def load_state_dict(self, state):
+        """Each process takes its part of whole tensors."""
         parameters = dict(self.model.named_parameters())
         for name, x in state.items():
-            put(parameters[name], x)
+            sharding.put(parameters[name], x)
 
 
 class Moments:
@@ -31,14 +174,11 @@ class Moments:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state):
-        """Of whole tensors each process takes its part, so that none reaches its device whole."""
+        """Each process takes its part of whole tensors, so that none reaches its device whole."""
         groups = self.optimizer.param_groups
         for i, p in enumerate(p for group in groups for p in group["params"]):
             for name, x in state["state"].get(i, {}).items():
-                if is_part(p) and x.shape == p.shape:
+                if sharding.is_part(p) and x.shape == p.shape:
                     state["state"][i][name] = torch.zeros_like(p)
-                    put(state["state"][i][name], x)
+                    sharding.put(state["state"][i][name], x)
         self.optimizer.load_state_dict(state)
-
-
-PARTED = Weights, Moments  # which take what is theirs of whole tensors

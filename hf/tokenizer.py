@@ -9,9 +9,10 @@ import json
 import re
 from functools import cached_property
 
-from data.chat import MARK, Chat, Template
-from data.error import UserError, told
-from data.tokenizer import Tokenizer, beginning
+from data import Tokenizer, UserError, user_errors
+from data.chat import Chat
+from data.tokenizer import beginning
+from hf.template import MARK, Template
 
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 GUARD, PRIVATE = "\ufdd2", 0xF0000  # no character, and the first of the private ones
@@ -51,7 +52,7 @@ class HFTokenizer(Tokenizer):
         except ImportError:
             needs = "needs the package tokenizers: pip install -r requirements-hf.txt"
             raise UserError(f"the vocabulary of {self.name} {needs}") from None
-        with told(f"tokenizer.json of {self.name} cannot be read", "save it again"):
+        with user_errors(f"tokenizer.json of {self.name} cannot be read", "save it again"):
             facts = json.loads(text)
             controls = {}
             for token in facts.get("added_tokens") or []:
@@ -72,7 +73,7 @@ class HFTokenizer(Tokenizer):
             return ""
 
     def _json(self, name):
-        return json.loads(self.meta["files"].get(name, "{}"))  # an object: see training/hf.py
+        return json.loads(self.meta["files"].get(name, "{}"))  # an object: see hf/weights.py
 
     def _named(self, name):
         for found in (self.settings, self._json("special_tokens_map.json")):
@@ -124,7 +125,7 @@ class HFTokenizer(Tokenizer):
     def vocabulary(self):
         return self.meta["files"]["tokenizer.json"]
 
-    def told(self, chat, args):
+    def with_chat(self, chat, args):
         """-> the same vocabulary with other settings of its template; None: as they are"""
         if (chat is not None or args) and not self.template:
             raise UserError(f"--chat, --template-args: {self.name} has no chat template")
@@ -144,7 +145,7 @@ class HFTokenizer(Tokenizer):
 
     def _ids(self, text, control=False):
         self.hf.encode_special_tokens = not control
-        with told(f"{beginning(text)} cannot be encoded", "leave it out"):
+        with user_errors(f"{beginning(text)} cannot be encoded", "leave it out"):
             return self.hf.encode(text, add_special_tokens=False).ids
 
     def encode(self, text):

@@ -2,7 +2,7 @@
 
 import json
 
-from data.error import UserError
+from data import UserError
 from data.tokenizer import END
 
 PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2 shows as they are

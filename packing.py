@@ -1,0 +1,179 @@
+"""Packing: which tokens of a batch are computed, and how attention finds them.
+
+    pack         ids (B, T), which states are wanted -> Packed
+    before       a mask of tokens -> a mask of what stands in front of each
+    last_token   a mask of tokens -> a mask of the last one of each row
+
+A padded table of B rows and T columns wastes work twice: on padding, and on prompts that several
+rows have in common. So the tokens that matter stand in one list, without padding, and what rows
+share from their start is in it once. Two responses to the prompt 5 6:
+
+    ids     5 6 7        the list      5 6 7 8      (N = 4 tokens)
+            5 6 8        its rows      0 1 2
+                                       0 1 3        (B, T): where a row's tokens are in the list
+
+Embeddings, norms and linear layers run on the list. Attention alone needs rows: it gathers the
+tokens into rows, and its output back into the list.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+SPLIT_BELOW = 0.7  # prefixes are attended on their own if so few query-key pairs are left
+SHARE_ABOVE = 0.04  # without padding, sharing a smaller part of the tokens costs more than it saves
+
+
+class Packed(NamedTuple):
+    """The tokens of B rows that are computed, N of them, and the M states that are wanted.
+
+    A row shares its beginning with other rows up to the first state that is wanted, which is its
+    prompt. If few rows differ in their first p columns, as the responses to one prompt do, these
+    columns are attended once for all rows that have them. In the last block, what comes after keys
+    and values is computed for the M wanted states alone.
+    """
+
+    ids: torch.Tensor  # (N,) int64
+    position: torch.Tensor  # (N,) int64
+    places: torch.Tensor  # (M,) int64: where the wanted states stand in the flat (B, T) table
+    wanted: torch.Tensor  # (M,) int64: which of the N tokens these are
+    rows: torch.Tensor  # (B, T) int64: the tokens of each row; 0 in padding, which nothing sees
+    prefixes: torch.Tensor | None  # (U, p) int64: the U different beginnings, attended on their own
+    visible: torch.Tensor | None  # (T - p, T) bool: what the columns after a prefix attend to
+    gather: torch.Tensor | None  # (N,) int64: where attention's output has each token; None: there
+    gather_wanted: torch.Tensor  # (M,) int64: where it has the wanted ones
+
+    def select(self, x):
+        """x (N, C) -> (M, C), of the tokens whose states are wanted"""
+        return x.index_select(0, self.wanted)
+
+    def attend(self, layer, qkv, sizes, final):
+        """qkv (N, (H + 2K) D) -> (N, H D); in the final block (M, H D). sizes: (H, K, D); layer is
+        for those who have a cache."""
+        H, K, D = sizes
+        if self.prefixes is None:
+            qkv = qkv if self.gather is None else qkv.index_select(0, self.rows.flatten())
+            y = _causal(qkv.view(*self.rows.shape, -1, D), H, K)
+        else:
+            q, kv = qkv.split((H * D, 2 * K * D), 1)
+            p = self.prefixes.size(1)
+            q, kv = _table(q, self.rows[:, p:], D), _table(kv, self.rows, D)
+            tails = _attention(q, *kv.chunk(2, 2), attn_mask=self.visible)
+            y = torch.cat([_causal(_table(qkv, self.prefixes, D), H, K), tails])
+        index = self.gather_wanted if final else self.gather
+        return y if index is None else y.index_select(0, index)
+
+
+def _table(x, rows, D):
+    """x (N, heads · D), rows (R, T) -> (R, T, heads, D)"""
+    return x.index_select(0, rows.flatten()).view(*rows.shape, -1, D)
+
+
+def _causal(qkv, H, K):
+    """qkv (R, T, H + 2K, D) -> (R·T, H D)"""
+    return _attention(*qkv.split((H, K, K), 2), is_causal=True)
+
+
+def _attention(q, k, v, **mask):
+    """q (R, Tq, H, D), k and v (R, Tk, K, D) -> (R·Tq, H D)"""
+    grouped = k.size(2) < q.size(2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, **mask, enable_gqa=grouped)
+    return y.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def pack(ids, wanted, device=None):
+    """ids (B, T) int64; wanted (B, T) bool: whose states are to be computed -> Packed, on `device`
+    (default: that of ids). It is made on the CPU, so that no shape waits for a device's numbers."""
+    device, ids, wanted = device or ids.device, ids.cpu(), wanted.cpu()
+    length = row_lengths(wanted)  # what stands behind the last wanted state is not computed
+    length[0] = length[0].clamp(min=1)  # at least one token, even if no state is wanted
+    B, T = len(ids), int(length.max())
+    real = torch.arange(T) < length[:, None]
+
+    order, same = _order(ids[:, :T].where(real, -1))
+    same &= (wanted.cumsum(1) - wanted.int() == 0)[order, :T]  # up to the first wanted state
+    if real.all() and int(same.sum()) <= SHARE_ABOVE * B * T:
+        same[:] = False
+    owner = _owners(order, same)
+    shared = owner != torch.arange(B)[:, None]  # another row computes this token
+    new = real & ~shared
+    rows = (new.flatten().cumsum(0).view(B, T) - 1).gather(0, owner) * real
+
+    shared = shared.sum(1)
+    p = _prefix_length(shared, T)
+    row, column = new.nonzero(as_tuple=True)
+    prefixes, visible, gather = _gathers(row, column, rows, shared < p, p)
+    tokens = rows[wanted[:, :T]]
+    gather_wanted = gather[tokens]
+    if not p and len(gather) == B * T:
+        gather = None  # nothing is padded or shared: the list is the table
+    places = wanted.flatten().nonzero()[:, 0]
+    found = ids[:, :T][new], column.clone(), places, tokens, rows, prefixes, visible, gather
+    found = *found, gather_wanted
+    return Packed(*(x if x is None else x.to(device) for x in found))
+
+
+def _order(ids):
+    """ids (B, T), padding -1 -> (order, same): an order of the rows (B,) in which those that begin
+    alike stand side by side; and in this order, (B, T) bool, whether a token and all before it are
+    those of the row above.
+
+    [5 6 7], [5 6 8] -> order 0 1, same [F F F], [T T F]"""
+    keys = [row.numpy().tobytes() for row in ids]
+    order = torch.tensor(sorted(range(len(ids)), key=keys.__getitem__))
+    ids = ids[order]
+    same = (ids[1:] == ids[:-1]).cumprod(1) > 0
+    return order, F.pad(same, (0, 0, 1, 0))
+
+
+def _owners(order, same):
+    """-> (B, T) int64, rows as they stood before they were ordered: which row computes a token.
+
+    order 0 1, same [F F F], [T T F] -> [0 0 0], [0 0 1]"""
+    above = torch.where(same, 0, torch.arange(len(same))[:, None])
+    owner = order[above.cummax(0).values]  # the nearest row above, or itself, that has a new token
+    return owner[order.argsort()]
+
+
+def _gathers(row, column, rows, begins, p):
+    """-> (prefixes, visible, gather) of a Packed. row, column (N,): where the tokens of the list
+    stand in the table; begins (B,): which rows compute a part of their first p tokens. Attention's
+    output has the U prefixes first, then what follows them in each row.
+
+    rows [0 1 2], [0 1 3], p = 2 -> prefixes [0 1]; the output holds tokens 0 1 | 2 | 3, gather is
+    0 1 2 3. With p = 0 it holds 0 1 2 | 0 1 3, and gather is 0 1 2 5."""
+    T = rows.size(1)
+    if not p:
+        return None, None, row * T + column
+    prefixes = rows[begins, :p]
+    in_prefix = (begins.cumsum(0) - 1)[row] * p + column
+    in_rest = prefixes.numel() + row * (T - p) + column - p
+    visible = torch.ones(T - p, T, dtype=torch.bool).tril(p)
+    return prefixes, visible, torch.where(column < p, in_prefix, in_rest)
+
+
+def _prefix_length(shared, T):
+    """shared (B,): how many tokens another row computes for a row -> p, how many columns are best
+    attended on their own; 0 for none. It is counted in pairs of a query and a key."""
+    B, p = len(shared), torch.arange(1, T)
+    different = shared.bincount(minlength=T).cumsum(0)[: T - 1]  # prefixes of p tokens
+    pairs = different * p * p + B * (T - p) * T
+    least = int(pairs.argmin()) if T > 1 else 0
+    return least + 1 if T > 1 and pairs[least] < SPLIT_BELOW * B * T * T else 0
+
+
+def before(mask):
+    """mask (B, T) bool, of tokens -> where stands what predicts them"""
+    return F.pad(mask[:, 1:], (0, 1))
+
+
+def last_token(mask):
+    """mask (B, T) bool -> where it is True for the last time in a row"""
+    return mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+
+
+def row_lengths(mask):
+    """mask (B, T) bool -> (B,) int64: columns up to the last that is marked"""
+    return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1)

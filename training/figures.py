@@ -1,0 +1,189 @@
+"""The figures of a run: what its steps log, how long they take, the passes through its models."""
+
+import contextlib
+import statistics
+import time
+from collections import Counter
+from functools import partial
+
+import torch
+
+from training import distributed, memory
+
+SHOWN = (  # beside the progress bar, if a method logs them
+    *("loss", "reward", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "nll_loss"),
+    *("kl", "entropy", "explained_variance", "frac_reward_zero_std", "kept_fraction", "lr"),
+)
+SHOWN_EVALUATED = ("loss", "reward", "score", "kl", "kl_star", "accuracy", "rms", "nll")
+
+
+class Figures:
+    """A run logs into it; the record's lines come out of it."""
+
+    def __init__(self, device):
+        self.device = device
+        self.began = time.time()  # the run, less the time between an interruption and --resume
+        # of this step
+        self.sums = {}  # name -> Σ weight · metric
+        self.updates = 0  # optimizer steps
+        self.logged_in = {}  # name -> the optimizer steps in which it was logged
+        self.clocks = {}  # part -> seconds
+        self.counts = True  # False: the rows that pass now stand in, and count for nothing
+        # of the run so far
+        self.tokens = self.sampled = 0  # computed in training; drawn
+        self.tokens_before = 0  # trained before this process
+        self.forward, self.backward = Counter(), Counter()  # role -> responses that passed
+        self.reading = set()  # (role, whether with a graph) of the pass that goes on now
+        self.in_step = False  # what models read before, after and between steps does not count
+        self.times, self.parts = [], {}  # seconds of each step, and {part: seconds of each step}
+        self.line = {}  # the last step's, as the record has it
+
+    # ---- a step
+
+    def begin_step(self):
+        self.sums, self.logged_in, self.clocks, self.updates = {}, {}, {}, 0
+        self.in_step = True
+        self.begun = time.perf_counter()
+
+    @torch.no_grad()
+    def log(self, metrics, weight):
+        """Adds Σ weight · metric. What is logged in several optimizer steps is averaged over
+        them."""
+        for name, x in metrics.items():
+            x = weight * x
+            x = x.sum() if torch.is_tensor(x) else x
+            x = x if self.counts else 0.0
+            self.sums[name] = self.sums.get(name, 0.0) + x
+            self.logged_in.setdefault(name, set()).add(self.updates)
+
+    def end_update(self):
+        self.updates += 1
+        self.seconds = time.perf_counter() - self.begun
+
+    def end_step(self, timed):
+        """timed: whether nothing slowed it down, as counting bytes does"""
+        self.in_step = False
+        if timed:
+            self.times.append(self.seconds)
+            for part, seconds in self.clocks.items():
+                self.parts.setdefault(part, []).append(seconds)
+
+    def means(self):
+        """-> the step's figures, as numbers"""
+        return {name: float(x) / len(self.logged_in[name]) for name, x in self.sums.items()}
+
+    @contextlib.contextmanager
+    def shared(self):
+        """Of many processes each logs its share within it; at the end these are summed up."""
+        if not distributed.many:
+            yield
+            return
+        (sums, tokens), self.sums, self.tokens = (self.sums, self.tokens), {}, 0
+        yield
+        found = distributed.total_all(self.sums | {"tokens": self.tokens}, self.device)
+        self.sums, self.tokens = sums, tokens + int(found.pop("tokens"))
+        for name, x in found.items():
+            self.sums[name] = self.sums.get(name, 0.0) + x
+
+    @contextlib.contextmanager
+    def clock(self, part):
+        start = self._now()
+        yield
+        self.clocks[part] = self.clocks.get(part, 0.0) + self._now() - start
+
+    def _now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    # ---- passes through models
+
+    def drew(self, rollout, model, models):
+        """A rollout was sampled from a model, one pass over each response."""
+        self.sampled += int(rollout.mask.sum())
+        role = next(role for role, held in models.items() if held is model)
+        self.forward[role] += len(rollout)
+
+    def watch(self, models):
+        """From now on it is seen which of these models are read: each forward pass looks up the
+        token embedding once."""
+        for role, model in models.items():
+            embedding = next(m for m in model.modules() if isinstance(m, torch.nn.Embedding))
+            embedding.register_forward_pre_hook(partial(self._read, role))
+
+    def _read(self, role, module, args):
+        self.reading.add((role, torch.is_grad_enabled()))
+
+    @contextlib.contextmanager
+    def passing(self, responses):
+        """So many responses pass, in parts, through the models that are read within it."""
+        self.reading = set()
+        yield
+        for role, graph in self.reading if self.in_step else ():
+            self.forward[role] += responses
+            self.backward[role] += responses * graph
+
+    def cost(self, models, updates, recompute):
+        """-> passes and FLOPs per token that is trained on, and how many tokens. A rollout that is
+        trained on in several `updates` counts once; samples that are dropped cost passes too."""
+        trained = max(self.backward.values(), default=0) / updates or 1
+        forward, backward = (
+            {role: counts[role] / trained for role in models}
+            for counts in (self.forward, self.backward)
+        )
+        figures = {
+            "forward_passes": sum(forward.values()),
+            "backward_passes": sum(backward.values()),
+            "flops_per_token": memory.flops(models, forward, backward, recompute),
+            "trained_tokens": self.tokens,
+        }
+        return figures | self.drawn()
+
+    def drawn(self):
+        """-> how many tokens were sampled, if any"""
+        return {"sampled_tokens": self.sampled} if self.sampled else {}
+
+    def state_dict(self):
+        counts = {"forward": dict(self.forward), "backward": dict(self.backward)}
+        return counts | {"tokens": self.tokens, "sampled": self.sampled}
+
+    def load_state_dict(self, state):
+        self.tokens, self.sampled = state["tokens"], state["sampled"]
+        self.forward, self.backward = Counter(state["forward"]), Counter(state["backward"])
+
+    # ---- the end of a run
+
+    def medians(self, steps, updates):
+        """-> the median times of a step and of its parts, and the tokens per second, over the steps
+        of this process"""
+        if not self.times:
+            return {}
+        tokens_per_step = (self.tokens - self.tokens_before) / updates / steps
+        figures = {"step_ms": 1000 * statistics.median(self.times)}
+        figures["tokens_per_s"] = tokens_per_step / statistics.fmean(self.times)
+        parts = self.parts.items()
+        return figures | {f"{part}_ms": 1000 * statistics.median(x) for part, x in parts}
+
+    def summary(self, final, ledger, peak):
+        """-> what a run ends with, as text. peak: of the Meter, or None"""
+        lines, speed = [memory.ledger(ledger)], ""
+        if self.times:
+            parts = ", ".join(f"{part} {final[f'{part}_ms']:.0f}" for part in self.parts)
+            speed = f", {final['step_ms']:.0f} ms per step" + (f" ({parts})" if parts else "")
+            speed += f", {final['tokens_per_s']:,.0f} tokens/s"
+        lines.append(f"time: {final['wall_s']:.0f} s{speed}")
+        if peak:
+            lines.append(f"memory at a step's peak: {memory.peak_text(*peak)}")
+        return "\n".join(lines)
+
+
+def bar_text(line):
+    """-> what stands beside the progress bar of a step's figures"""
+    shown = {name.split("/")[-1]: line[name] for name in SHOWN if name in line}
+    return ", ".join(f"{name} {x:.3g}" for name, x in shown.items())
+
+
+def evaluated_text(figures):
+    """-> a line's text on the figures of a step and of its evaluation"""
+    shown = {name: figures[name] for name in SHOWN_EVALUATED if name in figures}
+    return ", ".join(f"{name} {x:.{4 if name == 'loss' else 3}f}" for name, x in shown.items())

@@ -1,0 +1,50 @@
+"""AdamW, its learning rate, and the scale that float16's gradients need."""
+
+import math
+
+import torch
+
+
+def adamw(models, o, device):
+    """AdamW with betas (0.9, 0.95), weight decay on the matrices only."""
+    parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.dim() >= 2]
+    rest = [p for p in parameters if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": o.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.95), fused=fused)
+
+
+def learning_rate(step, o):
+    """Linear warmup, then constant, linear to 0, or cosine to a tenth."""
+    if step < o.warmup:
+        return o.lr * (step + 1) / o.warmup
+    done = (step - o.warmup) / max(1, o.steps - o.warmup)
+    if o.lr_schedule == "cosine":
+        return o.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+    return o.lr * (1 - done) if o.lr_schedule == "linear" else o.lr
+
+
+class Scaler(torch.amp.GradScaler):
+    """The scale of the loss, without which small gradients are 0 in float16. In other precisions it
+    does nothing. `skipped`: optimizer steps that no scale could save."""
+
+    skipped = 0
+
+    def skips(self, loss):
+        """Whether a step with a gradient that is not finite is to be skipped, as too large for
+        float16. Then the scale is halved."""
+        if not (self.is_enabled() and math.isfinite(loss) and self.get_scale() >= 1):
+            return False
+        self.skipped += 1
+        self.update(self.get_scale() / 2)
+        self.load_state_dict(self.state_dict() | {"_growth_tracker": 0})
+        return True
+
+    def figures(self):
+        """-> what a step's line says of it"""
+        on = self.is_enabled()
+        return {"skipped": self.skipped, "scale": self.get_scale()} if on else {}
