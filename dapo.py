@@ -65,7 +65,7 @@ def dapo_loss(logp, old_logp, adv, eps_low=0.2, eps_high=0.28):
 
 
 def overlong_penalty(length, max_len, cache_len):
-    """length: tokens, any shape. Returns the same shape: 0 up to max_len - cache_len, then to -1."""
+    """length: tokens, any shape. Returns that shape: 0 up to max_len - cache_len, then to -1."""
     return -((length - (max_len - cache_len)) / cache_len).clamp(0, 1)
 
 
