@@ -64,15 +64,15 @@ class Options:
     out: str = opt("", "folder (default: out/compare/<task>)")
     records: tuple = opt((), "run nothing: the curves of these .jsonl records, in one picture")
     n_layer: int = opt(0, "blocks of the model (default: the task's)", low=1)
-    n_head: int = opt(0, "its attention heads a block (default: the task's)", low=1)
+    n_head: int = opt(0, "its attention heads per block (default: the task's)", low=1)
     n_embd: int = opt(0, "its width (default: the task's)", low=1)
     predict: str = opt("", "train nothing: a step's memory at own, 1b, 7b or a folder's size")
     lora: int = opt(0, "rank of the adapters that are trained, with --predict (0: none)", low=0)
     ranks: int = opt(1, "processes, each with a step of its own, with --predict", low=1)
     shard: bool = opt(False, "each of them holds a part of the models, with --predict")
     vocab_size: int = opt(0, "its tokens, with --predict (default: the size's)", low=1)
-    batch_size: int = opt(4, "sequences a step, with --predict; a pair is two", low=1)
-    micro_batch: int = opt(0, "sequences a forward pass, with --predict (0: all)", low=0)
+    batch_size: int = opt(4, "sequences per step, with --predict; a pair is two", low=1)
+    micro_batch: int = opt(0, "sequences per forward pass, with --predict (0: all)", low=0)
     seq_len: int = opt(0, "tokens of one (default: 2048; own: the task's)", low=4)
 
     def check(self):
@@ -103,7 +103,7 @@ class Options:
         if others := self.given - {"records", "out"}:
             words = "--records runs nothing, it draws the records of runs"
             raise UserError(f"{words}; leave {flag(min(others))} out")
-        runs = map(tables.run_of, self.records)  # a wrong one is told before anything is written
+        runs = map(tables.run_of, self.records)  # a wrong one is refused before anything is written
         self.runs = dict(zip(tables.short(self.records), runs))
 
 
@@ -260,7 +260,7 @@ def predict_all(o, folder):
     text = (
         f"Memory of a step at its peak, {symbol}, predicted: --predict {o.predict}, {task}, "
         f"{f'--lora {o.lora}, ' if o.lora else ''}{ranks(o)}"
-        f"{o.batch_size} sequences a step (a pair is two), {o.micro_batch or o.batch_size} a "
+        f"{o.batch_size} sequences per step (a pair is two), {o.micro_batch or o.batch_size} per "
         "forward pass. In each cell: float32 weights with bfloat16 autocast / bfloat16 weights and "
         "moments. Logits and sampling are the most that they take by themselves, which may be at "
         "another time than the peak, so the cells of a row need not add up. A card fits what "

@@ -9,7 +9,7 @@
     3. token-level loss   the mean over all response tokens of the optimizer step
     4. overlong shaping   R_i = ±1 (correct or not) + R_len: 0 up to L_max - L_c tokens, then to -1
 
-    paper               code                      shape
+    paper               code                      shape, or meaning
     G, S                group, len(minibatch)     responses per prompt; per optimizer step
     r, R, A             reward, score, adv        (P, G) of P prompts; A (P·G, 1), one per response
     log π_θ, π_old      logp, old_logp            (B, T) of token t, nats, at the temperature
@@ -37,8 +37,8 @@ AGGREGATIONS = ("seq_mean", "token_mean", "const", "sum")
 
 def group_advantages(reward, eps=1e-4, norm="std"):
     """reward: (P, G), G > 1 responses to each of P prompts -> (P, G) advantages, without gradient.
-    norm: "std" (r - mean) / (std + eps); "none" r - mean; "loo" r - mean of the others. Each row
-    sums to 0, and equal rewards give exactly 0."""
+    norm: "std" (R - mean) / (std + eps); "none" R - mean; "loo" R minus the mean of the other
+    G - 1. Each row sums to 0, and equal rewards give exactly 0."""
     assert reward.dim() == 2 and reward.size(1) > 1, "a (P, G) tensor, G > 1"
     reward = reward.detach()
     reward = reward - reward[:, :1]  # so that equal rewards give 0, not a rounding error over eps
@@ -99,7 +99,7 @@ PRESETS = {
 
 
 def compute_loss(policy, batch, o):
-    """A micro-batch of B responses -> (losses, metrics): (B, T), per token, or (B,), of each."""
+    """A micro-batch of B responses -> losses (B, T), and metrics, (B, T) or (B,) per response."""
     logp, entropy = token_logprobs(policy, batch, o.temperature, entropy=True)
     old_logp = batch.old_logp_or(logp)  # first step of a rollout: π_old is π_θ, ρ is 1
     losses = dapo_loss(logp, old_logp, batch.adv, o.eps_low, o.eps_high)
@@ -115,7 +115,7 @@ def compute_loss(policy, batch, o):
 
 
 def score_rollout(reward, rollout, o):
-    """reward (P, G) -> A, (P·G, 1), of the rollout's responses"""
+    """reward (P, G) -> the advantage A of each response's score, (P·G, 1)"""
     score = reward
     if o.overlong:  # after the filter, so that lengths make no group mixed
         score = reward + rollout.R_len.view_as(reward)

@@ -51,7 +51,7 @@ def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1, label_smoothing=0
 
 
 def robust_dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1, flip=0.1):
-    """Robust DPO (arXiv:2403.00409): unbiased for the DPO loss of clean labels where each label is
+    """Robust DPO (arXiv:2403.00409): unbiased for the DPO loss of clean labels if each label is
     flipped with probability flip, ε in [0, 0.5). Arguments as in dpo_loss. Returns (B,) losses,
     which may be negative. At logp = ref_logp it is log 2."""
     h = log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l)

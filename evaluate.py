@@ -444,7 +444,7 @@ class Options:
     reward: str = opt("", "the judge: task, rm, X.pt, FILE.py:function (default: its training's)")
     eval_prompts: int = opt(0, "test prompts (0: as many as after the training)", low=0)
     max_new_tokens: int = opt(0, "longest response (0: as at the end of the training)", low=0)
-    chat: bool = opt(True, "a plain prompt is a user message, where a checkpoint has a template")
+    chat: bool = opt(True, "a plain prompt is a user message, if the checkpoint has a template")
     template_args: tuple = opt((), "of the checkpoint's chat template: enable_thinking=false")
     truncate: bool = opt(False, "cut prompts that do not fit, from their left")
     seed: int = opt(0, "of the samples", low=0)

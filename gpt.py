@@ -25,7 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from packing import before, last_token, pack
 
-LOGITS_BYTES = 2**28  # of logits, softmax and gradient; above it, chunks that are computed again
+# at most, for logits, softmax and their gradient together; more states are scored in chunks, which
+# the backward pass computes again
+LOGITS_BYTES = 2**28
 
 
 @dataclass
@@ -127,7 +129,7 @@ class Block(nn.Module):
         if self.llama:
             gate, h = h.chunk(2, -1)
             return x + self.down(F.silu(gate) * h)
-        return x + self.down(F.gelu(h, approximate="tanh"))  # one kernel; the exact form: many
+        return x + self.down(F.gelu(h, approximate="tanh"))  # GPT-2's form
 
 
 class GPT(nn.Module):
@@ -163,9 +165,9 @@ class GPT(nn.Module):
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def hidden(self, packed):
-        """packed: N tokens (`ids`), their places in their rows (`position`), how they attend
-        (`attend`), and the M of them whose states are wanted (`select`): a packing.Packed, or while
-        sampling what reads from a cache. -> (M, C): the wanted states, after the final norm."""
+        """packed: a packing.Packed, or a sampling.Drawing, which reads from a cache: N token `ids`,
+        their `position` in their rows, how they `attend`, and which M of them to `select`.
+        -> (M, C): their states, after the final norm"""
         x, rope = self.wte(packed.ids), None
         if self.config.llama:
             rope = rotations(self.config, packed.position, x.dtype)
@@ -185,8 +187,8 @@ class GPT(nn.Module):
         return F.linear(h, self.head).view(*ids.shape, -1)
 
     def matmul_parameters(self):
-        """N of the FLOP counts: the weights that multiply every token, the head among them. A
-        forward pass costs 2N FLOPs per token."""
+        """-> how many weights multiply every token, the head's among them: a forward pass costs
+        twice as many FLOPs per token"""
         inner = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
         return inner + self.head.numel()
 
@@ -213,7 +215,7 @@ class GPT(nn.Module):
         return tuple(tables) if entropy else tables[0]
 
     def _score(self, h, target, temperature, entropy):
-        """h (N, C), target (N,) -> log-probs (N,), and with `entropy` the entropies (N,). The
+        """h (M, C), target (M,) -> log-probs (M,), and with `entropy` the entropies (M,). The
         softmax is never below float32."""
         logits = F.linear(h, self.head)
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -227,8 +229,8 @@ class GPT(nn.Module):
 
 
 def rotations(config, position, dtype):
-    """position (N,) -> (cos, sin), (N, 1, D): the angles by which queries and keys are turned. They
-    are computed in float32 or above, and are no state of the model, which a cast would round."""
+    """position (N,) -> cos and signed sin, (N, 1, D): x · cos + roll(x, D/2) · sin turns a query or
+    a key. At least float32, and not stored in the model: a cast of the model would round them."""
     D, wide = config.heads()[2], torch.promote_types(dtype, torch.float32)
     two_i = torch.arange(0, D, 2, device=position.device, dtype=wide)
     frequency = 1 / config.rope_theta ** (two_i / D)
@@ -246,7 +248,10 @@ def _scatter(x, packed, shape):
     return x.new_zeros(shape).view(-1).index_copy(0, packed.places + 1, x).view(shape)
 
 
-# ---- what the methods ask of a model. batch: a data.Batch, or a Rollout
+# ---- what the methods ask of a model
+#
+# batch: a data.Batch, which holds B unique rows, and whose `unfold` repeats a result for each row
+# that was handed in; or a Rollout, in which every row counts and `unfold` does nothing.
 
 
 def token_logprobs(model, batch, temperature=1.0, entropy=False, mask=None):
@@ -273,13 +278,13 @@ def response_scores(model, batch):
 
 class ScalarGPT(nn.Module):
     """A GPT trunk with Linear(C, 1) in place of the vocabulary. A reward model is read at the end
-    token, a critic everywhere."""
+    token, a critic before every response token."""
 
     def __init__(self, config, seed=0, trunk=None):
         super().__init__()
         self.config = config
         self.trunk = trunk or GPT(config, seed)
-        self.trunk.lm_head = None
+        self.trunk.lm_head = None  # no vocabulary
         self.head = nn.Linear(config.n_embd, 1)
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(
@@ -318,7 +323,7 @@ class ScalarGPT(nn.Module):
     forward = values
 
     def matmul_parameters(self):
-        """N of the FLOP counts, as in GPT; there is no vocabulary head here."""
+        """-> as in GPT; there is no vocabulary head here"""
         trunk = self.trunk.matmul_parameters() - self.trunk.head.numel()
         return trunk + self.head.weight.numel()
 

@@ -10,11 +10,11 @@
     RLOO      R - mean of the other R; 1/S Σ_i Σ_t       --adv-norm loo --agg sum --kl reward
     GSPO      ρ_i = (π_θ(y_i|x)/π_old(y_i|x))^(1/|y_i|)   --ratio seq --kl none --minibatches 4
 
-    paper               code                      shape
+    paper               code                      shape, or meaning
     G, S                group, len(minibatch)     responses per prompt; per optimizer step
     r, R, A             reward, score, adv        (P, G) of P prompts; A (P·G, 1), one per response
     log π_θ, π_old      logp, old_logp            (B, T) of token t, nats, at the temperature
-    log π_ref           ref_logp                  (B, T)
+    log π_ref           ref_logp                  (B, T); log π_old as it was sampled: rollout.logp
     |y|, L_max          length, longest           response tokens, end token included
 
 Models in memory: 2 (policy, trained; ref, frozen), 1 with --kl none; a learned reward adds one.
@@ -39,8 +39,8 @@ AGGREGATIONS = ("seq_mean", "token_mean", "const", "sum")
 
 def group_advantages(reward, eps=1e-4, norm="std"):
     """reward: (P, G), G > 1 responses to each of P prompts -> (P, G) advantages, without gradient.
-    norm: "std" (r - mean) / (std + eps); "none" r - mean; "loo" r - mean of the others. Each row
-    sums to 0, and equal rewards give exactly 0."""
+    norm: "std" (R - mean) / (std + eps); "none" R - mean; "loo" R minus the mean of the other
+    G - 1. Each row sums to 0, and equal rewards give exactly 0."""
     assert reward.dim() == 2 and reward.size(1) > 1, "a (P, G) tensor, G > 1"
     reward = reward.detach()
     reward = reward - reward[:, :1]  # so that equal rewards give 0, not a rounding error over eps
@@ -60,8 +60,8 @@ def k3(logp, ref_logp):
 
 def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, ratio_kl=False):
     """GRPO, arXiv:2402.03300. logp, old_logp, ref_logp: (B, T) token log-probs in nats; ref_logp
-    may be None at beta = 0. adv: (B, 1). ratio_kl: ρ k3 in place of k3; its mean gradient is each
-    token's of KL(π‖π_ref). Returns (B, T) losses. At logp = old_logp the ratio is 1."""
+    may be None at beta = 0. adv: (B, 1). ratio_kl: ρ k3 in place of k3, with the mean gradient of
+    KL(π‖π_ref) at each token. Returns (B, T) losses. At logp = old_logp the ratio is 1."""
     assert logp.shape == old_logp.shape and adv.shape == (len(logp), 1), "(B, T) twice, (B, 1)"
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - eps, 1 + (eps if eps_high is None else eps_high))
@@ -72,8 +72,8 @@ def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, 
 
 
 def sequence_old_logp(logp, old_logp, mask):
-    """GSPO's token form (arXiv:2507.18071): logp - log s, (B, T), no gradient, where log s is the
-    response's mean of log π/π_old. As old_logp it makes s the ratio of each token."""
+    """GSPO's token form (arXiv:2507.18071): logp - log s, (B, T), no gradient. log s: a response's
+    mean of log π/π_old. As old_logp it makes each token's ratio s, with that token's gradient."""
     mean = ((logp - old_logp) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
     return (logp - mean).detach()
 
@@ -108,7 +108,7 @@ PRESETS = {
 
 
 def compute_loss(policy, batch, o):
-    """A micro-batch of B responses -> (losses, metrics): (B, T), per token, or (B,), of each."""
+    """A micro-batch of B responses -> losses (B, T), and metrics, (B, T) or (B,) per response."""
     logp, entropy = token_logprobs(policy, batch, o.temperature, entropy=True)
     old_logp = batch.old_logp_or(logp)  # first step of a rollout: π_old is π_θ, ρ is 1
     old_logp = sequence_old_logp(logp, old_logp, batch.mask) if o.ratio == "seq" else old_logp
@@ -123,13 +123,13 @@ def compute_loss(policy, batch, o):
         "clip_ratio/low_mean": (ratio < 1 - o.eps) & (batch.adv < 0),
         "clip_ratio/high_mean": (ratio > 1 + o.eps_high) & (batch.adv > 0),
     }
-    if batch.ref_logp is not None:  # of a response, the sum over its tokens
+    if batch.ref_logp is not None:  # of a response, as PPO and RLOO log it
         metrics["kl"] = (k3(logp, batch.ref_logp) * batch.mask).sum(1)
     return losses, metrics
 
 
 def score_rollout(reward, rollout, o):
-    """reward (P, G) -> A, (P·G, 1), of the rollout's responses"""
+    """reward (P, G) -> the advantage A of each response's score, (P·G, 1)"""
     score = reward
     if o.kl == "reward" and rollout.ref_logp is not None:
         score = reward - o.beta * (rollout.logp - rollout.ref_logp).sum(1).view_as(reward)
@@ -167,7 +167,7 @@ def main(argv=None):
     run.hold(policy=policy, ref=ref, reward=judge.model)
 
     prompts = run.prompts()
-    evaluator = Evaluator(run, task, ref or run.baseline, judge)
+    evaluator = Evaluator(run, task, ref or run.baseline, judge)  # a model, or a path
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
     on_policy = o.updates == o.minibatches == 1  # π_θ is π_old all along: no pass for it

@@ -14,7 +14,7 @@
     β                            beta                        1/nats
 
 ẑ has no gradient. It is measured before the step on the whole batch, so that micro-batches change
-nothing. Row i takes the answer of the next row with another prompt; it is left out where the batch
+nothing. Row i takes the answer of the next row with another prompt; it is left out if the batch
 holds no other prompt.
 
 Models in memory: 2 (policy, trained; ref, frozen). Data: (prompt, completion, label), not in pairs;
@@ -63,7 +63,7 @@ class Options(PairOptions):
     beta: float = opt(0.1, "β: how soon a gain or a loss saturates, 1/nats", above=0)
     w_desirable: float = opt(1.0, "λ_D: weight of desirable examples", above=0)
     w_undesirable: float = opt(1.0, "λ_U: weight of undesirable ones", above=0)
-    batch_size: int = opt(64, "examples an optimizer step", low=2)
+    batch_size: int = opt(64, "examples per optimizer step", low=2)
 
 
 PRESETS = {

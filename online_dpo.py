@@ -80,13 +80,13 @@ def choose(reward, uniform=None):
 @dataclass
 class Options(JudgedOptions):
     missing_eos_penalty: float = opt(
-        1.0, "what a score loses where the response did not end", low=0, only="reward=rm|*.pt"
+        1.0, "what a score loses if the response did not end", low=0, only="reward=rm|*.pt"
     )
     label: str = opt("bt", "the winner: by Bradley–Terry, or the better", choices=("bt", "argmax"))
     loss: str = opt("dpo", "loss of a pair", choices=("dpo", "ipo"))
     beta: float = opt(0.1, "β: strength of the KL penalty to π_ref, 1/nats; τ of IPO", above=0)
     ipo_sum: bool = opt(False, "IPO of summed log-probs, as Eq. 17 reads", only="loss=ipo")
-    rounds: int = opt(0, "rounds of sampling, an epoch each (0: one a step, online)", low=0)
+    rounds: int = opt(0, "rounds of sampling, an epoch each (0: one per step, online)", low=0)
     samples_per_prompt: int = opt(2, "n: the best of them is compared with the worst", low=2)
     temperature: float = opt(1.0, "of the samples; the loss is at 1", above=0)
     ref_update: str = opt(

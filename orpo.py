@@ -92,8 +92,8 @@ def compute_loss(policy, batch, o):
     nll = -logp_w / len_w
     if o.prompt_loss:
         tokens = batch.unfold(batch.text[:, 1:].sum(1))
-        whole = -(token_logp.sum(1) / tokens).chunk(2)[0]
-        losses, nll = losses - nll + whole, whole
+        with_prompt = -(token_logp.sum(1) / tokens).chunk(2)[0]
+        losses, nll = losses - nll + with_prompt, with_prompt
 
     ratio = log_odds((logp_w / len_w).detach()) - log_odds((logp_l / len_l).detach())
     reward_w = (o.lam * logp_w / len_w).detach()

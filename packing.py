@@ -1,16 +1,19 @@
 """Packing: which tokens of a batch are computed, and how attention finds them.
 
-    pack         ids (B, T), which states are wanted -> Packed
-    before       a mask of tokens -> a mask of what stands in front of each
-    last_token   a mask of tokens -> a mask of the last one of each row
+    pack         ids (B, T), and whose states are wanted -> Packed
+    before       a mask of tokens -> True at the position that predicts each of them
+    last_token   a mask of tokens -> True at the last one of each row
 
 A padded table of B rows and T columns wastes work twice: on padding, and on prompts that several
 rows have in common. So the tokens that matter stand in one list, without padding, and what rows
-share from their start is in it once. Two responses to the prompt 5 6:
+share from their start is in it once. Two responses, 7 8 and 9, to the prompt 5 6, whose log-probs
+are wanted:
 
-    ids     5 6 7        the list      5 6 7 8      (N = 4 tokens)
-            5 6 8        its rows      0 1 2
-                                       0 1 3        (B, T): where a row's tokens are in the list
+    ids     5 6 7 8      wanted  - 6 7 -      what predicts 7 and 8
+            5 6 9 0              - 6 - -      what predicts 9
+    list    5 6 7        N = 3 tokens; nothing needs the states of 8 and 9
+    rows    0 1 2        where the tokens of each row are in the list; 0 also stands for padding
+            0 1 0
 
 Embeddings, norms and linear layers run on the list. Attention alone needs rows: it gathers the
 tokens into rows, and its output back into the list.
@@ -21,36 +24,37 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-SPLIT_BELOW = 0.7  # prefixes are attended on their own if so few query-key pairs are left
-SHARE_ABOVE = 0.04  # without padding, sharing a smaller part of the tokens costs more than it saves
+SPLIT_BELOW = 0.7  # prefixes are attended on their own if that leaves so few of B·T² pairs q, k
+SHARE_ABOVE = 0.04  # rows without padding share tokens if these are more than so many of all
 
 
 class Packed(NamedTuple):
-    """The tokens of B rows that are computed, N of them, and the M states that are wanted.
+    """The N tokens of B rows that are computed, and the M of them whose states are wanted.
 
-    A row shares its beginning with other rows up to the first state that is wanted, which is its
+    Rows share equal tokens up to and including the first that is wanted, usually the last of the
     prompt. If few rows differ in their first p columns, as the responses to one prompt do, these
     columns are attended once for all rows that have them. In the last block, what comes after keys
-    and values is computed for the M wanted states alone.
+    and values is computed for the M wanted states alone. T' is the width of the table up to the
+    last wanted state.
     """
 
     ids: torch.Tensor  # (N,) int64
     position: torch.Tensor  # (N,) int64
-    places: torch.Tensor  # (M,) int64: where the wanted states stand in the flat (B, T) table
+    places: torch.Tensor  # (M,) int64: where the wanted ones stand in the flat table of ids (B, T)
     wanted: torch.Tensor  # (M,) int64: which of the N tokens these are
-    rows: torch.Tensor  # (B, T) int64: the tokens of each row; 0 in padding, which nothing sees
+    rows: torch.Tensor  # (B, T') int64: the tokens of each row; 0 in padding, which nothing sees
     prefixes: torch.Tensor | None  # (U, p) int64: the U different beginnings, attended on their own
-    visible: torch.Tensor | None  # (T - p, T) bool: what the columns after a prefix attend to
-    gather: torch.Tensor | None  # (N,) int64: where attention's output has each token; None: there
-    gather_wanted: torch.Tensor  # (M,) int64: where it has the wanted ones
+    visible: torch.Tensor | None  # (T' - p, T') bool: what the columns after a prefix attend to
+    gather: torch.Tensor | None  # (N,) int64: each token's index in attention's output; None: same
+    gather_wanted: torch.Tensor  # (M,) int64: the same of the wanted ones
 
     def select(self, x):
         """x (N, C) -> (M, C), of the tokens whose states are wanted"""
         return x.index_select(0, self.wanted)
 
     def attend(self, layer, qkv, sizes, final):
-        """qkv (N, (H + 2K) D) -> (N, H D); in the final block (M, H D). sizes: (H, K, D); layer is
-        for those who have a cache."""
+        """qkv (N, (H + 2K) D) -> (N, H D); in the final block (M, H D). sizes: (H, K, D). layer:
+        not needed here; a sampling cache needs it"""
         H, K, D = sizes
         if self.prefixes is None:
             qkv = qkv if self.gather is None else qkv.index_select(0, self.rows.flatten())
@@ -87,9 +91,9 @@ def pack(ids, wanted, device=None):
     """ids (B, T) int64; wanted (B, T) bool: whose states are to be computed -> Packed, on `device`
     (default: that of ids). It is made on the CPU, so that no shape waits for a device's numbers."""
     device, ids, wanted = device or ids.device, ids.cpu(), wanted.cpu()
-    length = row_lengths(wanted)  # what stands behind the last wanted state is not computed
+    length = row_lengths(wanted)  # tokens after the last wanted one are not computed
     length[0] = length[0].clamp(min=1)  # at least one token, even if no state is wanted
-    B, T = len(ids), int(length.max())
+    B, T = len(ids), int(length.max())  # from here on T is T'
     real = torch.arange(T) < length[:, None]
 
     order, same = _order(ids[:, :T].where(real, -1))
@@ -101,10 +105,10 @@ def pack(ids, wanted, device=None):
     new = real & ~shared
     rows = (new.flatten().cumsum(0).view(B, T) - 1).gather(0, owner) * real
 
-    shared = shared.sum(1)
-    p = _prefix_length(shared, T)
+    n_shared = shared.sum(1)
+    p = _prefix_length(n_shared, T)
     row, column = new.nonzero(as_tuple=True)
-    prefixes, visible, gather = _gathers(row, column, rows, shared < p, p)
+    prefixes, visible, gather = _gathers(row, column, rows, n_shared < p, p)
     tokens = rows[wanted[:, :T]]
     gather_wanted = gather[tokens]
     if not p and len(gather) == B * T:
@@ -129,48 +133,53 @@ def _order(ids):
 
 
 def _owners(order, same):
-    """-> (B, T) int64, rows as they stood before they were ordered: which row computes a token.
+    """-> (B, T) int64, for the rows as they stood before they were ordered: which row computes a
+    token.
 
-    order 0 1, same [F F F], [T T F] -> [0 0 0], [0 0 1]"""
-    above = torch.where(same, 0, torch.arange(len(same))[:, None])
-    owner = order[above.cummax(0).values]  # the nearest row above, or itself, that has a new token
-    return owner[order.argsort()]
+    order 1 0, same [F F F], [T T F]: row 1 comes first and computes all its tokens, row 0 takes two
+    of it -> [1 1 0], [1 1 1]"""
+    source = torch.where(same, 0, torch.arange(len(same))[:, None])
+    source = source.cummax(0).values  # the nearest row, above or itself, with a new token here
+    return order[source][order.argsort()]
 
 
-def _gathers(row, column, rows, begins, p):
+def _gathers(row, column, rows, has_prefix, p):
     """-> (prefixes, visible, gather) of a Packed. row, column (N,): where the tokens of the list
-    stand in the table; begins (B,): which rows compute a part of their first p tokens. Attention's
-    output has the U prefixes first, then what follows them in each row.
+    stand in the table; has_prefix (B,): True at the row that contributes each different prefix.
+    Attention's output has the U prefixes first, then what follows them in each row.
 
     rows [0 1 2], [0 1 3], p = 2 -> prefixes [0 1]; the output holds tokens 0 1 | 2 | 3, gather is
     0 1 2 3. With p = 0 it holds 0 1 2 | 0 1 3, and gather is 0 1 2 5."""
     T = rows.size(1)
     if not p:
         return None, None, row * T + column
-    prefixes = rows[begins, :p]
-    in_prefix = (begins.cumsum(0) - 1)[row] * p + column
+    prefixes = rows[has_prefix, :p]
+    in_prefix = (has_prefix.cumsum(0) - 1)[row] * p + column
     in_rest = prefixes.numel() + row * (T - p) + column - p
     visible = torch.ones(T - p, T, dtype=torch.bool).tril(p)
     return prefixes, visible, torch.where(column < p, in_prefix, in_rest)
 
 
-def _prefix_length(shared, T):
-    """shared (B,): how many tokens another row computes for a row -> p, how many columns are best
-    attended on their own; 0 for none. It is counted in pairs of a query and a key."""
-    B, p = len(shared), torch.arange(1, T)
-    different = shared.bincount(minlength=T).cumsum(0)[: T - 1]  # prefixes of p tokens
+def _prefix_length(n_shared, T):
+    """n_shared (B,): how many tokens another row computes for a row -> p, how many columns are best
+    attended on their own; 0 for none. It is counted in pairs of a query and a key.
+
+    n_shared 0 2, T = 3: one prefix of two tokens costs 2·2 pairs, what follows it in two rows
+    2·1·3; 10 of the 18 pairs of the table -> 2"""
+    B, p = len(n_shared), torch.arange(1, T)
+    different = n_shared.bincount(minlength=T).cumsum(0)[: T - 1]  # how many prefixes of p tokens
     pairs = different * p * p + B * (T - p) * T
     least = int(pairs.argmin()) if T > 1 else 0
     return least + 1 if T > 1 and pairs[least] < SPLIT_BELOW * B * T * T else 0
 
 
 def before(mask):
-    """mask (B, T) bool, of tokens -> where stands what predicts them"""
+    """mask (B, T) bool, of tokens -> True at the position that predicts each of them"""
     return F.pad(mask[:, 1:], (0, 1))
 
 
 def last_token(mask):
-    """mask (B, T) bool -> where it is True for the last time in a row"""
+    """mask (B, T) bool, of tokens -> True at the last one of each row"""
     return mask & (mask.flip(1).cumsum(1).flip(1) == 1)
 
 

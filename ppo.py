@@ -13,7 +13,7 @@ InstructGPT, arXiv:2203.02155; N+ is the implementation details of arXiv:2403.17
     paper               code                       shape
     π_θ, π_ref          policy, ref                π_old is `old_logp`, not a model
     V_ψ, V              critic; values, old_values (B, T): of the state before token t
-    r_φ                 reward; score              (N,) one a response
+    r_φ                 reward; score              (N,) one per response
     r_t, A, R           rewards, adv, returns      (N, T)
     β, γ, λ             beta, gamma, lam
     ε, ε_v, c_v, K      eps, eps_v, vf_coef, updates
@@ -108,10 +108,10 @@ def value_loss(values, old_values, returns, eps_v=0.2):
 @dataclass
 class Options(RolloutOptions):
     missing_eos_penalty: float = opt(
-        3.0, "what a score loses where the response did not end", low=0, only="reward=rm|*.pt"
+        3.0, "what a score loses if the response did not end", low=0, only="reward=rm|*.pt"
     )
-    beta: float = opt(0.05, "β: KL penalty a token, in the reward (InstructGPT: 0.02)", low=0)
-    gamma: float = opt(1.0, "γ: discount a token", low=0, high=1)
+    beta: float = opt(0.05, "β: KL penalty per token, in the reward (InstructGPT: 0.02)", low=0)
+    gamma: float = opt(1.0, "γ: discount per token", low=0, high=1)
     lam: float = opt(0.95, "λ of GAE: 1 does not trust the critic, 0 at once", low=0, high=1)
     eps: float = opt(0.2, "ε: the ratio is clipped to [1 - ε, 1 + ε]", low=0, clips=True)
     eps_v: float = opt(0.2, "ε_v: a value is clipped to within ε_v of the old one", low=0)

@@ -77,7 +77,7 @@ def leave_one_out(reward):
 
 @dataclass
 class Options(ScratchOptions):
-    constitution: str = opt("", "file of a principle a line (default: data's)", file=True)
+    constitution: str = opt("", "file of one principle per line (default: data's)", file=True)
     judge: str = opt("", "language model that compares (default: the one with skills)", file=True)
     clamp: float = opt(0.0, "keep labels in [clamp, 1 - clamp] (the paper: 0.4)", low=0, below=0.5)
     revisions: int = opt(2, "rounds of critique and revision, all trained on (paper: 4)", low=1)
@@ -171,7 +171,7 @@ class Pipeline:
         """Trains a phase, unless --resume finds that it has ended. Once it is trained, nothing is
         gone on with that an earlier run has left of the phases after it."""
         run, since = self.runs[name], time.time()
-        run.figures.began = since
+        run.figures.run_began = since
         final = run.state.past() if run.o.resume else None
         if final:
             say(f"--resume: {run.method} has ended, {run.o.out} is its checkpoint")
@@ -180,7 +180,7 @@ class Pipeline:
             for later in self.runs.keys() - self.ended.keys() - {name}:
                 self.runs[later].files.forget()
         earlier = final["wall_s"] - (time.time() - since)  # seconds of earlier processes
-        self.run.figures.began -= earlier
+        self.run.figures.run_began -= earlier
         self.ended[name] = final
         return final
 

@@ -33,7 +33,7 @@ from training.checkpoint import find_reference
 
 
 def nll(logp):
-    """Negative log-likelihood. logp: (B, T) token log-probs in nats, 0 where nothing is trained.
+    """Negative log-likelihood. logp: (B, T) token log-probs in nats, 0 if it is not trained.
     Returns (B,) sums, nats."""
     return -logp.sum(1)
 

@@ -7,7 +7,7 @@
     log π_θ(y|x)                 logp_w, logp_l              (B,) sums over response tokens, nats
     |y_w|, |y_l|                 len_w, len_l                (B,) response tokens, end included
     r = β/|y| log π_θ            reward_w, reward_l          (B,) the implicit reward
-    β, γ                         beta, gamma                 the option is γ/β, nats a token
+    β, γ                         beta, gamma                 the option is γ/β, nats per token
 
 Models in memory: 1 (policy, trained). Data: (prompt, chosen, rejected).
 Departures from the paper: 1. a learning rate for toy models; 2. --sft-weight adds the negative
@@ -43,7 +43,7 @@ def simpo_loss(logp_w, logp_l, len_w, len_l, beta=2.0, gamma=1.0):
 class Options(PairOptions):
     beta: float = opt(2.0, "β: scale of the mean log-probs (paper: 2 to 2.5, later 10)", above=0)
     gamma_beta_ratio: float = opt(
-        0.5, "γ/β: by how many nats a token chosen should lead (paper: 0.1 to 0.8)", low=0
+        0.5, "γ/β: by how many nats per token chosen should lead (paper: 0.1 to 0.8)", low=0
     )
     sft_weight: float = opt(0.0, "weight of the NLL of chosen, a mean over tokens", low=0)
 

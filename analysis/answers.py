@@ -12,7 +12,7 @@ PROMPTS = 10
 def answers(path, task, o, n=PROMPTS):
     """One sample of a checkpoint to each of n test prompts, temperature 1, with --seed:
     -> [{"prompt", "text", "tokens", "ended", "reward"}]. tokens: with the end token; reward: the
-    task's own, None where it has none."""
+    task's own, None if it has none."""
     run = Compute(o)
     model, tokenizer, meta = checkpoint.load(path)
     run.tokenizer, longest = tokenizer.with_chat(None, {}), meta["max_new_tokens"]

@@ -38,7 +38,7 @@ from training import opt, parse, sampling
 
 HERE = Path(__file__).parent.parent
 TOGETHER = "--updates 1 --minibatches 1"
-ROWS = {  # row -> (passes over the policy's N a token, sequences a step, arguments)
+ROWS = {  # row -> (passes over the policy's N per token, sequences per step, arguments)
     "sft": (3, 8, "--batch-size 8"),
     "reward_model": (3, 16, "--batch-size 8"),
     "dpo": (4, 16, "--batch-size 8"),
@@ -67,7 +67,7 @@ SAMPLING = {  # -> (prompts, group, whether responses end, after 24 tokens on av
 class Options:
     methods: tuple = opt((), f"which scripts, of {' '.join(ROWS)} (default: all)")
     n_layer: int = opt(4, "blocks of the model", low=1)
-    n_head: int = opt(4, "its attention heads a block", low=1)
+    n_head: int = opt(4, "its attention heads per block", low=1)
     n_embd: int = opt(128, "its width", low=1)
     steps: int = opt(8, "optimizer steps of a process", low=3)
     repeats: int = opt(3, "processes of each", low=1)
@@ -234,7 +234,7 @@ def ratio(ours, theirs, name):
 def steps_table(o, todo, found, table, rate):
     """-> lines of cells"""
     peer = ["TRL, ms", "TRL / ours", "TRL, MB"] if o.peers else []
-    yield ["", "ms a step", "of it sampling", "floor, ms", "floor / step", "MB at the peak", *peer]
+    yield ["", "ms per step", "of it sampling", "floor, ms", "floor / step", "MB at the peak", *peer]
     for (kind, row), job in todo.items():
         if kind == table:
             ours, theirs = found[kind, row, False], found.get((kind, row, True))
@@ -251,7 +251,7 @@ def steps_table(o, todo, found, table, rate):
 def sampling_table(o, todo, found):
     """-> lines of cells"""
     peer = ["generate", "ours / generate"] if o.peers else []
-    yield ["32 + 96 tokens", "tokens a second", *peer]
+    yield ["32 + 96 tokens", "tokens per second", *peer]
     for kind, row in todo:
         if kind == "sampling":
             ours, theirs = found[kind, row, False], found.get((kind, row, True))

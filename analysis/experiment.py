@@ -58,7 +58,7 @@ def rows_read(done):
     return done.options["steps"] * done.options["batch_size"]
 
 
-# ---- the world of 40 responses a prompt
+# ---- the world of 40 responses per prompt
 
 
 class World:
@@ -111,7 +111,7 @@ def cell(x):
 
 
 def verdicts(claims):
-    """{claim: a bool a seed} -> a line a claim"""
+    """{claim: a bool per seed} -> a line per claim"""
     words = {name: " ".join("yes" if x else "no" for x in found) for name, found in claims.items()}
     width = max([0, *map(len, words.values())])
     return "\n".join(f"{word:<{width}}  {claim}" for claim, word in words.items())

@@ -29,7 +29,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}  # environmen
 
 
 def check(who):
-    """Stops where a package is missing. who: what needs it"""
+    """Stops if a package is missing. who: what needs it"""
     for name in ("trl", "transformers", "datasets"):
         if importlib.util.find_spec(name) is None:
             remedy = "pip install -r requirements-peers.txt"

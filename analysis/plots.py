@@ -22,7 +22,7 @@ CURVES = {  # a key of the record -> its unit
     "rewards/accuracies": "",
     "reward": "",
     "kl": "nats",
-    "entropy": "nats a token",
+    "entropy": "nats per token",
     "grad_norm": "",
     "step_ms": "ms",
 }
@@ -49,8 +49,8 @@ def draw(task, lines, folder):
         return []
     bars = [(line["method"], [("", line["peak"])]) for line in lines if "peak" in line]
     figures = {
-        "frontier": scatter(plt, task, lines, "kl", "KL(π‖π_ref), nats a response"),
-        "length": scatter(plt, task, lines, "length", "length, tokens a response"),
+        "frontier": scatter(plt, task, lines, "kl", "KL(π‖π_ref), nats per response"),
+        "length": scatter(plt, task, lines, "length", "length, tokens per response"),
         "memory": stacked(plt, bars, 1e6, "MB, measured over one step"),
         "time": stacked(plt, times(lines), 1, "ms, median time of a step", parts=SPENT),
         "entropy": entropy(plt, [line for line in lines if line.get("course")]),
@@ -204,7 +204,7 @@ def entropy(plt, lines):
         axes.plot(*zip(*points), **STYLE[line["method"]], markersize=4, linewidth=0.8)
         names += [(f"{line['method']}, start", *points[0]), ("end", *points[-1])]
         all_points += points
-    axes.set(xlabel="entropy, nats a token", ylabel="reward of a rollout; DAPO: share correct")
+    axes.set(xlabel="entropy, nats per token", ylabel="reward of a rollout; DAPO: share correct")
     label(figure, axes, names, all_points)
     return figure
 

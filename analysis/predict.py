@@ -130,7 +130,7 @@ def options(row, *argv):
 
 def outlines(held, o, config, compute):
     """["policy*", "ref"] -> {role: model}, of shapes without storage; * is trained. A reward model
-    judges where the options say so."""
+    judges if the options say so."""
     reward = getattr(o, "reward", "rm")
     models = {}
     for name in held:
@@ -261,7 +261,7 @@ def cut(rollout, size):
 
 def of_run(row, first):
     """The first line of a run's record -> the figures of its step, had it been predicted; none of a
-    file's rows, and where the checkpoint is gone"""
+    file's rows, and if the checkpoint is gone"""
     since = {"lora": 0, "lora_alpha": 0.0}  # options that older records have not
     o = SimpleNamespace(**since | first["options"] | {"device": "cpu"})
     o.dtype = first["dtype"] if o.dtype == "auto" else o.dtype

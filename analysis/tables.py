@@ -29,7 +29,7 @@ PARTS = ("weights", "casts", "gradients", "optimizer", "activations", "logits", 
 
 
 def read(folder, name):
-    """-> (the first line, those of steps, the closing figures) of a record, None where the run has
+    """-> (the first line, those of steps, the closing figures) of a record, None if the run has
     not ended"""
     try:
         first, *steps, last = parsed(folder / f"{name}.jsonl")
@@ -85,7 +85,7 @@ def row_of(row, group, folder, errors):
         "strength": strength,
         "value": options.get(strength),
         "steps": max((x["step"] for x in steps), default=options["steps"]),
-        "planned": options["steps"],  # DAPO ends where it finds no mixed groups any more
+        "planned": options["steps"],  # DAPO ends if it finds no mixed groups any more
         "labels": labels(row, options, final),
         "updates": options.get("updates", 1),
         "parameters": sum(m["parameters"] for m in final["models"]),

@@ -85,7 +85,7 @@ class Rows:
 def encode(rows, tokenizer, block_size, truncate=False, many=False):
     """(prompt, *answers) as text -> as tuples of token ids, each answer with its end token; a label
     or a number goes through. Returns (rows, a note on what was cut, or ""; of a file, on all rows).
-    many: in Rows, with a progress bar where it takes long.
+    many: in Rows, with a progress bar if it takes long.
 
     A row that does not fit in block_size tokens raises UserError with the count, or with `truncate`
     is cut: the prompt first, from its left, down to one token; then every answer at the same place,

@@ -16,16 +16,16 @@ CONSTITUTION = Path(__file__).with_name("constitution.txt")
 
 
 def constitution(path=""):
-    """-> the principles in a text file, one a line. Empty lines and lines that begin with # are no
-    principles."""
+    """-> the principles in a text file, one per line. Empty lines and lines that begin with # are
+    not read."""
     try:
         lines = Path(path or CONSTITUTION).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        why = f"cannot be read ({type(e).__name__}); give a text file with a principle a line"
+        why = f"cannot be read ({type(e).__name__}); give a text file with a principle per line"
         raise UserError(f"--constitution {path} {why}") from None
     principles = [line for line in map(str.strip, lines) if line and line[0] != "#"]
     if not principles:
-        raise UserError(f"--constitution {path} holds no principle; write one a line")
+        raise UserError(f"--constitution {path} holds no principle; write one per line")
     return principles
 
 
@@ -71,7 +71,7 @@ class Dialogues:
     """batches[step] -> the spelled dialogues of that optimizer step. The shortest come first, so
     that little of a micro-batch is padding.
 
-    draw(n, seed) -> n dialogues: fresh ones at every step. Raises UserError where one of a probe
+    draw(n, seed) -> n dialogues: fresh ones at every step. Raises UserError if one of a probe
     does not fit in block_size tokens.
     """
 

@@ -9,7 +9,7 @@ the completion and the rest the prompt. A single user message stands as its bare
 string does; a longer chat is rendered by TEMPLATE, or by the checkpoint's own template. 5 % of the
 prompts, by a hash, are the test split. A bad line stops the run with file:line. Rows that are well
 formed but useless (an empty answer, chosen equal to rejected) are dropped and counted, or refused
-where `strict`.
+if `strict`.
 """
 
 import codecs
@@ -95,7 +95,7 @@ class Jsonl(Task):
 
     def lacks(self, column, *types):
         """-> the place of the first row, of any split, that has no such column, or one of another
-        type; "" where every row has it"""
+        type; "" if every row has it"""
         for lines in self.lines.values():
             for place, row in lines:
                 name = "completion" if column == "reference" and column not in row else column
@@ -145,7 +145,7 @@ class Jsonl(Task):
         return self._useful(self._pairs(split), n, seed, split, self.preferences)
 
     def graded(self, n, seed, split="train"):
-        """-> (prompt, chosen, rejected, margin, p): margin is 0 where the row has none, and p, the
+        """-> (prompt, chosen, rejected, margin, p): margin is 0 if the row has none, and p, the
         probability that chosen is better, is 1"""
         pairs = self._pairs(split, margin=0.0, p=1.0)
         return self._useful(pairs, n, seed, split, self.graded)
@@ -179,7 +179,7 @@ class Jsonl(Task):
         return self._useful(rows, n, seed, split, self.feedback)
 
     def reward(self, prompt, completion, ended=True, answer=None, **columns):
-        """1 where the completion is the row's `answer`, else 0. Only where every row has one
+        """1 if the completion is the row's `answer`, else 0. Only if every row has one
         (`has_reward`). Spaces around it do not count. An answer that is a number is compared as a
         number: 5, 5.0 and 5e0 are one answer, however the file or the completion spells it."""
         text = completion.strip()
@@ -234,7 +234,7 @@ class Jsonl(Task):
     # ---- which rows are read
 
     def _useful(self, rows, n, seed, split, draw, lost=()):
-        """-> the rows without those that teach nothing, n of them where n is not None. draw: the
+        """-> the rows without those that teach nothing, n of them if n is not None. draw: the
         method that read them, lost: how many it left out, by the reason"""
         lost = Counter(lost)
         kept = []
@@ -255,7 +255,7 @@ class Jsonl(Task):
         return self._drawn(kept, n, seed, split, draw, lost)
 
     def _drawn(self, rows, n, seed, split, draw, lost=()):
-        """-> n of the rows, all where n is None, which can tell what became of the others"""
+        """-> n of the rows, all if n is None, which can tell what became of the others"""
         lost = Counter(lost)
         if n is not None and n < len(rows):
             lost["not drawn"] = len(rows) - n
@@ -310,7 +310,7 @@ def read(path):
                 if line.strip():
                     rows.append(_parse(f"{path}:{number}", line))
     except UnicodeError:
-        remedy = "a task file is JSONL, one object a line"
+        remedy = "a task file is JSONL, one object per line"
         raise UserError(f"{path}:{number}: not UTF-8 text; {remedy}") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}:{number}: not JSON ({str(e).splitlines()[0]})") from None

@@ -137,7 +137,7 @@ READERS = [_pattern(text) for text, _ in SHAPES]
 
 
 def parse(review):
-    """-> its sentences, each (shape, sign, [(slot, word)]), or None where no shape fits"""
+    """-> its sentences, each (shape, sign, [(slot, word)]), or None if no shape fits"""
     return [_read(s.strip()) for s in re.findall(r"[^.!?]+[.!?]*|[.!?]+", review)]
 
 
@@ -159,7 +159,7 @@ def values(sentence):
 
 
 def sentiment(sentence, genre):
-    """Of a parsed sentence, in [-1, 1]; -1 where it has no shape, or names another genre."""
+    """Of a parsed sentence, in [-1, 1]; -1 if it has no shape, or names another genre."""
     if not sentence or any(slot == "genre" and word != genre for slot, word in sentence[2]):
         return -1.0
     judged = [value for _, value in values(sentence)]

@@ -24,11 +24,11 @@ class Task:
         return list(self.prompts(1, 0)[0][1])
 
     def lacks(self, column):
-        """-> the place of a row that lacks one of its columns; "" where every row has it"""
+        """-> the place of a row that lacks one of its columns; "" if every row has it"""
         return ""
 
     def correct(self, prompt, completion, ended=True, **columns):
-        """Whether the response counts as right, where a method needs to know."""
+        """Whether the response counts as right, if a method needs to know."""
         return self.reward(prompt, completion, ended, **columns) > 0
 
 

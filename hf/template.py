@@ -14,7 +14,7 @@ from data import UserError, user_errors
 
 STEPS, SECONDS, CHARACTERS, REPEATS = 1_000_000, 10, 10_000_000, 100_000  # of one rendering
 GIVEN = {"messages", "add_generation_prompt", "tools", "documents"}  # no argument of a user's
-DAY = datetime(2024, 7, 26)  # Llama's own where there is no clock: runs do not differ by the day
+DAY = datetime(2024, 7, 26)  # Llama's own if there is no clock: runs do not differ by the day
 MARK = "\ufdd1"  # a code point that is no character: no text has it
 
 
@@ -32,7 +32,7 @@ class Template:
             self.reads = find_undeclared_variables(environment.parse(source)) - GIVEN
 
     def render(self, messages, generation_prompt):
-        """-> the text of a conversation, with what opens the answer where one is asked for"""
+        """-> the text of a conversation, with what opens the answer if one is asked for"""
         rows = [{"role": role, "content": text} for role, text in messages]
         given = {"tools": None, "documents": None} | self.arguments
         given |= {"messages": rows, "add_generation_prompt": generation_prompt}

@@ -2,7 +2,7 @@
 template joins a prompt and an answer.
 
 A prompt of messages is rendered by the template, and its control tokens are read there. A control
-token that a message spells stays text. A plain string is one user message, where `chat` is on.
+token that a message spells stays text. A plain string is one user message if `chat` is on.
 """
 
 import json
@@ -45,8 +45,8 @@ class HFTokenizer(Tokenizer):
         self.end_id = self._end()
 
     def _read(self, text, opens):
-        """-> (the tokenizer, its control tokens and their ids). All that opens a chat is one, also
-        where the file does not call it special: a message can spell none of them."""
+        """-> (the tokenizer, its control tokens and their ids). All that opens a chat is one, even
+        if the file does not call it special: a message can spell none of them."""
         try:
             import tokenizers
         except ImportError:
@@ -66,7 +66,7 @@ class HFTokenizer(Tokenizer):
         return made, controls
 
     def _try(self, messages, generation_prompt):
-        """-> what the template says, "" where it asks for more: its prompts may still work"""
+        """-> what the template says, "" if it asks for more: its prompts may still work"""
         try:
             return self.template.render(messages, generation_prompt)
         except UserError:
@@ -195,7 +195,7 @@ class HFTokenizer(Tokenizer):
         return ids
 
     def cut(self, prompt, n):
-        """The template's own tokens stay, and of each message at least one: where n is less than
+        """The template's own tokens stay, and of each message at least one: if n is less than
         that, what comes back is longer."""
         messages, ids = self.messages(prompt), self.prompt(prompt)
         if messages is None:

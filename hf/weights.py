@@ -108,7 +108,7 @@ def load(folder, mapped=False):
         fits = all(part.shape[1:] == x.shape[1:] for part in parts)
         if not fits or sum(len(part) for part in parts) != len(x):
             found = ", ".join(str(tuple(part.shape)) for part in parts)
-            raise refused(folder, f"has {name} of shape {found}, where config.json says otherwise")
+            raise refused(folder, f"has {name} of shape {found}, but config.json says otherwise")
         if len(parts) > 1 and [len(part) for part in parts] != cuts(name, config):
             raise refused(folder, f"has parts of {name} that config.json cuts otherwise")
         state[name] = partial(joined, parts)
@@ -238,7 +238,7 @@ def read_texts(folder):
 
 
 def read_config(folder):
-    """config.json -> GPTConfig. Raises UserError where it names what these scripts do not have."""
+    """config.json -> GPTConfig. Raises UserError if it names what these scripts do not have."""
     facts = read_json(folder, "config.json")
     kind, known = facts.get("model_type"), "GPT-2, Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3"
     if kind not in FAMILIES:

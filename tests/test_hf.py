@@ -172,7 +172,7 @@ BROKEN = {
     "heads that do not divide": (config(num_key_value_heads=4), "they do not fit"),
     "layers without end": (config(num_hidden_layers=10**8), "more than its files have weights"),
     "too few layers": (config(num_hidden_layers=1), "weights that no part of this model reads"),
-    "other vocabulary": (config(vocab_size=29), "where config.json says otherwise"),
+    "other vocabulary": (config(vocab_size=29), "but config.json says otherwise"),
     "parts cut otherwise": (
         lambda p: weights(p, **{f"{Q}.{x}_proj.weight": torch.ones(16, 24) for x in "qk"}),
         "config.json cuts otherwise",

@@ -1,5 +1,6 @@
 """--log-to: what TensorBoard and Weights & Biases are told, and that --resume goes on with it."""
 
+import importlib.util
 import json
 import shutil
 
@@ -27,7 +28,7 @@ def test_names_are_trls():
 @pytest.mark.parametrize("how", ["tensorboard", "wandb"])
 def test_a_missing_package_is_told_before_anything_is_written(how, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main("dpo", "--log-to", how) == 2
     error = capsys.readouterr().err
     assert f"needs the package {how}" in error and error.count("\n") == 1

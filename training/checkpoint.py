@@ -41,7 +41,7 @@ def default_folder(task):
 
 
 def load(path, task=None, mapped=False):
-    """-> (GPT, Tokenizer, meta). Raises UserError where it is no language model, or where the task
+    """-> (GPT, Tokenizer, meta). Raises UserError if it is no language model, or if the task
     or the checkpoint has a vocabulary of its own that the other lacks. mapped: the weights stay in
     their files until they are read."""
     kind = "a reward model; give a language model, such as sft.py writes"

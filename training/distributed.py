@@ -3,7 +3,7 @@
 Every process knows the whole step: its rows, all random numbers, every rollout. Only the passes
 through a model are shared out. What a share finds is put together by one means: each process fills
 its own rows of a table of zeros, and the sum over the processes is the whole, exactly. Gradients
-are summed once an optimizer step. One process sends no message.
+are summed once per optimizer step. One process sends no message.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def wait():
 
 def to_say(message, alone=False, once=False):
     """A failure -> what this process says of it: what all of them meet is said by the first, what
-    one meets alone by that one, with its rank. once: by whoever comes first. message: "" where a
+    one meets alone by that one, with its rank. once: by whoever comes first. message: "" if a
     message to another failed."""
     if not many:
         return message

@@ -1,5 +1,5 @@
 """AI feedback: a model that answers, criticises and revises, a model that judges, and what the word
-of both is worth by the gold reward, where a task has one."""
+of both is worth by the gold reward, if a task has one."""
 
 import random
 from collections import namedtuple
@@ -14,7 +14,7 @@ from data.constitution import ask_choice, ask_critique, ask_revision
 from training import memory
 from training.reward import completions
 
-ROWS = 128  # questions a forward pass
+ROWS = 128  # questions per forward pass
 # Two answers to a prompt and the principle that they are compared by; or an answer, its revision,
 # and the principle and the critique that led to it.
 Pair = namedtuple("Pair", "prompt a b principle columns critique", defaults=("",))
@@ -120,7 +120,7 @@ def frozen_records(what, **models):
 
 
 def gold(task, pairs):
-    """-> the gold rewards (of a, of b) of each pair; [] where the task knows none"""
+    """-> the gold rewards (of a, of b) of each pair; [] if the task knows none"""
     known = pairs if task.has_reward else []
     return [[task.reward(x.prompt, y, **x.columns) for y in (x.a, x.b)] for x in known]
 

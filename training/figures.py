@@ -22,16 +22,19 @@ class Figures:
 
     def __init__(self, device):
         self.device = device
-        self.began = time.time()  # the run, less the time between an interruption and --resume
+        self.run_began = time.time()  # without the time between an interruption and --resume
         # of this step
+        self.step_began = self.seconds = 0.0  # and its length, up to its last update
         self.sums = {}  # name -> Σ weight · metric
         self.updates = 0  # optimizer steps
         self.logged_in = {}  # name -> the optimizer steps in which it was logged
         self.clocks = {}  # part -> seconds
-        self.counts = True  # False: the rows that pass now stand in, and count for nothing
+        self.counts = (
+            True  # False: these rows are a repeated share (distributed.shares), not counted
+        )
         # of the run so far
-        self.tokens = self.sampled = 0  # computed in training; drawn
-        self.tokens_before = 0  # trained before this process
+        self.tokens = self.sampled = 0  # tokens computed in training, and tokens sampled
+        self.tokens_before = 0  # those of earlier processes, if the run was resumed
         self.forward, self.backward = Counter(), Counter()  # role -> responses that passed
         self.reading = set()  # (role, whether with a graph) of the pass that goes on now
         self.in_step = False  # what models read before, after and between steps does not count
@@ -43,7 +46,7 @@ class Figures:
     def begin_step(self):
         self.sums, self.logged_in, self.clocks, self.updates = {}, {}, {}, 0
         self.in_step = True
-        self.begun = time.perf_counter()
+        self.step_began = time.perf_counter()
 
     @torch.no_grad()
     def log(self, metrics, weight):
@@ -58,7 +61,7 @@ class Figures:
 
     def end_update(self):
         self.updates += 1
-        self.seconds = time.perf_counter() - self.begun
+        self.seconds = time.perf_counter() - self.step_began
 
     def end_step(self, timed):
         """timed: whether nothing slowed it down, as counting bytes does"""
@@ -74,7 +77,7 @@ class Figures:
 
     @contextlib.contextmanager
     def shared(self):
-        """Of many processes each logs its share within it; at the end these are summed up."""
+        """Of many processes each logs its share within it; at its end the shares are summed."""
         if not distributed.many:
             yield
             return
@@ -137,9 +140,9 @@ class Figures:
             "flops_per_token": memory.flops(models, forward, backward, recompute),
             "trained_tokens": self.tokens,
         }
-        return figures | self.drawn()
+        return figures | self.sampled_tokens()
 
-    def drawn(self):
+    def sampled_tokens(self):
         """-> how many tokens were sampled, if any"""
         return {"sampled_tokens": self.sampled} if self.sampled else {}
 

@@ -14,6 +14,7 @@ import torch
 import gpt
 from data import Stopped, UserError
 from training import distributed, locks
+from training.logger import Logger
 from training.options import flag
 
 
@@ -24,24 +25,6 @@ def logger(log_to, method, out):
     from training.loggers import LOGGERS
 
     return LOGGERS[log_to](method, out)
-
-
-class Logger:
-    """Takes the lines of a record, and does nothing with them."""
-
-    def __init__(self, method, out):
-        self.method, self.stem = method, out.removesuffix(".pt")
-        self.step = 0  # of the last line
-
-    def begin(self, options, lines):
-        """lines: what a resumed run has of its record already; none of a new run"""
-
-    def facts(self):
-        """-> what the record's first line keeps, so that a resumed run finds its curve again"""
-        return {}
-
-    def take(self, line):
-        """The record's next line: the first one, or of a step, an evaluation, or the end."""
 
 
 class Files:
@@ -99,7 +82,7 @@ class Files:
             self.file.write("".join(self.lines).encode())
 
     def record(self, line):
-        """One write a line, so that a killed run leaves whole lines, and a full disk too."""
+        """One write per line, so that a killed run leaves whole lines, and a full disk too."""
         self.lines.append(json.dumps(line) + "\n")
         if not distributed.is_first:
             return
@@ -148,7 +131,7 @@ class Files:
         return state
 
     def past(self, method, options):
-        """-> the closing figures of this very run, where it has ended, else None. A run that was
+        """-> the closing figures of this very run, if it has ended, else None. A run that was
         begun again has not: it has a state, or no such figures yet. The checkpoint of another run
         in its place is a mistake."""
         if self.interrupted():
@@ -229,7 +212,7 @@ def from_checkpoint(out):
 
 
 def commit():
-    """-> the git commit of these scripts, or "" where they are no repository of their own"""
+    """-> the git commit of these scripts, or "" if they are no repository of their own"""
     folder = Path(__file__).absolute().parent.parent
     env = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}
     with contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ STATES = (  # what a process has one of, and the user's code has its own: (read,
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
 )
-CHANGED = (  # put back only where it has changed
+CHANGED = (  # put back only if it has changed
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_default_device, torch.set_default_device),
     (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),

@@ -1,15 +1,14 @@
 """--log-to: the record's lines as curves, of TensorBoard or Weights & Biases.
 
-Each needs a package of its own, which is imported where it is asked for. A figure has the name that
-TRL's trainers give it, where they log it, else the record's own (docs/metrics.md).
+Each needs a package of its own, which is imported when it is asked for. A figure has the name that
+TRL's trainers give it, if they log it, else the record's own (docs/metrics.md).
 """
 
-import importlib.util
 import os
 import uuid
 
 from data import UserError
-from training.files import Logger
+from training.logger import Logger
 
 NAMES = {  # in the record -> in TRL
     "lr": "learning_rate",
@@ -93,10 +92,3 @@ class WandB(Logger):
 
 
 LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB}
-
-
-def check(how):
-    """Stops where the package that --log-to needs is missing."""
-    if importlib.util.find_spec(how) is None:
-        remedy = f"pip install {how}, or leave it out"
-        raise UserError(f"--log-to {how} needs the package {how}, which is not installed; {remedy}")

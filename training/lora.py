@@ -46,7 +46,7 @@ def adapters(model):
 
 def adapt(model, rank, alpha, seed, dtype=None):
     """Freezes a model but for a scalar head, and gives every linear layer of its blocks an adapter,
-    once. dtype: of the frozen linear layers, where it is not the model's."""
+    once. dtype: of the frozen linear layers, if it is not the model's."""
     if adapters(model):
         return
     for name, p in model.named_parameters():
@@ -94,7 +94,7 @@ def like(model, adapted=True):
 
 def merge(model):
     """Makes a model whole, on the CPU: its adapters become part of its weights. -> what they were,
-    {name: tensor}, or {} where there are none"""
+    {name: tensor}, or {} if there are none"""
     found = adapters(model)
     if not found:
         return {}

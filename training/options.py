@@ -2,6 +2,7 @@
 
 import argparse
 import fnmatch
+import importlib.util
 import math
 import os
 import shlex
@@ -35,7 +36,7 @@ def opt(default, help, **rules):
 
     choices, low, high, above, below    the values that it admits
     like="eps"                          its default is the value of --eps
-    only="loss=ipo", "loss=dpo|ipo"     it is read with --loss ipo alone; elsewhere it is refused
+    only="loss=ipo", "loss=dpo|ipo"     it is read with --loss ipo alone; otherwise it is refused
     clips=True                          it bounds a ratio that is 1 at a rollout's first step
     file=True                           it names a file that the run reads
     """
@@ -55,8 +56,8 @@ class Options:
     eval_file: str = opt("", ".jsonl file to evaluate on (default: 5 % of the prompts)", file=True)
     steps: int = opt(300, "optimizer steps; of a file: one epoch", low=1)
     epochs: int = opt(0, "passes over a file or a fixed set, in place of --steps", low=0)
-    batch_size: int = opt(32, "examples an optimizer step", low=1)
-    micro_batch: int = opt(0, "examples a forward pass: less memory, same gradient (0: all)", low=0)
+    batch_size: int = opt(32, "examples per optimizer step", low=1)
+    micro_batch: int = opt(0, "examples per forward pass: saves memory alone (0: all)", low=0)
     lr: float = opt(1e-3, "AdamW learning rate at its peak", above=0)
     lr_schedule: str = opt("cosine", "after warmup: stay, fall to 0, to a tenth", choices=SCHEDULES)
     warmup: int = opt(20, "steps over which the learning rate rises from 0", low=0)
@@ -66,7 +67,7 @@ class Options:
     block_size: int = opt(0, "longest sequence, in tokens (0: the checkpoint's)", low=0)
     lora: int = opt(0, "r: rank of the adapters that are trained, not the weights (0: none)", low=0)
     lora_alpha: float = opt(None, "α: adapters count α/r times", above=0, like="lora")
-    chat: bool = opt(True, "a plain prompt is a user message, where a checkpoint has a template")
+    chat: bool = opt(True, "a plain prompt is a user message, if the checkpoint has a template")
     template_args: tuple = opt((), "of the checkpoint's chat template: enable_thinking=false")
     truncate: bool = opt(False, "cut what does not fit: the prompt first, from its left")
     strict: bool = opt(False, "refuse a file's useless rows, which are dropped otherwise")
@@ -97,10 +98,10 @@ class Options:
 
     def check(self):
         """Refuses what cannot work together. Called by parse; a script may add to it."""
-        if self.log_to:
-            from training import loggers
-
-            loggers.check(self.log_to)
+        if self.log_to and importlib.util.find_spec(self.log_to) is None:
+            missing = f"needs the package {self.log_to}, which is not installed"
+            remedy = f"pip install {self.log_to}, or leave it out"
+            raise UserError(f"--log-to {self.log_to} {missing}; {remedy}")
         if self.epochs and self.endless():
             fresh = f"{self.task} makes fresh rows every step; give --steps"
             raise UserError(f"--epochs counts passes over a fixed set, but {fresh}")
@@ -133,9 +134,9 @@ class ScratchOptions(Options):
 
     init: str = opt("", "checkpoint to start from (default: random weights)", file=True)
     tokenizer: str = opt("", "vocabulary file or tiktoken name", file=True, only="init=")
-    n_layer: int = opt(4, "blocks, where weights start random", low=1, only="init=")
-    n_head: int = opt(4, "attention heads a block, where weights start random", low=1, only="init=")
-    n_embd: int = opt(128, "width, where weights start random", low=1, only="init=")
+    n_layer: int = opt(4, "blocks, if weights start random", low=1, only="init=")
+    n_head: int = opt(4, "attention heads per block, if weights start random", low=1, only="init=")
+    n_embd: int = opt(128, "width, if weights start random", low=1, only="init=")
 
     def check(self):
         super().check()
@@ -170,14 +171,14 @@ class RolloutOptions(JudgedOptions):
 
     group: int = opt(8, "G: responses to a prompt", low=1)
     updates: int = opt(1, "passes over a rollout", low=1)
-    minibatches: int = opt(1, "optimizer steps a pass, over shuffled responses", low=1)
+    minibatches: int = opt(1, "optimizer steps per pass, over shuffled responses", low=1)
 
     def check(self):
         super().check()
         idle = {f.name for f in fields(self) if f.metadata.get("clips")} & self.given
         if idle and self.updates == self.minibatches == 1:
             words = f"ρ is 1, and {flag(min(idle))} changes nothing"
-            data.say(f"one optimizer step a rollout: {words}; --minibatches 4 gives it something")
+            data.say(f"one optimizer step per rollout: {words}; --minibatches 4 gives it something")
 
     def passes(self):
         return self.updates
@@ -198,7 +199,7 @@ def parse(cls, argv=None, presets=None):
     """The command line -> an instance of `cls`, with `given`: the names that stood on it.
 
     presets: {"any": …, "exact": …, "loss=ipo": …, "exact loss=ipo": …}, dicts of defaults.
-    One holds where all its words do: the kind of the task, or an option's value. Later ones win,
+    One holds if all its words do: the kind of the task, or an option's value. Later ones win,
     and what was given wins over all.
     """
     presets = presets or {}
@@ -249,7 +250,7 @@ def _holds(word, values):
 
 
 def _refuse_unread(o):
-    """Stops where an option was given that the chosen variant does not read."""
+    """Stops if an option was given that the chosen variant does not read."""
     for f in fields(o):
         if f.name in o.given and "only" in f.metadata:
             name, _, patterns = f.metadata["only"].partition("=")

@@ -39,7 +39,7 @@ class Stream:
 
 @contextlib.contextmanager
 def streams():
-    """Within it stdout and stderr are Streams, also where the process began without them."""
+    """Within it stdout and stderr are Streams, also if the process began without them."""
     for fd in range(3):
         try:
             os.fstat(fd)

@@ -10,7 +10,7 @@ from gpt import response_scores
 from training import checkpoint, distributed
 from training.checkpoint import is_checkpoint
 
-ROWS = 128  # sequences a forward pass of a reward model
+ROWS = 128  # sequences per forward pass of a reward model
 
 
 def load_judge(how, run, task):

@@ -24,15 +24,16 @@ from training.state import State
 
 
 class Run(Compute):
-    """
+    """What surrounds a script's loop, in the order in which the script calls it:
+
     run = Run("dpo", o)                            refuses what cannot work, before it writes
     policy = run.load(path, task)                  a checkpoint on this device
     ref = run.reference(policy)                    π_ref: a frozen copy, in the compute precision
     run.hold(policy=policy, ref=ref)               the models in memory: printed, recorded, saved
-    batches = run.batches(task.preferences)        the rows of each step, as token ids
+    batches = run.batches(task.preferences)        batches[step]: rows of token ids
     for step in run.steps(batches, optimizer):     progress, record, --resume, Ctrl-C
-        for micro in run.micro_batches(rows):
-            run.backward((weight * losses).sum(), tokens)
+        for micro in run.micro_batches(batches[step]):
+            run.backward(loss, tokens)             of some of the rows, the gradient adds up
             run.log(metrics, weight)               adds Σ weight · metric to the step's figures
         run.update(optimizer)                      learning rate, clipping, optimizer step
         run.evaluate(evaluator, policy)            every --eval-every steps
@@ -52,8 +53,8 @@ class Run(Compute):
         self.scaler = Scaler(self.device.type, enabled=self.dtype == torch.float16)
         # set by `load` or `create`
         self.task = self.tokenizer = self.block_size = None
-        self.start = ""  # the checkpoint that the policy starts from
-        self.baseline = o.reference  # what it is compared with: --reference, or where it starts
+        self.start = ""  # the path of the checkpoint that the policy starts from
+        self.baseline = o.reference  # that of what it is compared with, --reference or the start
         # set by `hold` and `steps`
         self.models, self.ledger = {}, []  # by role; and their sizes, as plain facts
         self.optimizer = None
@@ -62,7 +63,7 @@ class Run(Compute):
             if f.metadata.get("file"):
                 self.reads(getattr(o, f.name), f.name)
 
-    def reads(self, path, part="", may_change=False):
+    def reads(self, path, part="", may_change=False):  # a file is an input of the run
         self.files.reads(path, part, may_change)
 
     # ---- models: where they come from
@@ -74,8 +75,8 @@ class Run(Compute):
         return checkpoint.make_if_missing(method, o)
 
     def load(self, path, task, scalar=False):
-        """-> the policy of a checkpoint, whose chat template the task takes over. scalar: its trunk
-        alone, with a new head that gives one number."""
+        """-> the policy of a checkpoint; the task gets its chat template. scalar: the policy's
+        trunk with a new head that gives one number"""
         self.reads(path, "init")
         model, tokenizer, meta = checkpoint.load(path, task, mapped=self.shard)
         model = gpt.ScalarGPT(model.config, self.o.seed, trunk=model) if scalar else model
@@ -84,7 +85,7 @@ class Run(Compute):
         if os.path.isdir(path) and "lr" not in self.o.given and not self.o.lora:
             toys = "is made for toy models; a pretrained one wants 1e-6 to 1e-5"
             say(f"warning: --lr {self.o.lr:g} {toys}")
-        return self._prepare(model, tokenizer, task, meta["template"])
+        return self._adopt(model, tokenizer, task, meta["template"])
 
     def create(self, task):
         """-> a policy with random weights"""
@@ -94,9 +95,9 @@ class Run(Compute):
         tokenizer = data.tokenizer(o.tokenizer, task.tokenizer)
         size = o.block_size or gpt.GPTConfig.block_size
         config = gpt.GPTConfig(tokenizer.size, size, o.n_layer, o.n_head, o.n_embd)
-        return self._prepare(gpt.GPT(config, o.seed), tokenizer, task, data.TEMPLATE)
+        return self._adopt(gpt.GPT(config, o.seed), tokenizer, task, data.TEMPLATE)
 
-    def _prepare(self, model, tokenizer, task, template):
+    def _adopt(self, model, tokenizer, task, template):
         own, wanted = model.config.block_size, self.o.block_size
         if wanted > own:
             remedy = "it may only shorten it"
@@ -146,9 +147,9 @@ class Run(Compute):
     # ---- forward passes without a graph
 
     def sample(self, model, questions, longest, group=1, temperature=1.0, generator=None):
-        """As above; without a generator the run's own draws, and what is drawn counts."""
-        drawn = generator or self.generator
-        rollout = super().sample(model, questions, longest, group, temperature, drawn)
+        """As Compute.sample; without a generator the run's own draws, and the samples count."""
+        source = generator or self.generator
+        rollout = super().sample(model, questions, longest, group, temperature, source)
         if generator is None:
             self.figures.drew(rollout, model, self.models)
         return rollout
@@ -173,29 +174,28 @@ class Run(Compute):
     # ---- the loop
 
     def micro_batches(self, rows, responses=1):
-        """The one place where the rows of an optimizer step are cut, and shared out among the
-        processes. What is logged meanwhile is a share, and is summed up at the end. responses: per
-        row, if they are sampled"""
+        """Cuts the rows of an optimizer step, and shares them out among the processes. What each
+        logs inside the loop is summed when it ends. responses: how many a row stands for"""
         with self.figures.shared(), self.figures.passing(responses * len(rows)):
             for part, counts in distributed.shares(len(rows), self.o.micro_batch):
                 self.figures.counts = counts
                 yield rows[part]
             self.figures.counts = True
 
-    def steps(self, batches, optimizer, **drawn):
+    def steps(self, batches, optimizer, **restored):
         """Yields the number of each step from 0; between two of them the step is recorded, shown
-        and saved. batches: the data, whose passes may set the number of steps. drawn: what else
-        --resume must restore: name = object with state_dict and load_state_dict."""
+        and saved. batches: the data, whose passes may set the number of steps. restored: what
+        else --resume must restore: name = object with state_dict and load_state_dict."""
         o, figures = self.o, self.figures
         self._plan(batches)
         self.optimizer = optimizer
         if hasattr(batches, "state_dict"):
-            drawn["batches"] = batches
-        self.state.hold(optimizer, drawn)
+            restored["batches"] = batches
+        self.state.hold(optimizer, restored)
         self.forget()
         if not (o.resume and self.state.resume()):
             self.state.begin()
-        measured = min(self.first_step + 1, o.steps - 1)  # AdamW's moments are there
+        measured = min(self.first_step + 1, o.steps - 1)  # the first step makes AdamW's moments
         quiet = not (sys.stderr.isatty() and distributed.is_first)
         bar = tqdm(total=o.steps, initial=self.first_step, desc=self.method, disable=quiet)
         with bar, interrupts.patient() as interrupted:
@@ -205,8 +205,7 @@ class Run(Compute):
                 figures.begin_step()
                 with self.meter.measure(self.models, optimizer, step == measured):
                     yield step
-                # counting bytes takes time, but the last step may be the only one
-                figures.end_step(timed=step != measured or done == o.steps)
+                figures.end_step(timed=step != measured or done == o.steps)  # bytes take time
                 self._record(bar)
                 stop = distributed.total(bool(interrupted))  # whichever process got the signal
                 if done % o.save_every == 0 or done == o.steps or stop:
@@ -228,7 +227,7 @@ class Run(Compute):
         """Records and shows the step's figures."""
         o, figures, done = self.o, self.figures, self.step + 1
         figures.line = {"step": done} | figures.means() | self.scaler.figures()
-        figures.line |= figures.drawn() | {"step_ms": 1000 * figures.seconds}
+        figures.line |= figures.sampled_tokens() | {"step_ms": 1000 * figures.seconds}
         if done % o.log_every == 0 or done == o.steps:
             self.files.record(figures.line)
             bar.set_postfix_str(text := bar_text(figures.line))
@@ -239,7 +238,7 @@ class Run(Compute):
 
     def backward(self, loss, tokens):
         """tokens: how many of prompt and response the loss was computed on, padding left out"""
-        counts = self.figures.counts
+        counts = self.figures.counts  # False: this process only keeps pace with the others
         self.scaler.scale(loss if counts else 0 * loss).backward()
         self.figures.tokens += tokens * counts
 
@@ -280,7 +279,7 @@ class Run(Compute):
         self.state.keep()
 
     def cut_short(self, why):
-        """Ends the training before this step; if nothing was learned yet, with an error."""
+        """The step before this one was the last; the script leaves its loop. Stopped if none."""
         if (step := self.step) == 0:
             raise Stopped(why)
         say(f"{why}. The run ends after step {step} of {self.o.steps}, with what it has learned")
@@ -310,7 +309,7 @@ class Run(Compute):
         final |= {"models": self.ledger}
         final |= self.figures.cost(self.models, o.passes(), recompute)
         final |= self.figures.medians(self.step + 1 - self.first_step, o.passes())
-        final |= self.meter.figures() | {"wall_s": round(time.time() - self.figures.began, 2)}
+        final |= self.meter.figures() | {"wall_s": round(time.time() - self.figures.run_began, 2)}
         with interrupts.held():
             with self.files.writes(o.out):
                 policy = sharding.gathered(policy) if self.shard else policy

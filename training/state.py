@@ -22,17 +22,17 @@ LARGE = 1e6  # a reward above it is named if the loss is not finite
 
 
 class State:
-    """The saved state of a run. A step draws before it trains: rows, samples, an order. If it fails
-    before any weight has moved, the state as it was before the step is still to be had."""
+    """The saved state of a run. A step draws rows, samples and an order before it trains. If it
+    fails before any weight has moved, the state before the step can still be saved."""
 
     def __init__(self, run):
         self.run = run
         self.options = {}  # that set the run's bits, once its steps are known
         self.trained = {}  # name -> what the optimizer moves, as objects with state_dict
-        self.drawn = {}  # name -> what else a step moves
-        self.before = {}  # states of `drawn`, before the present step
+        self.others = {}  # name -> what else a step moves: data, figures, a script's own objects
+        self.before = {}  # states of these, of the generator and the scaler, before this step
 
-    def hold(self, optimizer, drawn):
+    def hold(self, optimizer, others):
         """Knows from now on what is to be saved."""
         run = self.run
         self.options = self.bits()
@@ -40,7 +40,7 @@ class State:
         self.trained |= {"optimizer": Moments(optimizer)}
         if run.scaler.is_enabled():
             self.trained["scaler"] = run.scaler
-        self.drawn = drawn | {"figures": run.figures}
+        self.others = others | {"figures": run.figures}
 
     def bits(self):
         """-> the options that set a run's bits"""
@@ -64,22 +64,22 @@ class State:
         run.files.record(head)
 
     def begin_step(self):
-        self.before = self._drawn()
+        self.before = self._others()
 
-    def _drawn(self):
-        states = {name: x.state_dict() for name, x in self.drawn.items()}
+    def _others(self):
+        states = {name: x.state_dict() for name, x in self.others.items()}
         skipped, generator = self.run.scaler.skipped, self.run.generator.get_state()
         return states | {"skipped": skipped, "generator": generator}
 
-    def save(self, step, drawn=None):
-        """step: how many are done. drawn: earlier states, to be saved in place of today's"""
+    def save(self, step, others=None):
+        """step: how many are done. others: `before`, to be saved in place of what is now"""
         run = self.run
         state = {"step": step, "options": self.options, "processes": self._processes()}
         state |= {name: x.state_dict() for name, x in self.trained.items()}
-        state |= drawn or self._drawn()
+        state |= others or self._others()
         state = sharding.gathered_tree(state) if run.shard else state
         with interrupts.held():
-            run.files.save(state | {"wall": time.time() - run.figures.began})
+            run.files.save(state | {"wall": time.time() - run.figures.run_began})
 
     def keep(self):
         """Saves what was done before this step, if no weight has moved in it."""
@@ -123,12 +123,12 @@ class State:
             say(f"--resume: there is no {run.files.state_path} yet, so this run starts afresh")
             return False
         state = run.files.load(self.options, "cpu" if run.shard else run.device, run.shard)
-        for name, x in (self.trained | self.drawn).items():
+        for name, x in (self.trained | self.others).items():
             takes_parts = isinstance(x, (Weights, Moments))
             x.load_state_dict(state[name] if takes_parts else self._moved(state[name]))
         run.generator.set_state(state["generator"].cpu())
         run.scaler.skipped = state["skipped"]
-        run.figures.began = time.time() - state["wall"]
+        run.figures.run_began = time.time() - state["wall"]
         run.figures.tokens_before = run.figures.tokens
         run.first_step = state["step"]
         run.step = run.first_step - 1
