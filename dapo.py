@@ -153,7 +153,7 @@ def dynamic_sampling(policy, prompts, judge, run, o):
         keep = keep_groups(correct := torch.cat(verdicts))
     figures = {"accuracy": correct.float().mean(), "kept_fraction": keep.float().mean()}
     keep &= keep.cumsum(0) <= prompts.batch_size  # the surplus is dropped
-    rollout = parts[0].cat(parts)[keep.repeat_interleave(o.group)]
+    rollout = run.kept(parts[0].cat(parts), keep.repeat_interleave(o.group))
     return rollout, 2.0 * correct[keep] - 1, figures | {"num_gen_batches": len(parts)}
 
 

@@ -88,7 +88,7 @@ class Evaluator:
             return figures
         figures = self._sample(policy, ref, prompts or len(self.prompts))
         del ref
-        self.run.forget()
+        self.run.collect_garbage()
         return figures
 
     def facts(self, figures):

@@ -234,7 +234,8 @@ def ratio(ours, theirs, name):
 def steps_table(o, todo, found, table, rate):
     """-> lines of cells"""
     peer = ["TRL, ms", "TRL / ours", "TRL, MB"] if o.peers else []
-    yield ["", "ms per step", "of it sampling", "floor, ms", "floor / step", "MB at the peak", *peer]
+    step = "ms per step", "of it sampling", "floor, ms", "floor / step"
+    yield ["", *step, "MB at the peak", *peer]
     for (kind, row), job in todo.items():
         if kind == table:
             ours, theirs = found[kind, row, False], found.get((kind, row, True))

@@ -217,7 +217,9 @@ def test_predict_allocates_nothing_and_leaves_all_as_it_was(tmp_path, monkeypatc
     assert grown * 1024 < V * C * 2
     assert [path.name for path in tmp_path.iterdir()] == ["predicted"]
     said = capsys.readouterr().out
-    assert "--predict 7b, tokens:256+256, 4 sequences per step (a pair is two), 4 per forward" in said
+    assert (
+        "--predict 7b, tokens:256+256, 4 sequences per step (a pair is two), 4 per forward" in said
+    )
 
 
 @pytest.mark.slow
@@ -249,7 +251,9 @@ def test_the_table_has_every_row_and_both_precisions(tmp_path, monkeypatch, caps
     every = [(row, on, x) for row in SETTINGS for on in (False, True) for x in dtypes]
     assert list(found) == every
     text = (tmp_path / "predicted/README.md").read_text()
-    assert text.count("\n| ") == 2 + len(every) // 2 and "tokens:32+32, 8 sequences per step" in text
+    assert (
+        text.count("\n| ") == 2 + len(every) // 2 and "tokens:32+32, 8 sequences per step" in text
+    )
     n = 1000 * 32 + 256 * 32 + 12 * 32**2 + 13 * 32 + 2 * 32
     for (row, *_), x in found.items():
         assert x["models"][0]["parameters"] == n + (33 if row == "reward_model" else 0)

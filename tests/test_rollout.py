@@ -125,6 +125,9 @@ class Rounds:
     def correct(self, verdicts, rollout):
         return verdicts.flatten()
 
+    def kept(self, rollout, rows):
+        return rollout[rows]
+
     def refill(self, group, max_rounds):
         o = SimpleNamespace(group=group, max_rounds=max_rounds, temperature=1.0)
         return dapo.dynamic_sampling(None, self, self, self, o)

@@ -71,7 +71,7 @@ FORWARD = {  # passes over a token: of the policy's sampling, π_old and each up
     "orpo": 1,
     "kto": 4,  # of both models, for ẑ and for the loss
     "grpo": 2 + 1,
-    "dapo": 3 + 1 / 3,  # π_old is a pass of its own; a third of the groups was sampled in vain
+    "dapo": 3,  # of many minibatches, π_old is a pass of its own; dropped groups do not count
     "ppo": 4 + 3 + 1,
 }
 SAMPLING = ("grpo", "dapo", "ppo")

@@ -46,10 +46,10 @@ class Compute:
         if self.compile:
             for block in model.blocks:
                 block.compile(dynamic=True)
-        self.forget()  # before another one takes its room
+        self.collect_garbage()  # before another one takes its room
         return sharding.shard(model, self.device) if self.shard else model
 
-    def forget(self):
+    def collect_garbage(self):
         """Frees what nobody holds any more: a sharded model has cycles, and would stay."""
         if self.shard:
             gc.collect()

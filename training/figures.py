@@ -29,14 +29,13 @@ class Figures:
         self.updates = 0  # optimizer steps
         self.logged_in = {}  # name -> the optimizer steps in which it was logged
         self.clocks = {}  # part -> seconds
-        self.counts = (
-            True  # False: these rows are a repeated share (distributed.shares), not counted
-        )
+        self.counts = True  # False: a repeated share of rows (distributed.shares) is not counted
         # of the run so far
         self.tokens = self.sampled = 0  # tokens computed in training, and tokens sampled
         self.tokens_before = 0  # those of earlier processes, if the run was resumed
         self.forward, self.backward = Counter(), Counter()  # role -> responses that passed
         self.reading = set()  # (role, whether with a graph) of the pass that goes on now
+        self.read = set()  # the roles that were read in this step so far
         self.in_step = False  # what models read before, after and between steps does not count
         self.times, self.parts = [], {}  # seconds of each step, and {part: seconds of each step}
         self.line = {}  # the last step's, as the record has it
@@ -45,7 +44,7 @@ class Figures:
 
     def begin_step(self):
         self.sums, self.logged_in, self.clocks, self.updates = {}, {}, {}, 0
-        self.in_step = True
+        self.in_step, self.read = True, set()
         self.step_began = time.perf_counter()
 
     @torch.no_grad()
@@ -105,7 +104,12 @@ class Figures:
         """A rollout was sampled from a model, one pass over each response."""
         self.sampled += int(rollout.mask.sum())
         role = next(role for role, held in models.items() if held is model)
-        self.forward[role] += len(rollout)
+        self._pass(role, len(rollout))
+
+    def dropped(self, n):
+        """n samples of this step are not gone on with: who drew and judged them does not count."""
+        for role in self.read:
+            self.forward[role] -= n
 
     def watch(self, models):
         """From now on it is seen which of these models are read: each forward pass looks up the
@@ -122,13 +126,18 @@ class Figures:
         """So many responses pass, in parts, through the models that are read within it."""
         self.reading = set()
         yield
+        self.counts = True
         for role, graph in self.reading if self.in_step else ():
-            self.forward[role] += responses
+            self._pass(role, responses)
             self.backward[role] += responses * graph
+
+    def _pass(self, role, responses):
+        self.forward[role] += responses
+        self.read.add(role)
 
     def cost(self, models, updates, recompute):
         """-> passes and FLOPs per token that is trained on, and how many tokens. A rollout that is
-        trained on in several `updates` counts once; samples that are dropped cost passes too."""
+        trained on in several `updates` counts once."""
         trained = max(self.backward.values(), default=0) / updates or 1
         forward, backward = (
             {role: counts[role] / trained for role in models}

@@ -100,8 +100,8 @@ class Run(Compute):
     def _adopt(self, model, tokenizer, task, template):
         own, wanted = model.config.block_size, self.o.block_size
         if wanted > own:
-            remedy = "it may only shorten it"
-            raise UserError(f"--block-size {wanted} is more than the checkpoint's {own}; {remedy}")
+            more = f"is more than the checkpoint's {own}; it may only shorten it"
+            raise UserError(f"--block-size {wanted} {more}")
         self.task, self.block_size = task, wanted or own
         self.tokenizer = self.with_chat(tokenizer)
         task.template = template
@@ -119,9 +119,8 @@ class Run(Compute):
         self.models = {role: model for role, model in models.items() if model is not None}
         self.ledger = memory.records(self.models)
         self.figures.watch(self.models)
-        say(memory.ledger(self.ledger))
-        if self.pure:
-            say("bfloat16-pure: an update below 1/256 of a weight is rounded away")
+        rounded = "\nbfloat16-pure: an update below 1/256 of a weight is rounded away"
+        say(memory.ledger(self.ledger) + rounded * self.pure)
 
     def trained(self):
         """-> the roles of the models that are trained, or whose adapters are"""
@@ -130,8 +129,6 @@ class Run(Compute):
     def adamw(self, *models):
         """-> the optimizer of all that is trained of these models"""
         return adamw(models, self.o, self.device)
-
-    # ---- data
 
     def batches(self, draw, fixed=0):
         """-> data.Batches of what `draw` draws. fixed: the size of a fixed set (0: as the task has
@@ -153,6 +150,11 @@ class Run(Compute):
         if generator is None:
             self.figures.drew(rollout, model, self.models)
         return rollout
+
+    def kept(self, rollout, rows):
+        """-> these rows of a rollout; the passes of the others do not count"""
+        self.figures.dropped(len(rollout) - int(rows.sum()))
+        return rollout[rows]
 
     def logprobs(self, model, rollout, temperature=1.0):
         """-> (N, T) log-probs of all responses of a rollout, a micro-batch at a time"""
@@ -180,7 +182,6 @@ class Run(Compute):
             for part, counts in distributed.shares(len(rows), self.o.micro_batch):
                 self.figures.counts = counts
                 yield rows[part]
-            self.figures.counts = True
 
     def steps(self, batches, optimizer, **restored):
         """Yields the number of each step from 0; between two of them the step is recorded, shown
@@ -192,7 +193,7 @@ class Run(Compute):
         if hasattr(batches, "state_dict"):
             restored["batches"] = batches
         self.state.hold(optimizer, restored)
-        self.forget()
+        self.collect_garbage()
         if not (o.resume and self.state.resume()):
             self.state.begin()
         measured = min(self.first_step + 1, o.steps - 1)  # the first step makes AdamW's moments
@@ -300,14 +301,14 @@ class Run(Compute):
 
     def finish(self, evaluator, policy, **figures):
         """Measures the policy, writes its checkpoint, and ends the record. figures: more of them"""
-        o, recompute = self.o, self.o.checkpoint_activations
+        o = self.o
         try:
             final = evaluator.measure(policy) | figures
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"step {o.steps}, in {self.files.state_path}") from None
         evaluator.report(f"{self.method} on {o.task}", final)
         final |= {"models": self.ledger}
-        final |= self.figures.cost(self.models, o.passes(), recompute)
+        final |= self.figures.cost(self.models, o.passes(), o.checkpoint_activations)
         final |= self.figures.medians(self.step + 1 - self.first_step, o.passes())
         final |= self.meter.figures() | {"wall_s": round(time.time() - self.figures.run_began, 2)}
         with interrupts.held():
