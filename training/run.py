@@ -42,22 +42,22 @@ class Run(Compute):
 
     def __init__(self, method, o):
         super().__init__(o)
-        self.method = method
-        self.shard, self.compile = o.shard, o.compile
+        self.method = method  # the script's name
+        self.shard, self.compile = o.shard, o.compile  # whether models are cut, and compiled
         o.out = o.out or checkpoint.default_path(o.task, method)
-        self.files = Files(o.out, logger(o.log_to, method, o.out))
+        self.files = Files(o.out, logger(o.log_to, method, o.out))  # record, state, what is read
         self.generator = torch.Generator().manual_seed(o.seed)  # of samples and minibatches
         self.figures = Figures(self.device)  # what is logged, timed and counted
         self.state = State(self)  # what --resume goes on from
         self.meter = memory.Meter(self.device, o.compile)  # bytes of one step
         self.scaler = Scaler(self.device.type, enabled=self.dtype == torch.float16)
-        # set by `load` or `create`
+        # set by `load` or `create`: what is learned, in which tokens, and how many at most
         self.task = self.tokenizer = self.block_size = None
         self.start = ""  # the path of the checkpoint that the policy starts from
         self.baseline = o.reference  # that of what it is compared with, --reference or the start
         # set by `hold` and `steps`
         self.models, self.ledger = {}, []  # by role; and their sizes, as plain facts
-        self.optimizer = None
+        self.optimizer = None  # of all that is trained
         self.first_step = self.step = 0  # where the run begins or resumes, and where it is
         for f in fields(o):
             if f.metadata.get("file"):
