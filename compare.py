@@ -124,13 +124,13 @@ def child(command, threads=0):
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, HERE / command[0], *command[1:]], env=env, **pipes)
-    errors = told = None
+    errors = passed_on = None
     while errors is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             errors = process.communicate(timeout=0.5)[1].decode(errors="replace")
-        if interrupts.signal == signal.SIGTERM and not told and errors is None:
+        if interrupts.signal == signal.SIGTERM and not passed_on and errors is None:
             process.terminate()
-            told = True
+            passed_on = True
     errors = errors.strip().splitlines()
     if process.returncode in (130, -signal.SIGINT):
         raise KeyboardInterrupt

@@ -76,13 +76,13 @@ def wait():
         dist.barrier()
 
 
-def to_say(message, alone=False, once=False):
+def to_say(message, alone=False, by_one=False):
     """A failure -> what this process says of it: what all of them meet is said by the first, what
-    one meets alone by that one, with its rank. once: by whoever comes first. message: "" if a
+    one meets alone by that one, with its rank. by_one: by whoever comes first. message: "" if a
     message to another failed."""
     if not many:
         return message
-    if once:
+    if by_one:
         store.set(f"failed {rank}", "")
         return message if store.add("once", 1) == 1 else ""
     if not message:
@@ -162,13 +162,13 @@ def shares(n, rows=0):
 
 def shared(n, f, rows=0):
     """f(slice) -> a tensor of so many rows, of all n of them, each process its share. -> (n, …)"""
-    whole = torch.zeros(0)
+    found = torch.zeros(0)
     for part, counts in shares(n, rows):
         x = f(part)
-        whole = whole if len(whole) else x.new_zeros(n, *x.shape[1:])
+        found = found if len(found) else x.new_zeros(n, *x.shape[1:])
         if counts:
-            whole[part] = x
-    return total(whole)
+            found[part] = x
+    return total(found)
 
 
 def in_one_process(make):

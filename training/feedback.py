@@ -55,23 +55,25 @@ class Writer:
         texts, ended = self.ask([[x] for x, _ in rows for _ in "ab"], generator)
         made = zip(rows, texts[::2], texts[1::2])
         pairs = [Pair(x, a, b, rng.choice(self.principles), columns) for (x, columns), a, b in made]
-        whole = map(all, zip(ended[::2], ended[1::2]))
-        return [pair for pair, good in zip(pairs, whole) if good and pair.a != pair.b]
+        complete = map(all, zip(ended[::2], ended[1::2]))
+        return [pair for pair, good in zip(pairs, complete) if good and pair.a != pair.b]
 
     def revise(self, n, name, split, rounds=1):
         """Answers n prompts, criticises each answer under a principle and revises it, then the
         revision, for some rounds. -> a Pair (answer, revision) of each prompt and round, where all
         that led to it has ended"""
         rows, rng, generator = self.prompts(n, name, split)
-        answers, whole = self.ask([[x] for x, _ in rows], generator)
+        answers, complete = self.ask([[x] for x, _ in rows], generator)
         out = []
         for _ in range(rounds):
-            asked = [(x, y, rng.choice(self.principles)) for (x, _), y in zip(rows, answers)]
-            critiques, ended = self.ask([ask_critique(*one) for one in asked], generator)
-            questions = [ask_revision(*one, c) for one, c in zip(asked, critiques)]
+            answered = [(x, y, rng.choice(self.principles)) for (x, _), y in zip(rows, answers)]
+            critiques, ended = self.ask([ask_critique(*one) for one in answered], generator)
+            questions = [ask_revision(*one, c) for one, c in zip(answered, critiques)]
             answers, ends = self.ask(questions, generator)
-            whole = list(map(all, zip(whole, ended, ends)))
-            for (x, a, principle), c, b, row, good in zip(asked, critiques, answers, rows, whole):
+            complete = list(map(all, zip(complete, ended, ends)))
+            for (x, a, principle), c, b, row, good in zip(
+                answered, critiques, answers, rows, complete
+            ):
                 out += [Pair(x, a, b, principle, row[1], c)] if good else []
         return out
 

@@ -76,10 +76,10 @@ def base(model):
 def merged(model):
     """-> the same model with its adapters in the weights of their layers, which are new"""
     found = adapters(model)
-    whole = base(model) if found else model
+    plain = base(model) if found else model
     for name, adapter in found.items():
-        put(whole, name, adapter.plain(nn.Parameter(adapter.merged(), requires_grad=False)))
-    return whole
+        put(plain, name, adapter.plain(nn.Parameter(adapter.merged(), requires_grad=False)))
+    return plain
 
 
 def like(model, adapted=True):

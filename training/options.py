@@ -324,7 +324,7 @@ def command(main, argv=None, torchrun=True):
     torchrun: whether it knows what to do as one of many processes."""
     argv = sys.argv[1:] if argv is None else argv
     with streams(), interrupts.caught():
-        alone = once = False
+        alone = by_one = False
         try:
             with distributed.joined(), locks.given_back():
                 if distributed.many and not torchrun:
@@ -339,7 +339,7 @@ def command(main, argv=None, torchrun=True):
         except OSError as e:
             code, message = 1, f"{e.filename or 'a file'}: {e.strerror or e}"
         except KeyboardInterrupt as e:
-            code, message, once = 130, "interrupted", True
+            code, message, by_one = 130, "interrupted", True
             if str(e):
                 line = [*distributed.launcher(), sys.argv[0], *argv]
                 again = shlex.join([x for x in line if x != "--resume"])
@@ -349,7 +349,7 @@ def command(main, argv=None, torchrun=True):
                 raise
             code, message = 1, ""
         interrupts.over |= distributed.many  # torchrun's signal to end comes while one waits
-        message = distributed.to_say(message, alone, once)
+        message = distributed.to_say(message, alone, by_one)
         script = os.path.basename(main.__code__.co_filename)
         if message:
             print(f"{script}: {' '.join(message.split())}", file=sys.stderr)

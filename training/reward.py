@@ -84,8 +84,10 @@ class Judge:
         """-> ((prompt, completion, ended), columns) of each response, or of a part of them"""
         rows = [row for row in questions for _ in range(len(rollout) // len(questions))]
         rollout = rollout[part]
-        asked = zip(rows[part], completions(self.run.tokenizer, rollout), rollout.finished.tolist())
-        return [((x, text, end), columns) for (_, x, columns), text, end in asked]
+        judged = zip(
+            rows[part], completions(self.run.tokenizer, rollout), rollout.finished.tolist()
+        )
+        return [((x, text, end), columns) for (_, x, columns), text, end in judged]
 
     def try_out(self, policy, prompts):
         """Judges one response to each of four prompts: a function that does not work stops the run

@@ -74,12 +74,12 @@ def cut(model, kind):
 
 
 @torch.no_grad()
-def put(p, whole):
-    """Writes this process's rows of a whole tensor into its part."""
+def put(p, tensor):
+    """Writes this process's rows of a full tensor into its part."""
     if is_part(p):
-        rows = -(-len(whole) // distributed.size)
-        whole = whole[rows * distributed.rank : rows * (distributed.rank + 1)]
-    local(p).copy_(whole)
+        rows = -(-len(tensor) // distributed.size)
+        tensor = tensor[rows * distributed.rank : rows * (distributed.rank + 1)]
+    local(p).copy_(tensor)
 
 
 def gathered(model):
