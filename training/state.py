@@ -134,8 +134,8 @@ class State:
         run.step = run.first_step - 1
         run.files.begin(asdict(run.o))  # cut back to the saved step
         say(f"resumed after step {run.first_step} of {run.o.steps}")
-        if state["processes"] != self._processes():
-            say(f"it was saved by {state['processes']} processes: the numbers differ by rounding")
+        if (others := state["processes"]) != self._processes():
+            say(f"it was saved by {others} processes: the numbers will differ by rounding")
         return True
 
     def _moved(self, state):
