@@ -24,6 +24,7 @@ FLOORS = {  # a folder or a file -> what of ours it may import, and what else
     "hf/template.py": ("data", "jinja2"),  # which comes with torch
     "hf/vocabulary.py": ("data", "tokenizers"),
     "training": ("packing gpt data hf training", "torch tqdm"),
+    "training/locks.py": ("data", "filelock"),  # which comes with torch
     "training/loggers.py": ("data training", "torch wandb"),
     "training/function.py": ("data", "torch numpy"),  # which have a state that it puts back
     "export.py": ("gpt data hf training", "torch"),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def other(tmp_path):
 
 
 def test_two_runs_do_not_write_one_checkpoint(shop, other, capsys):
-    """The second is refused; a run that was killed leaves no lock, and a finished one no file."""
+    """The second is refused; a run that was killed or has finished holds no lock."""
     (shop / "x").mkdir()
     args = [*INIT, *TINY, "--out", "x/dpo.pt"]
     first = other("x/dpo.pt")
@@ -162,9 +163,23 @@ def test_two_runs_do_not_write_one_checkpoint(shop, other, capsys):
     first.communicate()
     (shop / "x/dpo.pt.123.tmp").write_text("half")
     assert main("dpo", *args) == 0
-    names = ["dpo.jsonl", "dpo.pt", "simpo.jsonl", "simpo.pt"]
+    names = ["dpo.jsonl", "dpo.lock", "dpo.pt", "simpo.jsonl", "simpo.lock", "simpo.pt"]
     assert sorted(path.name for path in (shop / "x").iterdir()) == names
     assert locks.path_of("x/dpo.pt") not in locks.HELD
+
+
+def test_torch_brings_along_what_is_not_in_requirements():
+    names = {re.split(r"[^\w-]", line)[0] for line in metadata.requires("torch")}
+    assert {"filelock", "jinja2"} <= names
+
+
+def test_without_filelock_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    assert main("sft", "--steps", 1, "--out", "a/x.pt") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "the package filelock" in said and "pip install filelock" in said
+    assert not list((tmp_path / "a").iterdir())
 
 
 def test_a_missing_stage_is_made_once(shop, other, capsys):

@@ -1,13 +1,12 @@
-"""One writer to an --out: a lock that ends with its process."""
+"""One writer per --out: a lock of `filelock`, which ends with its process."""
 
 import contextlib
 import os
-import sqlite3
 import time
 
 from data import UserError, say
 
-HELD = {}  # path of a lock -> the connection that holds it, of this process
+HELD = {}  # path of a lock -> the lock, if this process holds it
 
 
 def path_of(out):
@@ -16,28 +15,25 @@ def path_of(out):
 
 
 def take(out):
-    """-> whether this process may write there: nobody else does. The lock is an exclusive
-    transaction of SQLite, which every system takes back from a process that has ended."""
+    """-> whether this process may write there: nobody else does. The file stays behind."""
+    try:
+        from filelock import FileLock, Timeout
+    except ImportError:
+        missing = "needs the package filelock, which torch should have brought along"
+        raise UserError(f"--out {out} {missing}: pip install filelock") from None
     path = path_of(out)
-    while path not in HELD:
-        open(path, "a").close()
-        file = os.stat(path).st_ino
-        how = {"timeout": 0, "isolation_level": None, "check_same_thread": False}
-        connection = sqlite3.connect(os.fsencode(path), **how)
-        try:
-            connection.execute("PRAGMA journal_mode = OFF")  # nothing is ever written
-            connection.execute("BEGIN EXCLUSIVE")
-        except sqlite3.Error as e:
-            connection.close()
-            if "locked" in str(e):
-                return False
-            say(f"{path} cannot be locked ({e}): see that no other run writes there")
-            return True
-        with contextlib.suppress(FileNotFoundError):  # the one before may have removed it
-            if os.stat(path).st_ino == file:
-                HELD[path] = connection
-                break
-        connection.close()
+    if path in HELD:
+        return True
+    open(path, "a").close()  # a folder that cannot be written is another mistake
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    except (OSError, NotImplementedError) as e:
+        say(f"{path} cannot be locked ({e}): see that no other run writes there")
+        return True
+    HELD[path] = lock
     return True
 
 
@@ -56,23 +52,16 @@ def wait(out, why):
 
 @contextlib.contextmanager
 def given_back():
-    """What is taken within is given back at its end, with the locks' files."""
+    """What is taken within it is given back at its end."""
     before = set(HELD)
     try:
         yield
     finally:
         for path in set(HELD) - before:
-            _give_back(path)
+            HELD.pop(path).release()
 
 
 def wait_until_free(out, why):
     """Waits for another run's end, and writes nothing."""
-    wait(out, why)
-    _give_back(path_of(out))
-
-
-def _give_back(path):
-    if path in HELD:  # it is not where nothing can be locked
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        HELD.pop(path).close()
+    with given_back():
+        wait(out, why)
