@@ -43,7 +43,8 @@ from training.options import flag
 from training.reward import Judge, completions
 
 ROWS = 128  # sequences per forward pass
-UNTOLD = {"block_size": 0, "truncate": False, "eval_file": "", "eval_prompts": 512}
+# the options of a folder of Hugging Face, which no script of these has trained
+FOLDER = {"block_size": 0, "truncate": False, "eval_file": "", "eval_prompts": 512}
 
 
 class Evaluator:
@@ -460,7 +461,7 @@ class Again(Compute):
         policy, self.tokenizer, self.meta = checkpoint.load(o.checkpoint)
         self.policy = self.freeze(self.place(policy))
         self.models = {"policy": self.policy}
-        self.trained = SimpleNamespace(**UNTOLD | self.meta["options"])
+        self.trained = SimpleNamespace(**FOLDER | self.meta["options"])
         self.block_size = self.trained.block_size or policy.config.block_size
         self.reference = self._find_reference()
         self.baseline = self.reference

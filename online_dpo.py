@@ -180,10 +180,7 @@ def collect(policy, prompts, judge, run, o):
     questions, n = next(prompts), o.samples_per_prompt
     rollout = run.sample(policy, questions, prompts.longest, n, o.temperature)
     uniform = torch.rand(len(questions), generator=run.generator).to(rollout.ids.device)
-    reward = judge(questions, rollout)
-    if judge.model:
-        reward = reward - o.missing_eos_penalty * ~rollout.finished
-    reward = reward.view(-1, n)  # (P, n)
+    reward = judge.reward(questions, rollout).view(-1, n)  # (P, n)
     chosen, rejected = choose(reward, uniform if o.label == "bt" else None)
 
     row = torch.arange(len(questions), device=reward.device)
@@ -216,7 +213,7 @@ def main(argv=None):
     o = parse(Options, argv, PRESETS)
     run = Run("online_dpo", o)
     task = data.task(o.task, o.eval_file, o.strict)
-    judge = load_judge(o.reward, run, task)
+    judge = load_judge(o.reward, run, task, o.missing_eos_penalty)
     policy = run.load(o.init or run.stage("sft"), task)
     ref = run.reference(policy)
     run.hold(policy=policy, ref=ref, reward=judge.model)

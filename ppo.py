@@ -117,12 +117,6 @@ class Options(RolloutOptions):
     eps_v: float = opt(0.2, "ε_v: a value is clipped to within ε_v of the old one", low=0)
     vf_coef: float = opt(0.1, "c_v: weight of the value loss", low=0)
 
-    def check(self):
-        super().check()
-        if data.kind(self.task) == "exact" and self.missing_eos_penalty:
-            costs = f"a missing end costs nothing on {self.task}; leave it out"
-            raise data.UserError(f"--missing-eos-penalty: {costs}")
-
 
 PRESETS = {
     "any": dict(
@@ -191,7 +185,7 @@ def main(argv=None):
     o = parse(Options, argv, PRESETS)
     run = Run("ppo", o)
     task = data.task(o.task, o.eval_file, o.strict)
-    judge = load_judge(o.reward, run, task)
+    judge = load_judge(o.reward, run, task, o.missing_eos_penalty)
     policy = run.load(o.init or run.stage("sft"), task)
     critic = new_critic(judge, run)
     ref = run.reference(policy)
@@ -206,9 +200,7 @@ def main(argv=None):
         with run.clock("sample"):
             questions = next(prompts)
             rollout = run.sample(policy, questions, prompts.longest, o.group, o.temperature)
-            score = judge(questions, rollout)  # (N,)
-            if judge.model:
-                score = score - o.missing_eos_penalty * ~rollout.finished
+            score = judge.reward(questions, rollout)  # (N,)
         with run.clock("logprobs"):
             rollout.old_logp = run.logprobs(policy, rollout, o.temperature)  # (N, T)
             ref_logp = run.logprobs(ref, rollout, o.temperature)

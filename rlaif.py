@@ -260,7 +260,7 @@ def learn_preferences(p, run):
 def reinforce(p, run, figures):
     """RL-CAI: REINFORCE on the preference model's score, less the KL to SL-CAI."""
     o, prompts = run.o, p.prompts
-    judge = load_judge(p.runs["pm"].o.out, run, p.task)
+    judge = load_judge(p.runs["pm"].o.out, run, p.task, o.missing_eos_penalty)
     policy = run.load(p.runs["sl"].o.out, p.task)
     ref = run.reference(policy)
     run.hold(policy=policy, ref=ref, reward=judge.model)
@@ -271,8 +271,7 @@ def reinforce(p, run, figures):
         with run.clock("sample"):
             questions = next(prompts)  # P of them
             rollout = run.sample(policy, questions, prompts.longest, o.group, o.temperature)
-            score = judge(questions, rollout) - o.missing_eos_penalty * ~rollout.finished
-            reward = score.view(-1, o.group)  # (P, G)
+            reward = judge.reward(questions, rollout).view(-1, o.group)  # (P, G)
         with run.clock("logprobs"):
             rollout.ref_logp = run.logprobs(ref, rollout, o.temperature)
         kl = (rollout.logp - rollout.ref_logp).sum(1).view_as(reward)

@@ -262,8 +262,7 @@ def cut(rollout, size):
 def of_run(row, first):
     """The first line of a run's record -> the figures of its step, had it been predicted; none of a
     file's rows, and if the checkpoint is gone"""
-    since = {"lora": 0, "lora_alpha": 0.0}  # options that older records have not
-    o = SimpleNamespace(**since | first["options"] | {"device": "cpu"})
+    o = SimpleNamespace(**first["options"] | {"device": "cpu"})
     o.dtype = first["dtype"] if o.dtype == "auto" else o.dtype
     if data.kind(o.task) == "file":
         return {}

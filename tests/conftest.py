@@ -75,6 +75,11 @@ def killed(at, script, args, monkeypatch):
         assert main(script, *args) == 1
 
 
+def files_in(folder):
+    """-> the names of a folder's files, without the locks of runs, which stay behind"""
+    return sorted(x.name for x in Path(folder).iterdir() if x.suffix != ".lock")
+
+
 def few_prompts(monkeypatch, n):
     """The default of --eval-prompts, where the figures at the end of a run are not looked at"""
     default = training.Options.__dataclass_fields__["eval_prompts"]

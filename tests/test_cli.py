@@ -23,8 +23,6 @@ dpo --lr -1 | --lr
 dpo --lr inf | --lr
 dpo --label-smoothing 0.5 | --label-smoothing
 dpo --loss kto | --loss
-dpo --tau 0.2 | --tau is now --beta
-dpo --predict 7b | --predict is now python compare.py --predict
 dpo --force | --force
 dpo --steps 3 --epochs 2 | --steps and --epochs
 dpo --epochs 2 | --epochs
@@ -180,7 +178,6 @@ grpo --reward returns.py:infinite | returned inf at the prompt 'A
 grpo --reward none.pt | none.pt: no such file
 grpo --reward out/reviews/sft.pt | is a language model; give a reward model
 grpo --reward exact_rm.pt | exact_rm.pt was trained on exact, and exact has a vocabulary of its own
-grpo --reward-model rm.pt | --reward-model is now --reward X.pt
 grpo --task exact --init exact.pt --reward good.py:f | exact keeps its own rewards
 grpo --out out/reviews/sft.pt | would overwrite out/reviews/sft.pt
 grpo --init rm.pt | rm.pt is a reward model
@@ -188,7 +185,6 @@ ppo --gamma 1.5 | --gamma: must be at most 1, not 1.5
 ppo --lam -1 | --lam
 ppo --group 0 | --group
 ppo --eps-high 0.3 | --eps-high
-ppo --missing-end-score -1 | --missing-end-score is now --missing-eos-penalty
 ppo --missing-eos-penalty nan | --missing-eos-penalty: must be a number, not 'nan'
 ppo --missing-eos-penalty 1 --reward task | --missing-eos-penalty is read with --reward rm or *.pt
     only, not with task
@@ -196,7 +192,6 @@ ppo --task arithmetic:2 --missing-eos-penalty 1 | --missing-eos-penalty is read 
     *.pt only, not with task
 ppo --task exact --reward rm --missing-eos-penalty 1 | a missing end costs nothing on exact
 ppo --task exact --init exact.pt --reward good.py:f | exact keeps its own rewards
-ppo --reward-model rm.pt --reward task | --reward-model is now --reward X.pt
 ppo --reward none.pt | none.pt: no such file
 ppo --reward out/reviews/sft.pt | is a language model; give a reward model
 ppo --reward exact_rm.pt | exact_rm.pt was trained on exact, and exact has a vocabulary of its own
@@ -224,8 +219,8 @@ dapo FILE ok.jsonl | --reward task: not every row of ok.jsonl has an "answer" to
 dapo --micro-batch 5 | --micro-batch 5 does not divide
 online_dpo --samples-per-prompt 1 | --samples-per-prompt: must be at least 2, not 1
 online_dpo --ref-update per-round | --ref-update per-round goes with --rounds N
+online_dpo --task exact --reward rm --missing-eos-penalty 1 | a missing end costs nothing on exact
 online_dpo --rounds 11 --steps 10 --reward good.py:f | --rounds 11 are more than the 10 steps
-online_dpo --judge rm.pt --reward task | --judge is now --reward X.pt
 online_dpo --reward none.pt | none.pt: no such file
 online_dpo --reward out/reviews/sft.pt | is a language model; give a reward model
 online_dpo --reward exact_rm.pt | exact has a vocabulary of its own
@@ -377,7 +372,9 @@ def workshop(tiny, tmp_path_factory):
 
 
 def snapshot(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """-> {file: content} of all but locks, which stay behind"""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {path: path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("command, words", ROWS)

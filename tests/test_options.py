@@ -11,7 +11,7 @@ from house import METHODS
 
 from data import UserError
 from training import distributed, parse
-from training.options import RENAMED, flag
+from training.options import flag
 
 COMMON = """init= reference= out= eval_file= steps=300 epochs=0 batch_size=32 micro_batch=0 lr=0.001
 warmup=20
@@ -328,21 +328,6 @@ def test_every_option_of_a_variant_is_tried(script):
     for f in fields(import_module(script).Options):
         shape = f.name in ("n_layer", "n_head", "n_embd")  # one of them will do
         assert "only" not in f.metadata or flag(f.name) in rows or shape and rows
-
-
-@pytest.mark.parametrize("old", RENAMED)
-@pytest.mark.parametrize("form", ["{} 1", "{}=1"])
-def test_an_old_spelling_names_the_new_one(old, form):
-    new = {
-        "--tau": "--beta",
-        "--flip": "--label-smoothing",
-        "--prompts": "--eval-prompts",
-        "--judge": "--reward X.pt",
-        "--reward-model": "--reward X.pt",
-        "--missing-end-score": "--missing-eos-penalty",
-        "--predict": "python compare.py --predict",
-    }
-    assert refused("ppo", *form.format(old).split()).startswith(f"{old} is now {new[old]}")
 
 
 def test_every_torchrun_of_the_docs_parses(monkeypatch):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, documented, first_gradient, killed, lines, main, run
+from conftest import ROOT, documented, files_in, first_gradient, killed, lines, main, run
 from conftest import few_prompts as few
 
 import data
@@ -539,7 +539,7 @@ def test_end_to_end(done, call):
     assert phases["skills"]["reward"] == final["ref_reward"]
     assert phases["sl"]["revisions"] > 0 and phases["pm"]["labels"] > 0
     assert final["wall_s"] >= sum(phase["wall_s"] for phase in phases.values())
-    made = sorted(path.name for path in (done / "a").iterdir())
+    made = files_in(done / "a")
     assert made == sorted(f"{name}.{end}" for name in PHASES for end in ("pt", "jsonl"))
     said = call("evaluate", "a/x.pt", "--device", "cpu", cwd=done)
     assert f"{final['kl']:.2f} ±" in said

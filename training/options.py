@@ -20,15 +20,6 @@ from training.process import interrupts, streams
 DTYPES = ("auto", "float32", "float64", "float16", "bfloat16", "bfloat16-pure")
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
 SCHEDULES = ("constant", "linear", "cosine")
-RENAMED = {
-    "--tau": "--beta (τ of IPO is β, as in TRL)",
-    "--flip": "--label-smoothing (ε of robust DPO, as in TRL)",
-    "--prompts": "--eval-prompts",
-    "--judge": "--reward X.pt (a reward model of any vocabulary)",
-    "--reward-model": "--reward X.pt",
-    "--missing-end-score": "--missing-eos-penalty, which is subtracted from the score",
-    "--predict": "python compare.py --predict",
-}
 
 
 def opt(default, help, **rules):
@@ -284,10 +275,6 @@ def _help(f, presets):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        unknown = [word for word in message.split() if word.partition("=")[0] in RENAMED]
-        if "unrecognized" in message and unknown:
-            name = unknown[0].partition("=")[0]
-            raise UserError(f"{name} is now {RENAMED[name]}")
         raise UserError(f"{message} (--help lists the options)")
 
 

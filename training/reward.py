@@ -13,8 +13,9 @@ from training.checkpoint import is_checkpoint
 ROWS = 128  # sequences per forward pass of a reward model
 
 
-def load_judge(how, run, task):
-    """-> what judges responses, a Judge. A wrong `how` is refused at once.
+def load_judge(how, run, task, missing_eos_penalty=0.0):
+    """-> what judges responses, a Judge. A wrong `how` is refused at once. missing_eos_penalty:
+    what a learned score loses, as a reward, if the response did not end.
 
     "task"              the task's own reward
     "rm"                out/<task>/reward_model.pt, made first if it is missing
@@ -31,8 +32,11 @@ def load_judge(how, run, task):
             raise UserError(f"--reward task: {what}; {own}")
         return Judge(run, task, task.reward, bound=task.bound)
     if how == "rm" or is_checkpoint(how):
+        if task.outcomes and missing_eos_penalty:
+            costs = f"a missing end costs nothing on {task.name}; leave it out"
+            raise UserError(f"--missing-eos-penalty: {costs}")
         path = run.stage("reward_model") if how == "rm" else how
-        return ModelJudge(run, task, path)
+        return ModelJudge(run, task, path, missing_eos_penalty)
     if task.outcomes:
         own = f"{task.name} keeps its own rewards, whose optimum is known"
         raise UserError(f"--reward {how}: {own}; give task or rm")
@@ -61,6 +65,10 @@ class Judge:
             raise
         self.run.largest_reward = max(self.run.largest_reward, rewards.abs().max().item())
         return rewards.to(rollout.ids.device)
+
+    def reward(self, questions, rollout):
+        """-> (N,) what is trained on"""
+        return self(questions, rollout)
 
     def correct(self, questions, rollout):
         """-> (N,) bool: what the task calls correct; under another reward, what is above 0"""
@@ -105,8 +113,9 @@ class ModelJudge(Judge):
     name = "score"
     user = False
 
-    def __init__(self, run, task, path):
+    def __init__(self, run, task, path, missing_eos_penalty=0.0):
         run.reads(path, "reward")
+        self.missing_eos_penalty = missing_eos_penalty
         model, self.tokenizer, meta = checkpoint.load_scalar(path, task, run.shard)
         self.run, self.task, self.path, self.bound = run, task, path, task.bound
         self.model = run.freeze(run.place(model))
@@ -123,6 +132,9 @@ class ModelJudge(Judge):
         pad = partial(data.pad, device=rollout.ids.device, ends=True)
         rows = self.encode(questions, rollout)
         return self.run.scores(rows, lambda x: response_scores(self.model, pad(x)), ROWS)
+
+    def reward(self, questions, rollout):
+        return self(questions, rollout) - self.missing_eos_penalty * ~rollout.finished
 
     def encode(self, questions, rollout):
         """-> the texts in the judge's own vocabulary; what did not end has no end token"""
