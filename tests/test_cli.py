@@ -226,9 +226,7 @@ online_dpo --reward out/reviews/sft.pt | is a language model; give a reward mode
 online_dpo --reward exact_rm.pt | exact has a vocabulary of its own
 online_dpo --task exact --init exact.pt --reward rm.pt | rm.pt has a vocabulary of 99, but its
     tokenizer 748
-online_dpo --reward-model rm.pt | --reward-model is now --reward X.pt
 online_dpo --missing-eos-penalty 2 | --missing-eos-penalty is read with --reward rm or *.pt only
-online_dpo --tau 0.2 | --tau is now --beta
 online_dpo --label hard | --label
 online_dpo --pairs 9 | --pairs
 online_dpo --micro-batch 5 | --micro-batch 5 does not divide --batch-size 32
