@@ -106,16 +106,12 @@ class Options(JudgedOptions):
             raise UserError(f"--rounds {self.rounds} {steps}")
 
 
+LEARNING = dict(steps=1000, batch_size=256, lr=5e-4, lr_schedule="linear")
+
 PRESETS = {
     "any": dict(steps=150, lr=3e-4),
-    "exact": dict(
-        beta=0.5,
-        steps=1000,
-        batch_size=256,
-        lr=5e-4,
-        lr_schedule="linear",
-        missing_eos_penalty=0.0,  # a missing end costs nothing there
-    ),
+    # a missing end costs nothing there
+    "exact": LEARNING | dict(beta=0.5, missing_eos_penalty=0.0),
     "loss=ipo": dict(beta=1.0),
     "exact loss=ipo": dict(beta=0.3),
 }

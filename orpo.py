@@ -66,18 +66,12 @@ class Options(ScratchOptions, PairOptions):
     prompt_loss: bool = opt(False, "the NLL over the prompt too")
 
 
+SMALL = dict(n_layer=2, n_embd=64, block_size=8)
+LEARNING = dict(steps=2000, batch_size=4096, lr=2e-3, lr_schedule="linear")
+
 PRESETS = {
     "any": dict(steps=500, lr=4e-3, warmup=50),
-    "exact": dict(
-        lam=0.25,
-        steps=2000,
-        batch_size=4096,
-        lr=2e-3,
-        lr_schedule="linear",
-        n_layer=2,
-        n_embd=64,
-        block_size=8,
-    ),
+    "exact": SMALL | LEARNING | dict(lam=0.25),
 }
 
 

@@ -118,19 +118,11 @@ class Options(RolloutOptions):
     vf_coef: float = opt(0.1, "c_v: weight of the value loss", low=0)
 
 
+ROLLOUT = dict(reward="rm", group=1, updates=2, minibatches=4, batch_size=128)
+LEARNING = dict(steps=60, lr=2e-4, lr_schedule="linear", warmup=10, save_every=20)
+
 PRESETS = {
-    "any": dict(
-        reward="rm",
-        group=1,
-        updates=2,
-        minibatches=4,
-        batch_size=128,
-        steps=60,
-        lr=2e-4,
-        lr_schedule="linear",
-        warmup=10,
-        save_every=20,
-    ),
+    "any": ROLLOUT | LEARNING,
     "arithmetic": dict(reward="task", steps=100, batch_size=256),
     "exact": dict(
         reward="task",

@@ -43,18 +43,12 @@ class Options(ScratchOptions):
     pass
 
 
+SMALL = dict(n_layer=2, n_embd=64, block_size=8)
+
 PRESETS = {
     "any": dict(steps=500, lr=4e-3, warmup=50),
     "arithmetic": dict(steps=1600, batch_size=64, lr=2e-3),
-    "exact": dict(
-        steps=1000,
-        batch_size=4096,
-        lr=2e-3,
-        lr_schedule="linear",
-        n_layer=2,
-        n_embd=64,
-        block_size=8,
-    ),
+    "exact": SMALL | dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear"),
 }
 
 

@@ -92,9 +92,8 @@ class Judge:
         """-> ((prompt, completion, ended), columns) of each response, or of a part of them"""
         rows = [row for row in questions for _ in range(len(rollout) // len(questions))]
         rollout = rollout[part]
-        judged = zip(
-            rows[part], completions(self.run.tokenizer, rollout), rollout.finished.tolist()
-        )
+        texts = completions(self.run.tokenizer, rollout)
+        judged = zip(rows[part], texts, rollout.finished.tolist())
         return [((x, text, end), columns) for (_, x, columns), text, end in judged]
 
     def try_out(self, policy, prompts):
