@@ -36,7 +36,7 @@ from pathlib import Path
 import data
 import training
 from analysis import answers, plots, predict, processor, report, tables
-from analysis.rows import EVERY, ROWS, SAME, budget, plan
+from analysis.rows import EVERY, ROWS, budget, plan
 from data import Stopped, UserError
 from training import checkpoint, locks, opt, parse
 from training.files import digest
@@ -111,7 +111,7 @@ def rows_of(o):
     """-> the rows that are asked for, each once"""
     rows = o.methods or [row for row in ROWS if row != "rlaif" or o.task == "reviews"]
     if o.predict and not o.methods:
-        rows = [row for row in EVERY if row not in SAME]
+        rows = [row for row in EVERY if not EVERY[row].like]
     return [row for row in dict.fromkeys(rows) if row != "sft" or not o.init]
 
 
@@ -250,13 +250,14 @@ def draw_records(o, folder):
 
 def predict_all(o, folder):
     """Prints the table of --predict, and writes it as compare() does"""
-    found = []
+    found, (task, config) = [], predict.settings(o)
+    how = o.batch_size, o.micro_batch, o.lora, o.ranks, o.shard
     for row in o.methods:
         start = time.time()
-        found += [predict.ask(row, o, *setting) for setting in predict.SETTINGS]
+        for setting in predict.SETTINGS:
+            found.append(predict.ask(row, task, config, *setting, *how))
         print(f"{row:<24} {time.time() - start:5.0f} s", flush=True)
     table, symbol = tables.predictions(found)
-    task, _ = predict.settings(o)
     text = (
         f"Memory of a step at its peak, {symbol}, predicted: --predict {o.predict}, {task}, "
         f"{f'--lora {o.lora}, ' if o.lora else ''}{ranks(o)}"

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 
 import data
 import training
+from analysis.rows import EVERY
 from data import UserError
 from data.exact import kl, star, tv
 from evaluate import Again
@@ -204,8 +205,7 @@ def optimum(task, log_ref, method, o):
     advantages divided by std; γ below 1); where the loss needs a π_ref and log_ref is None; and
     where no minimum is found."""
     find = FIND.get(method)
-    needs_reference = method not in ("simpo", "orpo")
-    if find and not (needs_reference and log_ref is None):
+    if find and not (log_ref is None and "ref" in EVERY[method].models.split()):
         with suppress(NoOptimum):
             return find(task, log_ref, o)
 

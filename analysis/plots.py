@@ -7,10 +7,6 @@ from analysis.predict import CARDS
 from analysis.rows import EVERY
 from analysis.tables import COURSE, PARTS, points_of
 
-COLOURS = [*(f"C{i}" for i in range(10)), "navy", "crimson", "teal", "gold", "indigo", "black"]
-STYLE = {}  # of each row
-for row, colour, marker in zip(EVERY, [*COLOURS, "olive"], "*osD^v<p>PXhd8HsD", strict=True):
-    STYLE[row] = {"color": colour, "marker": marker}
 HATCH = dict(zip(PARTS, ("", "xx", "//", "..", "\\\\", "++", "oo"), strict=True))
 HATCH["gathered"] = "--"
 SPENT = {"sampling": "", "log-probs": "xx", "update": "//", "whole step": ".."}  # what a step does
@@ -27,6 +23,12 @@ CURVES = {  # a key of the record -> its unit
     "step_ms": "ms",
 }
 PRECISIONS = {"bfloat16": "autocast", "bfloat16-pure": "pure bf16"}
+
+
+def style(row):
+    """-> the colour and the marker of a row"""
+    colour, marker = EVERY[row].look.split()
+    return {"color": colour, "marker": marker}
 
 
 def pyplot():
@@ -103,15 +105,15 @@ def scatter(plt, task, lines, x, name):
         return None
     figure, axes = plt.subplots(figsize=(8, 5.5))
     main = [line for line in lines if not line["swept"]]
-    for row, style in STYLE.items():
+    for row in EVERY:
         mine = [line for line in lines if line["method"] == row]
         mine.sort(key=lambda line: line["value"] or 0)
         points = [line[x] for line in mine], [line["reward"] for line in mine]
-        axes.plot(*points, **style, linewidth=0.8, markersize=5)
+        axes.plot(*points, **style(row), linewidth=0.8, markersize=5)
     for line in main:
         spread = {"xerr": line[f"{x}_sd"], "yerr": line["reward_sd"], "elinewidth": 0.8}
-        style = STYLE[line["method"]] | {"markeredgecolor": "black", "markersize": 11}
-        axes.errorbar(line[x], line["reward"], **spread, **style)
+        large = style(line["method"]) | {"markeredgecolor": "black", "markersize": 11}
+        axes.errorbar(line[x], line["reward"], **spread, **large)
     title = f"{task}: large points are the defaults, small ones other strengths"
     axes.set_title(title, fontsize=11)
     axes.set(xlabel=name, ylabel="reward")
@@ -201,7 +203,7 @@ def entropy(plt, lines):
     for line in lines:
         what = "accuracy" if "accuracy" in line["course"][0] else "reward"
         points = [(x["entropy"], x.get(what, x["reward"])) for x in line["course"]]
-        axes.plot(*zip(*points), **STYLE[line["method"]], markersize=4, linewidth=0.8)
+        axes.plot(*zip(*points), **style(line["method"]), markersize=4, linewidth=0.8)
         names += [(f"{line['method']}, start", *points[0]), ("end", *points[-1])]
         all_points += points
     axes.set(xlabel="entropy, nats per token", ylabel="reward of a rollout; DAPO: share correct")
@@ -223,11 +225,11 @@ def trends(plt, lines):
             evals = [x for x in line["evals"] if key in x]
             xs = [x["sequences"] / 1000 for x in evals]
             ys = [x[key] for x in evals]
-            style = STYLE[line["method"]]
+            look = style(line["method"])
             means = list(map(statistics.fmean, ys))
-            axes.plot(xs, means, **style, markersize=5, label=line["method"])
+            axes.plot(xs, means, **look, markersize=5, label=line["method"])
             low, high = list(map(min, ys)), list(map(max, ys))
-            axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            axes.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
         axes.set(xlabel="thousand sequences trained on", title=name)
     axes.legend(fontsize=9, loc=(1.02, 0.2))
     figure.tight_layout()

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import data
-from analysis.rows import EVERY, SAMPLED, in_pairs, longest_context
+from analysis.rows import EVERY, REWARDS, longest_context
 from data import UserError
 from gpt import GPT, GPTConfig, ScalarGPT, load
 from hf import weights
@@ -37,14 +37,6 @@ SETTINGS = [(on, dtype) for on in (False, True) for dtype in ("bfloat16", "bfloa
 CARDS = (24, 40, 80, 141)  # GB
 SPARE = 2.0  # GiB that stay free on a card, for the CUDA context, workspaces and fragmentation
 ROLES = ("policy", "ref", "critic", "reward")
-DRAWS = {"sft": "demonstrations", "kto": "feedback", "reward_model": "graded"}  # else preferences
-WIDE = {  # what a loop adds to its rollout: numbers for each token
-    "online_dpo": (),
-    "grpo": ("old_logp", "ref_logp"),
-    "dapo": ("old_logp",),
-    "rlaif": ("ref_logp",),
-    "ppo": ("old_logp", "ref_logp", "old_values", "rewards", "returns", "adv"),
-}
 
 
 def predict(row, o, config, ranks=1, shard=False):
@@ -72,11 +64,10 @@ def pretended(ranks):
 
 
 def _predict(row, o, config, ranks, shard):
-    name = EVERY[row].script
-    compute = Compute(o)
-    compute_loss = importlib.import_module(name).compute_loss
+    method, compute = EVERY[row], Compute(o)
+    compute_loss = importlib.import_module(method.script).compute_loss
     takes = inspect.signature(compute_loss).parameters
-    models = outlines(EVERY[row].models.split(), o, config, compute)
+    models = outlines(method.models.split(), o, config, compute)
     compute.shard = shard
     for model in models.values() if shard else ():
         sharding.cut(model, "cpu")
@@ -84,13 +75,13 @@ def _predict(row, o, config, ranks, shard):
     task = data.task(o.task)
     tokenizer = data.tokenizer(own=task.tokenizer)
     block_size = o.block_size or config.block_size
-    if name in WIDE:
+    if method.samples:
         response = task.longest(o.max_new_tokens, block_size)  # each is as long as it may be
         texts = task.prompts(o.batch_size, o.seed)
         prompts, _ = data.encode_prompts(texts, tokenizer, block_size - response, o.truncate)
-        step = Sampled(name, o, prompts, response, ranks)
+        step = Sampled(method, o, prompts, response, ranks)
     else:
-        batches = labelled(row, o, task, tokenizer, block_size)
+        batches = labelled(method, o, task, tokenizer, block_size)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         for model in models.values():
@@ -105,7 +96,7 @@ def _predict(row, o, config, ranks, shard):
         optimizer.step()  # its moments are there
         optimizer.zero_grad()
         with memory.track(models, optimizer) as tracker:
-            if name in WIDE:
+            if method.samples:
                 rollout, batches = step.passes(models, compute, tracker)
             for batch in batches:
                 batch = fake(batch)
@@ -144,17 +135,17 @@ def outlines(held, o, config, compute):
     return models
 
 
-def labelled(row, o, task, tokenizer, block_size):
+def labelled(method, o, task, tokenizer, block_size):
     """-> the micro-batches of a step on rows of the task"""
-    draw, fixed = getattr(task, DRAWS.get(row, "preferences")), getattr(o, "pairs", 0) or task.size
+    draw, fixed = getattr(task, method.data), getattr(o, "pairs", 0) or task.size
     if fixed:
         rows = data.Batches(draw, fixed, tokenizer, block_size, o)[1]
     else:
         texts = draw(o.batch_size, f"{o.seed} step 1")
         rows, _ = data.encode(texts, tokenizer, block_size, o.truncate)
-    if row == "dpo-precomputed":
+    if getattr(o, "precompute_ref", False):
         rows = [(*pair, 0.0, 0.0) for pair in rows]
-    pad = partial(data.pad_pairs if in_pairs(row) else data.pad, ends=row == "reward_model")
+    pad = partial(data.pad_pairs if method.pairs else data.pad, ends=method.data == "graded")
     size = o.micro_batch or len(rows)
     return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]
 
@@ -163,9 +154,9 @@ class Sampled:
     """A step of a script that samples: its prompts, responses as long as they may be, and how both
     are cut."""
 
-    def __init__(self, name, o, prompts, response, ranks):
-        self.name, self.o = name, o
-        pairs, parts = name == "online_dpo", getattr(o, "minibatches", 1)
+    def __init__(self, method, o, prompts, response, ranks):
+        self.o, self.wide = o, method.columns.split()
+        pairs, parts = method.pairs, getattr(o, "minibatches", 1)
         self.group = o.samples_per_prompt if pairs else o.group
         self.prompts, self.response = [row[0] for row in prompts], response
         drawn = self.rollout(2 if pairs else self.group)
@@ -235,7 +226,7 @@ class Sampled:
         return batch
 
     def columns(self, rollout):
-        wide = {name: torch.empty_like(rollout.logp) for name in WIDE[self.name]}
+        wide = {name: torch.empty_like(rollout.logp) for name in self.wide}
         adv = torch.empty(len(rollout), 1)
         return {"old_logp": None, "ref_logp": None, "adv": adv} | wide
 
@@ -276,7 +267,7 @@ def of_run(row, first):
 def settings(o):
     """--predict and the sizes given -> (the task whose rows are taken, the config of a model)"""
     n, micro = o.batch_size, o.micro_batch or o.batch_size
-    if (n % 2 or micro % 2) and any(map(in_pairs, o.methods)):
+    if (n % 2 or micro % 2) and any(EVERY[row].pairs for row in o.methods):
         sizes = f"--batch-size {n} --micro-batch {micro}"
         raise UserError(f"{sizes}: sequences come in pairs; give even numbers")
     made_up = o.predict != "own" or data.kind(o.task) == "file"
@@ -307,25 +298,23 @@ def of_folder(o):
     return weights.read_config(o.predict)
 
 
-def ask(row, o, recompute, dtype):
-    """One setting of the table that --predict prints -> its row in compare.json. o: compare.py's
-    options"""
-    task, config = settings(o)
-    n, micro = o.batch_size, o.micro_batch or o.batch_size
-    argv = []
-    if in_pairs(row):
+def ask(row, task, config, recompute, dtype, n, micro=0, lora=0, ranks=1, shard=False):
+    """One setting of the table that --predict prints -> its row in compare.json. n: sequences of a
+    step; micro: of a forward pass (0: all); lora: the adapters' rank"""
+    micro, argv = micro or n, []
+    if EVERY[row].pairs:
         n, micro = n // 2, micro // 2
     if row == "ppo":
         argv = ["--group", 1, "--reward", "rm"]
-    elif row in SAMPLED:
+    elif EVERY[row].data == REWARDS:
         argv = ["--group", n]
         n = 1
-    if row in SAMPLED and row != "rlaif":
+    if EVERY[row].data == REWARDS and row != "rlaif":
         argv += ["--minibatches", 1, "--updates", 1]
     argv += ["--checkpoint-activations" if recompute else "--no-checkpoint-activations"]
-    argv += ["--lora", o.lora] if o.lora else []
+    argv += ["--lora", lora] if lora else []
     argv += ["--batch-size", n, "--micro-batch", micro, "--dtype", dtype, "--task", task]
-    found = predict(row, options(row, *argv), config, o.ranks, o.shard)
+    found = predict(row, options(row, *argv), config, ranks, shard)
     facts = {"method": row, "dtype": dtype, "checkpoint_activations": recompute}
     return facts | found | {"card": fits(found["predicted_bytes"])}
 

@@ -3,7 +3,6 @@
 Each function -> (rows of a table, {claim: a bool for each seed})."""
 
 from statistics import fmean
-from types import SimpleNamespace
 
 import torch
 
@@ -21,11 +20,9 @@ GIB = 2**30
 
 def memory():
     """PPO holds four models and DPO two: what is that in bytes at 7B?"""
-    o = dict(predict="7b", task="", methods=("dpo", "ppo"), batch_size=4, micro_batch=0, seq_len=0)
-    o = SimpleNamespace(**o, lora=0, ranks=1, shard=False, given=set())  # as compare.py's
-    rows = []
+    rows, of_7b = [], ("tokens:1024+1024", predict.SIZES["7b"], True)
     for precision, dtype in {"autocast": "bfloat16", "pure bf16": "bfloat16-pure"}.items():
-        asked = {row: predict.ask(row, o, recompute=True, dtype=dtype) for row in o.methods}
+        asked = {row: predict.ask(row, *of_7b, dtype, n=4) for row in ("dpo", "ppo")}
         for model in asked["ppo"]["models"]:
             star = "*" if model["trainable"] else ""
             rows.append({"precision": precision, "what": model["role"] + star})

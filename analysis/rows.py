@@ -9,80 +9,118 @@ from training.options import flag
 
 
 class Row(NamedTuple):
+    """A method as the tables and pictures have it. Whoever adds one adds its line here."""
+
     script: str
+    data: str  # what it learns from: rows that the task draws, or what the policy samples
     models: str  # held, in the order of the record; * is trained
+    look: str  # colour and marker in the pictures
     arguments: str = ""  # what the row adds to the command line
     strength: str = ""  # the option that says how far the policy may move
     others: tuple = ()  # other values of it, for --sweep
+    columns: str = ""  # of a rollout: what the script's loop adds to it, a number for each token
+    like: str = ""  # the row that holds the same models
+
+    @property
+    def samples(self):
+        """Whether it learns from responses of the policy itself"""
+        return self.data in (REWARDS, SAMPLED_PAIRS)
+
+    @property
+    def pairs(self):
+        """Whether an example is a pair of answers"""
+        return self.data in (PAIRS, "graded", SAMPLED_PAIRS)
 
 
+PAIRS = "preferences"
+REWARDS, SAMPLED_PAIRS = "rewards of samples", "pairs of samples"
 TWO = "policy* ref"
 BETAS = (0.03, 0.3, 1.0)
 RLOO = "--adv-norm loo --agg sum --kl reward"
+OLD = "old_logp ref_logp"
+PPO = f"{OLD} old_values rewards returns adv"
+THREE = "policy* ref reward"
+FOUR = "policy* critic* ref reward"
+GROUPS = (0.01, 0.16, 0.64)
 
 ROWS = {
-    "sft": Row("sft", "policy*"),
-    "dpo": Row("dpo", TWO, "", "beta", BETAS),
-    "cdpo": Row("dpo", TWO, "--label-smoothing 0.1", "beta", BETAS),
-    "ipo": Row("dpo", TWO, "--loss ipo", "beta", (0.3, 3.0, 10.0)),
-    "simpo": Row("simpo", "policy*", "", "beta", (0.5, 5.0, 10.0)),
-    "orpo": Row("orpo", "policy*", "--lr 3e-4 --warmup 20", "lam", BETAS),
-    "kto": Row("kto", TWO, "", "beta", BETAS),
-    "online_dpo": Row("online_dpo", TWO, "", "beta", BETAS),
-    "ppo": Row("ppo", "policy* critic* ref reward", "", "beta", (0.02, 0.2, 0.5)),
-    "grpo": Row("grpo", TWO, "", "beta", (0.01, 0.16, 0.64)),
-    "rloo": Row("grpo", TWO, RLOO, "beta", (0.01, 0.16, 0.64)),
-    "dapo": Row("dapo", "policy*"),  # it has no KL to the reference
-    "rlaif": Row("rlaif", "policy* ref reward", "", "beta"),  # its last phase
+    "sft": Row("sft", "demonstrations", "policy*", "C0 *"),
+    "dpo": Row("dpo", PAIRS, TWO, "C1 o", "", "beta", BETAS),
+    "cdpo": Row("dpo", PAIRS, TWO, "C2 s", "--label-smoothing 0.1", "beta", BETAS, like="dpo"),
+    "ipo": Row("dpo", PAIRS, TWO, "C3 D", "--loss ipo", "beta", (0.3, 3.0, 10.0), like="dpo"),
+    "simpo": Row("simpo", PAIRS, "policy*", "C4 ^", "", "beta", (0.5, 5.0, 10.0)),
+    "orpo": Row("orpo", PAIRS, "policy*", "C5 v", "--lr 3e-4 --warmup 20", "lam", BETAS),
+    "kto": Row("kto", "feedback", TWO, "C6 <", "", "beta", BETAS),
+    "online_dpo": Row("online_dpo", SAMPLED_PAIRS, TWO, "C7 p", "", "beta", BETAS),
+    "ppo": Row("ppo", REWARDS, FOUR, "C8 >", "", "beta", (0.02, 0.2, 0.5), PPO),
+    "grpo": Row("grpo", REWARDS, TWO, "C9 P", "", "beta", GROUPS, OLD),
+    "rloo": Row("grpo", REWARDS, TWO, "navy X", RLOO, "beta", GROUPS, OLD, like="grpo"),
+    "dapo": Row("dapo", REWARDS, "policy*", "crimson h", columns="old_logp"),  # it has no KL
+    # rlaif's last phase
+    "rlaif": Row("rlaif", REWARDS, THREE, "teal d", "", "beta", columns="ref_logp"),
 }
 MORE = {  # rows to be named with --methods; the prediction has the first two of itself
-    "reward_model": Row("reward_model", "reward*"),
-    "dpo-precomputed": Row("dpo", "policy*", "--precompute-ref --pairs 2000", "beta"),
-    "dpo-few": Row("dpo", TWO, "--pairs 256", "beta"),
-    "iterative_dpo": Row("online_dpo", TWO, "--rounds 3", "beta"),
+    "reward_model": Row("reward_model", "graded", "reward*", "gold 8"),
+    "dpo-precomputed": Row(
+        "dpo", PAIRS, "policy*", "indigo H", "--precompute-ref --pairs 2000", "beta"
+    ),
+    "dpo-few": Row("dpo", PAIRS, TWO, "black s", "--pairs 256", "beta", like="dpo"),
+    "iterative_dpo": Row(
+        "online_dpo", SAMPLED_PAIRS, TWO, "olive D", "--rounds 3", "beta", like="online_dpo"
+    ),
 }
 EVERY = ROWS | MORE
+METHODS = tuple(dict.fromkeys(row.script for row in EVERY.values()))  # the scripts
 QUICK = {
     "sft": ["--steps", 200],
     "reward_model": ["--steps", 30],
     "rlaif": "--skill-steps 40 --sl-steps 10 --pm-steps 10 --answers 64 --comparisons 128 "
     "--max-new-tokens 32".split(),
 }
-SAME = ("cdpo", "ipo", "rloo", "dpo-few", "iterative_dpo")  # rows that hold what another one holds
-SAMPLED = ("ppo", "grpo", "rloo", "dapo", "rlaif")  # rows that learn from rewards of samples
-SINGLE = ("sft", "kto")  # rows that learn from single answers; all others from pairs
 
 
-def in_pairs(row):
-    return row not in (*SINGLE, *SAMPLED)
+class Sizes(NamedTuple):
+    """How long and how wide a comparison is on a task"""
+
+    budget: int  # the response sequences that a run trains on
+    quick: int  # with --quick
+    pairs: int  # of a step; single answers are twice as many
+    groups: tuple  # of a step that samples: its prompts, and the responses to each
+    critic: tuple  # the same where a critic takes the place of groups
+
+
+SIZES = {
+    "arithmetic": Sizes(25_600, 2048, 32, (32, 8), (256, 1)),
+    "exact": Sizes(192_000, 2048, 128, (4, 64), (4, 64)),
+    "tokens": Sizes(192, 16, 4, (2, 4), (8, 1)),
+}
+REVIEWS = Sizes(9600, 1920, 32, (16, 8), (120, 1))  # and of a file
+
+
+def sizes(task):
+    return SIZES.get(data.kind(task), REVIEWS)
 
 
 def budget(task, quick):
     """-> the response sequences that a run trains on"""
-    small = {"arithmetic": 2048, "exact": 2048, "tokens": 16}
-    large = {"arithmetic": 25600, "exact": 192000, "tokens": 192}
-    kind = data.kind(task)
-    return small.get(kind, 1920) if quick else large.get(kind, 9600)
+    return sizes(task).quick if quick else sizes(task).budget
 
 
 def shape(task, row):
     """-> (the options that set a step's batch, the response sequences that a step trains on)"""
-    kind = data.kind(task)
-    whole = ["--minibatches", "1"] if kind == "tokens" else []
-    if row == "ppo":
-        sizes = {"exact": (4, 64), "arithmetic": (256, 1), "tokens": (8, 1)}
-        prompts, group = sizes.get(kind, (120, 1))
-        options = ["--batch-size", prompts, "--group", group, "--updates", 2, *whole]
-        return options, 2 * prompts * group
-    if row in SAMPLED:
-        sizes = {"exact": (4, 64), "arithmetic": (32, 8), "tokens": (2, 4)}
-        prompts, group = sizes.get(kind, (16, 8))
-        if row == "rlaif":
-            prompts, group = 2 * prompts, group // 2
-        options = ["--batch-size", prompts, "--group", group]
-        return options + (whole if row == "dapo" else []), prompts * group
-    pairs = {"exact": 128, "tokens": 4}.get(kind, 32)
-    return ["--batch-size", 2 * pairs if row in SINGLE else pairs], 2 * pairs
+    size, method = sizes(task), EVERY[row]
+    if method.data != REWARDS:
+        return ["--batch-size", size.pairs * (1 if method.pairs else 2)], 2 * size.pairs
+    critic = "critic*" in method.models
+    prompts, group = size.critic if critic else size.groups
+    if row == "rlaif":
+        prompts, group = 2 * prompts, group // 2
+    options, updates = ["--batch-size", prompts, "--group", group], 1
+    if critic:
+        options, updates = [*options, "--updates", 2], 2
+    if data.kind(task) == "tokens" and row in ("ppo", "dapo"):
+        options += ["--minibatches", 1]
+    return options, updates * prompts * group
 
 
 def longest_context(task):

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from analysis.predict import of_run
-from analysis.rows import EVERY, SAMPLED, shape
+from analysis.rows import EVERY, REWARDS, shape
 from data import UserError
 from training.memory import size_unit
 from training.options import flag
@@ -192,7 +192,7 @@ def records(runs):
 def labels(row, options, final):
     """-> how many labels of pairs or answers a run has asked for; None where a reward is computed
     for every response"""
-    if row == "sft" or row in SAMPLED:
+    if EVERY[row].data in ("demonstrations", REWARDS):
         return None
     asked = options["steps"] * options["batch_size"]
     return final.get("labels", min(options.get("pairs") or asked, asked))

@@ -8,7 +8,15 @@ import ast
 import sys
 from pathlib import Path
 
-METHODS = "sft reward_model ppo dpo simpo orpo kto grpo dapo online_dpo rlaif".split()
+ROOT = Path(__file__).parent.parent
+
+
+def methods(root):
+    """-> the names of the scripts that train: each has the defaults of some tasks"""
+    return [p.stem for p in sorted(root.glob("*.py")) if "\nPRESETS = " in p.read_text()]
+
+
+METHODS = methods(ROOT)
 
 
 def nodes(tree):
@@ -81,10 +89,10 @@ def main(root):
     sources = [p for p in sorted(root.rglob("*.py")) if ".venv" not in p.parts]
     tests = [p for p in sources if "tests" in p.parts]
     sources = [p for p in sources if p not in tests]
-    shared = [p for p in sources if p.stem not in METHODS]
+    shared = [p for p in sources if p.stem not in methods(root)]
     others = defined(shared)
     print(f"{'':<22}{'lines':>6}{'nodes':>7}{'a line':>7}{'names':>6}  set-up : loop")
-    for name in METHODS:
+    for name in methods(root):
         text = (root / f"{name}.py").read_text()
         n, code = nodes(ast.parse(text)), code_lines(text)
         shape = ", ".join(f"{a} : {b}" for a, b in loops(text).values())
@@ -103,4 +111,4 @@ def main(root):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT))

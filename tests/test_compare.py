@@ -154,7 +154,7 @@ def test_budgets_are_equal(row, task):
     """What a step trains on, counted from its options: pairs twice, passes times."""
     words, n = rows.shape(task, row)
     o = dict(zip(words[::2], map(int, words[1::2])))
-    answers = 2 if row in ("dpo", "cdpo", "ipo", "simpo", "orpo", "online_dpo") else 1
+    answers = 2 if rows.EVERY[row].pairs else 1
     whole = o["--batch-size"] * o.get("--group", 1)
     each = o.get("--updates", 1) * (1 if "--group" in o else answers)
     assert whole * each == n and whole % o.get("--minibatches", 1) == 0

@@ -201,7 +201,8 @@ def table(text):
 def test_effective_options(command, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", bool)  # its package may be missing
     script, *argv = command.split()
-    expected = table(COMMON) | table(ROWS[script]) | table(ROWS[command])
+    expected = {f.name: str(f.default) for f in fields(import_module(script).Options)}
+    expected |= table(COMMON) | table(ROWS[script]) | table(ROWS[command])
     expected |= {name: argv[argv.index(flag(name)) + 1] for name in PATHS if flag(name) in argv}
     found = {name: str(x) for name, x in asdict(read(command)).items()}
     assert found == {"task": "reviews"} | expected

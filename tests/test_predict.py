@@ -14,7 +14,7 @@ import data
 import rlaif
 import training
 from analysis import predict
-from analysis.rows import EVERY, SAME
+from analysis.rows import EVERY
 from gpt import GPT, GPTConfig, ScalarGPT, load, save
 
 SAMPLES = {
@@ -24,7 +24,7 @@ SAMPLES = {
     "online_dpo": ["--samples-per-prompt", 3],
     "rlaif": ["--group", 4],
 }
-SETTINGS = [row for row in EVERY if row not in SAME]
+SETTINGS = [name for name, row in EVERY.items() if not row.like]
 SHORT = [*TRAIN, "--task", "tokens:6+10"]
 
 
@@ -235,9 +235,9 @@ def test_predict_allocates_nothing_and_leaves_all_as_it_was(tmp_path, monkeypatc
 )
 def test_the_figures_of_a_7b_model(method, pure, mixed, tmp_path, monkeypatch, capsys):
     """4 sequences of 2,048 tokens, activations checkpointed, GiB"""
-    o = training.parse(compare.Options, ["--predict", "7b"])
+    task, config = predict.settings(training.parse(compare.Options, ["--predict", "7b"]))
     for dtype, size in (("bfloat16-pure", pure), ("bfloat16", mixed)):
-        found = predict.ask(method, o, True, dtype)
+        found = predict.ask(method, task, config, True, dtype, n=4)
         assert round(found["predicted_bytes"] / 2**30, 1) == size
 
 
