@@ -89,7 +89,7 @@ class Evaluator:
             return figures
         figures = self._sample(policy, ref, prompts or len(self.prompts))
         del ref
-        self.run.collect_garbage()
+        self.run.placement.collect_garbage()
         return figures
 
     def facts(self, figures):

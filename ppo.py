@@ -166,8 +166,8 @@ def new_critic(judge, run):
     without one, the policy's trunk, whose V is 0 until it has learned"""
     same_vocabulary = judge.model and judge.reads_tokens
     if same_vocabulary and judge.model.config.block_size >= run.block_size:
-        return run.prepare(load_scalar(judge.path, mapped=run.shard)[0])
-    trunk, _, _ = load(run.start, mapped=run.shard)
+        return run.prepare(load_scalar(judge.path, mapped=run.placement.mapped)[0])
+    trunk, _, _ = load(run.start, mapped=run.placement.mapped)
     critic = ScalarGPT(trunk.config, trunk=trunk)
     torch.nn.init.zeros_(critic.head.weight)
     return run.prepare(critic)

@@ -151,7 +151,7 @@ class Pipeline:
         self.start = o.init or self.runs["skills"].o.out
         self.judge = None
         if o.judge:
-            model, tokenizer, _ = checkpoint.load(o.judge, mapped=self.run.shard)
+            model, tokenizer, _ = checkpoint.load(o.judge, mapped=self.run.placement.mapped)
             model = self.run.freeze(self.run.place(model))
             self.judge = feedback.AIJudge(model, tokenizer, self.run)
 

@@ -68,9 +68,10 @@ def _predict(row, o, config, ranks, shard):
     compute_loss = importlib.import_module(method.script).compute_loss
     takes = inspect.signature(compute_loss).parameters
     models = outlines(method.models.split(), o, config, compute)
-    compute.shard = shard
-    for model in models.values() if shard else ():
-        sharding.cut(model, "cpu")
+    if shard:
+        compute.placement = sharding.Parts(compute.device, compute.weights)
+        for model in models.values():
+            sharding.cut(model, "cpu")
     asked = {role: models.get(role) for role in ROLES if role in takes}
     task = data.task(o.task)
     tokenizer = data.tokenizer(own=task.tokenizer)

@@ -1,6 +1,5 @@
 """Where and how precisely a script computes: --device and --dtype of its options."""
 
-import gc
 import json
 from functools import partial
 
@@ -9,14 +8,15 @@ import torch
 import data
 import gpt
 from data import UserError
-from training import checkpoint, distributed, lora, sampling, sharding
+from training import checkpoint, distributed, lora, sampling
+from training.placement import Whole, full
 
 
 class Compute:
     """A device and a precision, and what they mean for a model."""
 
     largest_reward = 0.0  # that a judge has given, without its sign
-    shard = compile = False
+    compile = False
 
     def __init__(self, o):
         self.o = o
@@ -25,13 +25,11 @@ class Compute:
         wide = torch.promote_types(self.dtype, torch.float32)
         self.weights = torch.bfloat16 if self.pure else wide
         self.mixed = self.dtype.itemsize == 2 and not self.pure  # autocast
+        self.placement = Whole(self.device, self.weights)  # of the models
 
     def place(self, model):
-        """The one place where a model is moved and cast: to float32 master weights. With --shard it
-        is laid out, and `compile_and_shard` moves it."""
-        if self.shard:
-            return sharding.lay_out(model, self.weights)
-        return model.to(self.device, self.weights)
+        """The one place where a model is moved and cast: to float32 master weights."""
+        return self.placement.place(model)
 
     def adapt(self, model):
         """-> the model; with --lora frozen, but for the adapters that it is given"""
@@ -41,47 +39,40 @@ class Compute:
             lora.adapt(model, o.lora, o.lora_alpha, o.seed, low)
         return model
 
-    def compile_and_shard(self, model):
-        """-> the model, its blocks compiled with --compile, and cut into parts with --shard"""
+    def complete(self, model, source):
+        """-> the model with the numbers of another one, or its own, and its blocks compiled with
+        --compile"""
         if self.compile:
             for block in model.blocks:
                 block.compile(dynamic=True)
-        self.collect_garbage()  # before another one takes its room
-        return sharding.shard(model, self.device) if self.shard else model
-
-    def collect_garbage(self):
-        """Frees what nobody holds any more: a sharded model has cycles, and would stay."""
-        if self.shard:
-            gc.collect()
+        return self.placement.complete(model, source)
 
     def autocast(self):
         low = self.dtype if self.mixed else None
-        kept = not self.shard  # a cached cast would outlive the weights that were gathered for it
+        kept = self.placement.keeps_casts
         return torch.autocast(self.device.type, low, enabled=self.mixed, cache_enabled=kept)
 
     def freeze(self, model):
         """-> a frozen copy. Its linear weights have the compute precision, so that it agrees with
         the original to the bit; a scalar head, which reads in float32, stays."""
-        if not self.shard:
-            return self.compile_and_shard(self._copy(model, torch.clone))
-        copy = self._copy(model, lambda p: torch.empty(p.shape, dtype=p.dtype, device="meta"))
-        copy.unread = sharding.values(model)
-        return self.compile_and_shard(copy)
+        return self.complete(self._copy(model, self.placement.frozen), model)
 
+    @torch.no_grad()
     def _copy(self, model, take):
-        """-> a frozen copy of what `take` makes of the weights"""
+        """-> a frozen copy of what `take` makes of the weights; those that it leaves are shared"""
         copy = lora.like(model)
         for name, module in model.named_modules():
             low = self.mixed and isinstance(module, torch.nn.Linear) and name != "head"
             for key, p in module.named_parameters(name, recurse=False):
-                x = take(p.detach())
+                x = take(p)
                 x = x.to(self.dtype) if low else x
-                lora.put(copy, key, torch.nn.Parameter(x, requires_grad=False))
+                x = x if x is p else torch.nn.Parameter(x, requires_grad=False)
+                lora.put(copy, key, x)
         return copy.eval()
 
     def gathered(self, model):
-        """-> the model; of a sharded one, a frozen copy with all its weights"""
-        return self._copy(model, sharding.full) if self.shard else model
+        """-> the model with all its weights; if it had a part of them, a frozen copy"""
+        return self.placement.gathered(model, self._copy)
 
     def to_sample(self, model):
         """-> the model in the compute precision, with all its weights: in float32 with its adapters
@@ -90,25 +81,23 @@ class Compute:
         if not self.mixed:
             model = self.gathered(model)
             return model if self.pure else lora.merged(model)
-        model = self._copy(model, sharding.full)
+        model = self._copy(model, full)
         head = gpt.Linear(*reversed(model.head.shape), bias=False, device="meta")
         head.weight = torch.nn.Parameter(model.head.to(self.dtype), requires_grad=False)
         model.lm_head = head
         return model
 
     def reference(self, policy):
-        """-> π_ref, frozen: a copy of the policy where it starts, or the checkpoint of --reference.
-        With --lora it is the policy without its adapters, and no weight is held twice; with --shard
-        a copy of that, as only one model can gather its parts."""
+        """-> π_ref, frozen: a copy of the policy where it starts, without adapters, or the
+        checkpoint of --reference. With --lora no weight is held twice."""
         if self.o.reference:
             return self.freeze(self.place(self.other_reference()))
-        bare = lora.base(policy) if self.o.lora else policy
-        return bare if self.o.lora and not self.shard else self.freeze(bare)
+        return self.freeze(lora.base(policy))
 
     def other_reference(self):
         """-> the model that --reference names, if it fits"""
         path = self.o.reference
-        ref, tokenizer, _ = checkpoint.load(path, mapped=self.shard)
+        ref, tokenizer, _ = checkpoint.load(path, mapped=self.placement.mapped)
         if tokenizer.vocabulary != self.tokenizer.vocabulary:
             raise UserError(f"--reference {path} has another vocabulary than the policy")
         if ref.config.block_size < self.block_size:
@@ -166,7 +155,7 @@ class Compute:
 
     def open(self, path):
         """-> a frozen language model, for an evaluation"""
-        return self.freeze(self.place(checkpoint.load(path, mapped=self.shard)[0]))
+        return self.freeze(self.place(checkpoint.load(path, mapped=self.placement.mapped)[0]))
 
 
 def choose_device(name, dtype):

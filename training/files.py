@@ -110,10 +110,10 @@ class Files:
             if distributed.is_first:
                 gpt.write(state | {"files": self.digests, "lines": self.lines}, self.state_path)
 
-    def load(self, options, device, mapped=False):
-        """-> the saved state of a run of these options, whose files have not changed since. mapped:
-        its tensors stay in the file until they are read."""
-        where = {"map_location": device, "mmap": mapped}
+    def load(self, options):
+        """-> the saved state of a run of these options, whose files have not changed since. Its
+        tensors stay in the file until they are read."""
+        where = {"map_location": "cpu", "mmap": True}
         try:
             state = torch.load(self.state_path, weights_only=True, **where)
             saved = state["options"]

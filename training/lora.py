@@ -65,7 +65,10 @@ def adapt(model, rank, alpha, seed, dtype=None):
 
 
 def base(model):
-    """-> the same model without its adapters: other objects, the very same weights"""
+    """-> the same model without its adapters: other objects, the very same weights; the model
+    itself if it has none"""
+    if not adapters(model):
+        return model
     bare = like(model, adapted=False)
     for name, p in model.named_parameters():
         if not name.endswith((".A", ".B")):
@@ -75,9 +78,8 @@ def base(model):
 
 def merged(model):
     """-> the same model with its adapters in the weights of their layers, which are new"""
-    found = adapters(model)
-    plain = base(model) if found else model
-    for name, adapter in found.items():
+    plain = base(model)
+    for name, adapter in adapters(model).items():
         put(plain, name, adapter.plain(nn.Parameter(adapter.merged(), requires_grad=False)))
     return plain
 

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt import GPT
-from training.sharding import local
+from training.placement import local
 
 aten = torch.ops.aten
 PRODUCTS = aten.mm.default, aten.addmm.default, aten.linear.default, aten.bmm.default

@@ -14,11 +14,12 @@ from tqdm import tqdm
 import data
 import gpt
 from data import Stopped, UserError, say
-from training import checkpoint, distributed, memory, sharding
+from training import checkpoint, distributed, memory
 from training.device import Compute
 from training.figures import Figures, bar_text, evaluated_text
 from training.files import Files, logger
 from training.optimizer import Scaler, adamw, learning_rate
+from training.placement import full
 from training.process import interrupts
 from training.state import State
 
@@ -43,7 +44,11 @@ class Run(Compute):
     def __init__(self, method, o):
         super().__init__(o)
         self.method = method  # the script's name
-        self.shard, self.compile = o.shard, o.compile  # whether models are cut, and compiled
+        self.compile = o.compile  # whether models are compiled
+        if o.shard:
+            from training.sharding import Parts
+
+            self.placement = Parts(self.device, self.weights)
         o.out = o.out or checkpoint.default_path(o.task, method)
         self.files = Files(o.out, logger(o.log_to, method, o.out))  # record, state, what is read
         self.generator = torch.Generator().manual_seed(o.seed)  # of samples and minibatches
@@ -78,7 +83,7 @@ class Run(Compute):
         """-> the policy of a checkpoint; the task gets its chat template. scalar: the policy's
         trunk with a new head that gives one number"""
         self.reads(path, "init")
-        model, tokenizer, meta = checkpoint.load(path, task, mapped=self.shard)
+        model, tokenizer, meta = checkpoint.load(path, task, self.placement.mapped)
         model = gpt.ScalarGPT(model.config, self.o.seed, trunk=model) if scalar else model
         self.start, self.baseline = path, self.o.reference or path
         say(f"starts from {path}: {checkpoint.describe(meta)}")
@@ -112,7 +117,8 @@ class Run(Compute):
     def prepare(self, model):
         """-> a model that is to be trained"""
         model.checkpoint_activations = self.o.checkpoint_activations
-        return self.compile_and_shard(self.adapt(self.place(model)))
+        model = self.adapt(self.place(model))
+        return self.complete(model, model)
 
     def hold(self, **models):
         """Names the models in memory by their roles; a model that is None is not held."""
@@ -193,7 +199,7 @@ class Run(Compute):
         if hasattr(batches, "state_dict"):
             restored["batches"] = batches
         self.state.hold(optimizer, restored)
-        self.collect_garbage()
+        self.placement.collect_garbage()
         if not (o.resume and self.state.resume()):
             self.state.begin()
         measured = min(self.first_step + 1, o.steps - 1)  # the first step makes AdamW's moments
@@ -259,10 +265,9 @@ class Run(Compute):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.o)
-        if not self.shard:  # which sums them in the backward pass
-            distributed.total_gradients(parameters)
+        self.placement.total_gradients(parameters)
         self.scaler.unscale_(optimizer)
-        norm = sharding.full(torch.nn.utils.clip_grad_norm_(parameters, self.o.grad_clip))
+        norm = full(torch.nn.utils.clip_grad_norm_(parameters, self.o.grad_clip))
         loss = self.figures.sums["loss"]
         if torch.isfinite(norm + loss):
             self.scaler.step(optimizer)
@@ -313,7 +318,7 @@ class Run(Compute):
         final |= self.meter.figures() | {"wall_s": round(time.time() - self.figures.run_began, 2)}
         with interrupts.held():
             with self.files.writes(o.out):
-                policy = sharding.gathered(policy) if self.shard else policy
+                policy = self.placement.model_to_save(policy)
                 if distributed.is_first:
                     meta = checkpoint.adapters(self, policy) | checkpoint.facts(self)
                     gpt.save(policy, o.out, **meta, **evaluator.facts(final))

@@ -6,6 +6,7 @@ laid out on "meta", where tensors have a shape and no numbers, then each process
 of one whole tensor after the other: no process holds a whole model.
 """
 
+import gc
 import warnings
 from functools import partial
 
@@ -14,6 +15,66 @@ from torch.utils._pytree import tree_map
 
 from gpt import ScalarGPT
 from training import distributed, lora
+from training.placement import Whole, full, is_part, put
+
+
+class Parts(Whole):
+    """Every process holds a part of each model, and the backward pass sums gradients over them."""
+
+    mapped = True
+    keeps_casts = False  # a cast would outlive the weights that were gathered for it
+    words = " --shard"
+
+    def place(self, model):
+        """Moves a model to "meta", and keeps in `unread` where its numbers are to be had."""
+        found = values(model)
+        for module in model.children():
+            vars(module).pop("unread", None)
+        model.to("meta", self.dtype)
+        model.unread = found
+        return model
+
+    def complete(self, model, source):
+        """Cuts a model into parts, and reads this process's."""
+        self.collect_garbage()  # before another one takes its room
+        found = values(source)
+        cut(model.to("meta"), self.device.type).to_empty(device=self.device)
+        for name, p in model.named_parameters():
+            put(p, found.pop(name)())
+        vars(model).pop("unread", None)
+        return model
+
+    def frozen(self, p):
+        """None is shared: only one model can gather its parts."""
+        return torch.empty(p.shape, dtype=p.dtype, device="meta")
+
+    def gathered(self, model, copy):
+        return copy(model, full)
+
+    def total_gradients(self, parameters):
+        """The backward pass has done so."""
+
+    def model_to_save(self, model):
+        plain = lora.like(model)
+        for name, x in model.named_parameters():
+            x = self.state_to_save(x.detach())
+            if distributed.is_first:
+                lora.put(plain, name, torch.nn.Parameter(x))
+        return plain
+
+    def state_to_save(self, state):
+        """The processes send their parts to the first, on the CPU, one tensor after the other. The
+        others get nothing."""
+
+        def gather(x):
+            x = full(x).cpu() if is_part(x) else x
+            return x if distributed.is_first else None
+
+        return tree_map(gather, state)
+
+    def collect_garbage(self):
+        """A sharded model has cycles, and would stay."""
+        gc.collect()
 
 
 def values(model):
@@ -28,38 +89,9 @@ def values(model):
     return found
 
 
-def full(x):
-    """-> a tensor with all its rows; for those of a part, every process must ask"""
-    return x.full_tensor() if is_part(x) else x
-
-
-def is_part(x):
-    return hasattr(x, "full_tensor")
-
-
-def lay_out(model, dtype):
-    """Moves a model to "meta", and keeps in `unread` where its numbers are to be had."""
-    found = values(model)
-    for module in model.children():
-        vars(module).pop("unread", None)
-    model.to("meta", dtype)
-    model.unread = found
-    return model
-
-
-def shard(model, device):
-    """Cuts a model into parts, and reads this process's."""
-    found = lay_out(model, None).unread
-    cut(model, device.type).to_empty(device=device)
-    for name, p in model.named_parameters():
-        put(p, found.pop(name)())
-    del model.unread
-    return model
-
-
 def cut(model, kind):
     """A model on "meta" -> the same, each tensor of it a part. Gradients are summed over them."""
-    # half a second to import, which few runs need
+    # half a second to import, and not in every torch
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # none is written
@@ -71,38 +103,3 @@ def cut(model, kind):
     for method in scalar if isinstance(model, ScalarGPT) else ("logprobs",):
         register_fsdp_forward_method(model, method)  # the outermost alone: an inner one would free
     return model
-
-
-@torch.no_grad()
-def put(p, tensor):
-    """Writes this process's rows of a full tensor into its part."""
-    if is_part(p):
-        rows = -(-len(tensor) // distributed.size)
-        tensor = tensor[rows * distributed.rank : rows * (distributed.rank + 1)]
-    local(p).copy_(tensor)
-
-
-def gathered(model):
-    """-> a plain model with the whole weights, on the CPU, in the first process alone"""
-    plain = lora.like(model)
-    for name, x in model.named_parameters():
-        x = gathered_tree(x.detach())
-        if distributed.is_first:
-            lora.put(plain, name, torch.nn.Parameter(x))
-    return plain
-
-
-def local(x):
-    """-> what this process holds of a tensor"""
-    return x.to_local() if is_part(x) else x
-
-
-def gathered_tree(tree):
-    """-> a tree of tensors with full ones in the first process, on the CPU. The others send their
-    parts, one tensor after the other, and get nothing."""
-
-    def gather(x):
-        x = full(x).cpu() if is_part(x) else x
-        return x if distributed.is_first else None
-
-    return tree_map(gather, tree)

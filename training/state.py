@@ -11,9 +11,10 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from data import Stopped, say
-from training import distributed, sharding
+from training import distributed
 from training.files import commit
 from training.optimizer import learning_rate
+from training.placement import local, put
 from training.process import interrupts
 
 # options that do not change a run's bits; --shard changes them by rounding alone
@@ -77,7 +78,7 @@ class State:
         state = {"step": step, "options": self.options, "processes": self._processes()}
         state |= {name: x.state_dict() for name, x in self.trained.items()}
         state |= others or self._others()
-        state = sharding.gathered_tree(state) if run.shard else state
+        state = run.placement.state_to_save(state)
         with interrupts.held():
             run.files.save(state | {"wall": time.time() - run.figures.run_began})
 
@@ -87,7 +88,7 @@ class State:
         if run.step == run.first_step or run.figures.updates:
             return
         weights = [p for group in run.optimizer.param_groups for p in group["params"]]
-        if not distributed.total(any(not sharding.local(p).isfinite().all() for p in weights)):
+        if not distributed.total(any(not local(p).isfinite().all() for p in weights)):
             self.save(run.step, self.before)
             path = run.files.state_path
             say(f"step {run.step} is saved in {path}; --resume goes on from there")
@@ -122,7 +123,7 @@ class State:
         if not distributed.of_first(run.files.interrupted):
             say(f"--resume: there is no {run.files.state_path} yet, so this run starts afresh")
             return False
-        state = run.files.load(self.options, "cpu" if run.shard else run.device, run.shard)
+        state = run.files.load(self.options)
         for name, x in (self.trained | self.others).items():
             takes_parts = isinstance(x, (Weights, Moments))
             x.load_state_dict(state[name] if takes_parts else self._moved(state[name]))
@@ -144,7 +145,7 @@ class State:
         return tree_map_only(torch.Tensor, move, state)
 
     def _processes(self):
-        return f"{distributed.size}{' --shard' if self.run.shard else ''}"
+        return f"{distributed.size}{self.run.placement.words}"
 
 
 class Weights:
@@ -161,7 +162,7 @@ class Weights:
         """Each process takes its part of whole tensors."""
         parameters = dict(self.model.named_parameters())
         for name, x in state.items():
-            sharding.put(parameters[name], x)
+            put(parameters[name], x)
 
 
 class Moments:
@@ -178,7 +179,7 @@ class Moments:
         groups = self.optimizer.param_groups
         for i, p in enumerate(p for group in groups for p in group["params"]):
             for name, x in state["state"].get(i, {}).items():
-                if sharding.is_part(p) and x.shape == p.shape:
-                    state["state"][i][name] = torch.zeros_like(p)
-                    sharding.put(state["state"][i][name], x)
+                own = torch.zeros_like(p if x.shape == p.shape else x)  # a count of steps is whole
+                put(own, x)
+                state["state"][i][name] = own
         self.optimizer.load_state_dict(state)
