@@ -27,6 +27,7 @@ models; 3. IPO takes means over tokens, as its authors' experiments did, and sum
     python dpo.py --task my.jsonl --init out/my/sft.pt
 """
 
+from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
 
@@ -99,13 +100,18 @@ PRESETS = {
 }
 
 
+# of --precompute-ref: a pair with the reference's log-probs of its answers
+ScoredPair = namedtuple("ScoredPair", "prompt chosen rejected ref_logp_w ref_logp_l")
+
+
 def compute_loss(policy, ref, batch, o):
     """A micro-batch of B pairs -> (losses, metrics), each (B,): one entry per pair."""
     logp_w, logp_l = response_logprobs(policy, batch).chunk(2)  # (B,) twice, chosen first
     len_w, len_l = batch.length.chunk(2)
     with torch.no_grad():
-        if ref is None:  # precomputed by with_reference, two columns of the rows
-            ref_logp_w, ref_logp_l = (x.to(logp_w) for x in batch.columns)
+        if ref is None:  # the pairs are ScoredPairs
+            ref_logp_w = batch.columns["ref_logp_w"].to(logp_w)
+            ref_logp_l = batch.columns["ref_logp_l"].to(logp_w)
         else:
             ref_logp_w, ref_logp_l = response_logprobs(ref, batch).chunk(2)
 
@@ -140,14 +146,14 @@ def held_out(task, o):
 
 
 def with_reference(ref, pairs, run):
-    """-> the pairs with two more columns, the log-probs of chosen and of rejected under ref"""
+    """-> the pairs, each a ScoredPair"""
 
     def both(micro):
         logps = response_logprobs(ref, data.pad_pairs(micro, run.device))
         return torch.stack(logps.chunk(2), 1)
 
     size = run.o.micro_batch or run.o.batch_size
-    return pairs.with_columns(run.scores(pairs, both, size).tolist())
+    return pairs.with_columns(ScoredPair, run.scores(pairs, both, size).tolist())
 
 
 def main(argv=None):

@@ -77,7 +77,7 @@ def compute_loss(policy, ref, batch, o, kl=0.0):
     logp = response_logprobs(policy, batch)  # (B,)
     with torch.no_grad():
         ref_logp = response_logprobs(ref, batch)
-    desirable = batch.columns[0].to(logp.device)
+    desirable = batch.columns["label"].to(logp.device)
 
     losses = kto_loss(logp, ref_logp, desirable, kl, o.beta, o.w_desirable, o.w_undesirable)
     reward = (o.beta * (logp - ref_logp)).detach()
@@ -163,7 +163,8 @@ def main(argv=None):
             # a mean over all examples of the step: the counts of the classes act as weights
             run.backward((losses / len(rows)).sum(), tokens=batch.tokens)
             run.log({"loss": losses}, 1 / len(rows))
-            log_classes(run, metrics, batch.columns[0].to(losses.device), desirable, len(rows))
+            is_desirable = batch.columns["label"].to(losses.device)
+            log_classes(run, metrics, is_desirable, desirable, len(rows))
         run.update(optimizer)
         run.evaluate(evaluator, policy)
 

@@ -64,7 +64,7 @@ PRESETS = {
 def compute_loss(reward, batch, o):
     """A micro-batch of B pairs -> (losses, metrics), each (B,): one entry per pair."""
     reward_w, reward_l = response_scores(reward, batch).chunk(2)
-    margin, p = (x.to(reward_w) for x in batch.columns)
+    margin, p = batch.columns["margin"].to(reward_w), batch.columns["p"].to(reward_w)
     losses = bradley_terry_loss(reward_w, reward_l, margin, p)
     losses = losses + o.center_rewards * (reward_w + reward_l) ** 2
 

@@ -118,7 +118,7 @@ def revision_loss(policy, batch):
 def preference_loss(reward, batch):
     """A micro-batch of B labelled pairs -> (losses, metrics), each (B,): one entry per pair."""
     reward_a, reward_b = response_scores(reward, batch).chunk(2)
-    p = batch.columns[0].to(reward_a)
+    p = batch.columns["p"].to(reward_a)
     delta = (reward_a - reward_b).detach()
     metrics = {"accuracy": (delta > 0) == (p > 0.5), "margin": delta.abs()}
     return bradley_terry_loss(reward_a, reward_b, p), metrics
@@ -245,7 +245,7 @@ def learn_preferences(p, run):
     if not pairs:
         raise Stopped("no two answers to a prompt differed and ended, so nothing can be compared")
     labels = ai_label(*p.judge.compare(pairs), o.clamp).tolist()
-    rows = [(x.prompt, x.a, x.b, label) for x, label in zip(pairs, labels)]
+    rows = [data.Graded(x.prompt, x.a, x.b, p=label) for x, label in zip(pairs, labels)]
     held_out = writer.pairs(o.eval_prompts, "held out", "test")
     evaluator = PreferenceEvaluator(run, p.task, p.judge, held_out, p.evaluator.facts)
     del writer  # only one model is in memory while it learns

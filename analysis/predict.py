@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 import data
 from analysis.rows import EVERY, REWARDS, longest_context
 from data import UserError
+from dpo import ScoredPair
 from gpt import GPT, GPTConfig, ScalarGPT, load
 from hf import weights
 from packing import last_token, pack
@@ -145,7 +146,7 @@ def labelled(method, o, task, tokenizer, block_size):
         texts = draw(o.batch_size, f"{o.seed} step 1")
         rows, _ = data.encode(texts, tokenizer, block_size, o.truncate)
     if getattr(o, "precompute_ref", False):
-        rows = [(*pair, 0.0, 0.0) for pair in rows]
+        rows = [ScoredPair(*pair, 0.0, 0.0) for pair in rows]
     pad = partial(data.pad_pairs if method.pairs else data.pad, ends=method.data == "graded")
     size = o.micro_batch or len(rows)
     return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]

@@ -15,11 +15,13 @@ from data.chat import TEMPLATE
 from data.error import Stopped, UserError, say, user_errors
 from data.tasks import BUILT_IN, kind, task
 from data.tokenizer import Tokenizer, tokenizer
+from data.toy import Graded
 
 __all__ = [
     "BUILT_IN",
     "Batch",
     "Batches",
+    "Graded",
     "Prompts",
     "Rows",
     "Stopped",

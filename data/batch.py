@@ -2,7 +2,7 @@
 
 import random
 from array import array
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,21 +13,13 @@ from data.error import UserError, say
 from packing import Packed, before, pack
 
 
-class Drawn(list):
-    """Rows of a file. account(cut, equal) -> a line on what became of all rows of the file, if so
-    many are cut, and so many dropped because that made their answers equal. lost: {reason: how many
-    are not among these rows}."""
-
-    def __init__(self, rows, account=None, lost=()):
-        super().__init__(rows)
-        self.account, self.lost = account, lost
-
-
 class Rows:
-    """Rows (prompt ids, *answers, *others), all of one shape, as a list of tuples would hold them,
-    but in 2 or 4 bytes per token. Ids are tuples."""
+    """Rows (prompt ids, *answers, *columns), all of one shape, as a list of tuples would hold them,
+    but in 2 or 4 bytes per token. Ids are tuples. A row with columns is a named tuple, whose
+    fields have their names."""
 
     def __init__(self, rows=()):
+        self.make = tuple  # a row from its values
         self.tokens = array("H")  # uint16, or "I", uint32: of all texts, one after the other
         self.ends = array("Q", [0])  # uint64: where each text ends
         self.numbers = []  # of each row, what is no text
@@ -36,7 +28,7 @@ class Rows:
 
     def append(self, row):
         texts = [x for x in row if isinstance(x, tuple)]
-        self.n_texts = len(texts)
+        self.n_texts, self.make = len(texts), getattr(row, "_make", tuple)
         for ids in texts:
             if self.tokens.typecode == "H" and max(ids, default=0) >= 2**16:
                 self.tokens = array("I", self.tokens)
@@ -53,7 +45,7 @@ class Rows:
         first = range(len(self))[i] * self.n_texts
         ends = self.ends[first : first + self.n_texts + 1].tolist()
         texts = (tuple(self.tokens[a:b].tolist()) for a, b in zip(ends, ends[1:]))
-        return (*texts, *self.numbers[i])
+        return self.make((*texts, *self.numbers[i]))
 
     def __iter__(self):
         return (self[i] for i in range(len(self)))
@@ -63,69 +55,70 @@ class Rows:
         kind = torch.uint16 if self.tokens.typecode == "H" else torch.uint32
         tokens = torch.frombuffer(self.tokens, dtype=kind)
         ends = torch.frombuffer(self.ends, dtype=torch.int64)
-        torch.save((tokens, ends, self.n_texts, self.numbers), file)
+        torch.save(vars(self) | {"tokens": tokens, "ends": ends}, file)
 
     @staticmethod
     def mapped(path):
         """-> the rows of a file of our own, whose tokens stay in it until they are read"""
         rows = Rows()
-        rows.tokens, rows.ends, rows.n_texts, rows.numbers = torch.load(
-            path, mmap=True, weights_only=False
-        )
+        vars(rows).update(torch.load(path, mmap=True, weights_only=False))
         return rows
 
-    def with_columns(self, numbers):
-        """-> the same rows, each with more numbers at its end"""
+    def with_columns(self, kind, numbers):
+        """-> the same rows, each with more numbers at its end: `kind`, named tuples"""
         rows = Rows()
         vars(rows).update(vars(self))
         rows.numbers = [(*old, *new) for old, new in zip(self.numbers, numbers)]
+        rows.make = kind._make
         return rows
 
 
 def encode(rows, tokenizer, block_size, truncate=False, many=False):
     """(prompt, *answers) as text -> as tuples of token ids, each answer with its end token; a label
-    or a number goes through. Returns (rows, a note on what was cut, or ""; of a file, on all rows).
-    many: in Rows, with a progress bar if it takes long.
+    or a number goes through. Returns (rows, a note). many: in Rows, with a progress bar if it takes
+    long.
 
     A row that does not fit in block_size tokens raises UserError with the count, or with `truncate`
     is cut: the prompt first, from its left, down to one token; then every answer at the same place,
     which loses its end. A pair whose answers are equal after that is dropped.
     """
-    out, cut, equal, widest = Rows() if many else [], 0, 0, 0
+    out, long = Rows() if many else [], []
     prompt_ids = lru_cache(4096)(lambda text, messages: tuple(tokenizer.prompt(text)))
     answer_ids = lru_cache(4096)(lambda text: tuple(tokenizer.answer(text)))
     bar = tqdm(rows, "rows to tokens", delay=2, leave=False, disable=None) if many else rows
-    for prompt, *answers in bar:
+    for row in bar:
+        prompt, *answers = row
         x = prompt_ids(prompt, getattr(prompt, "messages", None))
         ys = [answer_ids(y) if isinstance(y, str) else y for y in answers]
         longest = max([len(y) for y in ys if isinstance(y, tuple)])
         if len(x) + longest > block_size:
-            cut += 1
-            widest = max(widest, len(x) + longest)
+            long.append(len(x) + longest)
             if truncate:
                 x = tuple(tokenizer.cut(prompt, max(1, block_size - longest)))
                 _room(len(x), block_size - 1)
             ys = [y[: block_size - len(x)] if isinstance(y, tuple) else y for y in ys]
             if ys[0] in ys[1:]:
-                equal += 1
                 continue
-        out.append((x, *ys))
-    if cut and not truncate:
+        out.append(getattr(row, "_make", tuple)((x, *ys)))
+    if long and not truncate:
         raise UserError(
-            f"{cut} of {len(rows)} rows do not fit in {block_size} tokens (the longest has "
-            f"{widest}): --truncate cuts them, and sft.py takes a larger --block-size"
+            f"{len(long)} of {len(rows)} rows do not fit in {block_size} tokens (the longest has "
+            f"{max(long)}): --truncate cuts them, and sft.py takes a larger --block-size"
         )
     if not out:
         remedy = "a larger --block-size keeps more"
         raise UserError(f"no usable row is left once they are cut to {block_size} tokens; {remedy}")
-    note = f"{cut} of {len(rows)} rows are cut to {block_size} tokens" if cut else ""
-    if equal:
-        note += f", {equal} of them dropped because their answers became equal"
-    return out, _account(rows, cut, equal) or note
+    note = f"{len(long)} of {len(rows)} rows are cut to {block_size} tokens" if long else ""
+    if equal := len(rows) - len(out):
+        dropped = f"{equal} of them dropped because their answers became equal"
+        note += f", {dropped}: {len(out)} rows are left"
+    return out, _note(rows, note)
 
 
-def _account(rows, cut, equal=0):
-    return rows.account(cut, equal) if isinstance(rows, Drawn) and rows.account else ""
+def _note(rows, cut):
+    """-> what is said of rows that were drawn: of a file's, what became of the others; what is
+    cut"""
+    return "\n".join(filter(None, (getattr(rows, "account", ""), cut)))
 
 
 def encode_prompts(rows, tokenizer, limit, truncate=False, what="test prompts"):
@@ -151,7 +144,7 @@ def encode_prompts(rows, tokenizer, limit, truncate=False, what="test prompts"):
         )
     room = f"{limit} tokens, which leaves room for the response"
     note = f"{len(long)} of {len(out)} {what} are cut to {room}" if long else ""
-    return out, _account(rows, len(long)) or note
+    return out, _note(rows, note)
 
 
 def _room(least, limit):
@@ -172,7 +165,9 @@ class Batches:
 
     def __init__(self, draw, count, tokenizer, block_size, o, make=lambda f: f()):
         self.draw, self.seed, self.batch_size = draw, o.seed, o.batch_size
-        self.tokenizer, self.block_size, self.truncate = tokenizer, block_size, o.truncate
+        self.encode = partial(
+            encode, tokenizer=tokenizer, block_size=block_size, truncate=o.truncate
+        )
         self.rows = self.per_epoch = None
         if count == 0:  # a probe: what does not fit is said before the training
             _, note = self.encode(draw(1000, o.seed))
@@ -183,9 +178,6 @@ class Batches:
             self.shuffled = Shuffled(self.rows, o.batch_size, o.seed)
             self.batch_size, self.per_epoch = self.shuffled.batch_size, self.shuffled.per_epoch
 
-    def encode(self, rows, many=False):
-        return encode(rows, self.tokenizer, self.block_size, self.truncate, many)
-
     def __getitem__(self, step):
         if self.rows is None:
             return self.encode(self.draw(self.batch_size, f"{self.seed} step {step}"))[0]
@@ -193,13 +185,13 @@ class Batches:
 
 
 class Shuffled:
-    """shuffled[step] -> which rows of a fixed set are the batch of a step. A last row alone joins
-    the batch before it."""
+    """shuffled[step] -> which rows of a fixed set are the batch of a step"""
 
     def __init__(self, rows, batch_size, seed):
         self.n, self.seed = len(rows), seed
         self.batch_size = min(batch_size, self.n)
-        self.per_epoch = self.n // self.batch_size + (self.n % self.batch_size > 1)
+        rest = self.n % self.batch_size  # a last row alone joins the batch before it
+        self.per_epoch = self.n // self.batch_size + (rest > 1)
         self.epoch = self.order = None
 
     def __getitem__(self, step):
@@ -246,14 +238,14 @@ def mismatched(rows, block_size):
     fit in block_size, the response loses its end.
 
     Prompts a a b: row 0 takes the answer of row 2, row 1 that of row 2, row 2 that of row 0."""
-    n, partner = len(rows), None
-    partners = []
-    for i in reversed(range(2 * n - 1)):  # twice around, so that the last rows know their partner
-        if rows[(i + 1) % n][0] != rows[i % n][0]:
-            partner = (i + 1) % n
-        if i < n and partner is not None:
-            partners.append((i, partner))
-    pairs = [(rows[i][0], rows[j][1]) for i, j in reversed(partners)]
+    ring = [*rows, *rows]  # in which the first row follows the last
+    partner = {}  # of a row's place: the place of the next row with another prompt
+    for i in reversed(range(len(ring) - 1)):
+        if ring[i + 1][0] != ring[i][0]:
+            partner[i] = i + 1
+        elif i + 1 in partner:
+            partner[i] = partner[i + 1]
+    pairs = [(x, ring[partner[i]][1]) for i, (x, *_) in enumerate(rows) if i in partner]
     return [(x, y[: block_size - len(x)]) for x, y in pairs]
 
 
@@ -265,7 +257,7 @@ class Batch(NamedTuple):
     mask: torch.Tensor  # (B, T) bool, True = a response token, its end token included
     text: torch.Tensor  # (B, T) bool, True = a token of prompt or response, False = padding
     inverse: torch.Tensor  # int64, of each row that was handed in: its place among the B
-    columns: tuple  # what the rows hold beside their texts: CPU tensors, one entry per row
+    columns: dict  # what the rows hold beside their texts: name -> CPU tensor, one entry per row
     packed: Packed  # which tokens are computed
 
     def unfold(self, x):
@@ -311,6 +303,6 @@ def pad_pairs(pairs, device="cpu", ends=False):
 
 
 def _columns(rows, first):
-    """-> what the rows hold from place `first` on, a tensor per column"""
-    places = range(first, len(rows[0]))
-    return tuple(torch.from_numpy(np.array([row[i] for row in rows])) for i in places)
+    """-> {name: tensor} of what the rows hold from place `first` on"""
+    names = getattr(rows[0], "_fields", ())[first:]
+    return {name: torch.from_numpy(np.array([getattr(x, name) for x in rows])) for name in names}

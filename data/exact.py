@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from data.error import UserError
-from data.toy import Toy
+from data.toy import Labelled, Toy
 
 SYMBOLS = "abc"
 
@@ -87,7 +87,8 @@ class Exact(Toy):
         return self._pick(n, seed, split, "preferences", self.pairs, self.outcomes, self.outcomes)
 
     def feedback(self, n, seed, split="train"):
-        return self._pick(n, seed, split, "feedback", self.labels, self.outcomes, (False, True))
+        rows = self._pick(n, seed, split, "feedback", self.labels, self.outcomes, (False, True))
+        return [Labelled(*row) for row in rows]
 
     def _pick(self, n, seed, split, what, table, *axes):
         """-> n rows drawn from a table of probabilities over the prompts and `axes`"""

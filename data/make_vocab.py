@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from data.error import UserError
-from data.jsonl import texts
+from data.shapes import texts
 from data.tasks import task
 from data.tokenizer import DEFAULT, PATTERN
 

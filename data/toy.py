@@ -3,7 +3,14 @@
 import hashlib
 import math
 import random
+from collections import namedtuple
 from functools import cached_property
+
+# What `feedback` draws: an answer, and whether it is desirable.
+Labelled = namedtuple("Labelled", "prompt completion label")
+
+# What `graded` draws: a pair, by how much chosen should win, the probability that it is better.
+Graded = namedtuple("Graded", "prompt chosen rejected margin p", defaults=(0.0, 1.0))
 
 
 class Task:
@@ -82,19 +89,19 @@ class Toy(Task):
         return out
 
     def graded(self, n, seed, split="train"):
-        """-> n of (prompt, chosen, rejected, margin 0, p = 1)"""
-        return [(*row, 0.0, 1.0) for row in self.preferences(n, seed, split)]
+        """-> n pairs, as Graded"""
+        return [Graded(*row) for row in self.preferences(n, seed, split)]
 
     def feedback(self, n, seed, split="train"):
-        """-> n of (prompt, completion, label), label True with the probability that it beats a
-        fresh demonstration"""
+        """-> n Labelled answers, label True with the probability that one beats a fresh
+        demonstration"""
         rng = self._rng("feedback", seed, split)
         out = []
         for prompt, columns in self._draw(rng, n, split):
             completion = rng.choice(self.compare(rng, prompt, columns))
             other = self.respond(rng, prompt, columns)
             p = self.preferred(prompt, completion, other, columns)
-            out.append((prompt, completion, rng.random() < p))
+            out.append(Labelled(prompt, completion, rng.random() < p))
         return out
 
     def compare(self, rng, prompt, columns):

@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 import tracemalloc
-from collections import Counter
+from collections import Counter, namedtuple
 from itertools import product
 from types import SimpleNamespace
 
@@ -14,9 +14,10 @@ import torch
 
 import data
 from data.exact import kl, star, tv
-from data.jsonl import Jsonl, texts
 from data.make_vocab import main as make_vocab
 from data.reviews import READERS
+from data.shapes import texts
+from data.toy import Graded, Labelled
 
 TOKENIZER = data.tokenizer()
 WORLD = data.task("exact")
@@ -287,77 +288,56 @@ def test_kl_tv_and_star_by_hand():
 # ---- files
 
 
-def test_shapes_of_a_file(tmp_path):
-    """String and message forms of the same row give the same text; a longer chat is rendered by the
-    template."""
-    user, hi, no, system = (
-        {"role": role, "content": text}
-        for role, text in (
-            ("user", "Hello?"),
-            ("assistant", "Hi."),
-            ("assistant", "No."),
-            ("system", "Be kind."),
-        )
-    )
-    rows = [
-        {"prompt": "Hello?", "chosen": "Hi.", "rejected": "No."},
-        {"prompt": [user], "chosen": [hi], "rejected": [no]},
-        {"chosen": [user, hi], "rejected": [user, no]},
-        {"chosen": "The sky is blue.", "rejected": "The sky is black."},
-        {"prompt": [system, user], "chosen": [hi], "rejected": [no]},
-    ]
-    other = {"prompt": "other", "chosen": "a", "rejected": "b"}
-    held_out = write(tmp_path / "eval.jsonl", [other])
-    task = Jsonl(write(tmp_path / "a.jsonl.gz", rows), held_out)
-    assert task.preferences(None, 0) == [
-        ("Hello?", "Hi.", "No."),
-        ("Hello?", "Hi.", "No."),
-        ("Hello?", "Hi.", "No."),
-        ("The sky is", " blue.", " black."),
-        ("System: Be kind.\n\nUser: Hello?\n\nAssistant:", " Hi.", " No."),
-    ]
-    assert task.demonstrations(None, 0)[0] == ("Hello?", "Hi.")
-    assert task.preferences(None, 0, split="test") == [("other", "a", "b")]
-    assert task.graded(None, 0, split="test") == [("other", "a", "b", 0.0, 1.0)]
-    assert not task.has_reward
+def said(role, text):
+    return {"role": role, "content": text}
 
 
-USER, ANSWER, OTHER = (
-    {"role": role, "content": text}
-    for role, text in (("user", "Q?"), ("assistant", "yes"), ("assistant", "no"))
-)
+USER, YES, NO = said("user", "Q?"), said("assistant", "yes"), said("assistant", "no")
+SYSTEM = said("system", "Be kind.")
 HUMAN = "\n\nHuman: Q?\n\nAssistant:"
 CHAT = "User: Q?\n\nAssistant: yes\n\nUser: Q?\n\nAssistant:"
 SHAPES = [  # a row as public sets have it -> the pair, or the demonstration
-    ({"prompt": "Q?", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, ("Q?", "yes", "no")),
-    ({"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, ("Q?", "yes", "no")),
+    ({"prompt": "Q?", "chosen": "yes", "rejected": "no"}, ("Q?", "yes", "no")),
+    ({"prompt": [USER], "chosen": [YES], "rejected": [NO]}, ("Q?", "yes", "no")),
+    ({"chosen": [USER, YES], "rejected": [USER, NO]}, ("Q?", "yes", "no")),
     (
-        {"prompt": "Q?", "chosen": [USER, ANSWER, USER, ANSWER]}
-        | {"rejected": [USER, ANSWER, USER, OTHER]},
+        {"chosen": "The sky is blue.", "rejected": "The sky is black."},
+        ("The sky is", " blue.", " black."),
+    ),
+    (
+        {"prompt": [SYSTEM, USER], "chosen": [YES], "rejected": [NO]},
+        ("System: Be kind.\n\nUser: Q?\n\nAssistant:", " yes", " no"),
+    ),
+    ({"prompt": "Q?", "chosen": [USER, YES], "rejected": [USER, NO]}, ("Q?", "yes", "no")),
+    ({"prompt": [USER], "chosen": [USER, YES], "rejected": [USER, NO]}, ("Q?", "yes", "no")),
+    (
+        {"prompt": "Q?", "chosen": [USER, YES, USER, YES], "rejected": [USER, YES, USER, NO]},
         (CHAT, " yes", " no"),
     ),
     ({"chosen": f"{HUMAN} No way.", "rejected": f"{HUMAN} No."}, (HUMAN, " No way.", " No.")),
-    ({"messages": [USER, ANSWER]}, ("Q?", "yes")),
-    ({"messages": [USER, ANSWER, USER, OTHER]}, (CHAT, " no")),
-    ({"prompt": [USER, ANSWER], "completion": [OTHER]}, ("User: Q?\n\nAssistant: yes", "no")),
+    ({"messages": [USER, YES]}, ("Q?", "yes")),
+    ({"messages": [USER, YES, USER, NO]}, (CHAT, " no")),
+    ({"prompt": [USER, YES], "completion": [NO]}, ("User: Q?\n\nAssistant: yes", "no")),
 ]
 
 
 @pytest.mark.parametrize("row, read", SHAPES)
-def test_shapes_that_public_sets_have(row, read, tmp_path):
-    """UltraFeedback's whole chats beside a prompt, HH's transcripts, messages; and a prompt that
-    ends in the assistant's turn goes on with it."""
-    other = write(tmp_path / "e.jsonl", [{"prompt": "o", "chosen": "a", "rejected": "b"}])
-    if len(read) == 2:
-        other = write(tmp_path / "e.jsonl", [{"prompt": "o", "completion": "a"}])
-    task = data.task(write(tmp_path / "a.jsonl", [row]), other)
+def test_shapes_of_a_row(row, read, tmp_path):
+    """Strings and messages of one row give one text; a longer chat is rendered by the template.
+    UltraFeedback's whole chats beside a prompt, HH's transcripts; a prompt that ends in the
+    assistant's turn goes on with it."""
+    other = {"prompt": "other", "completion": "a", "chosen": "a", "rejected": "b"}
+    held_out = write(tmp_path / "e.jsonl", [other])
+    task = data.task(write(tmp_path / "a.jsonl.gz", [row]), held_out)
     draw = task.preferences if len(read) == 3 else task.demonstrations
-    assert draw(None, 0) == [read]
+    assert draw(None, 0) == [read] and not task.has_reward
+    assert draw(None, 0, split="test") == [("other", "a", "b")[: len(read)]]
+    assert task.graded(None, 0, split="test") == [("other", "a", "b", 0.0, 1.0)]
 
 
-def test_what_becomes_of_each_row_is_told(tmp_path):
-    """One answer of HH is empty after the cut, one pair is equal; half of a feedback file is
-    undesirable to sft.py; the two files of --eval-file are told apart."""
+def test_what_becomes_of_each_row_is_said(tmp_path):
+    """One answer of HH is empty after the cut, and two pairs are equal; --strict refuses them. Half
+    of a feedback file is undesirable to sft.py. With --eval-file each file has its line."""
     rows = [
         {
             "chosen": f"\n\nHuman: {i}?\n\nAssistant:{' Yes' * (i > 0)}",
@@ -365,16 +345,17 @@ def test_what_becomes_of_each_row_is_told(tmp_path):
         }
         for i in range(200)
     ]
-    rows.append(rows[1] | {"rejected": rows[1]["chosen"]})
-    task = data.task(write(tmp_path / "hh.jsonl", rows))
+    path = write(tmp_path / "hh.jsonl", rows + 2 * [rows[1] | {"rejected": rows[1]["chosen"]}])
+    task = data.task(path)
     train, test = (task.preferences(None, 0, split) for split in ("train", "test"))
     assert len(train) + len(test) == 199 and all(y in (" Yes", " No") for _, y, _ in train)
-    end = f"{len(test)} held out ({len(test)} prompts), 2 dropped (1 empty, 1 equal)"
-    assert train.account(0, 0) == f"{tmp_path}/hh.jsonl: 201 rows: {len(train)} train, {end}"
-    some = task.preferences(10, 0)
-    assert f"10 train (3 of them cut), {len(test)} held out" in some.account(3, 0)
-    assert f"{len(train) - 10} not drawn" in some.account(3, 0) and len(some) == 10
-    assert "8 train" in some.account(3, 2) and "2 equal once cut" in some.account(3, 2)
+    start, held = f"{path}: 202 rows:", f"{len(test)} held out ({len(test)} prompts)"
+    assert train.account == f"{start} {len(train)} train, {held}, 3 dropped (1 empty, 2 equal)"
+    n, some = len(train) - 20, task.preferences(20, 0)
+    dropped = f"{n + 3} dropped (1 empty, 2 equal, {n} not drawn)"
+    assert some.account == f"{start} 20 train, {held}, {dropped}" and len(some) == 20
+    with pytest.raises(data.UserError, match="1 rows with an empty answer and 2 .*--strict"):
+        data.task(path, strict=True).preferences(None, 0)
 
     labels = [{"prompt": f"p{i}", "completion": "c", "label": i % 2} for i in range(100)]
     held_out = [{"prompt": f"q{i}", "completion": "c", "label": True} for i in range(9)]
@@ -382,35 +363,45 @@ def test_what_becomes_of_each_row_is_told(tmp_path):
     paths = write(tmp_path / "k.jsonl", labels), write(tmp_path / "e.jsonl", held_out)
     task = data.task(*paths)
     assert "1 of the 10 prompts" in task.notes[0] and "are trained on" in task.notes[0]
-    assert task.demonstrations(None, 0).account(0, 0).splitlines() == [
+    desirable = task.demonstrations(None, 0)
+    assert desirable.account.splitlines() == [
         f"{paths[0]}: 100 rows: 50 train, 50 dropped (50 undesirable)",
         f"{paths[1]}: 10 rows: 9 held out (9 prompts), 1 dropped (1 empty)",
     ]
-    assert {y for *_, y in task.feedback(None, 0)} == {True, False}  # 0 and 1 are labels too
+    assert all(int(x[1:]) % 2 for x, _ in desirable) and "desirable" in task.notes[1]
+    assert {row.label for row in task.feedback(None, 0)} == {True, False}  # 0 and 1 are labels too
+    assert task.unpaired
+
+
+def test_an_account_is_said_before_what_is_cut(tmp_path, capsys):
+    """Prompts of 3 and of 13 digits, 20 each, with room for 10 tokens."""
+    rows = [{"prompt": f"{i}" + "0" * (1 + i % 2 * 10), "completion": "1"} for i in range(20, 60)]
+    held_out = write(tmp_path / "e.jsonl", [{"prompt": "1", "chosen": "2", "rejected": "3"}])
+    path, o = write(tmp_path / "a.jsonl", rows), options(max_new_tokens=4)
+    o.truncate = True
+    data.Prompts(data.task(path, held_out), TOKENIZER, 14, o)
+    account, *_, cut = capsys.readouterr().out.splitlines()
+    assert account == f"{path}: 40 rows: 40 train"
+    assert cut.startswith("20 of 40 training prompts are cut to 10 tokens")
 
 
 def test_rows_of_one_prompt_stay_apart(tmp_path):
     """29 prompts with three answers each are 87 rows, also where prompts are asked for."""
     rows = [{"prompt": f"{i}?", "answer": a} for i in range(29) for a in "abc"]
     task = data.task(write(tmp_path / "q.jsonl", rows))
-    both = task.prompts(None, 0) + task.prompts(None, 0, split="test")
-    assert sorted((x, c["answer"]) for x, c in both) == sorted(
-        (r["prompt"], r["answer"]) for r in rows
-    )
-    assert task.prompts(None, 0).account(0, 0).startswith(f"{tmp_path}/q.jsonl: 87 rows: ")
+    train, test = (task.prompts(None, 0, split) for split in ("train", "test"))
+    found = sorted((x, columns["answer"]) for x, columns in train + test)
+    assert found == sorted(tuple(row.values()) for row in rows)
+    assert train.account.startswith(f"{tmp_path}/q.jsonl: 87 rows: ")
 
 
 @pytest.mark.parametrize(
-    "rows, held, said", [(4, 1, ", 1 held out"), (3, 40, "warning: 3 to train")]
+    "train, test, said", [(4, 1, ", 1 held out"), (3, 40, "warning: 3 to train")]
 )
-def test_a_lopsided_split_is_warned_of(rows, held, said, tmp_path):
-    paths = [
-        write(
-            tmp_path / f"{i}.jsonl", [{"prompt": f"{i} {j}", "completion": "c"} for j in range(n)]
-        )
-        for i, n in enumerate((rows, held))
-    ]
-    account = data.task(*paths).demonstrations(None, 0).account(0, 0)
+def test_a_lopsided_split_is_warned_of(train, test, said, tmp_path):
+    rows = [{"prompt": f"{i}", "completion": "c"} for i in range(train + test)]
+    paths = write(tmp_path / "a.jsonl", rows[:train]), write(tmp_path / "e.jsonl", rows[train:])
+    account = data.task(*paths).demonstrations(None, 0).account
     assert said in account and "warning: " in account and "--eval-file" in account
 
 
@@ -472,22 +463,6 @@ def test_test_split_of_a_file(tmp_path):
         data.task(write(tmp_path / "c.jsonl", pairs(1)))
 
 
-def test_useless_rows_are_dropped_aloud_or_refused(tmp_path, capsys):
-    same = {"prompt": "p", "chosen": "same", "rejected": "same"}
-    path = write(tmp_path / "a.jsonl", [*pairs(100), same, same, same | {"chosen": " "}])
-    task = data.task(path)
-    for _ in range(2):  # said once
-        kept = [*task.preferences(None, 0), *task.preferences(None, 0, split="test")]
-        assert len(kept) == 100
-    rows = task.preferences(None, 0)
-    kept = len(task.preferences(None, 0, split="test"))
-    said = f"{path}: 103 rows: {len(rows)} train, {kept} held out ({kept} prompts), 3 dropped ("
-    assert rows.account(0, 0).startswith(said) and "1 empty" in rows.account(0, 0)
-    assert "2 equal" in rows.account(0, 0)
-    with pytest.raises(data.UserError, match="--strict"):
-        data.task(path, strict=True).preferences(None, 0)
-
-
 def test_feedback_and_answers(tmp_path):
     row = {"completion": "c", "answer": "c"}
     rows = [row | {"prompt": f"p{i}", "label": i % 2 == 0, "n": i} for i in range(40)]
@@ -512,14 +487,6 @@ def test_a_file_of_pairs_is_split_for_kto(tmp_path):
     assert len({x for x, _, _ in some}) == 5  # whole pairs
 
 
-def test_demonstrations_of_a_feedback_file_are_the_desirable_answers(tmp_path):
-    rows = [dict(prompt=f"p{i}", completion=f"c{i}", label=i % 2 == 0) for i in range(60)]
-    task = data.task(write(tmp_path / "f.jsonl", rows))
-    assert task.unpaired
-    assert all(int(y[1:]) % 2 == 0 for _, y in task.demonstrations(None, 0))
-    assert "desirable" in task.notes[0]
-
-
 # ---- batches
 
 
@@ -535,8 +502,10 @@ def test_the_mask_covers_the_response_and_its_end_token():
         batch.packed.places.tolist() == (places[:, 0] * batch.ids.size(1) + places[:, 1]).tolist()
     )
     assert batch.tokens == len(x) + len(y) - 1  # the second row begins as the first
-    both = data.pad_pairs([(x, y, y[:1], 0.5), (x, y, x, 2.0)])
-    assert both.inverse.tolist() == [0, 0, 1, 2] and both.columns[0].tolist() == [0.5, 2.0]
+    both = data.pad_pairs([Graded(x, y, y[:1], 0.5), Graded(x, y, x, p=0.0)])
+    columns = {name: column.tolist() for name, column in both.columns.items()}
+    assert both.inverse.tolist() == [0, 0, 1, 2]
+    assert columns == {"margin": [0.5, 0.0], "p": [1.0, 0.0]}
 
 
 def test_truncation_cuts_the_prompt_first_then_the_answers_alike():
@@ -555,8 +524,8 @@ def test_truncation_cuts_the_prompt_first_then_the_answers_alike():
     assert decode(l) == "11" and l[-1] == end
     rows = [("0", "1111112", "1111113"), ("0", "1", "2")]
     rows, note = data.encode(rows, TOKENIZER, 5, truncate=True)
-    assert len(rows) == 1
-    assert note.endswith("1 of them dropped because their answers became equal")
+    dropped = "1 of them dropped because their answers became equal: 1 rows are left"
+    assert len(rows) == 1 and note == f"1 of 2 rows are cut to 5 tokens, {dropped}"
 
 
 def test_batches_are_a_function_of_step_and_seed(tmp_path):
@@ -614,16 +583,18 @@ def test_a_mismatched_answer_belongs_to_another_prompt():
 
 def test_rows_held_flat_are_the_rows():
     """As a list has them: by number, in slices, one after the other, whatever the size of an id."""
-    rows = [((1, 2), (3,), 0.5, True), ((70_000,), (), -1.0, False), ((4,), (5, 6, 7), 2.0, True)]
+    rows = [((1, 2), (3,), True), ((70_000,), (), False), ((4,), (5, 6, 7), True)]
+    rows = [Labelled(*row) for row in rows]
     held = data.batch.Rows(rows)
     assert list(held) == rows and held[1:] == rows[1:] and held[-1] == rows[-1]
     assert len(held) == 3 and held.tokens.itemsize == 4
     assert data.batch.Rows(rows[::2]).tokens.itemsize == 2
     with pytest.raises(IndexError):
         held[3]
-    wide = held.with_columns([(9.0,), (8.0,), (7.0,)])
-    assert list(wide) == [(*row, x) for row, x in zip(rows, (9.0, 8.0, 7.0))]
-    assert list(held) == rows
+    kind = namedtuple("Wide", [*Labelled._fields, "score"])
+    wide = held.with_columns(kind, [(9.0,), (8.0,), (7.0,)])
+    assert [row.score for row in wide] == [9.0, 8.0, 7.0]
+    assert [row[:3] for row in wide] == rows == list(held) and held[0].label
 
 
 def test_a_large_file_takes_two_bytes_a_token(tmp_path):

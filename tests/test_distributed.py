@@ -21,6 +21,7 @@ import dpo
 import training
 from analysis import predict
 from data import UserError
+from data.toy import Labelled
 from gpt import GPTConfig, load
 from training import Run, distributed
 from training.optimizer import Scaler
@@ -135,7 +136,7 @@ def test_two_processes_give_the_weights_of_one(name, both):
 
 def test_one_process_of_a_machine_encodes_a_file(monkeypatch, tmp_path):
     """And the other maps what it wrote: the same rows, whose tokens stay in the file."""
-    rows = data.Rows([((1, 2), (3,), 0.5), ((70_000,), (5, 6, 7), 1.5)])
+    rows = data.Rows([Labelled((1, 2), (3,), False), Labelled((70_000,), (5, 6, 7), True)])
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(distributed, "total", lambda x: x)
     monkeypatch.setattr(distributed, "wait", lambda: None)
@@ -153,7 +154,7 @@ def test_one_process_of_a_machine_encodes_a_file(monkeypatch, tmp_path):
     mapped, said = distributed.in_one_process(None)  # nothing is made here
     assert list(mapped) == list(rows) and said == note and mapped[1][0] == (70_000,)
     unlink(path)
-    assert mapped[0] == ((1, 2), (3,), 0.5) and len(mapped.with_columns([(1,), (2,)])[1]) == 4
+    assert mapped[0] == ((1, 2), (3,), False) and mapped[1].label
 
 
 def test_the_uneven_batch_has_a_stand_in(monkeypatch):

@@ -1,0 +1,256 @@
+"""A row of a JSONL file: read, refused with file:line if it is bad, and brought to one shape: a
+prompt, and answers that do not repeat it."""
+
+import codecs
+import gzip
+import json
+import math
+import os
+import zlib
+
+from data.chat import Chat
+from data.error import UserError
+
+KINDS = {dict: "an object", list: "a list", bool: "a boolean", str: "a string", type(None): "null"}
+TURN = "\n\nAssistant:"  # where an answer begins in a transcript, as in HH
+REMEDIES = {  # columns of other shapes, and what to do about them
+    "text": 'split each text into "prompt" and "completion"',
+    "conversations": 'write them as "messages", a list of {"role", "content"}',
+    "conversation": 'write it as "messages", a list of {"role", "content"}',
+    "instruction": 'rename it to "prompt", and the answer to "completion"',
+    "question": 'rename it to "prompt"',
+    "input": 'rename it to "prompt"',
+}
+
+
+def read(path):
+    """-> [("path:number", row)]; raises UserError with file:line at the first line that is no JSON
+    object"""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a directory; give the JSONL file in it")
+    rows = []
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if line.strip():
+                    rows.append(_parse(f"{path}:{number}", line))
+    except UnicodeError:
+        remedy = "a task file is JSONL, one object per line"
+        raise UserError(f"{path}:{number}: not UTF-8 text; {remedy}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}:{number}: not JSON ({str(e).splitlines()[0]})") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, EOFError, zlib.error) as e:
+        why = f"{type(e).__name__}: {e}"
+        raise UserError(f"{path}: cannot be read after line {number} ({why})") from None
+    if not rows:
+        raise UserError(f"{path} is empty")
+    return rows
+
+
+def _parse(place, line):
+    row = json.loads(line.decode(), parse_constant=_refuse, parse_float=_finite)
+    json.dumps(row, ensure_ascii=False).encode()  # half an emoji, "\ud83d", is JSON but no text
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: a row must be a JSON object, not {_kind(row)}")
+    if "messages" in row and "prompt" not in row:
+        row = _last_turn(place, row)
+    if "label" in row and "completion" in row:  # elsewhere a column of the user's own
+        x = row["label"]
+        if type(x) not in (bool, int, float) or x not in (0, 1):
+            raise UserError(f'{place}: "label" must be true or false, not {_short(json.dumps(x))}')
+        row["label"] = bool(x)
+    return place, row
+
+
+def _refuse(name):
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text):
+    x = float(text)
+    return x if math.isfinite(x) else _refuse(text)
+
+
+def _last_turn(place, row):
+    """{"messages"} -> {"prompt", "completion"}: the last turn, if it is the assistant's"""
+    chat = row.pop("messages")
+    if not isinstance(chat, list):
+        raise UserError(f'{place}: "messages" must be a list of messages, not {_kind(chat)}')
+    roles = [role for role, _ in _messages(place, "messages", chat)]
+    if roles[-1] != "assistant":
+        return row | {"prompt": chat}
+    if len(roles) == 1:
+        raise UserError(f'{place}: "messages" begins with the answer; a prompt must come first')
+    return row | {"prompt": chat[:-1], "completion": chat[-1:]}
+
+
+def texts(path):
+    """Every string in the file, message contents too: what a vocabulary is trained on."""
+    for _, row in read(path):
+        yield from _strings(row)
+
+
+def _strings(value):
+    if isinstance(value, dict):
+        value = [part for key, part in value.items() if key != "role"]
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
+
+
+def prompt_of(place, row, template):
+    """-> (the prompt as text, the row with answers that do not repeat it)"""
+    row = _split_prompt(place, row)
+    prompt = row["prompt"]
+    if isinstance(prompt, list):
+        chat = _messages(place, "prompt", prompt)
+        prompt = chat[0][1]
+        if _is_dialogue(row):
+            turns = [template[role].format(text) for role, text in chat]
+            prompt = "".join(turns) + template["answer"]
+        if _goes_on(row):
+            opened = template["assistant"].partition("{}")[0]
+            prompt = "".join(turns[:-1]) + opened + chat[-1][1]
+        prompt = Chat(prompt, chat)
+    if not _text(place, "prompt", prompt).strip():
+        raise UserError(
+            f"{place}: the prompt is empty; a model needs at least one token to answer to"
+        )
+    return prompt, row
+
+
+def answer_of(place, row, key, template):
+    """-> the text of a column of a row that `prompt_of` has returned"""
+    if key not in row:
+        raise UserError(f"{place}: {missing(row, key)}")
+    if not isinstance(row[key], list):
+        return _text(place, key, row[key])
+    chat = _messages(place, key, row[key])
+    roles = [role for role, _ in chat]
+    if roles != ["assistant"]:
+        raise UserError(
+            f'{place}: "{key}" must be one assistant message, or the prompt\'s messages and '
+            f"then one, not {len(chat)} of {_short(', '.join(roles))}"
+        )
+    text = chat[0][1]
+    joined = text and _is_dialogue(row) and not _goes_on(row)
+    return template.get("before", " ") + text if joined else text
+
+
+def _text(place, key, value):
+    if not isinstance(value, str):
+        kinds = "a string or a list of messages"
+        raise UserError(f'{place}: "{key}" must be {kinds}, not {_kind(value)}')
+    return value
+
+
+def _messages(place, key, value):
+    """A message list -> [(role, content)]"""
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            shape = 'a list of {"role", "content"} with string contents'
+            raise UserError(f'{place}: "{key}" must be {shape}')
+        if message.get("role") not in ("system", "user", "assistant"):
+            raise UserError(
+                f'{place}: "{key}" has the role {_short(repr(message.get("role")))}; '
+                "known are system, user, assistant"
+            )
+    if not value:
+        raise UserError(f'{place}: "{key}" has no message')
+    return [(message["role"], message["content"]) for message in value]
+
+
+def _is_dialogue(row):
+    """Whether the prompt is a chat that the template renders: not a single message of a user's"""
+    prompt = row["prompt"]
+    return isinstance(prompt, list) and [message["role"] for message in prompt] != ["user"]
+
+
+def _goes_on(row):
+    """Whether the prompt ends in a turn of the assistant's, which the answer goes on with"""
+    return isinstance(row["prompt"], list) and row["prompt"][-1]["role"] == "assistant"
+
+
+def _split_prompt(place, row):
+    """-> the row with a prompt, and with answers that do not repeat it: chosen and rejected may be
+    whole chats, beside a prompt (UltraFeedback) or without one (HH)"""
+    if "prompt" not in row:
+        row = _implicit(place, row)
+    answers = {key: row[key] for key in ("completion", "chosen", "rejected") if key in row}
+    whole = {key: x for key, x in answers.items() if isinstance(x, list) and len(x) > 1}
+    if not whole:
+        return row
+    chats = {key: _messages(place, key, x) for key, x in whole.items()}
+    heads = [chat[:-1] for chat in chats.values()]
+    prompt, head = row["prompt"], heads[0]
+    if isinstance(prompt, list):
+        begins = head[: len(prompt)] == _messages(place, "prompt", prompt)
+    else:
+        begins = ("user", prompt) in head
+    if not begins or len(whole) < len(answers) or any(x != head for x in heads):
+        keys = " and ".join(f'"{key}"' for key in answers)
+        raise UserError(f"{place}: {keys} must be one message, or the whole chat with its prompt")
+    begin = next(iter(whole.values()))[:-1]
+    return {**row, "prompt": begin, **{key: x[-1:] for key, x in whole.items()}}
+
+
+def _implicit(place, row):
+    """Takes the beginning that chosen and rejected share as the prompt: whole messages, all up to
+    the last "Assistant:" of a transcript, or whole words."""
+    if "chosen" not in row or "rejected" not in row:
+        raise UserError(f"{place}: {missing(row, 'prompt')}")
+    a, b = row["chosen"], row["rejected"]
+    if type(a) is not type(b) or not isinstance(a, str | list):
+        both = '"chosen" and "rejected" must both be'
+        raise UserError(f"{place}: {both} strings or both lists of messages")
+    n = [*(x == y for x, y in zip(a, b)), False].index(False)
+    if isinstance(a, str):
+        turn = a.rfind(TURN, 0, n)
+        n = turn + len(TURN) if turn >= 0 else max(a.rfind(" ", 0, n), a.rfind("\n", 0, n), 0)
+    elif n == min(len(a), len(b)):
+        n = max(0, n - 1)  # equal to the last message: the pair is useless, but well formed
+    if n == 0:
+        raise UserError(
+            f'{place}: no column "prompt", and chosen and rejected share no beginning to take '
+            "for it"
+        )
+    return {**row, "prompt": a[:n], "chosen": a[n:], "rejected": b[n:]}
+
+
+def number_of(place, row, key, default):
+    """-> a column's number; `default` if the row has none"""
+    x = row.get(key, default)
+    known = type(x) in (int, float) and -1e30 < x < 1e30
+    if not known or key == "p" and not 0 <= x <= 1:
+        bounds = " in [0, 1]" if key == "p" else ""
+        raise UserError(f'{place}: "{key}" must be a number{bounds}, not {_short(json.dumps(x))}')
+    return float(x)
+
+
+def missing(row, key):
+    scripts = {
+        "label": "kto.py",
+        "chosen": "dpo.py, simpo.py or orpo.py",
+        "completion": "sft.py",
+        "prompt": "ppo.py, grpo.py or dapo.py",
+    }
+    able = [script for column, script in scripts.items() if column in row and column != key]
+    half = key == "rejected" and "chosen" in row  # of a pair: no script reads that
+    hint = f"; {able[0]} can read such rows" if able and not half else ""
+    if not able:
+        hint = next((f"; {REMEDIES[name]}" for name in row if name in REMEDIES), "")
+    return f'no column "{key}" (it has {_short(", ".join(row)) or "none"}){hint}'
+
+
+def _kind(value):
+    return KINDS.get(type(value), "a number")
+
+
+def _short(text):
+    return text if len(text) < 80 else text[:80] + " …"
