@@ -37,9 +37,10 @@ import torch.nn.functional as F
 import data
 import training
 from data import UserError
-from evaluate import Evaluator, pair_accuracy
+from evaluate import Evaluator
 from gpt import response_logprobs
 from training import PairOptions, Run, opt, parse
+from training.held_out import pair_accuracy
 
 
 def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1, label_smoothing=0.0):

@@ -33,10 +33,11 @@ import torch.nn.functional as F
 
 import data
 import training
-from evaluate import Evaluator, pair_accuracy
+from evaluate import Evaluator
 from gpt import token_logprobs
 from training import PairOptions, Run, ScratchOptions, opt, parse
 from training.checkpoint import find_reference
+from training.held_out import pair_accuracy
 
 
 def odds_ratio_loss(logp_w, logp_l, len_w, len_l):

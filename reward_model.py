@@ -33,10 +33,10 @@ import torch.nn.functional as F
 
 import data
 import training
-from evaluate import RewardEvaluator
 from gpt import response_scores
 from training import PairOptions, Run, opt, parse
 from training.distributed import greatest, least
+from training.held_out import RewardEvaluator
 
 
 def bradley_terry_loss(reward_w, reward_l, margin=0.0, p=1.0):

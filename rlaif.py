@@ -38,10 +38,10 @@ import torch.nn.functional as F
 
 import data
 import training
-from data import Stopped, UserError, say
+from data import Stopped, UserError, printable, say
 from data.constitution import Dialogues, constitution, pad_dialogues
 from data.skills import demonstrate
-from evaluate import Evaluator, PreferenceEvaluator, printable
+from evaluate import Evaluator
 from gpt import response_scores, token_logprobs
 from training import Rollout, Run, ScratchOptions, checkpoint, feedback, load_judge, opt, parse
 
@@ -247,7 +247,7 @@ def learn_preferences(p, run):
     labels = ai_label(*p.judge.compare(pairs), o.clamp).tolist()
     rows = [data.Graded(x.prompt, x.a, x.b, p=label) for x, label in zip(pairs, labels)]
     held_out = writer.pairs(o.eval_prompts, "held out", "test")
-    evaluator = PreferenceEvaluator(run, p.task, p.judge, held_out, p.evaluator.facts)
+    evaluator = feedback.PreferenceEvaluator(run, p.task, p.judge, held_out, p.evaluator.facts)
     del writer  # only one model is in memory while it learns
     reward = run.load(p.start, p.task, scalar=True)
     run.hold(reward=reward)

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import data
-import evaluate
 import training
 from evaluate import Evaluator
 from gpt import token_logprobs
 from training import Run, ScratchOptions, parse
 from training.checkpoint import find_reference
+from training.held_out import nll_per_token
 
 
 def nll(logp):
@@ -58,7 +58,7 @@ def compute_loss(policy, batch, o):
 
 
 def held_out(task, o):
-    return evaluate.nll(task, partial(compute_loss, o=o))
+    return nll_per_token(task, partial(compute_loss, o=o))
 
 
 def main(argv=None):

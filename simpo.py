@@ -26,9 +26,10 @@ import torch.nn.functional as F
 
 import data
 import training
-from evaluate import Evaluator, pair_accuracy
+from evaluate import Evaluator
 from gpt import response_logprobs
 from training import PairOptions, Run, opt, parse
+from training.held_out import pair_accuracy
 
 
 def simpo_loss(logp_w, logp_l, len_w, len_l, beta=2.0, gamma=1.0):

@@ -13,7 +13,7 @@ import statistics
 import torch
 
 from analysis import tables
-from evaluate import printable
+from data import printable
 
 POINTS = 80  # of a curve, at most; each is a mean over the steps that it stands for
 LEFT, WIDTH, HEIGHT = 34, 240, 90  # of a curve's frame, in the units of its picture

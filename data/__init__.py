@@ -12,7 +12,7 @@ from data.batch import (
     pad_pairs,
 )
 from data.chat import TEMPLATE
-from data.error import Stopped, UserError, say, user_errors
+from data.error import Stopped, UserError, printable, say, user_errors
 from data.tasks import BUILT_IN, kind, task
 from data.tokenizer import Tokenizer, tokenizer
 from data.toy import Graded
@@ -34,6 +34,7 @@ __all__ = [
     "mismatched",
     "pad",
     "pad_pairs",
+    "printable",
     "say",
     "task",
     "tokenizer",

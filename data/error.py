@@ -13,6 +13,12 @@ def say(note):
         sys.stdout.flush()
 
 
+def printable(text):
+    """A text as one can look at it: a file, and a model that has learned little, may hold control
+    characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text.strip())
+
+
 class UserError(Exception):
     """A mistake of the user's: its message is one line, what is wrong and how to mend it."""
 
@@ -20,7 +26,7 @@ class UserError(Exception):
     alone = False  # met by one process of many
 
     def __init__(self, message):
-        super().__init__("".join(c if c.isprintable() else "·" for c in message))
+        super().__init__(printable(message).replace("\n", "·"))
 
 
 class Stopped(UserError):

@@ -16,9 +16,11 @@ import dpo
 import kto
 import sft
 import simpo
-from evaluate import Evaluator, RewardEvaluator, log_ratio_and_entropy, printable
+from data import printable
+from evaluate import Evaluator, log_ratio_and_entropy
 from gpt import GPT, GPTConfig
 from training import Compute
+from training.held_out import RewardEvaluator
 from training.sampling import sample
 
 TOKENIZER = data.tokenizer()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import data
 from data import UserError
 from data.constitution import ask_choice, ask_critique, ask_revision
+from gpt import response_scores
 from training import memory
 from training.reward import completions
 
@@ -186,3 +187,27 @@ def skill_figures(writer, judge, n):
 def show(title, figures):
     rows = [f"  {name:<36}{x:>8.3f}" for name, x in figures.items() if isinstance(x, float)]
     data.say("\n".join(["", title, *rows]))
+
+
+class PreferenceEvaluator:
+    """Measures a preference model that learned from an AI judge: its agreement with the judge, and
+    with the gold reward. pairs: Pair, from held-out prompts"""
+
+    def __init__(self, run, task, judge, pairs, facts):
+        self.run, self.task, self.judge, self.pairs, self.facts = run, task, judge, pairs, facts
+
+    def measure(self, reward):
+        run, pairs = self.run, self.pairs
+        if not pairs:
+            return {}
+
+        def margin(part):
+            batch = data.pad_pairs(part, run.device, ends=True)
+            return torch.sub(*response_scores(reward, batch).chunk(2))
+
+        rows, _ = data.encode([x[:3] for x in pairs], run.tokenizer, run.block_size, truncate=True)
+        a_wins = run.scores(rows, margin, ROWS) > 0
+        return label_figures(self.task, pairs, *self.judge.compare(pairs), a_wins)
+
+    def report(self, title, figures):
+        show(f"{title}: {len(self.pairs)} held-out pairs", figures)
