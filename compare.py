@@ -76,6 +76,8 @@ class Options:
     seq_len: int = opt(0, "tokens of one (default: 2048; own: the task's)", low=4)
 
     def check(self):
+        if not self.predict:
+            report.template()  # what a report needs is looked for before anything runs
         if self.records:
             self.check_records()
         unread = {"vocab_size", "batch_size", "micro_batch", "seq_len", "lora", "ranks", "shard"}

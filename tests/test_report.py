@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ import compare
 from analysis import answers, report, tables
 
 EVIL = "<script>alert(1)</script>\x1b[2J & \"quoted\" 'text'"
+SHOWN = "&lt;script&gt;alert(1)&lt;/script&gt;·[2J &amp; &#34;quoted&#34; &#39;text&#39;"
 
 
 def read_answers(reward, text="Fine."):
@@ -45,8 +47,29 @@ def test_the_page_has_every_row_and_why_one_failed(made):
 
 def test_what_a_model_wrote_is_shown_as_text(made):
     _, page = made
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;·[2J &amp; &quot;quoted&quot;" in page
+    assert f"<p>{SHOWN}</p>" in page
     assert page.count("<script>") == 1 and "\x1b" not in page
+
+
+CARD = {"name": EVIL, "lines": [[(1, 2.0)]], "last": 1, "ends": EVIL, "low": 2.0, "high": 2.0}
+
+
+@pytest.mark.parametrize(
+    "part, data, times",
+    [
+        ("facts", [(EVIL, EVIL)], 2),
+        ("failures", [EVIL], 1),
+        ("table", {"columns": [EVIL], "rows": [[(EVIL, EVIL)]]}, 3),
+        ("pictures", [{"name": EVIL, "png": ""}], 2),
+        ("answers", [(EVIL, [(EVIL, read_answers(None, EVIL))])], 3),
+        ("curves", [(EVIL, [CARD])], 4),
+    ],
+)
+def test_no_text_becomes_html(part, data, times):
+    """Nor does it end an attribute. Title and headings add four."""
+    page = report.page(EVIL, [(EVIL, part, data)])
+    assert page.count(SHOWN) == times + 4
+    assert "<script>alert" not in page and "\x1b" not in page
 
 
 def test_the_page_loads_nothing_and_names_no_folder(made):
@@ -57,10 +80,35 @@ def test_the_page_loads_nothing_and_names_no_folder(made):
         assert part not in page, part
 
 
+def test_without_jinja2_nothing_is_run(stubs, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert main("compare", "--methods", "simpo", "--task", "exact") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "the package jinja2" in said and "pip install jinja2" in said
+    assert not (stubs / "out").exists()
+
+
 def test_folders_are_taken_off_and_nothing_else():
     words = "python dpo.py --out /home/me/out/x.pt --kl 1/2 'a b/c.pt' failed: C:\\x\\y.pt: no"
     assert report.bare(words) == "python dpo.py --out x.pt --kl 2 'a c.pt' failed: C:y.pt: no"
     assert report.bare("exit code 2: dpo.py: loss / nan") == "exit code 2: dpo.py: loss / nan"
+
+
+def test_cells_are_sorted_by_the_number_that_they_begin_with():
+    rows = [{"KL": "−1.50 ± 0.71", "note": "of 3 runs 1 failed"}, {"step": 3}]
+    cells = [[("−1.50 ± 0.71", "-1.50"), ("of 3 runs 1 failed", ""), ("", "")]]
+    cells += [[("", ""), ("", ""), ("3", "3")]]
+    assert report.table(rows) == {"columns": ["KL", "note", "step"], "rows": cells}
+
+
+def test_rewards_have_one_scale_and_each_loss_its_own():
+    found = {"dpo": {"loss": [[(1, 5.0)]], "reward": [[(1, 0.0), (2, 1.0)]]}}
+    found["kto"] = {"loss": [[(1, 7.0)]], "reward": [[(1, 2.0)], [(3, 4.0)]]}
+    charts = [one for _, charts in report.curves(found) for one in charts]
+    spans = {one["name"]: (one["low"], one["high"], one["last"], one["ends"]) for one in charts}
+    losses = {"loss of dpo": (5.0, 5.0, 1, "5"), "loss of kto": (7.0, 7.0, 1, "7")}
+    rewards = {"reward of dpo": (0.0, 4.0, 2, "1"), "reward of kto": (0.0, 4.0, 3, "2, 4")}
+    assert spans == losses | rewards
 
 
 def test_a_curve_has_few_points_which_are_means():
