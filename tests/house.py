@@ -104,6 +104,8 @@ def main(root):
         wide = sum(len(line) > 100 for t in texts for line in t.splitlines())
         lines = sum(len(t.splitlines()) for t in texts)
         print(f"{what:<22}{lines:>6}{n:>7}{n / code:>7.1f}{'':>6}  {wide} lines above 100 columns")
+    templates = [p.read_text() for p in (root / "analysis").glob("*.jinja")]
+    print(f"{'templates':<22}{sum(len(t.splitlines()) for t in templates):>6}")
     readme = (root / "README.md").read_text()
     prose = [line for line in readme.splitlines() if not line.startswith("|")]
     size = f"{len(readme.splitlines())} lines, {len(readme.encode()):,} bytes"
