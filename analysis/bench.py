@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import data
 import training
-from analysis import peers, processor
+from analysis import against_trl, processor
+from analysis.against_trl import peers
 from analysis.tables import markdown
 from data import Stopped, UserError, say
 from gpt import GPT, GPTConfig, ScalarGPT
@@ -83,7 +84,7 @@ class Options:
             size = f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}"
             raise UserError(size)
         if self.peers:
-            peers.check("--peers")
+            against_trl.check("--peers")
 
     def config(self, context):
         """-> the sizes of the model that has this context"""
@@ -201,7 +202,7 @@ def worker(job, folder):
 def run(command, folder):
     """-> what a process of one thread prints"""
     env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    env |= peers.OFFLINE
+    env |= against_trl.OFFLINE
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]

@@ -9,7 +9,7 @@ at the end at every figure that both sides have logged. If the two differ by mor
 comparison must name one of DEPARTURES: without a name the exit code is 1. It is 1 too if a
 departure shows no difference any more.
 
-analysis/sides.py runs the two sides. The printed tables are in docs/parity.md.
+analysis/against_trl/sides.py runs the two sides. The printed tables are in docs/parity.md.
 """
 
 import os
@@ -22,7 +22,8 @@ import torch
 from tqdm import tqdm
 
 import training
-from analysis import peers, sides, tables
+from analysis import against_trl, tables
+from analysis.against_trl import sides
 from data import Stopped, UserError, say
 from training import opt, parse
 
@@ -274,7 +275,7 @@ class Options:
         for word in self.only:
             if all(word not in row.name for row in COMPARISONS):
                 raise UserError(f"--only {word}: no comparison has it in its name")
-        peers.check("the comparison")
+        against_trl.check("the comparison")
 
     def rows(self):
         words = self.only or [""]
@@ -313,7 +314,7 @@ def report(found):
 def main(argv=None):
     o = parse(Options, argv)
     torch.set_num_threads(1)
-    os.environ.update(peers.OFFLINE)
+    os.environ.update(against_trl.OFFLINE)
     with tempfile.TemporaryDirectory() as folder:
         sides.write(folder)
         bar = tqdm(o.rows(), "parity", leave=False, disable=None)

@@ -36,13 +36,12 @@ FLOORS = {  # a folder or a file -> what of ours it may import, and what else
     ),
     "analysis/bench.py": (f"gpt data training analysis {' '.join(METHODS)}", "torch tqdm"),
     "analysis/report.py": ("data analysis", "torch jinja2"),  # which comes with torch
-    "analysis/peers.py": ("data training analysis", "torch trl transformers tokenizers datasets"),
     "analysis/parity.py": ("data training analysis", "torch tqdm"),
-    "analysis/sides.py": (
+    "analysis/against_trl": (
         "gpt data hf training analysis",
         "torch trl transformers tokenizers datasets",
     ),
-    "analysis/derived_ppo.py": ("", "torch transformers"),
+    "analysis/against_trl/derived_ppo.py": ("", "torch transformers"),
     "analysis/plugin.py": ("analysis data", "pytest"),
     "analysis/plots.py": (f"data training analysis {' '.join(METHODS)}", "matplotlib"),
 }
@@ -62,7 +61,8 @@ def found(folder):
 ALL = found(ROOT)
 SOURCES = [path for path in ALL if path.relative_to(ROOT).parts[0] != "tests"]
 OURS = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in SOURCES}
-BELOW = [path for path in SOURCES if path.parent.name != "analysis" and path.stem != "compare"]
+ABOVE = ("analysis", "compare.py")
+BELOW = [path for path in SOURCES if path.relative_to(ROOT).parts[0] not in ABOVE]
 LOADED = 26_000  # nodes of ours that `python dpo.py` loads, its SFT stage included
 SYMBOLS = "alpha beta gamma lam eps eps_low eps_high eps_v tau eta rho sigma kl_coef vf_coef"
 SYMBOLS = {*SYMBOLS.split(), "adv", "logp", "ref_logp", "old_logp", "label_smoothing", "flip"}

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import ROOT, main
 
-from analysis import parity, sides
+from analysis import parity
+from analysis.against_trl import sides
 from analysis.mistakes import MISTAKES, Mistake
 from training import parse
 
@@ -33,7 +34,7 @@ def test_every_comparison_is_of_a_script_and_a_trainer(row):
     """Its options are the script's, its settings have a value, its departure is explained."""
     name, *argv = row.ours.split()
     script = importlib.import_module(name)
-    judge = ["--reward", "rm"] if sides.SCRIPTS[name][2] == "a reward model" else []
+    judge = ["--reward", "rm"] if name == "ppo" else []
     assert parse(script.Options, ["--task", "x.jsonl", *judge, *argv], script.PRESETS)
     settings = dict(map(sides.setting, row.theirs.split()[1:]))
     assert all(value != "" for value in settings.values())

@@ -13,8 +13,8 @@ import torch
 
 
 def train(steps, rollout, folder, parts, passes, beta, gamma, lam, eps, eps_v, vf_coef, penalty):
-    """Trains on a rollout, in so many passes of `parts` minibatches, in order. -> steps, an
-    analysis.sides.Steps, filled. penalty: what a response without an end loses"""
+    """Trains on a rollout, in so many passes of `parts` minibatches, in order. steps: the
+    Steps that it fills and gives back. penalty: what a response without an end loses"""
     from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
     policy, reference = (

@@ -8,10 +8,8 @@ PPO: there analysis/derived_ppo.py is the other side.
 
 import contextlib
 import importlib
-import io
 import json
 import string
-import warnings
 from pathlib import Path
 from statistics import fmean
 from unittest.mock import patch
@@ -19,50 +17,38 @@ from unittest.mock import patch
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from analysis import derived_ppo
-from gpt import ScalarGPT
+from analysis.against_trl import derived_ppo, trainers
+from analysis.against_trl.steps import Steps, in_order, quiet
+from gpt import GPTConfig, ScalarGPT
 from hf import weights
 from training import Run, locks, sampling
 
+LETTERS = string.ascii_lowercase
 END, PAD = 0, 1  # token ids; the letters come after them
-SIZES = dict(vocab_size=28, n_positions=32, n_layer=2, n_head=2, n_embd=16)
+SIZES = GPTConfig(vocab_size=28, block_size=32, n_layer=2, n_head=2, n_embd=16)
 LONGEST = 8  # tokens of a response
-SCRIPTS = {  # a script -> the columns of its rows beside the prompt, has it a reference, its reward
-    "sft": ("completion", False, None),
-    "reward_model": ("chosen rejected", False, None),
-    "dpo": ("chosen rejected", True, None),
-    "simpo": ("chosen rejected", False, None),
-    "orpo": ("chosen rejected", False, None),
-    "kto": ("completion label", True, None),
-    "grpo": ("", True, "letters"),
-    "dapo": ("", False, "verdict"),
-    "online_dpo": ("", True, "letters"),
-    "ppo": ("", True, "a reward model"),
+REFERENCED = ("dpo", "kto", "grpo", "online_dpo", "ppo")  # the scripts that are told a reference
+REWARDS = {  # a script that samples -> its reward
+    "grpo": "letters",
+    "dapo": "verdict",
+    "online_dpo": "letters",
+    "ppo": "a reward model",
 }
 # Nothing is clipped: a clipped gradient does not show that it is twice too large.
 OURS = "--lr 0.003 --lr-schedule constant --warmup 0 --grad-clip 1000"
 OURS += " --dtype float64 --device cpu --eval-prompts 1 --log-every 1"
-THEIRS = dict(
-    **dict(learning_rate=0.003, lr_scheduler_type="constant", max_grad_norm=1000),
-    **dict(optim="adamw_torch", adam_beta2=0.95, gradient_checkpointing=False),
-    **dict(use_cpu=True, bf16=False, save_strategy="no", report_to="none"),
-    **dict(logging_strategy="steps", logging_steps=1, disable_tqdm=True),
+THEIRS = trainers.SETTINGS | dict(
+    learning_rate=0.003,
+    max_grad_norm=1000,
+    optim="adamw_torch",
+    adam_beta2=0.95,
+    logging_strategy="steps",
+    logging_steps=1,
 )
-MODULES = {  # of a trainer that is not in trl itself
-    "CPO": "trl.experimental.cpo",
-    "ORPO": "trl.experimental.orpo",
-    "OnlineDPO": "trl.experimental.online_dpo",
-}
 ALIASES = {  # what the table calls a setting -> its name in TRL
     "batch": "per_device_train_batch_size",
     "accumulation": "gradient_accumulation_steps",
     "updates": "num_iterations",
-}
-NAMES = {  # TRL's name of a figure -> ours
-    "learning_rate": "lr",
-    "objective/scores": "reward",
-    "objective/scores_margin": "reward_margin",
-    "objective/kl": "kl",
 }
 
 
@@ -71,52 +57,33 @@ NAMES = {  # TRL's name of a figure -> ours
 
 def write(folder):
     """Writes folder/policy, folder/reference and folder/reward."""
-    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
-
-    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    ids = dict(bos_token_id=None, eos_token_id=END, pad_token_id=PAD)
-    for seed, name in ((7, "policy"), (6, "reference")):
-        torch.manual_seed(seed)
-        model = GPT2LMHeadModel(GPT2Config(**SIZES, **no_dropout, **ids)).double()
-        with torch.no_grad(), quiet():
+    with quiet(), torch.no_grad():
+        for seed, name in ((7, "policy"), (6, "reference"), (5, "reward")):
+            torch.manual_seed(seed)
+            model = trainers.gpt2(SIZES, END, PAD, scores=name == "reward").double()
             for p in model.parameters():
                 p += 0.2 * torch.randn_like(p)
-            last, words = model.transformer.ln_f, model.transformer.wte.weight
-            last.weight[0], last.bias[0] = 0, 1
-            words[END, 0], words[PAD, 0] = 2, -40  # some responses end, and none draws padding
+            if name != "reward":  # some responses end, and none draws padding
+                last, words = model.transformer.ln_f, model.transformer.wte.weight
+                last.weight[0], last.bias[0] = 0, 1
+                words[END, 0], words[PAD, 0] = 2, -40
             model.save_pretrained(Path(folder, name))
             tokenizer().save_pretrained(Path(folder, name))
-    config = GPT2Config(**SIZES, **no_dropout, **ids, num_labels=1)
-    with quiet():
-        judge = GPT2ForSequenceClassification(config).double()
-        with torch.no_grad():
-            for p in judge.parameters():
-                p += 0.2 * torch.randn_like(p)
-        judge.save_pretrained(Path(folder, "reward"))
-        tokenizer().save_pretrained(Path(folder, "reward"))
 
 
 def tokenizer(pad="<pad>"):
     """-> a token for each letter, one that ends, one that pads"""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {x: i for i, x in enumerate(["<end>", "<pad>", *string.ascii_lowercase])}
-    found = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    found.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    found.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=found, eos_token="<end>", pad_token=pad)
+    return trainers.tokenizer(["<end>", "<pad>", *LETTERS], between="", pad=pad)
 
 
 def rows(script, needs=""):
     """-> the rows of a script: 12, or 4 prompts of 4 letters. needs: words. margin: pairs have one.
     twins: two rows in turn have one prompt. ragged: prompts have many lengths."""
-    columns, draws, found = SCRIPTS[script][0].split(), torch.Generator().manual_seed(0), []
+    columns, draws, found = trainers.COLUMNS[script], torch.Generator().manual_seed(0), []
     lengths = (3, 6, 4) if columns or "ragged" in needs else (4,)
 
     def text(length):
-        ids = torch.randint(26, (length,), generator=draws).tolist()
-        return "".join(string.ascii_lowercase[i] for i in ids)
+        return "".join(LETTERS[i] for i in torch.randint(26, (length,), generator=draws).tolist())
 
     for i in range(12 if columns else 4):
         row = {"prompt": text(lengths[i % len(lengths)])}
@@ -134,67 +101,12 @@ def rows(script, needs=""):
 
 def letters(completion):
     """A reward: the mean place of a completion's letters in the alphabet, from 0 to 1"""
-    return sum(map(string.ascii_lowercase.find, completion)) / (25 * max(1, len(completion)))
+    return sum(map(LETTERS.find, completion)) / (25 * max(1, len(completion)))
 
 
 def verdict(completion):
     """A reward of two values, for DAPO"""
     return 1.0 if letters(completion) > 0.5 else -1.0
-
-
-# ---- how a side is watched
-
-
-class Steps(list):
-    """One entry per optimizer step: (the loss that was differentiated, {a weight's name in
-    transformers: its gradient}). Torch itself is asked, on both sides alike. figures: {a figure
-    that the side has logged, under our name: its mean over the run}."""
-
-    def __init__(self):
-        self.losses = []  # since the last step; several if there are micro-batches
-        self.figures = {}
-
-    def logged(self, lines):
-        """Takes what the side has logged: dicts, each of an optimizer step or of a rollout."""
-        for name in {name for line in lines for name in line} - {"step"}:
-            found = [line[name] for line in lines if isinstance(line.get(name), (int, float))]
-            if found:
-                self.figures[NAMES.get(name, name)] = fmean(found)
-
-    def watch(self, optimizer, gradients):
-        def before(*_):
-            self.append((sum(self.losses), gradients()))
-            self.losses.clear()
-
-        optimizer.register_step_pre_hook(before)
-
-    @contextlib.contextmanager
-    def watching_losses(self):
-        backward = torch.Tensor.backward
-
-        def noted(loss, *rest, **more):
-            self.losses.append(loss.item())
-            return backward(loss, *rest, **more)
-
-        with patch.object(torch.Tensor, "backward", noted):
-            yield
-
-
-@contextlib.contextmanager
-def in_order():
-    """Within it neither side shuffles anything."""
-    same, nothing = (lambda n, **_: torch.arange(n)), (lambda self, x: None)
-    with patch("torch.randperm", same), patch("random.Random.shuffle", nothing):
-        yield
-
-
-@contextlib.contextmanager
-def quiet():
-    nowhere = io.StringIO()
-    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
 
 
 # ---- our side
@@ -231,14 +143,13 @@ def ours(command, data, folder):
 
 def arguments(script, data, folder):
     """Writes the rows. -> what a script is told beside the options of the comparison"""
-    _, has_reference, judge = SCRIPTS[script]
     file = f"{folder}/rows.jsonl"
     Path(file).write_text("\n".join(map(json.dumps, data)))
     found = ["--task", file, "--eval-file", file, "--batch-size", str(len(data)), *OURS.split()]
     found += ["--init", f"{folder}/policy", "--out", f"{folder}/ours.pt"]
-    if has_reference:
+    if script in REFERENCED:
         found += ["--reference", f"{folder}/reference"]
-    if judge:
+    if judge := REWARDS.get(script):
         judge = f"{folder}/reward" if judge == "a reward model" else f"{__file__}:{judge}"
         found += ["--reward", judge, "--max-new-tokens", str(LONGEST)]
     return found
@@ -272,7 +183,8 @@ def theirs(command, data, folder, steps, rollout=None):
     if kind == "derivation":
         with quiet():
             return derived_ppo.train(Steps(), rollout, folder, **dict(map(setting, told)))
-    module, found = importlib.import_module(MODULES.get(kind, "trl")), Steps()
+    found = Steps()
+    Trainer, Config = trainers.trainer(kind)
     settings = THEIRS | {"output_dir": f"{folder}/theirs", "max_steps": steps}
     settings["per_device_train_batch_size"] = len(data)
     if kind in ("GRPO", "RLOO"):
@@ -288,17 +200,13 @@ def theirs(command, data, folder, steps, rollout=None):
             GPT2LMHeadModel.from_pretrained(f"{folder}/{name}") for name in ("policy", "reference")
         )
         policy = scalar(policy, words, folder) if kind == "Reward" else policy
-        given = {
-            "model": policy,
-            "processing_class": words,
-            "train_dataset": Dataset.from_list(data),
-        }
-        if kind in ("DPO", "KTO", "OnlineDPO"):
+        given = {"train_dataset": Dataset.from_list(data)}
+        if kind in trainers.WITH_REFERENCE:
             given["ref_model"] = reference
         if rollout:
             given["reward_funcs"] = list(map(reward, rewards))
-        config = getattr(module, f"{kind}Config")(**settings)
-        trainer = getattr(module, f"{kind}Trainer")(args=config, **given)
+        args = Config(**settings)
+        trainer = Trainer(model=policy, args=args, processing_class=words, **given)
         if rollout:
             hand_over(kind, trainer, rollout, reference)
         named = dict(policy.named_parameters())
