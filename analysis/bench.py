@@ -81,8 +81,7 @@ class Options:
             if row not in ROWS:
                 raise UserError(f"--methods {row}: no such row; there are {', '.join(ROWS)}")
         if self.n_embd % self.n_head:
-            size = f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}"
-            raise UserError(size)
+            raise UserError(f"--n-embd {self.n_embd} is no multiple of --n-head {self.n_head}")
         if self.peers:
             against_trl.check("--peers")
 
@@ -123,8 +122,8 @@ def step(job):
         with contextlib.redirect_stdout(io.StringIO()):
             script.main([*arguments, "--out", f"{os.getpid()}.pt"])
     final = json.loads(Path(f"{os.getpid()}.jsonl").read_text().splitlines()[-1])["final"]
-    found = {"ms": final["step_ms"], "bytes": final["peak_bytes"]}
-    return found | {"sample_ms": final["sample_ms"]} if "sample_ms" in final else found
+    names = {"step_ms": "ms", "peak_bytes": "bytes", "sample_ms": "sample_ms"}
+    return {ours: final[name] for name, ours in names.items() if name in final}
 
 
 def generator(config, job):
@@ -151,46 +150,53 @@ def tokens_per_second(draw, runs=5):
 
 
 def jobs(o):
-    """-> {(table, row): a measurement}"""
+    """-> {(table, row, whether it is the peer's): a measurement}"""
     found, methods = {}, o.methods or ROWS
+    if o.only in ("all", "steps"):
+        for row in methods:
+            found["steps", row] = step_job(o, row, 32, 96, *ROWS[row][1:])
+    if o.only in ("all", "long"):
+        for row, (name, *sizes) in LONG.items():
+            if name in methods:
+                found["long", row] = step_job(o, name, *sizes)
+    if o.only in ("all", "sampling"):
+        for row, (prompts, group, ends) in SAMPLING.items():
+            job = {"what": "sample", "name": "generate", "prompt": 32, "response": 96}
+            job |= {"prompts": prompts, "group": group, "ends": ends, "config": o.config(256)}
+            found["sampling", row] = job
+    both = {}
+    for key, job in found.items():
+        both[*key, False] = job | {"peer": False}
+        if o.peers and job["name"] in peers.SHAPES:
+            both[*key, True] = job | {"peer": True}
+    return both
 
-    def add(table, row, name, prompt, response, sequences, arguments):
-        task, context = f"tokens:{prompt}+{response}", max(256, prompt + response)
-        more = f"--steps {o.steps} --warmup 1 --init {context}.pt --eval-prompts 4"
-        command = f"{name} --task {task} --device cpu --dtype float32 {more} {arguments}"
-        job = {"what": "step", "name": name, "prompt": prompt, "response": response}
-        job |= {"command": command.split(), "sequences": sequences, "steps": o.steps}
-        found[table, row] = job | {"config": o.config(context)}
 
-    for row in methods if o.only in ("all", "steps") else ():
-        add("steps", row, row, 32, 96, *ROWS[row][1:])
-    for row, (name, *sizes) in LONG.items() if o.only in ("all", "long") else ():
-        if name in methods:
-            add("long", row, name, *sizes)
-    for row, (prompts, group, ends) in SAMPLING.items() if o.only in ("all", "sampling") else ():
-        job = {"what": "sample", "prompts": prompts, "group": group, "ends": ends}
-        job |= {"prompt": 32, "response": 96, "name": "generate"}
-        found["sampling", row] = job | {"config": o.config(256)}
-    return found
+def step_job(o, name, prompt, response, sequences, arguments):
+    """-> a measurement of a script's steps"""
+    context = max(256, prompt + response)
+    command = f"{name} --task tokens:{prompt}+{response} --device cpu --dtype float32 {arguments}"
+    command += f" --steps {o.steps} --warmup 1 --init {context}.pt --eval-prompts 4"
+    job = {"what": "step", "name": name, "prompt": prompt, "response": response}
+    job |= {"command": command.split(), "sequences": sequences, "steps": o.steps}
+    return job | {"config": o.config(context)}
 
 
 def run_all(o, folder):
-    """-> the jobs, and {key of a job: figures of each repeat}, of the peer too, and of the rate"""
-    todo, found = jobs(o), {"rate": []}
+    """-> the jobs, and {key of a job: figures of each repeat}, and those of the rate"""
+    todo = jobs(o)
+    found = {"rate": []} | {key: [] for key in todo}
     for context in {job["config"][1] for job in todo.values() if job["what"] == "step"}:
         size = f"--n-layer {o.n_layer} --n-head {o.n_head} --n-embd {o.n_embd}"
         task = f"--task tokens:{context // 2}+{context // 2} --block-size {context}"
-        start = f"sft {task} {size} --steps 1 --batch-size 2 --eval-prompts 4 --device cpu"
-        run([sys.executable, HERE / "sft.py", *start.split()[1:], "--out", f"{context}.pt"], folder)
-    with tqdm(total=o.repeats * len(todo) * (1 + o.peers), desc="bench", disable=None) as bar:
+        how = f"{task} {size} --steps 1 --batch-size 2 --eval-prompts 4 --device cpu"
+        run([sys.executable, HERE / "sft.py", *how.split(), "--out", f"{context}.pt"], folder)
+    with tqdm(total=o.repeats * len(todo), desc="bench", disable=None) as bar:
         for _ in range(o.repeats):
             found["rate"].append(worker({"what": "rate"}, folder))
             for key, job in todo.items():
-                for peer in (False, True)[: 1 + o.peers]:
-                    if not peer or job["name"] in peers.SHAPES:
-                        figures = worker(job | {"peer": peer}, folder)
-                        found.setdefault((*key, peer), []).append(figures)
-                    bar.update()
+                found[key].append(worker(job, folder))
+                bar.update()
     return todo, found
 
 
@@ -232,36 +238,40 @@ def ratio(ours, theirs, name):
     return statistics.median(b[name] / a[name] for a, b in zip(ours, theirs))
 
 
+def measured(table, todo, found):
+    """Yields (row, job, our figures, the peer's or None) of a table"""
+    for (kind, row, peer), job in todo.items():
+        if kind == table and not peer:
+            yield row, job, found[kind, row, False], found.get((kind, row, True))
+
+
 def steps_table(o, todo, found, table, rate):
     """-> lines of cells"""
-    peer = ["TRL, ms", "TRL / ours", "TRL, MB"] if o.peers else []
-    step = "ms per step", "of it sampling", "floor, ms", "floor / step"
-    yield ["", *step, "MB at the peak", *peer]
-    for (kind, row), job in todo.items():
-        if kind == table:
-            ours, theirs = found[kind, row, False], found.get((kind, row, True))
-            ms, least = middle(ours, "ms"), floor(job, rate)
-            sampled = f"{middle(ours, 'sample_ms'):.0f}" if "sample_ms" in ours[0] else ""
-            cells = [row, f"{ms:.0f}", sampled, f"{least:.0f}", f"{least / ms:.2f}"]
-            cells.append(f"{middle(ours, 'bytes') / 1e6:.0f}")
-            if theirs:
-                cells += [f"{middle(theirs, 'ms'):.0f}", f"{ratio(ours, theirs, 'ms'):.2f}"]
-                cells.append(f"{middle(theirs, 'bytes') / 1e6:.0f}")
-            yield cells + [""] * (6 + len(peer) - len(cells))
+    head = ["", "ms per step", "of it sampling", "floor, ms", "floor / step", "MB at the peak"]
+    yield head + (["TRL, ms", "TRL / ours", "TRL, MB"] if o.peers else [])
+    for row, job, ours, theirs in measured(table, todo, found):
+        ms, least = middle(ours, "ms"), floor(job, rate)
+        sampled = f"{middle(ours, 'sample_ms'):.0f}" if "sample_ms" in ours[0] else ""
+        cells = [row, f"{ms:.0f}", sampled, f"{least:.0f}", f"{least / ms:.2f}"]
+        cells.append(f"{middle(ours, 'bytes') / 1e6:.0f}")
+        if theirs:
+            cells += [f"{middle(theirs, 'ms'):.0f}", f"{ratio(ours, theirs, 'ms'):.2f}"]
+            cells.append(f"{middle(theirs, 'bytes') / 1e6:.0f}")
+        elif o.peers:
+            cells += ["", "", ""]
+        yield cells
 
 
 def sampling_table(o, todo, found):
     """-> lines of cells"""
     peer = ["generate", "ours / generate"] if o.peers else []
     yield ["32 + 96 tokens", "tokens per second", *peer]
-    for kind, row in todo:
-        if kind == "sampling":
-            ours, theirs = found[kind, row, False], found.get((kind, row, True))
-            cells = [row, f"{middle(ours, 'tokens'):,.0f}"]
-            if theirs:
-                cells.append(f"{middle(theirs, 'tokens'):,.0f}")
-                cells.append(f"{ratio(theirs, ours, 'tokens'):.2f}")
-            yield cells
+    for row, _, ours, theirs in measured("sampling", todo, found):
+        cells = [row, f"{middle(ours, 'tokens'):,.0f}"]
+        if theirs:
+            cells.append(f"{middle(theirs, 'tokens'):,.0f}")
+            cells.append(f"{ratio(theirs, ours, 'tokens'):.2f}")
+        yield cells
 
 
 def report(o, todo, found):
@@ -270,14 +280,16 @@ def report(o, todo, found):
     where = f"{processor()}, one thread, torch {torch.__version__}"
     size = f"{o.n_layer} layers × {o.n_embd}, medians of {o.repeats} processes"
     yield f"{where}. {size}. A large product: {rate / 1e9:.0f} GFLOP/s."
-    tables = {"32 + 96 tokens": steps_table(o, todo, found, "steps", rate)}
-    tables["Long prompts"] = steps_table(o, todo, found, "long", rate)
-    tables["Sampling"] = sampling_table(o, todo, found)
+    tables = {
+        "32 + 96 tokens": steps_table(o, todo, found, "steps", rate),
+        "Long prompts": steps_table(o, todo, found, "long", rate),
+        "Sampling": sampling_table(o, todo, found),
+    }
     for title, lines in tables.items():
-        head, *rest = lines
-        if rest:
+        lines = list(lines)
+        if len(lines) > 1:
             yield f"\n{title}\n"
-            yield from markdown([head, *rest])
+            yield from markdown(lines)
 
 
 def main(argv=None):

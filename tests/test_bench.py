@@ -1,6 +1,5 @@
 """analysis/bench.py: what a floor counts, what a measurement gives, how the tables read."""
 
-import importlib.util
 import shutil
 
 import pytest
@@ -11,8 +10,6 @@ import data
 from analysis import bench
 from gpt import GPTConfig
 
-TRL = importlib.util.find_spec("trl") is not None
-
 
 @pytest.fixture
 def job(tiny, tmp_path, monkeypatch):
@@ -20,9 +17,9 @@ def job(tiny, tmp_path, monkeypatch):
     shutil.copy(tiny / "out/reviews/sft.pt", tmp_path / "256.pt")
     monkeypatch.chdir(tmp_path)
     o = bench.parse(bench.Options, ["--methods", "dpo", "--steps", "3", "--only", "steps"])
-    found = bench.jobs(o)["steps", "dpo"] | {"peer": False, "prompt": 6, "response": 10}
+    found = bench.jobs(o)["steps", "dpo", False]
     command = [x.replace("32+96", "6+10") for x in found["command"]]
-    return found | {"command": command}
+    return found | {"command": command, "prompt": 6, "response": 10}
 
 
 def test_a_floor_by_hand(job):
@@ -52,25 +49,19 @@ def test_responses_end_after_24_tokens_on_average():
 
 
 def test_the_tables(job):
-    o = bench.parse(bench.Options, ["--peers"] if TRL else [])
+    o = bench.parse(bench.Options, [])
     o.peers = True
     ours = [{"ms": x, "bytes": 2e6, "tokens": 10 * x} for x in (10.0, 30.0, 20.0)]
     theirs = [{"ms": x, "bytes": 4e6, "tokens": 5 * x} for x in (30.0, 60.0, 50.0)]
-    found = {"rate": [{"rate": 1e9}]}
+    todo, found = {}, {"rate": [{"rate": 1e9}]}
     for key in (("steps", "dpo"), ("sampling", "1 row")):
+        todo[*key, False] = job
         found |= {(*key, False): ours, (*key, True): theirs}
-    todo = {("steps", "dpo"): job, ("sampling", "1 row"): {}}
     text = "\n".join(bench.report(o, todo, found))
     least = bench.floor(job, 1e9)
     assert f"| dpo | 20 |  | {least:.0f} | {least / 20:.2f} | 2 | 50 | 2.50 | 4 |" in text
     assert "| 1 row | 200 | 250 | 0.80 |" in text and "1 GFLOP/s" in text
     assert "Long prompts" not in text
-
-
-@pytest.mark.skipif(TRL, reason="TRL is here")
-def test_peers_ask_for_their_package(capsys):
-    with pytest.raises(bench.UserError, match="trl, which is not installed; pip install -r"):
-        bench.parse(bench.Options, ["--peers"])
 
 
 def test_wrong_options_are_told(capsys):

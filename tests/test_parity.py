@@ -130,8 +130,9 @@ def test_the_page_has_every_comparison_and_departure():
 
 
 @pytest.mark.skipif(TRL, reason="TRL is here")
-def test_it_asks_for_its_package(capsys):
-    assert main("analysis.parity") == 2
+@pytest.mark.parametrize("command", [["analysis.parity"], ["analysis.bench", "--peers"]])
+def test_it_asks_for_its_package(command, capsys):
+    assert main(*command) == 2
     said = capsys.readouterr().err
     assert "needs the package trl" in said and "requirements-peers.txt" in said
     assert said.count("\n") == 1
@@ -201,23 +202,25 @@ def test_a_mistake_is_seen(name, capsys):
     assert "are not as expected" in said.err and "DIFFERS" in said.out
 
 
-@needs_trl
-@pytest.mark.docs
-def test_a_departure_that_is_gone_is_seen(capsys):
-    """cDPO that reads its ε as little as TRL's `sigmoid` does"""
-    with MISTAKES["dpo-smoothing-ignored"].planted():
-        assert main("analysis.parity", "--only", "cDPO") == 1
-    said = capsys.readouterr()
-    assert cells(said.out)["cDPO"][-1] == "NO LONGER: label smoothing"
-    assert "2 of 2 are not as expected: cDPO; cDPO of two losses" in said.err
+MEANS = '"logps/chosen": (logp_w / len_w).detach()'  # which TRL logs
+GONE = [  # a mistake after which the sides agree | comparisons | what is said
+    (
+        MISTAKES["dpo-smoothing-ignored"],  # as TRL's `sigmoid` ignores it
+        "cDPO",
+        "2 of 2 are not as expected: cDPO; cDPO of two losses",
+    ),
+    (
+        Mistake("simpo.compute_loss", '"logps/chosen": logp_w.detach()', MEANS, ""),
+        "SimPO",
+        "no longer defined otherwise: logps/chosen of CPO",
+    ),
+]
 
 
 @needs_trl
 @pytest.mark.docs
-def test_a_figure_that_is_no_longer_defined_otherwise_is_seen(capsys):
-    """SimPO's logps as means over tokens, which TRL logs"""
-    right = '"logps/chosen": logp_w.detach()'
-    means = Mistake("simpo.compute_loss", right, '"logps/chosen": (logp_w / len_w).detach()', "")
-    with means.planted():
-        assert main("analysis.parity", "--only", "SimPO") == 1
-    assert "no longer defined otherwise: logps/chosen of CPO" in capsys.readouterr().err
+@pytest.mark.parametrize("mistake, only, words", GONE)
+def test_a_departure_that_is_gone_is_seen(mistake, only, words, capsys):
+    with mistake.planted():
+        assert main("analysis.parity", "--only", only) == 1
+    assert words in capsys.readouterr().err
