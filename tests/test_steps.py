@@ -42,19 +42,9 @@ def weights(models, roles):
     return [p for role in roles for p in models[role].parameters()]
 
 
-@pytest.fixture
-def watch(ends, monkeypatch):
-    """watch(command) -> of each training step, in float64: (its line of the record, its optimizer
-    steps, its rollouts). The run ends before its closing evaluation."""
-    few_prompts(monkeypatch, 8)
-    monkeypatch.chdir(ends)
-    if not (ends / "other.pt").exists():
-        model, meta = load("ends.pt")
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for p in model.parameters():
-                p += 0.05 * torch.randn(p.shape, generator=generator)
-        save(model, "other.pt", **meta)
+def watching(monkeypatch):
+    """-> two lists that get an entry for each training step of the runs that follow: its optimizer
+    steps, and its rollouts"""
     taken, drawn = [], []
     begin, micro_batches, update = Run.steps, Run.micro_batches, Run.update
 
@@ -83,8 +73,25 @@ def watch(ends, monkeypatch):
     monkeypatch.setattr(Run, "steps", of_training)
     monkeypatch.setattr(Run, "micro_batches", cut)
     monkeypatch.setattr(Run, "update", updated)
-    monkeypatch.setattr(Run, "finish", lambda *_, **__: None)
     monkeypatch.setattr("training.sampling.sample", kept)
+    return taken, drawn
+
+
+@pytest.fixture
+def watch(ends, monkeypatch):
+    """watch(command) -> of each training step, in float64: (its line of the record, its optimizer
+    steps, its rollouts). The run ends before its closing evaluation."""
+    few_prompts(monkeypatch, 8)
+    monkeypatch.chdir(ends)
+    if not (ends / "other.pt").exists():
+        model, meta = load("ends.pt")
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.05 * torch.randn(p.shape, generator=generator)
+        save(model, "other.pt", **meta)
+    taken, drawn = watching(monkeypatch)
+    monkeypatch.setattr(Run, "finish", lambda *_, **__: None)
 
     def watch(command, steps=2):
         script, *args = command.split()
@@ -149,6 +156,17 @@ def whole(model, x, y):
     return tokens(model, x, y)[0].sum()
 
 
+def score(model, x, y):
+    """-> r(x, y), read at the last token"""
+    return model.values(torch.tensor([[*x, *y]]))[0, -1]
+
+
+def mean_nll(step):
+    """-> SFT's loss of an optimizer step: the mean over its tokens"""
+    logp = torch.cat([tokens(step.models.policy, x, y)[0] for x, y in step.rows])
+    return -logp.sum() / len(logp)
+
+
 # ---- SFT and the reward model
 
 
@@ -157,8 +175,7 @@ def test_sft(watch):
     for line, steps, _ in watch("sft --init ends.pt --batch-size 6 --micro-batch 2"):
         (step,) = steps
         assert len({len(y) for _, y in step.rows}) > 2
-        logp = torch.cat([tokens(step.models.policy, x, y)[0] for x, y in step.rows])
-        agree(line, steps, [(-logp.sum() / len(logp), {})])
+        agree(line, steps, [(mean_nll(step), {})])
 
 
 def test_reward_model(watch, ends):
@@ -174,7 +191,7 @@ def test_reward_model(watch, ends):
         (step,) = steps
         found, scores = [], []
         for x, w, l, m, p in step.rows:
-            r_w, r_l = (step.models.reward.values(torch.tensor([[*x, *y]]))[0, -1] for y in (w, l))
+            r_w, r_l = (score(step.models.reward, x, y) for y in (w, l))
             delta = r_w - r_l - m
             loss = -p * sigmoid(delta).log() - (1 - p) * sigmoid(-delta).log()
             scores += [r_w.item(), r_l.item()]
@@ -523,8 +540,7 @@ def test_ppo(watch):
         for x, y, finished in rows:
             old, ref = (tokens(m, x, y, 1.3)[0].tolist() for m in (models.policy, models.ref))
             V = values(models.critic, x, y).tolist()
-            score = models.reward.values(torch.tensor([[*x, *y]]))[0, -1].item()
-            scores.append(score - (0 if finished else 5))
+            scores.append(score(models.reward, x, y).item() - (0 if finished else 5))
             r = [-0.3 * (old[t] - ref[t]) for t in range(len(y))]
             r[-1] += scores[-1]
             A = gae(r, V, 0.8, 0.9)
