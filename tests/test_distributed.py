@@ -14,14 +14,12 @@ from functools import partial
 import many
 import pytest
 import torch
-from conftest import ROOT, lines, main
+from conftest import ROOT, killed, lines, main
 
-import data
 import dpo
 import training
 from analysis import predict
 from data import UserError
-from data.toy import Labelled
 from gpt import GPTConfig, load
 from training import Run, distributed
 from training.optimizer import Scaler
@@ -31,6 +29,7 @@ TINY = "--steps 2 --batch-size 4 --log-every 1 --warmup 1 --device cpu --eval-pr
 SHORT = [*TINY, "--init", "ends.pt"]
 WIDE = [*SHORT, "--max-new-tokens", 6, "--dtype", "float64"]
 ROLLOUT = ["--group", 4, "--reward", "judge.py:odd"]
+UNEVEN = "--pairs 13 --batch-size 8 --micro-batch 2 --precompute-ref".split()
 BITS = {  # in float32, of two micro-batches a step: a + b is b + a
     "sft": ["sft", *SHORT, "--micro-batch", 2],
     "dpo": ["dpo", *SHORT, "--micro-batch", 2],
@@ -45,17 +44,7 @@ CLOSE = {  # in float64
     "reward": ["reward_model", *SHORT, "--dtype", "float64"],
     "lora": ["dpo", *WIDE, "--lora", 2],
     "file": ["dpo", *WIDE, "--task", "pairs.jsonl"],
-    "uneven": [
-        "dpo",
-        *WIDE,
-        "--pairs",
-        13,
-        "--batch-size",
-        8,
-        "--micro-batch",
-        2,
-        "--precompute-ref",
-    ],
+    "uneven": ["dpo", *WIDE, *UNEVEN],
 }
 SHARDED = ("uneven", "ppo", "lora")  # which run once more with --shard
 
@@ -91,7 +80,8 @@ def both(ends, tmp_path_factory):
     sharded = {f"{name}-shard": [*CLOSE[name], "--shard"] for name in SHARDED}
     write_cases(folder, BITS | CLOSE | sharded)
     store_rollout(folder)
-    torchrun(folder, ROOT / "tests/many.py", "cases.json")
+    (folder / "tmp").mkdir()
+    torchrun(folder, ROOT / "tests/many.py", "cases.json", TMPDIR=str(folder / "tmp"))
     with pytest.MonkeyPatch.context() as m:
         m.chdir(folder)
         threads = torch.get_num_threads()
@@ -121,40 +111,26 @@ def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
+def distance(one, two):
+    """-> how far the weights of two checkpoints are apart, at most"""
+    one, two = weights(one), weights(two)
+    return max((one[key] - two[key]).abs().max() for key in one)
+
+
 @pytest.mark.parametrize("name", BITS)
 def test_two_processes_give_the_bits_of_one(name, both):
-    one, two = weights(both / f"{name}-1.pt"), weights(both / f"{name}-2.pt")
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert distance(both / f"{name}-1.pt", both / f"{name}-2.pt") == 0
 
 
 @pytest.mark.parametrize("name", [*CLOSE, *(f"{name}-shard" for name in SHARDED)])
 def test_two_processes_give_the_weights_of_one(name, both):
-    one = weights(both / f"{name.removesuffix('-shard')}-1.pt")
-    two = weights(both / f"{name}-2.pt")
-    assert max((one[key] - two[key]).abs().max() for key in one) <= 1e-11
+    one = both / f"{name.removesuffix('-shard')}-1.pt"
+    assert distance(one, both / f"{name}-2.pt") <= 1e-11
 
 
-def test_one_process_of_a_machine_encodes_a_file(monkeypatch, tmp_path):
-    """And the other maps what it wrote: the same rows, whose tokens stay in the file."""
-    rows = data.Rows([Labelled((1, 2), (3,), False), Labelled((70_000,), (5, 6, 7), True)])
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(distributed, "total", lambda x: x)
-    monkeypatch.setattr(distributed, "wait", lambda: None)
-    monkeypatch.setattr(distributed, "many", True)
-    sent = []
-    monkeypatch.setattr(distributed, "gathered", lambda x: (sent.append(x), [x, None])[1])
-    unlink = os.unlink
-    monkeypatch.setattr(os, "unlink", sent.append)
-    assert distributed.in_one_process(lambda: (rows, "a note")) == (rows, "a note")
-    (path, note), gone = sent
-    assert gone == path and note == "a note"
-    monkeypatch.setattr(distributed, "local", 1)
-    monkeypatch.setattr(distributed, "rank", 1)
-    monkeypatch.setattr(distributed, "gathered", lambda x: [(path, note), x])
-    mapped, said = distributed.in_one_process(None)  # nothing is made here
-    assert list(mapped) == list(rows) and said == note and mapped[1][0] == (70_000,)
-    unlink(path)
-    assert mapped[0] == ((1, 2), (3,), False) and mapped[1].label
+def test_the_file_of_encoded_rows_is_gone(both):
+    """One process encodes a file of a task, and the other maps what it wrote."""
+    assert (both / "file-2.pt").exists() and not list((both / "tmp").rglob("*.rows"))
 
 
 def test_the_uneven_batch_has_a_stand_in(monkeypatch):
@@ -240,24 +216,11 @@ def test_float16_backs_off_trains_and_resumes(shop, monkeypatch):
     assert all(("grad_norm" in b) == (a == b["skipped"]) for a, b in zip([0, *skipped], steps))
     assert steps[-1]["loss"] != pytest.approx(0.693147, abs=1e-4)
 
-    class Enough(Exception):
-        pass
-
-    update, calls = Run.update, []
-
-    def stop(self, *rest):
-        calls.append(1)
-        if len(calls) == 23:
-            raise Enough
-        update(self, *rest)
-
-    with monkeypatch.context() as m, pytest.raises(Enough):
-        m.setattr(Run, "update", stop)
-        main("dpo", *args, "--steps", 40, "--out", "b.pt", "--save-every", 21)
-    assert main("dpo", *args, "--steps", 40, "--out", "b.pt", "--save-every", 21, "--resume") == 0
+    again = [*args, "--steps", 40, "--out", "b.pt", "--save-every", 21]
+    killed(23, "dpo", again, monkeypatch)
+    assert main("dpo", *again, "--resume") == 0
     assert lines(shop / "b.jsonl")[1:-1] == steps
-    one, two = weights("a.pt"), weights("b.pt")
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert distance("a.pt", "b.pt") == 0
 
 
 def test_a_late_skip_halves_the_scale_and_starts_the_count_anew(shop, monkeypatch):
@@ -269,16 +232,9 @@ def test_a_late_skip_halves_the_scale_and_starts_the_count_anew(shop, monkeypatc
         calls.append(clip(*args))
         return calls[-1] + (math.inf if len(calls) == 3 else 0)
 
-    def stop(self, *rest):
-        if len(calls) == 3:
-            raise UserError("enough")
-        update(self, *rest)
-
-    update = Run.update
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", large)
-    monkeypatch.setattr(Run, "update", stop)
     how = ["--steps", 5, "--save-every", 3, "--batch-size", 4, "--out", "a.pt"]
-    assert main("dpo", "--dtype", "float16", *LAST, *how) == 2
+    killed(4, "dpo", ["--dtype", "float16", *LAST, *how], monkeypatch)
     state = torch.load("a.state", weights_only=True)
     assert state["skipped"] == 1 and state["scaler"]["scale"] == 2.0**15
     assert state["scaler"]["_growth_tracker"] == 0
@@ -363,8 +319,7 @@ def test_every_script(n, shard, shop):
     torch.set_num_threads(1)
     many.main(["cases.json"])
     for name in cases:
-        one, two = weights(f"{name}-1.pt"), weights(f"{name}-{n}.pt")
-        assert max((one[key] - two[key]).abs().max() for key in one) <= 1e-11, name
+        assert distance(f"{name}-1.pt", f"{name}-{n}.pt") <= 1e-11, name
 
 
 def digest(path):
@@ -419,8 +374,7 @@ def test_a_rank_is_killed(shard, shop):
     (shop / "cut.state").write_bytes(kept)
     said, words = many_to_one(shop, "--out", "cut.pt", "--resume"), " ".join(["2", *shard])
     assert f"it was saved by {words} processes: the numbers will differ by rounding" in said
-    one, two = weights(shop / "cut.pt"), weights(shop / "whole.pt")
-    assert max((one[key] - two[key]).abs().max() for key in one) < 1e-2
+    assert distance("cut.pt", "whole.pt") < 1e-2
 
 
 def many_to_one(folder, *args):

@@ -4,8 +4,9 @@ of the scripts themselves are held to their equations in test_steps.py."""
 import math
 
 import pytest
+import test_steps
 import torch
-from conftest import BATCH, ENDS, TINY, few_prompts, first_gradient, lines, main
+from conftest import BATCH, ENDS, few_prompts, first_gradient, lines, main
 from torch.nn.functional import cosine_similarity, pad
 
 import dapo
@@ -15,14 +16,7 @@ import grpo
 import online_dpo
 import ppo
 from data.exact import star
-from gpt import (
-    GPT,
-    GPTConfig,
-    ScalarGPT,
-    load,
-    response_logprobs,
-    save,
-)
+from gpt import GPT, GPTConfig, ScalarGPT, load, response_logprobs
 from packing import row_lengths
 from training import Rollout, Run, parse
 from training.sampling import sample
@@ -34,6 +28,8 @@ WORDS, TOKENIZER = data.tokenizer(), data.tokenizer(own=WORLD.tokenizer)
 ONE = ["--updates", 1, "--minibatches", 1]
 RM = [*ENDS, "--batch-size", 32, "--reward", "judge.pt"]  # of ppo.py
 PAIRS = [*ENDS, "--batch-size", 8, "--reward", "judge.py:odd"]  # of online_dpo.py
+
+watch = test_steps.watch
 
 
 @pytest.fixture(autouse=True)
@@ -150,27 +146,6 @@ def test_kl_estimators_against_the_exact_kl(drawn):
     assert cosine(gradient(k3.mean(), policy), away) > 0.99
     assert gradient(k1.mean(), policy).norm() < 0.1 * toward.norm()
     assert cosine(toward, away) < 0.95  # the two directions differ
-
-
-@pytest.mark.slow
-def test_the_first_step_climbs_j_whatever_the_critic_says(world, monkeypatch):
-    """The loop's own first gradient from 8,192 samples against that of E[r] by enumeration, with a
-    critic that is wrong by half of what rewards vary: at λ = 1 the cosine is above 0.99, at λ = 0
-    below 0.9. (At the first step π = π_ref, where KL has no gradient.)"""
-    monkeypatch.chdir(world)
-    policy = load("out/exact/sft.pt")[0].double()
-    exact = -gradient((table(policy).exp() * R).sum(1).mean(), policy)
-
-    read = ScalarGPT._read
-    monkeypatch.setattr(
-        ScalarGPT, "_read", lambda self, h: read(self, h) + 0.5 * torch.sin(20 * h[..., 0])
-    )
-    found = {}
-    for lam in (1, 0):
-        args = ["--task", "exact", "--lam", lam, "--group", 2048, *ONE, "--device", "cpu"]
-        both, _ = first_gradient("ppo", args, monkeypatch)
-        found[lam] = cosine(both[: len(exact)], exact)
-    assert found[1] > 0.99 and found[0] < 0.9, found
 
 
 def gradient_at(log_p, label, beta=0.5):
@@ -325,39 +300,16 @@ def test_four_models_two_of_them_frozen(ends, monkeypatch):
     assert start["critic"]["head.weight"].abs().sum() == start["critic"]["head.bias"] == 0
 
 
-def test_each_loss_moves_its_own_network(ends, monkeypatch):
-    """c_v = 0: the critic stays as it was, the policy moves. With a policy loss of 0 the policy
-    stays, and the critic moves."""
-    monkeypatch.chdir(ends)
-    held, start = models(monkeypatch)
-    nothing = lambda logp, *_: 0.0 * logp  # noqa: E731
-    for loss, vf, moved in ((ppo.ppo_loss, 0.0, "policy"), (nothing, 0.1, "critic")):
-        monkeypatch.setattr(ppo, "ppo_loss", loss)
-        args = ["--steps", 2, "--vf-coef", vf, "--out", "own/x.pt"]
-        assert main("ppo", *ENDS, *BATCH, *args) == 0
-        for role in ("policy", "critic"):
-            stayed = same(start[role], held[role].state_dict())
-            assert stayed == (role != moved), (moved, role)
-
-
-def test_overlong_filter_leaves_cut_responses_out_of_the_loss(ends, monkeypatch):
-    """What is left has the gradient of the rows that ended; the figures of the responses are those
-    of all."""
-    monkeypatch.chdir(ends)
-    seen = spy(monkeypatch, dapo, "dapo_loss")
-    args = "--steps 1 --log-every 1 --minibatches 1 --out filter/x.pt".split()
-    args, found = [*ENDS, *BATCH, *args], []
-    for more in ([], ["--overlong-filter"]):
-        assert main("dapo", *args, *more) == 0
-        found.append(lines(ends / "filter/x.jsonl")[1])
-    cut = found[1]["completions/clipped_ratio"]
-    trained, left = ((logp != 0).any(1) for (logp, *_), _ in seen)
-    assert trained.all() and 0 < cut < 1 and left.float().mean() == pytest.approx(1 - cut)
-    assert 5 < found[1]["entropy"] < math.log(748)  # a nearly random model's
-    for key in ("completions/mean_length", "completions/clipped_ratio", "reward"):
-        assert found[0][key] == found[1][key]
-    assert main("dapo", *args, "--minibatches", 32, "--overlong-filter") == 0  # some are empty
-    assert all(map(math.isfinite, lines(ends / "filter/x.jsonl")[1].values()))
+@pytest.mark.parametrize("parts", [1, 32])
+def test_overlong_filter_leaves_cut_responses_out_of_the_loss(parts, watch):
+    """In 32 minibatches some are empty. The figures of the responses are those of all."""
+    command = "dapo --init ends.pt --batch-size 8 --group 4 --reward judge.py:odd --overlong-filter"
+    ((line, steps, _),) = watch(f"{command} --updates 1 --minibatches {parts}", 1)
+    left = torch.cat([step.rows.mask.any(1) for step in steps])
+    assert left.equal(torch.cat([step.rows.finished for step in steps]))
+    cut = line["completions/clipped_ratio"]
+    assert 0 < cut < 1 and cut == pytest.approx(1 - left.double().mean().item())
+    assert all(map(math.isfinite, line.values()))
 
 
 # ---- what is old
@@ -408,68 +360,18 @@ def twins(*args, **more):
     return s[torch.arange(0, len(s), 2).repeat_interleave(2)]
 
 
-def swapped(*args, **more):
-    s = sample(*args, **more)
-    return s[torch.arange(len(s)).view(-1, 2).flip(1).flatten()]
-
-
-def online_gradient(args, monkeypatch, sample=None):
-    """-> the first gradient, its metrics and the figures of the samples"""
-    collected = spy(monkeypatch, online_dpo, "collect")
-    found = first_gradient("online_dpo", args, monkeypatch, sample=sample)
-    return *found, collected[-1][1][1]
-
-
-@pytest.mark.parametrize("label", ["bt", "argmax"])
-@pytest.mark.parametrize("loss", ["dpo", "ipo"])
-def test_equal_samples_move_nothing(label, loss, ends, monkeypatch):
+@pytest.mark.parametrize(
+    "options, sampler, moves",
+    [
+        (["--label", "bt"], twins, False),
+        (["--label", "argmax", "--loss", "ipo"], twins, False),
+        (["--label", "argmax", "--reward", "judge.py:constant"], sample, False),
+        (["--label", "bt", "--reward", "judge.py:constant"], sample, True),  # a fair coin's word
+    ],
+)
+def test_equal_samples_move_nothing_nor_do_ties_with_argmax(
+    options, sampler, moves, ends, monkeypatch
+):
     monkeypatch.chdir(ends)
-    args = [*PAIRS, "--label", label, "--loss", loss]
-    found, metrics, figures = online_gradient(args, monkeypatch, sample=twins)
-    assert found.abs().max() == 0 and metrics["loss"] == 0 and figures["equal_fraction"] == 1.0
-    found, _, figures = online_gradient(args, monkeypatch)
-    assert found.abs().max() > 0 and figures["equal_fraction"] < 0.5
-
-
-def test_equal_rewards_move_nothing_with_argmax(ends, monkeypatch):
-    """And where labels are drawn they do: a fair coin says that two answers are equally good."""
-    monkeypatch.chdir(ends)
-    args = [*PAIRS[:-1], "judge.py:constant"]
-    found, metrics, figures = online_gradient([*args, "--label", "argmax"], monkeypatch)
-    assert found.abs().max() == 0 and metrics["loss"] == 0 and figures["tie_fraction"] == 1.0
-    assert first_gradient("online_dpo", args, monkeypatch)[0].abs().max() > 0
-
-
-@pytest.mark.parametrize("label", ["bt", "argmax"])
-def test_swapping_the_two_samples_changes_nothing(label, ends, monkeypatch):
-    monkeypatch.chdir(ends)
-    (ends / "number.py").write_text(NEVER_TIED)
-    args = [*PAIRS[:-1], "number.py:number", "--label", label]
-    a, *found = online_gradient(args, monkeypatch)
-    b, *again = online_gradient(args, monkeypatch, sample=swapped)
-    assert found[1]["tie_fraction"] == 0
-    assert found[0] == pytest.approx(again[0]) and found[1] == pytest.approx(again[1])
-    assert a.norm() > 0 and (a - b).norm() < 1e-9 * a.norm()
-
-
-NEVER_TIED = """
-def number(prompt, completion):
-    return sum(i * ord(c) for i, c in enumerate(completion, 1)) % 1009 / 100
-"""
-
-
-def test_a_policy_of_one_answer_learns_nothing(ends, monkeypatch):
-    """All samples equal: no label is asked for, and every loss is 0."""
-    monkeypatch.chdir(ends)
-    model, meta = load("ends.pt")
-    model = GPT(model.config, seed=1)
-    with torch.no_grad():
-        model.norm.bias += 1.0
-        model.wte.weight[65] += 40.0 / model.config.n_embd
-    save(model, "single.pt", **meta)
-    args = ["--init", "single.pt", *TINY, "--reward", "judge.py:odd", "--out", "single/x.pt"]
-    assert main("online_dpo", *args, "--warmup", 0) == 0
-    _, *steps, last = lines(ends / "single/x.jsonl")
-    assert [(line["equal_fraction"], line["loss"]) for line in steps] == [(1.0, 0.0)] * 3
-    assert last["final"]["labels"] == 0
-    assert same(load("single/x.pt")[0].state_dict(), model.state_dict())
+    found, metrics = first_gradient("online_dpo", [*PAIRS, *options], monkeypatch, sampler)
+    assert (found.abs().max() > 0) == moves == (metrics["loss"] != 0)

@@ -5,14 +5,17 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import test_steps
 import torch
 from conftest import ENDS, TINY, documented, few_prompts, lines, main
-from test_gradients import NEVER_TIED, PAIRS, spy
+from torch.nn.utils import parameters_to_vector
 
 import dapo
 import online_dpo
 from gpt import load
-from training import Rollout, Run
+from training import Rollout
+
+watch = test_steps.watch
 
 
 @pytest.fixture
@@ -244,83 +247,35 @@ def test_the_best_is_compared_with_the_worst():
         online_dpo.choose(reward[:, :1])
 
 
-def flat(model):
-    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+ONLINE = "online_dpo --init ends.pt --batch-size 8 --reward judge.py:odd"
 
 
-def watched(args, monkeypatch):
-    """-> the weights of the policy before each optimizer step, and the reference's"""
-    policies, refs, update = [], [], Run.update
-
-    def watch(self, optimizer):
-        policies.append(flat(self.models["policy"]))
-        refs.append(flat(self.models["ref"]))
-        update(self, optimizer)
-
-    with monkeypatch.context() as m:
-        m.setattr(Run, "update", watch)
-        assert main("online_dpo", *args) == 0
-    return policies, refs
-
-
-def rollouts(monkeypatch):
-    """-> a list that gets (rollout, weights of the policy) where the training samples"""
-    kept, draw = [], Run.sample
-
-    def watch(self, model, *args, generator=None):
-        weights = {name: x.clone() for name, x in model.state_dict().items()}
-        rollout = draw(self, model, *args, generator=generator)
-        if generator is None:
-            kept.append((rollout, weights))
-        return rollout
-
-    monkeypatch.setattr(Run, "sample", watch)
-    return kept
+@pytest.mark.parametrize(
+    "options, sampled",
+    [("", [0, 0, 0, 0, 0, 0]), ("--ref-update per-round", [0, 1, 1, 3, 4, 4])],
+)
+def test_the_reference_is_fixed_or_the_last_round_s_policy(options, sampled, watch):
+    """Six steps in four rounds: from steps 0, 1, 3 and 4. Equal rewards are drawn lots for, so
+    every step moves the policy."""
+    found = watch(f"{ONLINE} --rounds 4 {options}", 6)
+    models = [step.models for _, (step,), _ in found]
+    policies = [parameters_to_vector(x.policy.parameters()) for x in models]
+    for ref, round_began in zip((x.ref for x in models), sampled, strict=True):
+        same = [torch.equal(parameters_to_vector(ref.parameters()), p) for p in policies]
+        assert same == [i == round_began for i in range(6)]
 
 
-def test_the_reference_is_fixed_or_the_last_round_s_policy(ends, few_test_prompts, monkeypatch):
-    """Six steps in four rounds: from steps 0, 1, 3 and 4. The policy meets no reward that is always
-    the same, so every step moves it."""
-    monkeypatch.chdir(ends)
-    (ends / "number.py").write_text(NEVER_TIED)
-    args = [*PAIRS[:-1], "number.py:number"]
-    args += "--steps 6 --warmup 0 --rounds 4 --out ref/x.pt".split()
-    start = flat(load("ends.pt")[0])
-    policies, refs = watched(args, monkeypatch)
-    assert all(torch.equal(ref, start) for ref in refs) and not torch.equal(policies[-1], start)
-    policies, refs = watched([*args, "--ref-update", "per-round"], monkeypatch)
-    from_step = [next(j for j in range(6) if torch.equal(ref, policies[j])) for ref in refs]
-    assert from_step == [0, 1, 1, 3, 4, 4]
-
-
-def test_a_round_is_sampled_at_once_and_trained_on_once(ends, few_test_prompts, monkeypatch):
+def test_a_round_is_sampled_at_once_and_trained_on_once(watch):
     """Two rounds of 2 and 3 steps: their batches are sampled before any of them is trained on, and
     each step has one of its own."""
-    monkeypatch.chdir(ends)
-    events, update, collect = [], Run.update, online_dpo.collect
-
-    def step(self, optimizer):
-        events.append("update")
-        update(self, optimizer)
-
-    def sample(*args):
-        events.append("sample")
-        return collect(*args)
-
-    monkeypatch.setattr(Run, "update", step)
-    monkeypatch.setattr(online_dpo, "collect", sample)
-    drawn, trained = rollouts(monkeypatch), spy(monkeypatch, online_dpo, "compute_loss")
-    args = "--steps 5 --rounds 2 --log-every 1 --out rounds/x.pt".split()
-    assert main("online_dpo", *PAIRS, *args) == 0
-    assert events == ["sample"] * 2 + ["update"] * 2 + ["sample"] * 3 + ["update"] * 3
-    assert len(drawn) == len(trained) == 5
-    for (rollout, _), ((_, _, batch, _), _) in zip(drawn, trained):
-        rows = [
-            sorted(ids[mask].tolist() for ids, mask in zip(x.ids, x.mask)) for x in (rollout, batch)
-        ]
-        assert rows[0] == rows[1]
-    assert len({str(rollout.ids.tolist()) for rollout, _ in drawn}) == 5
-    labels = [line["labels"] for line in lines(ends / "rounds/x.jsonl")[1:-1]]
+    found = watch(f"{ONLINE} --rounds 2", 5)
+    drawn = [rollouts for *_, rollouts in found]
+    assert list(map(len, drawn)) == [2, 0, 3, 0, 0]
+    lengths = [rollout.length.double().mean().item() for rollout in sum(drawn, [])]
+    record = [line for line, *_ in found]
+    assert [line["completions/mean_length"] for line in record] == pytest.approx(lengths)
+    assert len(set(lengths)) == 5
+    labels = [line["labels"] for line in record]
     assert labels[0] == labels[1] <= 16 and labels[2] == labels[4] <= 40 and labels[4] > labels[0]
 
 
