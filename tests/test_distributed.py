@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, killed, lines, main
 
+import data
 import dpo
 import training
 from analysis import predict
@@ -131,6 +132,13 @@ def test_two_processes_give_the_weights_of_one(name, both):
 def test_the_file_of_encoded_rows_is_gone(both):
     """One process encodes a file of a task, and the other maps what it wrote."""
     assert (both / "file-2.pt").exists() and not list((both / "tmp").rglob("*.rows"))
+
+
+def test_rows_are_read_back_from_their_file(tmp_path):
+    """With a token id of four bytes"""
+    rows = data.Rows([((1, 2), (3,), 0.5), ((70_000,), (5, 6, 7), 1.5)])
+    rows.save(tmp_path / "x.rows")
+    assert list(data.Rows.mapped(tmp_path / "x.rows")) == list(rows)
 
 
 def test_the_uneven_batch_has_a_stand_in(monkeypatch):
