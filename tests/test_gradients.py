@@ -1,6 +1,7 @@
 """Gradients: estimators against enumeration, and what is trained, old or without weight. The steps
 of the scripts themselves are held to their equations in test_steps.py."""
 
+import copy
 import math
 
 import pytest
@@ -257,21 +258,6 @@ def spy(monkeypatch, place, name):
     return kept
 
 
-def models(monkeypatch):
-    """-> (role -> model, role -> its weights at the start) of the runs that follow"""
-    held, start, hold = {}, {}, Run.hold
-
-    def watch(self, **models):
-        hold(self, **models)
-        held.clear()
-        held.update(self.models)
-        for role, model in held.items():
-            start[role] = {name: x.clone() for name, x in model.state_dict().items()}
-
-    monkeypatch.setattr(Run, "hold", watch)
-    return held, start
-
-
 def same(a, b):
     """Whether the weights a are those of b, to the bit"""
     return all(torch.equal(x, b[name]) for name, x in a.items())
@@ -282,7 +268,15 @@ def test_four_models_two_of_them_frozen(ends, monkeypatch):
     changed, and reference and reward model are to the bit what they were, without a gradient. With
     another reward three models, and a critic on the policy's trunk."""
     monkeypatch.chdir(ends)
-    held, start = models(monkeypatch)
+    held, start, hold = {}, {}, Run.hold
+
+    def noted(run, **models):
+        hold(run, **models)
+        held.clear()
+        held.update(run.models)
+        start.update({role: copy.deepcopy(x.state_dict()) for role, x in held.items()})
+
+    monkeypatch.setattr(Run, "hold", noted)
     assert main("ppo", *RM, *"--steps 3 --beta 0.1 --out four/x.pt".split()) == 0
     assert list(held) == ["policy", "critic", "ref", "reward"]
     assert same(start["critic"], start["reward"]) and same(start["policy"], start["ref"])
