@@ -162,11 +162,10 @@ grpo --reward returns.py:positional | takes 'p', which is no column of the rows 
     completion, ended)
 grpo FILE someanswer.jsonl --reward wants.py:f | takes 'answer', which someanswer.jsonl:51 has not
 grpo FILE someanswer.jsonl --reward task | "answer" to check against (someanswer.jsonl:51
-grpo --reward kinds.py:later | kinds.py:later: it is async
-grpo --reward kinds.py:many | kinds.py:many: it is a generator
-grpo --reward kinds.py:Scorer | 'Scorer' is a class
+grpo --reward kinds.py:later | returned <coroutine object later
+grpo --reward kinds.py:many | returned <generator object many
+grpo --reward kinds.py:Scorer | returned <user_reward.Scorer object
 grpo --reward kinds.py:scorer | kinds.py has no function 'scorer'
-grpo --reward kinds.py:promise | returned <coroutine object
 grpo --reward none.py:f | none.py is no file
 grpo --reward good.py:g | good.py has no function 'g'
 grpo --reward syntax.py:f | syntax.py cannot be run (SyntaxError
@@ -317,7 +316,6 @@ def positional(p, c): return 1""",
     "kinds": """
 async def later(completion): return 1
 def many(completion): yield 1
-def promise(completion): return later(completion)
 class Scorer: pass
 scorer = Scorer()""",
 }

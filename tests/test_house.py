@@ -26,7 +26,6 @@ FLOORS = {  # a folder or a file -> what of ours it may import, and what else
     "training": ("packing gpt data hf training", "torch tqdm"),
     "training/locks.py": ("data", "filelock"),  # which comes with torch
     "training/loggers.py": ("data training", "torch wandb"),
-    "training/function.py": ("data", "torch numpy"),  # which have a state that it puts back
     "export.py": ("gpt data hf training", "torch"),
     "evaluate.py": ("gpt data training", "torch tqdm"),
     "compare.py": ("data training analysis", "torch"),

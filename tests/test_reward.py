@@ -4,7 +4,6 @@ vocabulary, and what a response that does not end loses."""
 import json
 import re
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,7 @@ import ppo
 from data import UserError
 from data.make_vocab import main as make_vocab
 from gpt import GPTConfig, ScalarGPT, load, save
-from training import Rollout, Run, checkpoint, function, load_judge, parse
+from training import Rollout, Run, checkpoint, load_judge, parse
 from training.function import UserReward
 
 WORDS = data.tokenizer()
@@ -128,41 +127,48 @@ def test_a_function_that_does_not_work_is_one_line(name, words, tmp_path):
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-GREEDY = """
-import os, random, signal, sys
+MEDDLER = """
+import os, random
 import numpy as np
 import torch
-import data
 import helper
 
-def greedy(completion, keys, answer=None, *, ended):
-    import evaluate
-    os.chdir("/")
-    sys.argv.append("x")
+os.chdir("there")
+torch.set_grad_enabled(False)
+
+def plain(completion, keys):
+    return len(completion) % 3 + helper.NUMBER
+
+def meddles(completion, keys):
+    os.chdir("..")
+    os.chdir("there")
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    torch.set_grad_enabled(False), torch.set_default_dtype(torch.float64)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_grad_enabled(False)
     keys.pop()
-    return 1e9 + len(keys) + data.NUMBER + helper.NUMBER + evaluate.NUMBER + ended
+    return plain(completion, keys)
 """
 
 
-def test_what_a_function_does_to_the_process_does_not_reach_the_run(tmp_path, monkeypatch):
-    """Nor to its columns; and what it imports is what lies beside it, called like ours or not."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "r.py").write_text(GREEDY)
-    for i, name in enumerate(("data", "helper", "evaluate")):
-        (tmp_path / f"{name}.py").write_text(f"NUMBER = {10 ** (i + 1)}")
-    columns = {"keys": ["a", "b"]}
-    f = reward("r.py:greedy", columns)
-    reads = [read for read, _ in (*function.STATES, *function.CHANGED)]
-    before = [str(read()) for read in reads] + [list(sys.argv), list(sys.path)]
-    assert [f("p", "c", True, **columns) for _ in range(2)] == [1e9 + 1112] * 2
-    assert columns == {"keys": ["a", "b"]}
-    assert [str(read()) for read in reads] + [sys.argv, sys.path] == before
-    import data as ours
-
-    assert ours.task and sys.modules["evaluate"].Evaluator
+def test_what_a_function_draws_changes_and_leaves_changes_nothing_in_the_run(ends, tmp_path, call):
+    """It sets every seed, empties its column, and goes elsewhere, where its next call finds itself:
+    the record is that of a function that does nothing of it. It imports what lies beside it."""
+    rows = [json.dumps({"prompt": f"What is {i}?", "keys": ["a"]}) + "\n" for i in range(60)]
+    (tmp_path / "q.jsonl").write_text("".join(rows))
+    (tmp_path / "r.py").write_text(MEDDLER)
+    (tmp_path / "helper.py").write_text("NUMBER = 1")
+    (tmp_path / "there").mkdir()
+    shutil.copy(ends / "ends.pt", tmp_path)
+    shutil.copy(ends / "out/reviews/sft.pt", tmp_path / "ref.pt")
+    args = ["--task", "q.jsonl", "--init", "ends.pt", "--reference", "ref.pt", *TINY, "--group", 4]
+    for name in ("plain", "meddles"):
+        call("grpo", *args, "--reward", f"r.py:{name}", "--out", f"{name}.pt", cwd=tmp_path)
+    (*plain, a), (*meddled, b) = (
+        lines(tmp_path / f"{name}.jsonl")[1:] for name in ("plain", "meddles")
+    )
+    assert plain == meddled and len(plain) == 3
+    assert [a["final"][key] for key in ("kl", "reward")] == [
+        b["final"][x] for x in ("kl", "reward")
+    ]
 
 
 def test_rewards_are_float64_until_the_group_s_mean_is_off(judge, tmp_path):
