@@ -1,7 +1,6 @@
 """Chats of a checkpoint's own template, with ids by hand: see folders.py for the 23 tokens."""
 
 import json
-import sys
 
 import pytest
 from folders import CHATML, LETTERS, folder
@@ -171,10 +170,8 @@ def test_padded_vocabularies_fit_and_decode(tmp_path):
     assert tokenizer.decode([ID["a"], 60, ID["b"]]) == "ab"
 
 
-def test_a_template_sees_no_clock_and_its_trace_function_goes(tmp_path):
-
-    before = sys.gettrace()
+def test_a_template_sees_no_clock_and_its_generation_blocks_are_text():
     said = Template("{{ strftime_now('%d %b %Y') }}", "x", {}).render([("user", "a")], True)
-    assert said == "26 Jul 2024" and sys.gettrace() is before
+    assert said == "26 Jul 2024"
     blocks = "{% generation %}{{ messages[0].content | tojson }}{% endgeneration %}"
     assert Template(blocks, "x", {}).render([("user", "é<")], True) == '"é<"'

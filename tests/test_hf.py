@@ -212,31 +212,8 @@ BROKEN = {
         template("{{ cycler.__init__.__globals__.os.system('touch hacked') }}"),
         "cannot render a conversation",
     ),
-    "a range too long": (template("{% for i in range(10**9) %}{% endfor %}"), "cannot render"),
-    "loops in loops": (
-        template(
-            "{% for i in range(9999) %}{% for j in range(9999) %}{% set x = j %}{% endfor %}"
-            "{% endfor %}"
-        ),
-        "more than 1,000,000 steps",
-    ),
-    "output without end": (
-        template("{% for i in range(9999) %}{{ 'xxxxxxxxxx' * 9999 }}{% endfor %}"),
-        "more than 10,000,000 characters",
-    ),
-    "a string of a gigabyte": (template("{{ 'x'.center(1000000000) }}"), "a number of that size"),
-    "a format too wide": (template("{{ '{:>20000000}'.format(1) }}"), "more than 10,000,000 ch"),
-    "sums in loops": (
-        template("{% for i in range(99999) %}{% set x = range(99999) | sum %}{% endfor %}"),
-        "more than 1 seconds",
-    ),
-    "squares of squares": (
-        template(
-            "{% set n = namespace(x=10**6) %}"
-            "{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}"
-        ),
-        "of that size",
-    ),
+    "a file": (template("{% include '/etc/hostname' %}"), "cannot render a conversation"),
+    "a change of its messages": (template("{{ messages.append(1) }}"), "cannot render"),
     "a panic of the package": (
         lambda p: edit(
             p / "tokenizer.json",
@@ -248,15 +225,12 @@ BROKEN = {
         lambda p: (p / "generation_config.json").write_text("[1]"),
         "generation_config.json is no JSON object",
     ),
-    "a string of a terabyte": (template("{{ 'x' * 10**12 }}"), "* of that size"),
-    "a power": (template("{{ 9 ** 9 ** 9 }}"), "** of that size"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_folder_is_one_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf.template.SECONDS", 1)
     spoil, words = BROKEN[name]
     path = folder(tmp_path / "x", "qwen2.5")
     spoil(path)
