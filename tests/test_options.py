@@ -306,7 +306,7 @@ ppo --missing-eos-penalty 1 --reward x.pt | --reward a.py:f | only, not with a.p
 grpo --beta 1 --kl k3-ratio | --kl none | with --kl k3 or k3-ratio or reward only, not with none
 grpo --beta 1 --kl reward | --kl none | with --kl k3 or k3-ratio or reward only, not with none
 online_dpo --rounds 3 --ref-update per-round | --lora 8 | with --lora 0 only, not with 8
-dapo --overlong-cache 9 | --no-overlong | with --overlong only, not with --no-overlong
+dapo --overlong-cache 9 | --no-overlong | with --overlong only
 online_dpo --loss ipo --ipo-sum | --loss dpo | with --loss ipo only, not with dpo
 online_dpo --missing-eos-penalty 1 --reward rm | --reward task | rm or *.pt only, not with task
 """

@@ -44,21 +44,22 @@ def begun(*args, **more):
 # ---- streams
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "how",
-    [
-        "| head -1",
-        *(pytest.param(x, marks=pytest.mark.slow) for x in ("2>&-", ">&-", ">/dev/full")),
-    ],
+    "how, code",
+    [("| head -1", 1), pytest.param("2>&-", 0, marks=SLOW), pytest.param(">&-", 0, marks=SLOW)],
 )
-def test_a_stream_that_ends_stops_no_run(how, shop):
+def test_a_run_ends_quietly_if_its_reader_has_left_and_needs_no_streams(how, code, shop):
     """In ASCII, at a width of 40, without a terminal."""
     env = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"}
     command = f"{sys.executable} {ROOT}/dpo.py {' '.join(INIT + TINY)} --out x/dpo.pt"
     script = f"{command} {how}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], env=env, capture_output=True)
-    assert done.returncode == 0 and b"Traceback" not in done.stderr + done.stdout, done
-    assert (shop / "x/dpo.pt").exists() and "final" in lines(shop / "x/dpo.jsonl")[-1]
+    assert done.returncode == code and not done.stderr, done
+    if not code:
+        assert (shop / "x/dpo.pt").exists() and "final" in lines(shop / "x/dpo.jsonl")[-1]
 
 
 def test_what_an_encoding_cannot_show_is_replaced(tmp_path, monkeypatch):

@@ -7,13 +7,13 @@ from training.options import (
     PairOptions,
     RolloutOptions,
     ScratchOptions,
-    command,
     opt,
     parse,
 )
 from training.reward import load_judge
 from training.run import Run
 from training.sampling import Rollout
+from training.shell import command
 from training.state import Weights
 
 __all__ = [

@@ -1,6 +1,8 @@
 """Where and how precisely a script computes: --device and --dtype of its options."""
 
 import json
+import os
+import shutil
 from functools import partial
 
 import torch
@@ -10,6 +12,13 @@ import gpt
 from data import UserError
 from training import checkpoint, distributed, lora, sampling
 from training.placement import Whole, full
+
+COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
+
+
+def check_compiler():
+    if not any(map(shutil.which, COMPILERS)):
+        raise UserError("--compile needs a C++ compiler, such as g++; leave it out without one")
 
 
 class Compute:

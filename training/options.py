@@ -4,22 +4,23 @@ import argparse
 import fnmatch
 import importlib.util
 import math
+import operator
 import os
-import shlex
-import shutil
 import sys
 from dataclasses import dataclass, field, fields
 
-import torch
-
 import data
 from data import UserError
-from training import distributed, locks
-from training.process import interrupts, streams
+from training import sharding
 
 DTYPES = ("auto", "float32", "float64", "float16", "bfloat16", "bfloat16-pure")
-COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
 SCHEDULES = ("constant", "linear", "cosine")
+BOUNDS = {  # of a number: how it compares with the bound, in words
+    "low": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "high": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}
 
 
 def opt(default, help, **rules):
@@ -104,19 +105,13 @@ class Options:
         if self.micro_batch and rows % self.micro_batch:
             raise UserError(f"--micro-batch {self.micro_batch} does not divide {words}")
         if self.shard:
-            self.check_shard()
-        if self.compile and not any(map(shutil.which, COMPILERS)):
-            raise UserError("--compile needs a C++ compiler, such as g++; leave it out without one")
+            sharding.check()
+        if self.compile:
+            from training import device  # which stands above the options
+
+            device.check_compiler()
         if 0 < self.block_size < 8:
             raise UserError(f"--block-size {self.block_size} leaves no room; 8 is the least")
-
-    def check_shard(self):
-        if not distributed.many:
-            start = "torchrun --nproc-per-node N"
-            raise UserError(f"--shard cuts models for many processes; start it with {start}")
-        found = torch.__version__.partition("+")[0]
-        if tuple(map(int, found.split(".")[:2])) < (2, 8):
-            raise UserError(f"--shard needs torch 2.8 or later, and this is {found}; leave it out")
 
 
 @dataclass
@@ -243,28 +238,27 @@ def _holds(word, values):
 def _refuse_unread(o):
     """Stops if an option was given that the chosen variant does not read."""
     for f in fields(o):
-        if f.name in o.given and "only" in f.metadata:
-            name, _, patterns = f.metadata["only"].partition("=")
-            value = str(getattr(o, name))
-            value += ".pt" if os.path.isdir(value) else ""  # a folder stands where a .pt may
-            if not any(fnmatch.fnmatchcase(value, pattern) for pattern in patterns.split("|")):
-                readers = patterns.replace("|", " or ")
-                place = f"with {flag(name)} {readers}" if readers else f"without {flag(name)}"
-                chosen = f", not with {value}" if readers else ""
-                if readers == "True":
-                    place, chosen = f"with {flag(name)}", f", not with --no-{flag(name)[2:]}"
-                raise UserError(
-                    f"{flag(f.name)} is read {place} only{chosen}; leave one of the two out"
-                )
+        if f.name not in o.given or "only" not in f.metadata:
+            continue
+        name, _, patterns = f.metadata["only"].partition("=")
+        value = str(getattr(o, name))
+        value += ".pt" if os.path.isdir(value) else ""  # a folder stands where a .pt may
+        if any(fnmatch.fnmatchcase(value, pattern) for pattern in patterns.split("|")):
+            continue
+        place = f"with {flag(name)} {patterns.replace('|', ' or ')} only, not with {value}"
+        if patterns == "True":
+            place = f"with {flag(name)} only"
+        elif not patterns:
+            place = f"without {flag(name)} only"
+        raise UserError(f"{flag(f.name)} is read {place}; leave one of the two out")
 
 
 def _help(f, presets):
     """-> the help text of an option, with its default, and those of some tasks or variants"""
-    word = {True: "on", False: "off"}.get
     text = f.metadata["help"]
     default = presets.get("any", {}).get(f.name, f.default)
     if default not in ("", (), None) and "default" not in text:
-        text += f" (default: {word(default, default) if f.type is bool else default})"
+        text += f" (default: {('off', 'on')[default] if f.type is bool else default})"
     if "like" in f.metadata:
         text += f" (default: that of {flag(f.metadata['like'])})"
     for words, preset in presets.items():
@@ -280,14 +274,6 @@ class _Parser(argparse.ArgumentParser):
 
 def _number(f):
     """-> a function that reads a number within the option's bounds"""
-    rules = f.metadata
-    kind = "whole number" if f.type is int else "number"
-    bounds = [
-        ("low", lambda x, y: x >= y, "at least {}"),
-        ("above", lambda x, y: x > y, "more than {}"),
-        ("high", lambda x, y: x <= y, "at most {}"),
-        ("below", lambda x, y: x < y, "less than {}"),
-    ]
 
     def read(text):
         try:
@@ -296,50 +282,12 @@ def _number(f):
         except (ValueError, OverflowError):
             finite = False
         if not finite:
+            kind = "whole number" if f.type is int else "number"
             raise argparse.ArgumentTypeError(f"must be a {kind}, not {text!r}")
-        for name, holds, words in bounds:
-            if name in rules and not holds(x, rules[name]):
-                what = words.format(rules[name])
-                raise argparse.ArgumentTypeError(f"must be {what}, not {text}")
+        for name in BOUNDS.keys() & f.metadata.keys():
+            holds, words = BOUNDS[name]
+            if not holds(x, bound := f.metadata[name]):
+                raise argparse.ArgumentTypeError(f"must be {words} {bound}, not {text}")
         return x
 
     return read
-
-
-def command(main, argv=None, torchrun=True):
-    """Runs main for the shell: a user's mistake is one line and an exit code, no traceback.
-    torchrun: whether it knows what to do as one of many processes."""
-    argv = sys.argv[1:] if argv is None else argv
-    with streams(), interrupts.caught():
-        alone = by_one = False
-        try:
-            with distributed.joined(), locks.given_back():
-                if distributed.many and not torchrun:
-                    raise UserError("this script is one process; start it with python")
-                return main(argv)
-        except UserError as e:
-            code, message, alone = e.code, str(e), e.alone
-        except torch.OutOfMemoryError as e:
-            code, alone = 1, True
-            remedy = "try a smaller --micro-batch, or --checkpoint-activations"
-            message = f"out of memory ({str(e).splitlines()[0]}): {remedy}"
-        except OSError as e:
-            code, message = 1, f"{e.filename or 'a file'}: {e.strerror or e}"
-        except KeyboardInterrupt as e:
-            code, message, by_one = 130, "interrupted", True
-            if str(e):
-                line = [*distributed.launcher(), sys.argv[0], *argv]
-                again = shlex.join([x for x in line if x != "--resume"])
-                message = f"interrupted; this goes on from {e}: {again} --resume"
-        except (RuntimeError, distributed.Lost) as e:
-            if not distributed.is_lost(e):
-                raise
-            code, message = 1, ""
-        interrupts.over |= distributed.many  # torchrun's signal to end comes while one waits
-        message = distributed.to_say(message, alone, by_one)
-        script = os.path.basename(main.__code__.co_filename)
-        if message:
-            print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
-        if interrupts.depth == 1:  # no earlier stage inside a run, which still has locks
-            distributed.end(code)
-        sys.exit(code)

@@ -8,53 +8,23 @@ import sys
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stream:
-    """A text stream that stops no run. What its encoding cannot show is replaced. Once nobody reads
-    it any more, what is written goes nowhere."""
-
-    def __init__(self, stream):
-        self.stream = stream
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        self._try(self.stream.write, text)
-        return len(text)
-
-    def flush(self):
-        self._try(self.stream.flush)
-
-    def _try(self, act, *args):
-        try:
-            act(*args)
-        except (OSError, ValueError):  # a pipe that has ended, a full disk, a closed file
-            with contextlib.suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self.stream.fileno())  # for what is still in its buffer
-                os.close(nowhere)
-
-
 @contextlib.contextmanager
 def streams():
-    """Within it stdout and stderr are Streams, also if the process began without them."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number, so that no file gets it
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (
-        x if isinstance(x, Stream) else Stream(x or open(os.devnull, "w")) for x in before
-    )
+    """Within it a character that an encoding cannot show is replaced, and a stream that the process
+    began without is the null device. If a reader has left, nothing more is said."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # its number is free, and no file of ours shall get it
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
     try:
         yield
-    finally:
         sys.stdout.flush()
-        sys.stderr.flush()
-        sys.stdout, sys.stderr = before
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in (1, 2):  # for what is still in their buffers
+            os.dup2(nowhere, number)
+        raise
 
 
 class Interrupts:

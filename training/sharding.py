@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch.utils._pytree import tree_map
 
+from data import UserError
 from gpt import ScalarGPT
 from training import distributed, lora
 from training.placement import Whole, full, is_part, put
@@ -75,6 +76,16 @@ class Parts(Whole):
     def collect_garbage(self):
         """A sharded model has cycles, and would stay."""
         gc.collect()
+
+
+def check():
+    """Refuses --shard in one process, and with a torch that has no FSDP2."""
+    if not distributed.many:
+        start = "torchrun --nproc-per-node N"
+        raise UserError(f"--shard cuts models for many processes; start it with {start}")
+    found = torch.__version__.partition("+")[0]
+    if tuple(map(int, found.split(".")[:2])) < (2, 8):
+        raise UserError(f"--shard needs torch 2.8 or later, and this is {found}; leave it out")
 
 
 def values(model):
