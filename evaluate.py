@@ -271,7 +271,7 @@ class Again(Compute):
         folder = os.path.dirname(os.path.realpath(self.o.checkpoint))
         return os.path.relpath(os.path.join(folder, self.meta["folder"], path))
 
-    def reads(self, path, part="", may_change=False):
+    def reads(self, path, part, known_by=""):
         """Nothing is written that it could be."""
 
     def keep(self):

@@ -424,7 +424,7 @@ def test_a_folder_that_has_changed_is_not_gone_on_with(chats, monkeypatch, capsy
     os.utime("base/model.safetensors", (1, 1))
     capsys.readouterr()
     assert main("dpo", *args, "--resume") == 2
-    assert "base has changed since the run began" in capsys.readouterr().err
+    assert "an interrupted run that read another base" in capsys.readouterr().err
 
 
 def test_predict_reads_config_json_alone(chats, capsys):

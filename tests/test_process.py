@@ -301,6 +301,10 @@ def test_a_moved_folder_goes_on(shop, monkeypatch, capsys):
     assert main("grpo", *args("a"), "--out", "whole/x.pt") == 0
     killed(3, "grpo", [*args("a"), "--save-every", 1], monkeypatch)
     shutil.move(shop / "a", shop / "b")
+    with open(shop / "b/judge.py", "a") as file:
+        file.write("# mended")  # of a reward the name counts
+    assert main("grpo", *args(shop / "b"), "--resume", "--reward", "b/judge.py:constant") == 2
+    assert "interrupted run that read another b/judge.py" in capsys.readouterr().err
     assert main("grpo", *args(shop / "b"), "--resume") == 0
     assert "resumed after step 2" in capsys.readouterr().out
     a, b = (gpt.load(path)[0].state_dict() for path in ("b/out/x.pt", "whole/x.pt"))

@@ -503,7 +503,7 @@ def test_resume_gives_the_same_bits(script, shop, monkeypatch, capsys):
         m.setattr(State, "save", save_and_die)
         assert main(script, *args, "--save-every", 2, "--out", "cut/x.pt") == 1
     assert main(script, *cut, "--lr", "0.5") == 2
-    assert "--resume: the interrupted run had --lr" in capsys.readouterr().err
+    assert "cut/x.state is of an interrupted run with --lr" in capsys.readouterr().err
     assert main(script, *cut) == 0
     assert "resumed after step 2 of 3" in capsys.readouterr().out
     same_run(shop / "cut/x.pt", shop / "whole/x.pt")
@@ -539,7 +539,7 @@ def test_a_start_that_has_changed_is_not_resumed(command, changed, shop, monkeyp
     (shop / changed).write_bytes(before + b"\n")
     assert main(script, *args, "--resume") == 2
     said = capsys.readouterr().err
-    assert f"--resume: {changed} has changed since the run began; start without --resume" in said
+    assert f"is of an interrupted run that read another {changed}; start without --resume" in said
     (shop / changed).write_bytes(before)
     assert main(script, *args, "--resume") == 0
 

@@ -56,18 +56,18 @@ class Files:
             raise UserError(f"--out {out} {why}") from None
         remove_half_written(Path(os.path.realpath(out)))
 
-    def reads(self, path, part="", may_change=False):
+    def reads(self, path, part, known_by=""):
         """Notes a file that is read: it must not be overwritten, nor change under --resume. part:
-        what it is to the run, such as "init"; where it lies does not matter."""
+        what it is to the run, such as "init"; where it lies does not matter. known_by: what counts
+        in place of its content, which may be mended."""
         written = (self.out, self.record_path, self.state_path)
         if path and os.path.realpath(path) in map(os.path.realpath, written):
             words = f"--out {self.out} would overwrite {path}, which this run reads"
             raise UserError(f"{words}; give another path")
         found = os.path.isfile(path) or os.path.isfile(os.path.join(path, "config.json"))
-        if found and not may_change:
-            part = part or os.path.basename(path)
+        if found:
             self.paths[part] = path
-            self.digests[part] = digest(path) if distributed.is_first else ""
+            self.digests[part] = known_by or (digest(path) if distributed.is_first else "")
             distributed.wait()  # so that a mistake in it is met by all at once
 
     # ---- the record
@@ -110,23 +110,17 @@ class Files:
             if distributed.is_first:
                 gpt.write(state | {"files": self.digests, "lines": self.lines}, self.state_path)
 
-    def load(self, options):
+    def load(self, method, options):
         """-> the saved state of a run of these options, whose files have not changed since. Its
         tensors stay in the file until they are read."""
         where = {"map_location": "cpu", "mmap": True}
         try:
             state = torch.load(self.state_path, weights_only=True, **where)
-            saved = state["options"]
+            differ = self._differs(state, method, options)
         except Exception as e:  # torch raises a zoo of types for a broken file
             why = f"is no whole training state ({type(e).__name__}); start without --resume"
             raise UserError(f"{self.state_path} {why}") from None
-        if differ := self._others(saved, options):
-            had = f"the interrupted run had {differ}"
-            raise UserError(f"--resume: {had}; give the same options, or start without --resume")
-        if distributed.is_first and state["files"] != self.digests:
-            changed = min(part for part, _ in state["files"].items() ^ self.digests.items())
-            when = "has changed since the run began; start without --resume"
-            raise UserError(f"--resume: {self.paths.get(changed, changed)} {when}")
+        self._refuse(f"{self.state_path} is of an interrupted run", differ)
         self.lines = state["lines"]
         return state
 
@@ -138,34 +132,33 @@ class Files:
             return None
         try:
             meta = torch.load(self.out, map_location="cpu", weights_only=True)["meta"]
-            found, files = (meta["method"], meta["options"]), meta["files"]
+            differ = self._differs(meta, method, options)
             final = json.loads(Path(self.record_path).read_text().splitlines()[-1])["final"]
         except Exception:  # whatever stands at --out, it is no finished run
             return None
-        other = f"of {found[0]}.py" if found[0] != method else ""
-        if not other and (differ := self._others(found[1], options)):
-            other = f"with {differ}"
-        changed = [part for part, x in self.digests.items() if files.get(part) != x]
-        if not other and changed:
-            other = f"that read another {self.paths[changed[0]]}"
-        if other:
-            remedy = "start without --resume, or give another --out"
-            raise UserError(f"--resume: {self.out} is a finished run {other}; {remedy}")
+        self._refuse(f"{self.out} is a finished run", differ)
         return final
 
-    def _others(self, saved, options):
-        """-> the options of a saved run that are not these, as text. A file is what is in it, and
-        not where it lies; of a user's reward the name counts."""
+    def _differs(self, saved, method, options):
+        """-> how a saved run differs from this one, or "". If both have read a file for an option,
+        its content is compared, and not where it lies."""
+        if saved["method"] != method:
+            return f"of {saved['method']}.py"
+        files, both = saved["files"], self.digests.keys() & saved["files"].keys()
+        differ = [
+            f"{flag(k)} {x}"
+            for k, x in saved["options"].items()
+            if k not in both and x != options.get(k)
+        ]
+        if differ:
+            return f"with {', '.join(differ)}"
+        changed = [part for part, x in self.digests.items() if x and x != files.get(part)]
+        return f"that read another {self.paths[changed[0]]}" if changed else ""
 
-        def same(name, a, b):
-            if name in self.digests and a and b:
-                return True
-            if name == "reward" and ".py:" in a and ".py:" in b:
-                return os.path.basename(a) == os.path.basename(b)
-            return a == b
-
-        differ = [k for k, x in saved.items() if not same(k, x, options.get(k))]
-        return ", ".join(f"{flag(k)} {saved[k]}" for k in differ)
+    def _refuse(self, what, differ):
+        if differ:
+            remedy = "start without --resume, or give another --out"
+            raise UserError(f"--resume: {what} {differ}; {remedy}")
 
     def interrupted(self):
         return os.path.exists(self.state_path)

@@ -1,5 +1,6 @@
 """The judge of sampled responses: the task's own reward, a reward model, or a user's function."""
 
+import os
 from functools import partial
 
 import torch
@@ -43,7 +44,7 @@ def load_judge(how, run, task, missing_eos_penalty=0.0):
     from training.function import UserReward
 
     earn = UserReward(how, task)
-    run.reads(how.rpartition(":")[0], may_change=True)  # it may be mended after it raised
+    run.reads(how.rpartition(":")[0], "reward", known_by=os.path.basename(how))
     return Judge(run, task, earn, user=True)
 
 

@@ -75,7 +75,8 @@ class State:
     def save(self, step, others=None):
         """step: how many are done. others: `before`, to be saved in place of what is now"""
         run = self.run
-        state = {"step": step, "options": self.options, "processes": self._processes()}
+        state = {"step": step, "method": run.method, "options": self.options}
+        state |= {"processes": self._processes()}
         state |= {name: x.state_dict() for name, x in self.trained.items()}
         state |= others or self._others()
         state = run.placement.state_to_save(state)
@@ -123,7 +124,7 @@ class State:
         if not distributed.of_first(run.files.interrupted):
             say(f"--resume: there is no {run.files.state_path} yet, so this run starts afresh")
             return False
-        state = run.files.load(self.options)
+        state = run.files.load(run.method, self.options)
         for name, x in (self.trained | self.others).items():
             takes_parts = isinstance(x, (Weights, Moments))
             x.load_state_dict(state[name] if takes_parts else self._moved(state[name]))
