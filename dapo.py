@@ -169,7 +169,7 @@ def main(argv=None):
     cache = o.overlong_cache or max(1, prompts.longest // 5)
     if o.overlong and cache > prompts.longest:
         raise data.UserError(f"--overlong-cache {cache} is above a response's {prompts.longest}")
-    evaluator = Evaluator(run, task, run.baseline, judge)
+    evaluator = Evaluator(run, task, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
     on_policy = o.updates == o.minibatches == 1  # π_θ is π_old all along: no pass for it

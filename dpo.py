@@ -169,7 +169,7 @@ def main(argv=None):
         ref = None  # one model is left in memory
     run.hold(policy=policy, ref=ref)
 
-    evaluator = Evaluator(run, task, ref or run.baseline, held_out=held_out(task, o))
+    evaluator = Evaluator(run, task, held_out=held_out(task, o))
     optimizer = run.adamw(policy)
 
     for step in run.steps(batches, optimizer):

@@ -49,16 +49,19 @@ FOLDER = {"block_size": 0, "truncate": False, "eval_file": "", "eval_prompts": 5
 class Evaluator:
     """Measures a policy on held-out prompts, beside another model.
 
-    compared_with: a frozen model, or the path of a checkpoint, which is in memory only while it is
-    measured with. judge: what the method was trained with. held_out: what the method's own loss
+    judge: what the method was trained with. compared_with: a frozen model, or the path of a
+    checkpoint, which is in memory only while it is measured with; if None, the reference that the
+    run holds, else the checkpoint that it starts from. held_out: what the method's own loss
     says of held-out rows, if no reward is known. is_reference: the policy is what later stages call
     π_ref. What does not fit is said when this is made, before the training."""
 
     def __init__(
-        self, run, task, compared_with=None, judge=None, held_out=None, is_reference=False
+        self, run, task, judge=None, compared_with=None, held_out=None, is_reference=False
     ):
-        self.run, self.task, self.compared_with, self.judge = run, task, compared_with, judge
+        self.run, self.task, self.judge = run, task, judge
         self.held_out, self.is_reference = held_out, is_reference
+        held = run.models.get("ref", run.baseline)
+        self.compared_with = held if compared_with is None else compared_with
         self.longest = task.longest(run.o.max_new_tokens, run.block_size)
         self.judges = {"reward": Judge(run, task, task.reward)} if task.has_reward else {}
         self.judges |= {judge.name: judge} if judge else {}
@@ -333,7 +336,7 @@ def main(argv=None):
         script = importlib.import_module(run.meta["method"])
         held_out = script.held_out(task, run.trained)
     is_reference = run.meta["method"] == "sft"
-    evaluator = Evaluator(run, task, run.reference, judge, held_out, is_reference)
+    evaluator = Evaluator(run, task, judge, run.reference, held_out, is_reference)
     figures = evaluator.measure(run.policy)
     evaluator.report(f"{run.meta['method']} on {task.name}", figures)
 

@@ -167,7 +167,7 @@ def main(argv=None):
     run.hold(policy=policy, ref=ref, reward=judge.model)
 
     prompts = run.prompts()
-    evaluator = Evaluator(run, task, ref or run.baseline, judge)  # a model, or a path
+    evaluator = Evaluator(run, task, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
     on_policy = o.updates == o.minibatches == 1  # π_θ is π_old all along: no pass for it

@@ -149,7 +149,7 @@ def main(argv=None):
 
     batches = run.batches(task.feedback, fixed=o.pairs)
     check(batches.rows or task.feedback(4096, o.seed), batches, o)
-    evaluator = Evaluator(run, task, ref, held_out=held_out(task, o))
+    evaluator = Evaluator(run, task, held_out=held_out(task, o))
     optimizer = run.adamw(policy)
 
     for step in run.steps(batches, optimizer):

@@ -216,7 +216,7 @@ def main(argv=None):
 
     prompts = run.prompts()
     fixed = o.ref_update == "fixed"
-    evaluator = Evaluator(run, task, ref if fixed else run.baseline, judge)
+    evaluator = Evaluator(run, task, judge, ref if fixed else run.baseline)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
     labelled, state = Round(), {} if fixed else {"ref": Weights(ref, frozen=True)}

@@ -118,7 +118,7 @@ def main(argv=None):
     run.hold(policy=policy)
 
     batches = run.batches(task.preferences, fixed=o.pairs)
-    evaluator = Evaluator(run, task, find_reference(run), held_out=held_out(task, o))
+    evaluator = Evaluator(run, task, compared_with=find_reference(run), held_out=held_out(task, o))
     optimizer = run.adamw(policy)
 
     for step in run.steps(batches, optimizer):

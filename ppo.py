@@ -184,7 +184,7 @@ def main(argv=None):
     run.hold(policy=policy, critic=critic, ref=ref, reward=judge.model)
 
     prompts = run.prompts()
-    evaluator = Evaluator(run, task, ref, judge)
+    evaluator = Evaluator(run, task, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy, critic)
 

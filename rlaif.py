@@ -164,7 +164,7 @@ class Pipeline:
         run = self.run
         self.skilled = self.writer(run, self.start)
         self.judge = self.judge or feedback.AIJudge(self.skilled.model, run.tokenizer, run)
-        self.evaluator = Evaluator(run, self.task, self.start)
+        self.evaluator = Evaluator(run, self.task, compared_with=self.start)
         self.prompts = run.prompts(self.split)
 
     def do(self, name, learn):
@@ -209,7 +209,7 @@ def learn_skills(p, run):
     run.hold(policy=policy)
     draw = partial(demonstrate, p.task, principles=p.principles)
     batches = Dialogues(draw, run.o.batch_size, run.o.seed, run.tokenizer, run.block_size)
-    evaluator = Evaluator(run, p.task, is_reference=True)
+    evaluator = Evaluator(run, p.task, compared_with="", is_reference=True)
     return fit(run, policy, batches, skills_loss, evaluator, pad_turns, lambda x: sum(x[1]))
 
 
@@ -264,7 +264,7 @@ def reinforce(p, run, figures):
     policy = run.load(p.runs["sl"].o.out, p.task)
     ref = run.reference(policy)
     run.hold(policy=policy, ref=ref, reward=judge.model)
-    evaluator = Evaluator(run, p.task, o.reference or p.start, judge)
+    evaluator = Evaluator(run, p.task, judge, o.reference or p.start)
     optimizer = run.adamw(policy)
 
     for _ in run.steps(prompts, optimizer):

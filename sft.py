@@ -69,8 +69,8 @@ def main(argv=None):
     run.hold(policy=policy)
 
     batches = run.batches(task.demonstrations)
-    earlier = find_reference(run)
-    evaluator = Evaluator(run, task, earlier, held_out=held_out(task, o), is_reference=True)
+    known = {"compared_with": find_reference(run), "held_out": held_out(task, o)}
+    evaluator = Evaluator(run, task, **known, is_reference=True)
     optimizer = run.adamw(policy)
 
     for step in run.steps(batches, optimizer):

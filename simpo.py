@@ -92,7 +92,7 @@ def main(argv=None):
     run.hold(policy=policy)
 
     batches = run.batches(task.preferences, fixed=o.pairs)
-    evaluator = Evaluator(run, task, run.baseline, held_out=held_out(task, o))
+    evaluator = Evaluator(run, task, held_out=held_out(task, o))
     optimizer = run.adamw(policy)
 
     for step in run.steps(batches, optimizer):

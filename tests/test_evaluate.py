@@ -37,7 +37,7 @@ def evaluator(task, tokens=0, context=64, **more):
         eval_prompts=512,
     )
     run = Compute(o)
-    run.models = {}
+    run.models, run.baseline = {}, ""
     run.tokenizer, run.block_size = data.tokenizer(own=task.tokenizer), context
     return Evaluator(run, task, **more)
 

@@ -248,7 +248,7 @@ def test_a_new_method_is_three_files(tmp_path):
     run(copy / "sft.py", *TRAIN, *exact[:2])
     for more in (["--init", "out/exact/sft.pt", "--budget", "512"], ["--predict", "own"]):
         assert re.search(r"\| cpo +\|", run(copy / "compare.py", *exact, *more))
-    how = ["-n0", "-q", "-p", "no:cacheprovider", "-m", "slow or not slow"]
+    how = ["-n0", "-p", "no:cacheprovider", "-m", "slow or not slow"]
     every = ["-k", "(cpo or house or registered) and not three_files"]
     said = run("-m", "pytest", *how, *every, copy / "tests")
     assert "failed" not in said and int(re.search(r"(\d+) passed", said)[1]) > 100, said
