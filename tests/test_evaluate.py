@@ -163,6 +163,7 @@ LOSSES = {
     "mean": (dpo, {"loss": "ipo", "beta": 0.1, "ipo_sum": False, "sft_weight": 0.0}),
     "logp mean": (simpo, {"beta": 2.0, "gamma_beta_ratio": 0.5, "sft_weight": 0.0}),
 }
+KTO = SimpleNamespace(beta=0.1, w_desirable=1.0, w_undesirable=1.0)
 
 
 @pytest.mark.parametrize("implicit", LOSSES)
@@ -201,8 +202,7 @@ def test_held_out_accuracy_of_unpaired_rows(tmp_path):
         scores[row["label"]].append(score)
     couples = [a > b for a in scores[True] for b in scores[False]]
     expected = sum(couples) / len(couples)
-    o = SimpleNamespace(beta=0.1, w_desirable=1.0, w_undesirable=1.0)
-    held_out = kto.held_out(task, o)
+    held_out = kto.held_out(task, KTO)
     figures = evaluator(task, 4, compared_with=ref, held_out=held_out).measure(policy)
     assert figures["accuracy"] == pytest.approx(expected)
     assert 0 < expected < 1 and expected != 0.5
@@ -220,15 +220,14 @@ def test_held_out_accuracy_of_a_file_of_pairs_that_is_split(tmp_path):
     for x, *answers in rows:
         w, l = (plain(x, y, "sum", policy, ref) for y in answers)
         higher.append(w > l)
-    o = SimpleNamespace(beta=0.1, w_desirable=1.0, w_undesirable=1.0)
-    held_out = kto.held_out(task, o)
+    held_out = kto.held_out(task, KTO)
     figures = evaluator(task, 4, compared_with=ref, held_out=held_out).measure(policy)
     assert figures["accuracy"] == pytest.approx(sum(higher) / 25)
     assert 0.2 < figures["accuracy"] < 0.8 and figures["accuracy_n"] == 25
 
 
 def test_held_out_loss_counts_every_row(tmp_path):
-    """Rows that stand twice in the file count twice: nats a token, by the plain formula."""
+    """Rows that stand twice in the file count twice: nats per token, by the plain formula."""
     rows = data.task("reviews").demonstrations(6, 0)
     rows = [dict(zip(("prompt", "completion"), row)) for row in rows]
     task = written(tmp_path, train=rows[:3], test=[*rows, *rows[:2], rows[0]])

@@ -27,7 +27,7 @@ FLOORS = {  # a folder or a file -> what of ours it may import, and what else
     "training/locks.py": ("data", "filelock"),  # which comes with torch
     "training/loggers.py": ("data training", "torch wandb"),
     "export.py": ("gpt data hf training", "torch"),
-    "evaluate.py": ("gpt data training", "torch tqdm"),
+    "evaluate.py": ("data training", "torch tqdm"),
     "compare.py": ("data training analysis", "torch"),
     "analysis": (
         f"packing gpt data hf training evaluate analysis {' '.join(METHODS)}",
