@@ -126,14 +126,14 @@ def score_rollout(reward, rollout, o):
 def token_weight(batch, minibatch, longest, agg):
     """The weight of each token's loss, (B, T), 0 off the response. The weighted sum over a
     minibatch is the reduction that agg names, however the minibatch is cut."""
-    S = len(minibatch)
+    S, mask = len(minibatch), batch.mask.to(batch.logp)
     if agg == "seq_mean":  # 1/S Σ_i 1/|y_i| Σ_t, GRPO
-        return batch.mask / (S * batch.length.clamp(min=1))
+        return mask / (S * batch.length.clamp(min=1))
     if agg == "token_mean":  # 1/Σ_i |y_i| Σ_i Σ_t, DAPO
-        return batch.mask / minibatch.length.sum().clamp(min=1)
+        return mask / minibatch.length.sum().clamp(min=1)
     if agg == "const":  # 1/S Σ_i 1/L_max Σ_t, Dr. GRPO (arXiv:2503.20783)
-        return batch.mask / (S * longest)
-    return batch.mask / S  # 1/S Σ_i Σ_t, RLOO (arXiv:2402.14740)
+        return mask / (S * longest)
+    return mask / S  # 1/S Σ_i Σ_t, RLOO (arXiv:2402.14740)
 
 
 def group_figures(reward):
@@ -153,8 +153,8 @@ def dynamic_sampling(policy, prompts, judge, run, o):
         keep = keep_groups(correct := torch.cat(verdicts))
     figures = {"accuracy": correct.float().mean(), "kept_fraction": keep.float().mean()}
     keep &= keep.cumsum(0) <= prompts.batch_size  # the surplus is dropped
-    rollout = run.kept(parts[0].cat(parts), keep.repeat_interleave(o.group))
-    return rollout, 2.0 * correct[keep] - 1, figures | {"num_gen_batches": len(parts)}
+    kept = run.kept(parts[0].cat(parts), keep.repeat_interleave(o.group))
+    return kept, 2 * correct[keep].to(kept.logp) - 1, figures | {"num_gen_batches": len(parts)}
 
 
 def main(argv=None):
@@ -166,9 +166,10 @@ def main(argv=None):
     run.hold(policy=policy, reward=judge.model)
 
     prompts = run.prompts()
-    cache = o.overlong_cache or max(1, prompts.longest // 5)
-    if o.overlong and cache > prompts.longest:
-        raise data.UserError(f"--overlong-cache {cache} is above a response's {prompts.longest}")
+    longest = prompts.longest  # L_max, tokens
+    cache = o.overlong_cache or max(1, longest // 5)
+    if o.overlong and cache > longest:
+        raise data.UserError(f"--overlong-cache {cache} is above a response's {longest}")
     evaluator = Evaluator(run, task, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
@@ -186,7 +187,7 @@ def main(argv=None):
             rollout.old_logp = None if on_policy else run.logprobs(policy, rollout, o.temperature)
 
         if o.overlong:
-            R_len = rollout.R_len = overlong_penalty(rollout.length, prompts.longest, cache)
+            R_len = rollout.R_len = overlong_penalty(rollout.length.to(reward), longest, cache)
             figures |= {"overlong": (R_len < 0).float().mean(), "overlong_reward": R_len.mean()}
         rollout.adv = score_rollout(reward, rollout, o)  # (P·G, 1)
         run.log(group_figures(reward) | rollout.summary())
@@ -199,10 +200,10 @@ def main(argv=None):
                 for batch in run.micro_batches(minibatch):
                     with run.autocast():
                         losses, metrics = compute_loss(policy, batch, o)
-                    weight = token_weight(batch, minibatch, prompts.longest, o.agg)
+                    weight = token_weight(batch, minibatch, longest, o.agg)
                     run.backward((weight * losses).sum(), tokens=batch.tokens)
                     run.log({"loss": losses}, weight)
-                    run.log(metrics, token_weight(batch, minibatch, prompts.longest, "token_mean"))
+                    run.log(metrics, token_weight(batch, minibatch, longest, "token_mean"))
                 run.update(optimizer)
         run.evaluate(evaluator, policy)
 

@@ -140,14 +140,14 @@ def score_rollout(reward, rollout, o):
 def token_weight(batch, minibatch, longest, agg):
     """The weight of each token's loss, (B, T), 0 off the response. The weighted sum over a
     minibatch is the reduction that agg names, however the minibatch is cut."""
-    S = len(minibatch)
+    S, mask = len(minibatch), batch.mask.to(batch.logp)
     if agg == "seq_mean":  # 1/S Σ_i 1/|y_i| Σ_t, GRPO
-        return batch.mask / (S * batch.length.clamp(min=1))
+        return mask / (S * batch.length.clamp(min=1))
     if agg == "token_mean":  # 1/Σ_i |y_i| Σ_i Σ_t, DAPO
-        return batch.mask / minibatch.length.sum().clamp(min=1)
+        return mask / minibatch.length.sum().clamp(min=1)
     if agg == "const":  # 1/S Σ_i 1/L_max Σ_t, Dr. GRPO (arXiv:2503.20783)
-        return batch.mask / (S * longest)
-    return batch.mask / S  # 1/S Σ_i Σ_t, RLOO (arXiv:2402.14740)
+        return mask / (S * longest)
+    return mask / S  # 1/S Σ_i Σ_t, RLOO (arXiv:2402.14740)
 
 
 def group_figures(reward):
@@ -167,6 +167,7 @@ def main(argv=None):
     run.hold(policy=policy, ref=ref, reward=judge.model)
 
     prompts = run.prompts()
+    longest = prompts.longest  # L_max, tokens
     evaluator = Evaluator(run, task, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
@@ -175,7 +176,7 @@ def main(argv=None):
     for _ in run.steps(prompts, optimizer):
         with run.clock("sample"):
             questions = next(prompts)  # P of them
-            rollout = run.sample(policy, questions, prompts.longest, o.group, o.temperature)
+            rollout = run.sample(policy, questions, longest, o.group, o.temperature)
             reward = judge(questions, rollout).view(-1, o.group)  # (P, G)
         with run.clock("logprobs"):
             rollout.old_logp = None if on_policy else run.logprobs(policy, rollout, o.temperature)
@@ -189,12 +190,12 @@ def main(argv=None):
                 for batch in run.micro_batches(minibatch):
                     with run.autocast():
                         losses, metrics = compute_loss(policy, batch, o)
-                    weight = token_weight(batch, minibatch, prompts.longest, o.agg)
+                    weight = token_weight(batch, minibatch, longest, o.agg)
                     run.backward((weight * losses).sum(), tokens=batch.tokens)
                     run.log({"loss": losses}, weight)
                     if ref:
                         run.log({"kl": metrics.pop("kl")}, 1 / len(minibatch))
-                    run.log(metrics, token_weight(batch, minibatch, prompts.longest, "token_mean"))
+                    run.log(metrics, token_weight(batch, minibatch, longest, "token_mean"))
                 run.update(optimizer)
         run.evaluate(evaluator, policy)
 

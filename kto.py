@@ -130,7 +130,7 @@ def check(rows, batches, o):
 def log_classes(run, metrics, is_desirable, n_D, n):
     """Logs the metrics as means over the n_D desirable examples of the step ("chosen"), and over
     the others ("rejected"); a class may be absent."""
-    chosen, rejected = is_desirable / max(1, n_D), ~is_desirable / max(1, n - n_D)
+    chosen, rejected = is_desirable / max(1, n_D), (1 - is_desirable) / max(1, n - n_D)
     if n_D:
         run.log({f"{name}/chosen": x for name, x in metrics.items()}, chosen)
     if n > n_D:
@@ -164,7 +164,7 @@ def main(argv=None):
             # a mean over all examples of the step: the counts of the classes act as weights
             run.backward((losses / len(rows)).sum(), tokens=batch.tokens)
             run.log({"loss": losses}, 1 / len(rows))
-            is_desirable = batch.columns["label"].to(losses.device)
+            is_desirable = batch.columns["label"].to(losses)
             log_classes(run, metrics, is_desirable, desirable, len(rows))
         run.update(optimizer)
         run.evaluate(evaluator, policy)

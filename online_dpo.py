@@ -238,7 +238,8 @@ def main(argv=None):
                 batch = pairs[torch.cat([rows, rows + P])]
                 with run.autocast():
                     losses, metrics = compute_loss(policy, ref, batch, o)
-                weight = batch.counts[: len(rows)] / counted  # a mean over the pairs that count
+                counts = batch.counts[: len(rows)].to(losses)
+                weight = counts / counted  # a mean over the pairs that count
                 run.backward((weight * losses).sum(), tokens=batch.tokens)
                 run.log({"kl": metrics.pop("kl")}, 1 / P)
                 run.log(metrics | {"loss": losses}, weight)

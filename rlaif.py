@@ -284,7 +284,7 @@ def reinforce(p, run, figures):
                 weight = 1 / len(rollout)  # a mean over the step's responses
                 run.backward((weight * losses).sum(), tokens=batch.tokens)
                 run.log({"loss": losses}, weight)
-                run.log(metrics, batch.mask / rollout.length.sum())
+                run.log(metrics, batch.mask.to(losses) / rollout.length.sum())
             run.update(optimizer)
         equal = (reward == reward[:, :1]).all(1).float().mean()
         run.log({"reward": reward.mean(), "reward_std": reward.std(1).mean(), "kl": kl.mean()})

@@ -114,7 +114,7 @@ def response_mean():
     """What does GRPO's mean over each response do?"""
     lengths, longest = torch.tensor([[10], [100]]), 200  # two wrong answers, A = -1
     mask = torch.arange(100) < lengths
-    answers, rows = Rollout(ids=mask, mask=mask), []
+    answers, rows = Rollout(ids=mask, mask=mask, logp=mask.float()), []
     for agg in ("seq_mean", "token_mean", "const"):
         weight = token_weight(answers, answers, longest, agg).amax(1)
         short, long = (-1000 * weight).tolist()

@@ -226,10 +226,11 @@ def test_padding_is_never_trained_and_the_end_token_is(script, ends, monkeypatch
 @pytest.mark.parametrize("agg", grpo.AGGREGATIONS)
 @pytest.mark.parametrize("script", [grpo, dapo])
 def test_weights_reduce_a_minibatch_as_agg_names_however_it_is_cut(script, agg):
-    """By a plain loop over tokens; a response of which nothing is left (--overlong-filter) weighs
-    nothing, nor does a minibatch of such."""
+    """By a plain loop over tokens, in float64; a response of which nothing is left
+    (--overlong-filter) weighs nothing, nor does a minibatch of such."""
     mask = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0], [0] * 5]).bool()
-    minibatch, x = Rollout(ids=mask.long(), mask=mask), torch.arange(20.0).view(4, 5)
+    minibatch = Rollout(ids=mask.long(), mask=mask, logp=mask.double())
+    x = torch.arange(20, dtype=torch.float64).view(4, 5)
     rows, n = [x[i][mask[i]] for i in range(4)], 6
     expected = {
         "seq_mean": sum(row.mean() for row in rows[:3]) / 4,
@@ -242,7 +243,7 @@ def test_weights_reduce_a_minibatch_as_agg_names_however_it_is_cut(script, agg):
         for i in torch.arange(4).split(cut):
             weight = script.token_weight(minibatch[i], minibatch, 8, agg)
             total = total + (weight * x[i, : weight.size(1)]).sum().item()
-        assert total == pytest.approx(expected[agg].item())
+        assert total == pytest.approx(expected[agg].item(), rel=1e-12)
     assert script.token_weight(minibatch[3:], minibatch[3:], 8, agg).abs().max() == 0
 
 

@@ -134,7 +134,8 @@ class ModelJudge(Judge):
         return self.run.scores(rows, lambda x: response_scores(self.model, pad(x)), ROWS)
 
     def reward(self, questions, rollout):
-        return self(questions, rollout) - self.missing_eos_penalty * ~rollout.finished
+        scores = self(questions, rollout)
+        return scores - self.missing_eos_penalty * (~rollout.finished).to(scores)
 
     def encode(self, questions, rollout):
         """-> the texts in the judge's own vocabulary; what did not end has no end token"""

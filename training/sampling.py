@@ -22,7 +22,8 @@ class Rollout:
 
     ids       (N, T) int64    prompt and response, padded on the right with 0
     mask      (N, T) bool     the response up to and with its end token
-    logp      (N, T) float32  the log-prob each token was drawn with, 0 off the mask
+    logp      (N, T) float32  the log-prob each token was drawn with, 0 off the mask; float64 of a
+                              float64 model
     finished  (N,) bool       the end token was drawn
     """
 
@@ -136,7 +137,7 @@ def sample(
     uniform = uniforms(R, max_new_tokens, generator) if uniform is None else uniform
     ids, packed = encode_prompts(prompts, device)
     drawn = torch.zeros(R, max_new_tokens, dtype=torch.int64, device=device)
-    p_drawn = torch.ones(R, max_new_tokens, device=device)
+    p_drawn = torch.ones(R, max_new_tokens, dtype=wide(model), device=device)
     place = torch.arange(R, device=device)  # of the rows that are still drawn
 
     with torch.inference_mode():
@@ -175,9 +176,14 @@ def _rollout(ids, lengths, group, drawn, p_drawn, end_id):
     kept = torch.arange(most, device=device) < n
     ids = F.pad(ids.repeat_interleave(group, 0), (0, T - ids.size(1)))
     ids[mask] = drawn[kept]
-    logp = torch.zeros(mask.shape, device=device)
+    logp = torch.zeros(mask.shape, dtype=p_drawn.dtype, device=device)
     logp[mask] = p_drawn[kept].log()
     return Rollout(ids=ids, mask=mask, logp=logp, finished=finished)
+
+
+def wide(model):
+    """-> the dtype of log-probs: float32, or the model's if that is wider"""
+    return torch.promote_types(model.head.dtype, torch.float32)
 
 
 def uniforms(rows, tokens, generator=None):
@@ -210,7 +216,7 @@ class Drawing:
         self.model, self.head = plain(model), model.head
         self.uniform, self.temperature = uniform, temperature
         self.drawn = torch.zeros_like(uniform, dtype=torch.int64)
-        self.p = torch.ones_like(uniform)
+        self.p = torch.ones_like(uniform, dtype=wide(model))
         self.t = torch.zeros(1, dtype=torch.int64, device=device)
 
         start = torch.tensor(lengths, device=device)
