@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import statistics
 import tracemalloc
 from collections import Counter, namedtuple
@@ -47,26 +48,17 @@ def sigmoid(x):
 # ---- tokenizer
 
 
-def test_any_text_comes_back():
-    for text in ("", "The plot is superb.", "naïve 東京 🎬\n\ttabs", "\x00\x7f", "12+34=46"):
-        assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
-    assert TOKENIZER.size < 1024 and TOKENIZER.meta["name"] == "vocab.tiktoken"
-
-
-def test_a_text_that_spells_the_end_token_stays_text():
-    text = "no <|endoftext|> here"
-    assert TOKENIZER.end_id not in TOKENIZER.encode(text)
-    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
-
-
-def test_digits_stand_alone():
-    assert len(TOKENIZER.encode("4711")) == 4
-
-
-def test_a_tokenizer_is_rebuilt_from_its_meta():
-    again = data.Tokenizer(json.loads(json.dumps(TOKENIZER.meta)))
-    text = "The plot is superb."
-    assert again.encode(text) == TOKENIZER.encode(text) and again.end_id == TOKENIZER.end_id
+@pytest.mark.parametrize("again", [False, True])
+def test_any_text_comes_back(again):
+    """One that spells the end token stays text. The tokenizer is rebuilt from its meta."""
+    tokenizer = data.Tokenizer(json.loads(json.dumps(TOKENIZER.meta))) if again else TOKENIZER
+    texts = "", "naïve 東京 🎬\n\ttabs", "\x00\x7f", "no <|endoftext|> here", "The plot is superb."
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and ids == TOKENIZER.encode(text)
+        assert tokenizer.end_id not in ids
+    assert tokenizer.size < 1024 and tokenizer.meta["name"] == "vocab.tiktoken"
+    assert len(tokenizer.encode("4711")) == 4  # digits stand alone
 
 
 def test_a_vocabulary_from_one_s_own_file(tmp_path):
@@ -98,8 +90,8 @@ def test_splits_are_disjoint_and_draws_are_the_seed_s(name):
     train, test = ({x for x, _ in task.prompts(5000, 0, split)} for split in ("train", "test"))
     assert train and test and not train & test
     for draw in (task.demonstrations, task.preferences, task.feedback, task.prompts):
-        assert draw(20, 7) == draw(20, 7) != draw(20, 8)
-        assert len(draw(20, 7)) == 20
+        rows = draw(20, 7)
+        assert rows == draw(20, 7) != draw(20, 8) and len(rows) == 20
         assert {row[0] for row in draw(200, 1, split="test")} <= test
     assert all(w != l for _, w, l in task.preferences(200, 0))
 
@@ -116,12 +108,6 @@ def test_tokens_have_one_length():
     for name, said in (("6", r": tokens:32\+96"), ("0+4", least), ("4+1", least)):
         with pytest.raises(data.UserError, match=said):
             data.task("tokens:" + name)
-
-
-def test_reviews_have_enough_test_prompts_and_variety():
-    task = data.task("reviews")
-    assert len({x for x, _ in task.prompts(512, 0, split="test")}) == 512
-    assert len({y for _, y in task.demonstrations(1000, 0)}) > 950
 
 
 def test_gold_reward_by_hand():
@@ -150,21 +136,16 @@ def test_gold_reward_by_hand():
 
 def test_demonstrations_are_grammatical_and_their_mean_reward_is_0():
     """3,000 rewards of standard deviation below 2: the mean is within 4 standard errors, 0.15, of
-    0."""
+    0. They vary, as the test prompts do."""
     task = data.task("reviews")
-    rewards = [task.reward(*row) for row in task.demonstrations(3000, 0)]
+    rows = task.demonstrations(3000, 0)
+    rewards = [task.reward(*row) for row in rows]
     assert abs(statistics.fmean(rewards)) < 0.15 and all(-3 <= r <= 3 for r in rewards)
-    sentences = [s for _, y in task.demonstrations(500, 1) for s in split_sentences(y)]
-    assert all(any(pattern.fullmatch(s) for pattern, _ in READERS) for s in sentences)
-
-
-def split_sentences(text):
-    out, start = [], 0
-    for i, c in enumerate(text):
-        if c in ".!":
-            out.append(text[start:i].strip() + c)
-            start = i + 1
-    return out
+    for _, y in rows[:500]:
+        for sentence in re.findall("[^.!]+[.!]", y):
+            assert any(pattern.fullmatch(sentence.strip()) for pattern, _ in READERS), sentence
+    assert len({y for _, y in rows[:1000]}) > 950
+    assert len({x for x, _ in task.prompts(512, 0, split="test")}) == 512
 
 
 def test_labels_follow_bradley_terry():
@@ -183,16 +164,20 @@ def test_labels_follow_bradley_terry():
 def test_arithmetic():
     """Of 2,000 demonstrations 40 % are wrong, within 3.6 standard errors, in one digit each."""
     task = data.task("arithmetic:2")
+
+    def right(prompt):
+        a, b = prompt.rstrip("=").split("+")
+        assert 10 <= int(a) <= 99
+        return str(int(a) + int(b))
+
     prompt, columns = task.prompts(1, 0)[0]
-    a, b = prompt.rstrip("=").split("+")
-    assert columns == {"answer": str(int(a) + int(b))} and 10 <= int(a) <= 99
+    assert columns == {"answer": right(prompt)}
     assert task.reward("47+85=", "132", answer="132") == 1.0 == task.reward("47+85=", "132")
     assert task.reward("47+85=", "132", ended=False) == 0.0 == task.reward("47+85=", "0132")
-    wrong = [(x, y) for x, y in task.demonstrations(2000, 0) if not task.correct(x, y)]
+    wrong = [(right(x), y) for x, y in task.demonstrations(2000, 0) if not task.correct(x, y)]
     assert abs(len(wrong) / 2000 - 0.4) < 0.04
     for x, y in wrong:
-        right = str(sum(map(int, x.rstrip("=").split("+"))))
-        assert len(y) == len(right) and sum(a != b for a, b in zip(y, right)) == 1
+        assert len(y) == len(x) and sum(a != b for a, b in zip(x, y)) == 1
 
 
 def test_length_says_nothing_about_quality_in_reviews():
@@ -210,12 +195,14 @@ def test_forty_outcomes_and_four_tokens():
     assert len(WORLD.outcomes) == len(set(WORLD.outcomes)) == 1 + 3 + 9 + 27
     assert WORLD.r.shape == WORLD.d.shape == (4, 40)
     assert SYMBOLS.size == 4 and SYMBOLS.end_id == 3
-    answers = [SYMBOLS.answer(y) for y in ("", "ab", "abc")]
-    assert answers == [[3], [0, 1, 3], [0, 1, 2]]
+    assert [SYMBOLS.answer(y) for y in ("", "ab", "abc")] == [[3], [0, 1, 3], [0, 1, 2]]
     assert not any(a != b and b.startswith(a) for a in WORLD.contexts for b in WORLD.contexts)
     small = data.task("exact:1")
     assert len(small.outcomes) == len(small.contexts) == 4
     assert data.tokenizer(own=small.tokenizer).answer("a") == [0]
+    again = data.task("exact")
+    assert (again.r == WORLD.r).all() and (again.d == WORLD.d).all()
+    assert (small.r[0] != WORLD.r[0, :4]).any()
 
 
 def test_the_distribution_of_demonstrations():
@@ -226,9 +213,6 @@ def test_the_distribution_of_demonstrations():
     best = star(LOG_D, R, 0.5)
     assert 0.5 < kl(best, LOG_D).mean() < 2
     assert ((best.exp() - LOG_D.exp()) * R).sum(1).mean() > 1
-    again = data.task("exact")
-    assert (again.r == WORLD.r).all() and (again.d == WORLD.d).all()
-    assert (data.task("exact:1").r[0, :4] != WORLD.r[0, :4]).any()
 
 
 def test_pairs_are_two_different_demonstrations_with_bradley_terry_labels():
@@ -416,20 +400,18 @@ def test_a_lopsided_split_is_warned_of(train, test, said, tmp_path):
     ],
 )
 def test_a_number_is_a_number_however_it_is_spelled(answer, right, wrong, tmp_path):
-    (tmp_path / "a.jsonl").write_text(
-        f'{{"prompt": "a", "answer": {answer}}}\n' * 2
-        + f'{{"prompt": "b", "answer": {answer}}}\n' * 2
-    )
-    task = data.task(str(tmp_path / "a.jsonl"))
+    row = '{{"prompt": "{}", "completion": " c", "answer": {}}}'
+    rows = [row.format(prompt, answer) for prompt in "ab"]
+    task = data.task(write(tmp_path / "a.jsonl", rows))
     columns = task.prompts(1, 0)[0][1]
-    assert [task.reward("a", y, **columns) for y in right] == [1.0] * len(right)
-    assert [task.reward("a", y, **columns) for y in wrong] == [0.0] * len(wrong)
+    assert columns["reference"] == "c" and task.has_reward
+    found = [[task.reward("a", y, **columns) for y in answers] for answers in (right, wrong)]
+    assert found == [[1.0] * len(right), [0.0] * len(wrong)]
 
 
 def test_a_byte_order_mark_is_read_over(tmp_path):
-    text = "".join(json.dumps(row) + "\n" for row in pairs(30))
-    (tmp_path / "a.jsonl").write_text(text, "utf-8-sig")
-    assert len(data.task(str(tmp_path / "a.jsonl")).preferences(None, 0)) > 20
+    path = write(tmp_path / "a.jsonl", ["\ufeff" + json.dumps(pairs(1)[0]), *pairs(30)])
+    assert len(data.task(path).preferences(None, 0)) > 20
 
 
 def test_a_text_that_the_library_cannot_take_is_a_mistake(monkeypatch):
@@ -453,9 +435,7 @@ def test_a_text_that_the_library_cannot_take_is_a_mistake(monkeypatch):
 def test_test_split_of_a_file(tmp_path):
     """5 % of 1,000 prompts: 50 ± 7."""
     task = data.task(write(tmp_path / "a.jsonl", pairs(1000) * 2))
-    train, test = (
-        {x for x, _, _ in task.preferences(None, 0, split)} for split in ("train", "test")
-    )
+    train, test = ({row[0] for row in task.preferences(None, 0, x)} for x in ("train", "test"))
     assert not train & test and len(train | test) == 1000 and 20 <= len(test) <= 90
     two = data.task(write(tmp_path / "b.jsonl", pairs(2)))
     assert len(two.preferences(None, 0)) == len(two.preferences(None, 0, split="test")) == 1
@@ -463,28 +443,13 @@ def test_test_split_of_a_file(tmp_path):
         data.task(write(tmp_path / "c.jsonl", pairs(1)))
 
 
-def test_feedback_and_answers(tmp_path):
-    row = {"completion": "c", "answer": "c"}
-    rows = [row | {"prompt": f"p{i}", "label": i % 2 == 0, "n": i} for i in range(40)]
-    task = data.task(write(tmp_path / "a.jsonl", rows))
-    assert {label for _, _, label in task.feedback(None, 0)} == {True, False}
-    prompt, columns = task.prompts(1, 0)[0]
-    assert columns["reference"] == "c" and task.has_reward
-    assert task.reward(prompt, " c ", **columns) == 1.0
-    assert task.reward(prompt, "d", **columns) == 0.0
-
-
 def test_a_file_of_pairs_is_split_for_kto(tmp_path):
     task = data.task(write(tmp_path / "p.jsonl", pairs(60)))
-    kept = task.preferences(None, 0)
-    rows = task.feedback(None, 0)
-    assert len(rows) == 2 * len(kept) and not task.unpaired
+    kept, rows, some = task.preferences(None, 0), task.feedback(None, 0), task.feedback(10, 0)
     assert set(rows) == {(x, y, y == w) for x, w, l in kept for y in (w, l)}
-    count = f"{len(kept)} pairs are split into {2 * len(kept)} examples"
-    assert any(count in note for note in task.notes)
-    some = task.feedback(10, 0)
-    assert len(some) == 10 and sum(label for _, _, label in some) == 5
-    assert len({x for x, _, _ in some}) == 5  # whole pairs
+    assert len(rows) == 2 * len(kept) and not task.unpaired
+    assert f"{len(kept)} pairs are split into {len(rows)} examples" in task.notes[0]
+    assert len({x for x, _, _ in some}) == sum(row.label for row in some) == 5  # whole pairs
 
 
 # ---- batches
@@ -497,10 +462,8 @@ def test_the_mask_covers_the_response_and_its_end_token():
     assert [tuple(row[mask].tolist()) for row, mask in zip(batch.ids, batch.mask)] == [y, y[:1]]
     assert batch.mask.sum() == len(y) + 1 and not batch.mask[:, 0].any()
     assert (batch.ids[1, 3:] == 0).all()
-    places = batch.mask[:, 1:].nonzero()
-    assert (
-        batch.packed.places.tolist() == (places[:, 0] * batch.ids.size(1) + places[:, 1]).tolist()
-    )
+    row, column = batch.mask[:, 1:].nonzero().T
+    assert (batch.packed.places == row * batch.ids.size(1) + column).all()
     assert batch.tokens == len(x) + len(y) - 1  # the second row begins as the first
     both = data.pad_pairs([Graded(x, y, y[:1], 0.5), Graded(x, y, x, p=0.0)])
     columns = {name: column.tolist() for name, column in both.columns.items()}
@@ -510,22 +473,19 @@ def test_the_mask_covers_the_response_and_its_end_token():
 
 def test_truncation_cuts_the_prompt_first_then_the_answers_alike():
     end, decode = TOKENIZER.end_id, TOKENIZER.decode
-    rows = [("0123456789", "abcdefgh", "ab")]
+    rows, n = [("0123456789", "abcdefgh", "ab")], len(TOKENIZER.answer("abcdefgh"))
     said = r"1 of 1 rows do not fit in 12 tokens \(the longest has 1\d\)"
     with pytest.raises(data.UserError, match=said):
         data.encode(rows, TOKENIZER, 12)
-    n = len(TOKENIZER.answer("abcdefgh"))
     ((x, w, l),), note = data.encode(rows, TOKENIZER, n + 4, truncate=True)
     assert note == f"1 of 1 rows are cut to {n + 4} tokens"
     assert decode(x) == "6789" and w[-1] == l[-1] == end
-    rows = [("0123456789", "11111111", "11")]
-    ((x, w, l),), _ = data.encode(rows, TOKENIZER, 5, truncate=True)
-    assert decode(x) == "9" and decode(w) == "1111" and end not in w
-    assert decode(l) == "11" and l[-1] == end
-    rows = [("0", "1111112", "1111113"), ("0", "1", "2")]
-    rows, note = data.encode(rows, TOKENIZER, 5, truncate=True)
+    rows = [("0123456789", "11111111", "11"), ("0", "1111112", "1111113")]
+    ((x, w, l),), note = data.encode(rows, TOKENIZER, 5, truncate=True)
+    assert [decode(ids) for ids in (x, w, l)] == ["9", "1111", "11"]
+    assert end not in w and l[-1] == end
     dropped = "1 of them dropped because their answers became equal: 1 rows are left"
-    assert len(rows) == 1 and note == f"1 of 2 rows are cut to 5 tokens, {dropped}"
+    assert note == f"2 of 2 rows are cut to 5 tokens, {dropped}"
 
 
 def test_batches_are_a_function_of_step_and_seed(tmp_path):
@@ -533,16 +493,18 @@ def test_batches_are_a_function_of_step_and_seed(tmp_path):
     held_out = write(tmp_path / "e.jsonl", pairs(1))
     task = data.task(write(tmp_path / "a.jsonl", pairs(300)), held_out)
     assert task.kind == "file" and task.outcomes is None
-    draw = task.preferences, task.size
-    batches, again = (data.Batches(*draw, TOKENIZER, 64, options(3)) for _ in range(2))
-    seen = [tuple(map(str, row)) for step in range(batches.per_epoch) for row in batches[step]]
-    assert batches.per_epoch == 38 and len(seen) == len(set(seen)) == 300
-    assert again[50] == batches[50] != batches[12]  # another epoch, another order
-    assert sorted(batches[0]) != sorted(data.Batches(*draw, TOKENIZER, 64, options(4))[0])
-    draw = data.task("reviews").preferences, 0
-    toy, again = (data.Batches(*draw, TOKENIZER, 128, options(3)) for _ in range(2))
-    assert toy[5] == again[5] != toy[6]
-    assert toy[5] != data.Batches(*draw, TOKENIZER, 128, options(4))[5]
+
+    def batches(task, seed):
+        return data.Batches(task.preferences, task.size, TOKENIZER, 128, options(seed))
+
+    fixed, again = batches(task, 3), batches(task, 3)
+    seen = [tuple(map(str, row)) for step in range(fixed.per_epoch) for row in fixed[step]]
+    assert fixed.per_epoch == 38 and len(seen) == len(set(seen)) == 300
+    assert again[50] == fixed[50] != fixed[12]  # another epoch, another order
+    assert sorted(fixed[0]) != sorted(batches(task, 4)[0])
+    fresh, task = batches(data.task("reviews"), 3), data.task("reviews")
+    assert fresh[5] == batches(task, 3)[5] != fresh[6]
+    assert fresh[5] != batches(task, 4)[5]
 
 
 @pytest.mark.parametrize(
@@ -583,32 +545,28 @@ def test_a_mismatched_answer_belongs_to_another_prompt():
 
 def test_rows_held_flat_are_the_rows():
     """As a list has them: by number, in slices, one after the other, whatever the size of an id."""
-    rows = [((1, 2), (3,), True), ((70_000,), (), False), ((4,), (5, 6, 7), True)]
+    rows = ((1, 2), (3,), True), ((70_000,), (), False), ((4,), (5, 6, 7), True)
     rows = [Labelled(*row) for row in rows]
-    held = data.batch.Rows(rows)
+    held = data.Rows(rows)
     assert list(held) == rows and held[1:] == rows[1:] and held[-1] == rows[-1]
     assert len(held) == 3 and held.tokens.itemsize == 4
-    assert data.batch.Rows(rows[::2]).tokens.itemsize == 2
+    assert data.Rows(rows[::2]).tokens.itemsize == 2
     with pytest.raises(IndexError):
         held[3]
-    kind = namedtuple("Wide", [*Labelled._fields, "score"])
+    kind = namedtuple("Scored", [*Labelled._fields, "score"])
     wide = held.with_columns(kind, [(9.0,), (8.0,), (7.0,)])
-    assert [row.score for row in wide] == [9.0, 8.0, 7.0]
-    assert [row[:3] for row in wide] == rows == list(held) and held[0].label
+    assert list(wide) == [(*row, x) for row, x in zip(rows, (9.0, 8.0, 7.0))]
+    assert wide[1].score == 8.0 and held[0].label and list(held) == rows
 
 
-def test_a_large_file_takes_two_bytes_a_token(tmp_path):
-    """20,000 rows of 100 tokens and more: what is held of them is near 2 bytes a token, not the 36
+def test_a_large_file_takes_two_bytes_per_token(tmp_path):
+    """5,000 rows of 80 tokens and more: what is held of them is near 2 bytes per token, not the 36
     of a list of numbers."""
-    path = tmp_path / "large.jsonl"
     words = " the plot is slow, but the cast feels superb and the music is warm." * 4
-    with path.open("w") as file:
-        for i in range(20_000):
-            row = {"prompt": f"A drama, number {i}:", "completion": f"{words} {i}"}
-            file.write(json.dumps(row) + "\n")
-    task = data.task(str(path))
+    rows = [{"prompt": f"A drama, number {i}:", "completion": f"{words} {i}"} for i in range(5000)]
+    drawn = data.task(write(tmp_path / "large.jsonl", rows)).demonstrations(None, 0)
     tracemalloc.start()
-    rows, _ = data.encode(task.demonstrations(None, 0), TOKENIZER, 512, many=True)
+    rows, _ = data.encode(drawn, TOKENIZER, 512, many=True)
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     tokens = sum(len(x) + len(y) for x, y in rows)
