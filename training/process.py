@@ -11,20 +11,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @contextlib.contextmanager
 def streams():
     """Within it a character that an encoding cannot show is replaced, and a stream that the process
-    began without is the null device. If a reader has left, nothing more is said."""
+    began without is the null device. Whether a reader has left is known at its end."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # its number is free, and no file of ours shall get it
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for number in (1, 2):  # for what is still in their buffers
-            os.dup2(nowhere, number)
-        raise
+    yield
+    sys.stdout.flush()
 
 
 class Interrupts:

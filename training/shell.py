@@ -28,7 +28,8 @@ def command(main, argv=None, torchrun=True):
             alone = isinstance(e, torch.OutOfMemoryError) or getattr(e, "alone", False)
             by_one = isinstance(e, KeyboardInterrupt)
         interrupts.over |= distributed.many  # torchrun's signal to end comes while one waits
-        message = distributed.to_say(message, alone, by_one)
+        if message is not None:
+            message = distributed.to_say(message, alone, by_one)
         script = os.path.basename(main.__code__.co_filename)
         if message:
             print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
@@ -38,7 +39,8 @@ def command(main, argv=None, torchrun=True):
 
 
 def ending(e, argv):
-    """-> (the exit code, what is said) for what has ended a script; None for a fault of ours"""
+    """-> (the exit code, what is said) for what has ended a script; None for a fault of ours. A
+    message is "" if another process says it, and None if nobody is there to read it."""
     match e:
         case UserError():
             return e.code, str(e)
@@ -46,7 +48,7 @@ def ending(e, argv):
             remedy = "try a smaller --micro-batch, or --checkpoint-activations"
             return 1, f"out of memory ({str(e).splitlines()[0]}): {remedy}"
         case BrokenPipeError():  # a reader has left
-            return 1, ""
+            return 1, None
         case OSError():
             return 1, f"{e.filename or 'a file'}: {e.strerror or e}"
         case KeyboardInterrupt() if str(e):  # where the state is
