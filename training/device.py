@@ -48,13 +48,13 @@ class Compute:
             lora.adapt(model, o.lora, o.lora_alpha, o.seed, low)
         return model
 
-    def complete(self, model, source):
-        """-> the model with the numbers of another one, or its own, and its blocks compiled with
+    def complete(self, model, source=None):
+        """-> the model with the numbers of `source`, or its own, and its blocks compiled with
         --compile"""
         if self.compile:
             for block in model.blocks:
                 block.compile(dynamic=True)
-        return self.placement.complete(model, source)
+        return self.placement.complete(model, source or model)
 
     def autocast(self):
         low = self.dtype if self.mixed else None

@@ -14,12 +14,11 @@ from tqdm import tqdm
 import data
 import gpt
 from data import Stopped, UserError, say
-from training import checkpoint, distributed, memory
+from training import checkpoint, distributed, memory, placement
 from training.device import Compute
 from training.figures import Figures, bar_text, evaluated_text
 from training.files import Files, logger
 from training.optimizer import Scaler, adamw, learning_rate
-from training.placement import full
 from training.process import interrupts
 from training.state import State
 
@@ -45,10 +44,7 @@ class Run(Compute):
         super().__init__(o)
         self.method = method  # the script's name
         self.compile = o.compile  # whether models are compiled
-        if o.shard:
-            from training.sharding import Parts
-
-            self.placement = Parts(self.device, self.weights)
+        self.placement = placement.chosen(o.shard, self.device, self.weights)  # of the weights
         o.out = o.out or checkpoint.default_path(o.task, method)
         self.files = Files(o.out, logger(o.log_to, method, o.out))  # record, state, what is read
         self.generator = torch.Generator().manual_seed(o.seed)  # of samples and minibatches
@@ -117,8 +113,7 @@ class Run(Compute):
     def prepare(self, model):
         """-> a model that is to be trained"""
         model.checkpoint_activations = self.o.checkpoint_activations
-        model = self.adapt(self.place(model))
-        return self.complete(model, model)
+        return self.complete(self.adapt(self.place(model)))
 
     def hold(self, **models):
         """Names the models in memory by their roles; a model that is None is not held."""
@@ -267,7 +262,7 @@ class Run(Compute):
             group["lr"] = learning_rate(self.step, self.o)
         self.placement.total_gradients(parameters)
         self.scaler.unscale_(optimizer)
-        norm = full(torch.nn.utils.clip_grad_norm_(parameters, self.o.grad_clip))
+        norm = placement.full(torch.nn.utils.clip_grad_norm_(parameters, self.o.grad_clip))
         loss = self.figures.sums["loss"]
         if torch.isfinite(norm + loss):
             self.scaler.step(optimizer)
