@@ -166,10 +166,9 @@ def main(argv=None):
     run.hold(policy=policy, reward=judge.model)
 
     prompts = run.prompts()
-    longest = prompts.longest  # L_max, tokens
-    cache = o.overlong_cache or max(1, longest // 5)
-    if o.overlong and cache > longest:
-        raise data.UserError(f"--overlong-cache {cache} is above a response's {longest}")
+    cache = o.overlong_cache or max(1, prompts.longest // 5)
+    if o.overlong and cache > prompts.longest:
+        raise data.UserError(f"--overlong-cache {cache} is above a response's {prompts.longest}")
     evaluator = Evaluator(run, task, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
@@ -187,7 +186,8 @@ def main(argv=None):
             rollout.old_logp = None if on_policy else run.logprobs(policy, rollout, o.temperature)
 
         if o.overlong:
-            R_len = rollout.R_len = overlong_penalty(rollout.length.to(reward), longest, cache)
+            length = rollout.length.to(reward)
+            R_len = rollout.R_len = overlong_penalty(length, prompts.longest, cache)
             figures |= {"overlong": (R_len < 0).float().mean(), "overlong_reward": R_len.mean()}
         rollout.adv = score_rollout(reward, rollout, o)  # (P·G, 1)
         run.log(group_figures(reward) | rollout.summary())
@@ -200,10 +200,10 @@ def main(argv=None):
                 for batch in run.micro_batches(minibatch):
                     with run.autocast():
                         losses, metrics = compute_loss(policy, batch, o)
-                    weight = token_weight(batch, minibatch, longest, o.agg)
+                    weight = token_weight(batch, minibatch, prompts.longest, o.agg)
                     run.backward((weight * losses).sum(), tokens=batch.tokens)
                     run.log({"loss": losses}, weight)
-                    run.log(metrics, token_weight(batch, minibatch, longest, "token_mean"))
+                    run.log(metrics, token_weight(batch, minibatch, prompts.longest, "token_mean"))
                 run.update(optimizer)
         run.evaluate(evaluator, policy)
 

@@ -167,7 +167,6 @@ def main(argv=None):
     run.hold(policy=policy, ref=ref, reward=judge.model)
 
     prompts = run.prompts()
-    longest = prompts.longest  # L_max, tokens
     evaluator = Evaluator(run, task, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
@@ -176,7 +175,7 @@ def main(argv=None):
     for _ in run.steps(prompts, optimizer):
         with run.clock("sample"):
             questions = next(prompts)  # P of them
-            rollout = run.sample(policy, questions, longest, o.group, o.temperature)
+            rollout = run.sample(policy, questions, prompts.longest, o.group, o.temperature)
             reward = judge(questions, rollout).view(-1, o.group)  # (P, G)
         with run.clock("logprobs"):
             rollout.old_logp = None if on_policy else run.logprobs(policy, rollout, o.temperature)
@@ -190,12 +189,12 @@ def main(argv=None):
                 for batch in run.micro_batches(minibatch):
                     with run.autocast():
                         losses, metrics = compute_loss(policy, batch, o)
-                    weight = token_weight(batch, minibatch, longest, o.agg)
+                    weight = token_weight(batch, minibatch, prompts.longest, o.agg)
                     run.backward((weight * losses).sum(), tokens=batch.tokens)
                     run.log({"loss": losses}, weight)
                     if ref:
                         run.log({"kl": metrics.pop("kl")}, 1 / len(minibatch))
-                    run.log(metrics, token_weight(batch, minibatch, longest, "token_mean"))
+                    run.log(metrics, token_weight(batch, minibatch, prompts.longest, "token_mean"))
                 run.update(optimizer)
         run.evaluate(evaluator, policy)
 
