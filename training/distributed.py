@@ -151,10 +151,11 @@ def mine(n):
 
 
 def shares(n, rows=0):
-    """Yields this process's parts of n rows, so many at a time (0: a part for each process), as
-    (slice, whether it counts). Where others have one more, the first part stands in and counts for
+    """Yields this process's parts of n rows, at most so many at a time (0: its share at once), as
+    (slice, whether it counts). If others have one more, the first part stands in and counts for
     nothing: all processes make the same passes."""
-    rows = rows or max(1, -(-n // size))
+    share = max(1, -(-n // size))
+    rows = min(rows or share, share)
     parts = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
     for i in range(rank, -(-len(parts) // size) * size, size):
         yield (parts[i], True) if i < len(parts) else (parts[0], False)
