@@ -14,15 +14,15 @@ from packing import Packed, before, pack
 
 
 class Rows:
-    """Rows (prompt ids, *answers, *columns), all of one shape, as a list of tuples would hold them,
-    but in 2 or 4 bytes per token. Ids are tuples. A row with columns is a named tuple, whose
-    fields have their names."""
+    """Rows (prompt ids, *answers, *columns), all of one shape: like a list of tuples, but in only 2
+    or 4 bytes per token. The ids of a text are a tuple. A row with columns is a named tuple, whose
+    fields have the columns' names."""
 
     def __init__(self, rows=()):
-        self.make = tuple  # a row from its values
-        self.tokens = array("H")  # uint16, or "I", uint32: of all texts, one after the other
+        self.make = tuple  # makes a row of its values
+        self.tokens = array("H")  # of all texts, one after the other: uint16, or "I", uint32
         self.ends = array("Q", [0])  # uint64: where each text ends
-        self.numbers = []  # of each row, what is no text
+        self.numbers = []  # for each row its labels and numbers
         for row in rows:
             self.append(row)
 
@@ -51,7 +51,7 @@ class Rows:
         return (self[i] for i in range(len(self)))
 
     def save(self, file):
-        """Writes the rows for `mapped`."""
+        """Writes a file that `mapped` reads."""
         kind = torch.uint16 if self.tokens.typecode == "H" else torch.uint32
         tokens = torch.frombuffer(self.tokens, dtype=kind)
         ends = torch.frombuffer(self.ends, dtype=torch.int64)
@@ -59,13 +59,13 @@ class Rows:
 
     @staticmethod
     def mapped(path):
-        """-> the rows of a file of our own, whose tokens stay in it until they are read"""
+        """-> the rows that `save` wrote; their tokens stay in the file until they are read"""
         rows = Rows()
         vars(rows).update(torch.load(path, mmap=True, weights_only=False))
         return rows
 
     def with_columns(self, kind, numbers):
-        """-> the same rows, each with more numbers at its end: `kind`, named tuples"""
+        """-> the same rows, each with more numbers at its end, as named tuples of type `kind`"""
         rows = Rows()
         vars(rows).update(vars(self))
         rows.numbers = [(*old, *new) for old, new in zip(self.numbers, numbers)]
@@ -74,13 +74,13 @@ class Rows:
 
 
 def encode(rows, tokenizer, block_size, truncate=False, many=False):
-    """(prompt, *answers) as text -> as tuples of token ids, each answer with its end token; a label
-    or a number goes through. Returns (rows, a note). many: in Rows, with a progress bar if it takes
-    long.
+    """Turns the texts of rows (prompt, *answers) into tuples of token ids, each answer with its end
+    token; labels and numbers stay. Returns (rows, a note). many: the rows are a Rows, and a bar
+    shows the progress if it takes long.
 
-    A row that does not fit in block_size tokens raises UserError with the count, or with `truncate`
-    is cut: the prompt first, from its left, down to one token; then every answer at the same place,
-    which loses its end. A pair whose answers are equal after that is dropped.
+    If rows do not fit in block_size tokens, a UserError says how many. With `truncate` they are
+    cut: first the prompt loses its beginning, down to one token, then each answer loses what is
+    behind block_size. A pair whose answers are equal after that is dropped.
     """
     out, long = Rows() if many else [], []
     prompt_ids = lru_cache(4096)(lambda text, messages: tuple(tokenizer.prompt(text)))
@@ -116,14 +116,14 @@ def encode(rows, tokenizer, block_size, truncate=False, many=False):
 
 
 def _note(rows, cut):
-    """-> what is said of rows that were drawn: of a file's, what became of the others; what is
+    """-> the note on rows that were drawn: what became of the other rows of a file, and what was
     cut"""
     return "\n".join(filter(None, (getattr(rows, "account", ""), cut)))
 
 
 def encode_prompts(rows, tokenizer, limit, truncate=False, what="test prompts"):
-    """(prompt, …) as text -> (Rows (ids, prompt, …) of at most `limit` ids, a note): a longer one
-    raises UserError, or is cut from its left."""
+    """Rows (prompt, …) as text -> (Rows (ids, prompt, …), a note). A prompt of more than `limit`
+    tokens raises UserError; with `truncate` it loses its beginning."""
     if limit < 1:
         room = "--max-new-tokens leaves no room for a prompt"
         raise UserError(f"{room}; it must be smaller than the context")
@@ -140,7 +140,7 @@ def encode_prompts(rows, tokenizer, limit, truncate=False, what="test prompts"):
         raise UserError(
             f"{len(long)} of {len(out)} {what} are longer than the {limit} tokens that "
             f"--max-new-tokens leaves of the context (the longest has {max(long)}): lower it, or "
-            "--truncate"
+            "give --truncate"
         )
     room = f"{limit} tokens, which leaves room for the response"
     note = f"{len(long)} of {len(out)} {what} are cut to {room}" if long else ""
@@ -149,18 +149,18 @@ def encode_prompts(rows, tokenizer, limit, truncate=False, what="test prompts"):
 
 def _room(least, limit):
     if least > limit:
-        words = f"the chat template alone takes {least} tokens of a prompt, and there is room for"
+        words = f"the chat template alone takes {least} tokens, but a prompt has room for"
         raise UserError(f"{words} {limit}; give a larger --block-size, or smaller --max-new-tokens")
 
 
 class Batches:
-    """batches[step] -> the rows of that optimizer step: a function of step and seed alone, so a
-    resumed run sees the same.
+    """batches[step] -> the rows of that optimizer step. They depend on step and seed alone, so that
+    a resumed run sees the same rows.
 
-    draw: a task's demonstrations, preferences, graded or feedback. count: the size of a fixed set,
-    shuffled anew each epoch; None for every row of a file; 0 for fresh rows at every step. A batch
-    larger than the set is the set. The last batch of an epoch may be smaller.
-    make(f) -> f(), which makes the rows; of many processes one may do it for all.
+    draw: a task's method demonstrations, preferences, graded or feedback. count: the size of a
+    fixed set, which is shuffled anew for each epoch; None for every row of a file; 0 for fresh rows
+    at every step. A batch is never larger than the set; the last one of an epoch may be smaller.
+    make(f) -> f(), the rows of a fixed set; if there are many processes, one may make them for all.
     """
 
     def __init__(self, draw, count, tokenizer, block_size, o, make=lambda f: f()):
@@ -169,9 +169,9 @@ class Batches:
             encode, tokenizer=tokenizer, block_size=block_size, truncate=o.truncate
         )
         self.rows = self.per_epoch = None
-        if count == 0:  # a probe: what does not fit is said before the training
+        if count == 0:  # a probe, so that what does not fit is reported before training
             _, note = self.encode(draw(1000, o.seed))
-            say(note and f"of a probe, {note}")
+            say(note and f"in a probe {note}")
         else:
             self.rows, note = make(lambda: self.encode(draw(count, o.seed), many=True))
             say(note)
@@ -185,12 +185,12 @@ class Batches:
 
 
 class Shuffled:
-    """shuffled[step] -> which rows of a fixed set are the batch of a step"""
+    """shuffled[step] -> which rows of a fixed set are the batch of that step"""
 
     def __init__(self, rows, batch_size, seed):
         self.n, self.seed = len(rows), seed
         self.batch_size = min(batch_size, self.n)
-        rest = self.n % self.batch_size  # a last row alone joins the batch before it
+        rest = self.n % self.batch_size  # a single last row joins the batch before it
         self.per_epoch = self.n // self.batch_size + (rest > 1)
         self.epoch = self.order = None
 
@@ -204,9 +204,9 @@ class Shuffled:
 
 
 class Prompts:
-    """next(prompts) -> the next batch of rows (ids, prompt, columns), shuffled anew each pass over
-    the task's training prompts. `longest`: the tokens that a response may have. A world that is
-    enumerated has few prompts: a batch asks each of them equally often."""
+    """next(prompts) -> the next batch of rows (ids, prompt, columns). The task's training prompts
+    are shuffled anew for each pass. `longest`: how many tokens a response may have. A world that is
+    enumerated has few prompts, and a batch has each of them equally often."""
 
     def __init__(self, task, tokenizer, block_size, o, split="train", make=lambda f: f()):
         self.longest, self.cursor = task.longest(o.max_new_tokens, block_size), 0
@@ -233,13 +233,13 @@ class Prompts:
 
 
 def mismatched(rows, block_size):
-    """Rows (prompt, response, …) -> rows (prompt, another prompt's response): that of the next row,
-    around the end, whose prompt differs. None is left if all prompts are equal. If the two do not
-    fit in block_size, the response loses its end.
-
-    Prompts a a b: row 0 takes the answer of row 2, row 1 that of row 2, row 2 that of row 0."""
+    """Rows (prompt, response, …) -> rows (prompt, response to another prompt). Each row takes the
+    response of the next row whose prompt differs; after the last row comes the first. If all
+    prompts are equal, no row is left. If the two do not fit in block_size, the response loses its
+    end. With the prompts a, a, b rows 0 and 1 take the response of row 2, and row 2 that of row 0.
+    """
     ring = [*rows, *rows]  # in which the first row follows the last
-    partner = {}  # of a row's place: the place of the next row with another prompt
+    partner = {}  # place of a row -> place of the next row with another prompt
     for i in reversed(range(len(ring) - 1)):
         if ring[i + 1][0] != ring[i][0]:
             partner[i] = i + 1
@@ -250,13 +250,13 @@ def mismatched(rows, block_size):
 
 
 class Batch(NamedTuple):
-    """B unique rows of prompt and response. Each is scored once; `unfold` gives every row that was
-    handed in its score, so that rows which stand twice cost nothing."""
+    """B unique rows of prompt and response. Each is scored once, and `unfold` copies the scores to
+    all rows that were handed in, so that a row which is there twice costs no more."""
 
     ids: torch.Tensor  # (B, T) int64, padded on the right with 0
     mask: torch.Tensor  # (B, T) bool, True = a response token, its end token included
     text: torch.Tensor  # (B, T) bool, True = a token of prompt or response, False = padding
-    inverse: torch.Tensor  # int64, of each row that was handed in: its place among the B
+    inverse: torch.Tensor  # int64, for each row that was handed in: its place among the B
     columns: dict  # what the rows hold beside their texts: name -> CPU tensor, one entry per row
     packed: Packed  # which tokens are computed
 
@@ -276,8 +276,8 @@ class Batch(NamedTuple):
 
 
 def pad(rows, device="cpu", ends=False):
-    """Rows of (prompt ids, response ids, *columns) -> Batch, for the log-probs of the responses, or
-    with `ends` for what is read at their last tokens"""
+    """Rows of (prompt ids, response ids, *columns) -> Batch, for the log-probs of the responses or,
+    with `ends`, for what is read at each row's last token"""
     unique = {}
     texts = rows if len(rows[0]) == 2 else [row[:2] for row in rows]
     inverse = torch.tensor([unique.setdefault(text, len(unique)) for text in texts])

@@ -5,13 +5,13 @@ TEMPLATE = {
     "user": "User: {}\n\n",
     "assistant": "Assistant: {}\n\n",
     "answer": "Assistant:",
-    "before": " ",  # an answer
+    "before": " ",  # what stands before an answer
 }
 
 
 class Chat(str):
     """A prompt of messages, ((role, text), …). As a string it is what TEMPLATE makes of them, for
-    vocabularies that have no template of their own."""
+    tokenizers that have no template of their own."""
 
     def __new__(cls, text, messages=()):
         self = super().__new__(cls, text)

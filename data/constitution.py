@@ -1,8 +1,9 @@
 """A constitution, and what a model is asked under one of its principles (Constitutional AI,
 arXiv:2212.08073).
 
-A dialogue is a list of texts in turn: what asks, what the model writes, what asks … Each text of
-the model's ends with the end token. A question is a dialogue that ends before the model's turn.
+A dialogue is a list of texts in turn: what the model is asked, what it writes, what it is asked
+next … Each text that the model writes ends with the end token. A question is a dialogue that stops
+before the model's turn.
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ def constitution(path=""):
     try:
         lines = Path(path or CONSTITUTION).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        why = f"cannot be read ({type(e).__name__}); give a text file with a principle per line"
+        why = f"cannot be read ({type(e).__name__}); give a text file with one principle per line"
         raise UserError(f"--constitution {path} {why}") from None
     principles = [line for line in map(str.strip, lines) if line and line[0] != "#"]
     if not principles:
@@ -48,8 +49,8 @@ def ask_rating(prompt, answer, principle):
 
 
 def spell(dialogue, tokenizer):
-    """-> (ids, weight) of a dialogue, as tuples. In a turn of the model's every token weighs
-    1 / its tokens. In a turn that asks none weighs anything."""
+    """-> (ids, weight) of a dialogue, as tuples. The tokens of each turn of the model share
+    a weight of 1 equally; those of the other turns weigh 0."""
     ids = []
     weight = []
     for turn, text in enumerate(dialogue):
@@ -69,10 +70,10 @@ def pad_dialogues(rows, device="cpu"):
 
 class Dialogues:
     """batches[step] -> the spelled dialogues of that optimizer step. The shortest come first, so
-    that little of a micro-batch is padding.
+    that a micro-batch has little padding.
 
-    draw(n, seed) -> n dialogues: fresh ones at every step. Raises UserError if one of a probe
-    does not fit in block_size tokens.
+    draw(n, seed) -> n dialogues, fresh ones at every step. Raises UserError if a dialogue of a
+    probe does not fit in block_size tokens.
     """
 
     rows = per_epoch = None

@@ -1,4 +1,4 @@
-"""What a run says: notes, and a user's mistake in one line."""
+"""What a run prints: notes, and a user's mistake in one line."""
 
 import contextlib
 import sys
@@ -7,38 +7,38 @@ from tqdm import tqdm
 
 
 def say(note):
-    """Prints a note, if there is one, above a progress bar that may be there."""
+    """Prints a note, unless it is empty, above the progress bar if there is one."""
     if note:
         tqdm.write(note)
         sys.stdout.flush()
 
 
 def printable(text):
-    """A text as one can look at it: a file, and a model that has learned little, may hold control
-    characters, which a terminal would obey."""
+    """-> a text without the control characters that a terminal would obey. Files may have some, and
+    so may what a model writes that has learned little."""
     return "".join(c if c.isprintable() or c == "\n" else "·" for c in text.strip())
 
 
 class UserError(Exception):
-    """A mistake of the user's: its message is one line, what is wrong and how to mend it."""
+    """A mistake of the user's. Its message is one line: what is wrong, and how to mend it."""
 
     code = 2  # the process's exit code
-    alone = False  # met by one process of many
+    alone = False  # whether only one of many processes has met it
 
     def __init__(self, message):
         super().__init__(printable(message).replace("\n", "·"))
 
 
 class Stopped(UserError):
-    """Training cannot go on: a loss that is not finite, an earlier stage that failed."""
+    """Training cannot go on: a loss is not finite, an earlier stage has failed."""
 
     code = 1
 
 
 @contextlib.contextmanager
 def user_errors(what, remedy=""):
-    """Whatever a stranger's code raises within it becomes a UserError: what, why and the remedy. A
-    panic of a package in Rust is no Exception."""
+    """Turns whatever a stranger's code raises within it into a UserError: what, why and the remedy.
+    It catches BaseException too, as a package written in Rust raises one when it panics."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError):

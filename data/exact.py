@@ -1,16 +1,16 @@
-"""exact: a world small enough to enumerate, so that the optimal policy is computed and each
-method's distance to it known.
+"""exact: a world small enough to enumerate, so that the optimal policy can be computed, and each
+method's distance to it.
 
     x          one of four prompts, strings of the symbols a, b, c
     y          every string of at most three symbols: 1 + 3 + 9 that end with the end token, and
-               27 of full length, which carry none: 40 outcomes (exact:1, at most one symbol: 4)
+               27 of full length, which have none: 40 outcomes (exact:1, at most one symbol: 4)
     r(x, y)    the reward, fixed draws from N(0, 1)
     d(y|x)     the distribution of the demonstrations, 0.8 softmax(N(0, 1)) + 0.2 uniform
-    π*(y|x)    ∝ π_ref(y|x) exp(r(x, y) / β) with β = 0.5, `world_beta`, in every report
+    π*(y|x)    ∝ π_ref(y|x) exp(r(x, y) / β); every report has β = 0.5, `world_beta`
 
-Pairs are two different demonstrations, labelled by Bradley–Terry from r. All draws are from tables.
-`pairs` (x, chosen, rejected) and `labels` (x, y, label) hold the whole population: the losses' own
-optima are computed from them.
+Pairs are two different demonstrations, labelled by Bradley–Terry from r. All draws are from tables:
+`pairs` (x, chosen, rejected) and `labels` (x, y, label) hold the probability of every row that can
+be drawn, and each loss's own optimum is computed from them.
 """
 
 import base64
@@ -99,7 +99,7 @@ class Exact(Toy):
         return [rows[i] for i in np.searchsorted(cdf, rng.random(n), side="right").tolist()]
 
     def reward(self, prompt, completion, ended=True):
-        """r(x, y); a response of full length has no end token, so `ended` is not asked for."""
+        """-> r(x, y). A response of full length has no end token, so `ended` is not read."""
         try:
             return float(self.r[self.contexts.index(prompt), self.outcomes.index(completion)])
         except ValueError:
@@ -122,7 +122,7 @@ def star(log_ref, r, beta):
 
 
 def kl(log_p, log_q):
-    """KL(p‖q) in nats, (…, Y) each -> (…). An outcome of probability 0 in p counts 0."""
+    """KL(p‖q) in nats, (…, Y) each -> (…). An outcome of probability 0 in p adds 0."""
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
 

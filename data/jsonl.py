@@ -3,13 +3,12 @@
     {"prompt", "completion"}               {"prompt", "chosen", "rejected"}
     {"prompt", "completion", "label"}      {"prompt", …}               {"messages"}
 
-Each is a string or a message list [{"role", "content"}]. Where chosen and rejected share their
-beginning, "prompt" may be left out, or stand in both of them once more. Of "messages" the last is
-the completion and the rest the prompt. A single user message stands as its bare content, as a
-string does; a longer chat is rendered by TEMPLATE, or by the checkpoint's own template. 5 % of the
-prompts, by a hash, are the test split. A bad line stops the run with file:line. Rows that are well
-formed but useless (an empty answer, chosen equal to rejected) are dropped and counted, or refused
-if `strict`.
+Each is a string or a message list [{"role", "content"}]. If chosen and rejected begin alike,
+"prompt" may be left out, or be repeated in both. The last of "messages" is the completion, the
+others are the prompt. A single user message is read as plain text, as a string is; a longer chat is
+rendered by TEMPLATE, or by the checkpoint's own template. A hash puts 5 % of the prompts into the
+test split. A bad line stops the run with file:line. Rows that are well formed but useless (an empty
+answer, chosen equal to rejected) are dropped and counted, or refused if `strict`.
 """
 
 import random
@@ -22,18 +21,18 @@ from data.shapes import answer_of, missing, number_of, prompt_of, read
 from data.toy import Graded, Labelled, Task, hash_share
 
 TEST_SHARE = 0.05
-REASONS = ("empty", "equal", "undesirable", "not drawn")  # for which rows are left out
+REASONS = ("empty", "equal", "undesirable", "not drawn")  # why rows are left out
 
 
 class Drawn(list):
     """Rows of a file."""
 
-    account = ""  # of training rows: lines on what became of every row of the file
+    account = ""  # of training rows: lines that say what became of every row of the file
 
 
 class Jsonl(Task):
-    """The same methods as a built-in task; n may be None for all rows, in the file's order.
-    `template` may be a checkpoint's own."""
+    """A task with the same methods as a built-in one. If n is None, they give all rows, in the
+    file's order. `template` may be a checkpoint's own."""
 
     kind = "file"
     size = None
@@ -43,7 +42,7 @@ class Jsonl(Task):
 
     def __init__(self, path, eval_file="", strict=False):
         self.name, self.eval_file, self.strict = path, eval_file, strict
-        self.notes = []  # what was said about the rows
+        self.notes = []  # what has been printed about the rows
         self.lines = {"train": read(path)}  # split -> [("path:number", row)]
         if eval_file:
             self.lines["test"] = read(eval_file)
@@ -61,7 +60,7 @@ class Jsonl(Task):
             self._note(f"{what} are prompts of {self.name} too: they are trained on")
 
     def _split(self, path):
-        """Moves the test prompts out of train: those of a low hash, or of the lowest."""
+        """Moves the test prompts out of train: those with a low hash, at least the lowest one."""
         lines = self.lines["train"]
         prompts = [self._prompt(*line)[0] for line in lines]
         share = {prompt: hash_share(prompt) for prompt in prompts}
@@ -95,13 +94,12 @@ class Jsonl(Task):
     # ---- what a script draws
 
     def prompts(self, n, seed, split="train"):
-        """-> (prompt, the row's other columns); a `completion` column is called `reference`
-        there"""
+        """-> (prompt, the row's other columns), among which `completion` is called `reference`"""
         return self._draw(self._questions, n, seed, split)
 
     def demonstrations(self, n, seed, split="train"):
-        """-> (prompt, completion); of a preference file the chosen answers, of a feedback file the
-        desirable ones"""
+        """-> (prompt, completion): the chosen answers of a preference file, the desirable ones of a
+        feedback file"""
         return self._draw(self._demonstrations, n, seed, split)
 
     def preferences(self, n, seed, split="train"):
@@ -109,12 +107,12 @@ class Jsonl(Task):
         return self._draw(self._pairs, n, seed, split)
 
     def graded(self, n, seed, split="train"):
-        """-> Graded pairs: margin is 0 if the row has none, and p, the probability that chosen is
-        better, is 1"""
+        """-> Graded pairs. If a row does not give them, its margin is 0, and its p, the probability
+        that chosen is better, is 1"""
         return self._draw(self._graded, n, seed, split)
 
     def feedback(self, n, seed, split="train"):
-        """-> Labelled answers; a file of pairs is split into 2n of them"""
+        """-> Labelled answers; each pair of a preference file gives two"""
         if not self._has_pairs(split):
             return self._draw(self._labelled, n, seed, split)
         rows = self._draw(self._labelled, n and max(1, n // 2), seed, split)
@@ -124,9 +122,9 @@ class Jsonl(Task):
         return rows
 
     def reward(self, prompt, completion, ended=True, answer=None, **columns):
-        """1 if the completion is the row's `answer`, else 0. Only if every row has one
+        """-> 1 if the completion is the row's `answer`, else 0; every row must have one
         (`has_reward`). Spaces around it do not count. An answer that is a number is compared as a
-        number: 5, 5.0 and 5e0 are one answer, however the file or the completion spells it."""
+        number, however the file or the completion spells it: 5, 5.0 and 5e0 are one answer."""
         text = completion.strip()
         if isinstance(answer, str):
             return float(ended and text == answer.strip())
@@ -201,7 +199,7 @@ class Jsonl(Task):
     # ---- which of them are drawn, and what became of the others
 
     def _draw(self, rows_of, n, seed, split):
-        """-> n of the rows_of(split) that are of use, all if n is None"""
+        """-> n of the useful rows of rows_of(split), all of them if n is None"""
         rows, lost = self._useful(rows_of, split)
         if n is not None and n < len(rows):
             lost["not drawn"] = len(rows) - n
@@ -212,7 +210,7 @@ class Jsonl(Task):
         return drawn
 
     def _useful(self, rows_of, split):
-        """-> the rows that teach something, {reason: how many others there are}"""
+        """-> the rows that teach something, {reason: how many others are left out for it}"""
         rows, kept = rows_of(split), []
         lost = Counter({"undesirable": len(self.lines[split]) - len(rows)})
         for row in rows:
@@ -232,8 +230,8 @@ class Jsonl(Task):
         return kept, lost
 
     def _account(self, used, lost, held_out, lost_there):
-        """-> what became of each row, a line per file: so many are used to train on, and these
-        rows are held out"""
+        """-> what became of each row, one line per file. used: how many rows are trained on.
+        held_out: the rows that are held out. lost, lost_there: the others of the two splits"""
         held, prompts = len(held_out), len({row[0] for row in held_out})
         train, test = f"{used:,} train", f"{held:,} held out ({prompts:,} prompts)"
         n_train, n_test = len(self.lines["train"]), len(self.lines["test"])

@@ -1,12 +1,13 @@
 """Trains a byte-pair vocabulary and writes it as a file that --tokenizer takes.
 
-The committed data/vocab.tiktoken, from the toy tasks, and one for your own text:
+The first command makes the committed data/vocab.tiktoken from the toy tasks, the second one a
+vocabulary from your own text:
 
     python -m data.make_vocab
     python -m data.make_vocab my.jsonl.gz --size 2048 --out my.tiktoken
 
-Byte-pair encoding (arXiv:1508.07909): from the 256 bytes up, the most frequent neighbouring pair
-becomes a token.
+Byte-pair encoding (arXiv:1508.07909) begins with the 256 bytes. The most frequent pair of
+neighbours becomes a new token, again and again.
 """
 
 import argparse
@@ -25,8 +26,8 @@ from data.tokenizer import DEFAULT, PATTERN
 
 
 def toy_texts():
-    """What the committed vocabulary is made of: 20,000 reviews and as many sums. Of the prompts,
-    which are only read, one in four."""
+    """Yields the texts that the committed vocabulary is made of: 20,000 reviews, as many sums, and
+    every fourth of their prompts, which a model only reads."""
     for name in ("reviews", "arithmetic:2"):
         rows = task(name).demonstrations(20_000, seed=0)
         yield from (completion for _, completion in rows)
@@ -46,7 +47,7 @@ def train(chunks, size):
                 pairs[pair] += n
         if not pairs:
             break
-        # the pair itself breaks ties: the same text, the same file
+        # the pair itself breaks ties, so that the same text gives the same file
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         ranks.setdefault(b"".join(best), len(ranks))
         for word in words:
@@ -83,12 +84,12 @@ def main(argv=None):
         parser.error(f"--size must be at least 257 (256 bytes and the end token), not {args.size}")
     if args.file and not args.out:
         parser.error(
-            "--out is needed with a file of your own, so that the committed vocabulary stays"
+            "--out is needed with a file of your own, or it would replace the committed vocabulary"
         )
     out = Path(os.path.realpath(args.out or DEFAULT))
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text("")  # told before the work
+        temporary.write_text("")  # a path that cannot be written stops here, before the work
         temporary.unlink()
     except OSError as e:
         parser.error(f"--out {args.out} cannot be written ({e.strerror}); give another path")

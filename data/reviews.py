@@ -8,7 +8,8 @@ A sentence is a shape with its slots filled. Each word that judges has a value i
 sentence's sentiment is the mean of its values, and the reward is 3 × the mean sentiment per
 sentence: it lies in [-3, 3] and does not depend on length. A sentence that the grammar cannot read,
 or that names another genre than the prompt's, counts -1. A review that is empty or does not end is
-worth -3. Good and bad are alike in number and strength: the mean reward of the demonstrations is 0.
+worth -3. Good and bad words are alike in number and strength, so that the mean reward of the
+demonstrations is 0.
 """
 
 import re
@@ -87,7 +88,7 @@ class Reviews(Toy):
         return [(f"A {genre}, {title}:", {}) for title in titles for genre in GENRES]
 
     def respond(self, rng, prompt, columns):
-        """A review in one mood, kind or not: one to three sentences, no shape twice."""
+        """-> a review in one mood, kind or not: one to three sentences, no shape twice"""
         genre, kind = genre_of(prompt), rng.random() < 0.5
         shapes = rng.sample(SHAPES, rng.choice((1, 2, 2, 3, 3)))
         return "".join(" " + self._fill(rng, text, sign, genre, kind) for text, sign in shapes)
@@ -124,7 +125,7 @@ def genre_of(prompt):
 
 
 def _pattern(text):
-    """A shape -> a regular expression with one group a slot, and the slots' names. It reads any
+    """A shape -> a regular expression with one group per slot, and the slots' names. It reads any
     word that fits, kind or not."""
     slots = re.findall(r"{(\w+)}", text)
     parts = re.split(r"{\w+}", text)
@@ -159,7 +160,7 @@ def values(sentence):
 
 
 def sentiment(sentence, genre):
-    """Of a parsed sentence, in [-1, 1]; -1 if it has no shape, or names another genre."""
+    """-> that of a parsed sentence, in [-1, 1]; -1 if no shape fits, or for another genre"""
     if not sentence or any(slot == "genre" and word != genre for slot, word in sentence[2]):
         return -1.0
     judged = [value for _, value in values(sentence)]

@@ -1,4 +1,4 @@
-"""A row of a JSONL file: read, refused with file:line if it is bad, and brought to one shape: a
+"""Reads the rows of a JSONL file, refuses a bad one with file:line, and brings each to one shape: a
 prompt, and answers that do not repeat it."""
 
 import codecs
@@ -89,7 +89,7 @@ def _last_turn(place, row):
 
 
 def texts(path):
-    """Every string in the file, message contents too: what a vocabulary is trained on."""
+    """Yields every string in the file, message contents too, to train a vocabulary on."""
     for _, row in read(path):
         yield from _strings(row)
 
@@ -167,13 +167,13 @@ def _messages(place, key, value):
 
 
 def _is_dialogue(row):
-    """Whether the prompt is a chat that the template renders: not a single message of a user's"""
+    """Whether the template renders the prompt: a chat, but not a single message of the user"""
     prompt = row["prompt"]
     return isinstance(prompt, list) and [message["role"] for message in prompt] != ["user"]
 
 
 def _goes_on(row):
-    """Whether the prompt ends in a turn of the assistant's, which the answer goes on with"""
+    """Whether the prompt ends with a turn of the assistant, which the answer continues"""
     return isinstance(row["prompt"], list) and row["prompt"][-1]["role"] == "assistant"
 
 
@@ -183,21 +183,21 @@ def _split_prompt(place, row):
     if "prompt" not in row:
         row = _implicit(place, row)
     answers = {key: row[key] for key in ("completion", "chosen", "rejected") if key in row}
-    whole = {key: x for key, x in answers.items() if isinstance(x, list) and len(x) > 1}
-    if not whole:
+    with_prompt = {key: x for key, x in answers.items() if isinstance(x, list) and len(x) > 1}
+    if not with_prompt:
         return row
-    chats = {key: _messages(place, key, x) for key, x in whole.items()}
+    chats = {key: _messages(place, key, x) for key, x in with_prompt.items()}
     heads = [chat[:-1] for chat in chats.values()]
     prompt, head = row["prompt"], heads[0]
     if isinstance(prompt, list):
         begins = head[: len(prompt)] == _messages(place, "prompt", prompt)
     else:
         begins = ("user", prompt) in head
-    if not begins or len(whole) < len(answers) or any(x != head for x in heads):
+    if not begins or len(with_prompt) < len(answers) or any(x != head for x in heads):
         keys = " and ".join(f'"{key}"' for key in answers)
         raise UserError(f"{place}: {keys} must be one message, or the whole chat with its prompt")
-    begin = next(iter(whole.values()))[:-1]
-    return {**row, "prompt": begin, **{key: x[-1:] for key, x in whole.items()}}
+    begin = next(iter(with_prompt.values()))[:-1]
+    return {**row, "prompt": begin, **{key: x[-1:] for key, x in with_prompt.items()}}
 
 
 def _implicit(place, row):

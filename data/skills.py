@@ -1,8 +1,8 @@
 """Demonstrations of the skills that a constitution asks of a model, on `reviews`: the grammar
 writes and labels them.
 
-A principle has a measure of how well a review follows it, in [0, 1], and names the words that break
-it. The critique lists these. The revision puts other words in their places, and leaves the rest as
+Each principle has a measure in [0, 1] of how well a review follows it, and a rule which words break
+it. The critique lists these words. The revision puts others in their places, and leaves the rest as
 it is.
 
                     measure                                   the revision
@@ -13,9 +13,9 @@ it is.
     Be specific.    share of sentences that name a part       a sentence that names none is written
                     of the film                               anew
 
-The first is the gold reward itself, put on [0, 1], so that a quarter of the verdicts demonstrated
-are its own. The last has nothing to do with it. After the demonstrations no measure is read any
-more.
+The first measure is the gold reward itself, scaled to [0, 1], so that a quarter of the demonstrated
+verdicts are its own. The last one has nothing to do with the gold reward. After the demonstrations
+no measure is used any more.
 """
 
 import random
@@ -27,7 +27,7 @@ from data.reviews import NEVER, SLOTS, genre_of, parse, sentiment, values
 
 NAMED = {"part", "features"}
 PRINCIPLES = ("Be kind.", "Be fair.", "Be warm.", "Be specific.")
-# by principle: whether a word of this value breaks it, whether one may take such a word's place
+# principle -> whether a word of value v breaks it, and whether one may replace such a word
 BREAKS = {"Be kind.": lambda v: v < 0, "Be fair.": lambda v: v == -1, "Be warm.": lambda v: v < 1}
 MENDS = {"Be kind.": lambda v: v > 0, "Be fair.": lambda v: 0 < v < 1, "Be warm.": lambda v: v == 1}
 
@@ -69,7 +69,7 @@ def revise(rng, principle, review):
 def _mend(rng, principle, sentence):
     text, sign, words = sentence
     wrong = faults(principle, sentence)
-    if wrong and principle == "Be specific.":  # as good or bad, and as strongly, of a part
+    if wrong and principle == "Be specific.":  # one that judges a part as strongly
         value = values(sentence)[0][1]
         part = rng.choice(list(SLOTS["part"]))
         alike = [word for word, v in SLOTS["adj"].items() if v == value]
@@ -88,9 +88,9 @@ def _mend(rng, principle, sentence):
 
 
 def demonstrate(task, n, seed, principles, split="skills"):
-    """-> n dialogues: of six, three are an answer, its critique and revision, one is a rating, two
-    are comparisons. Half of the answers that are rated or compared are revisions, so that the judge
-    has seen both."""
+    """-> n dialogues. Of every six, three are an answer with its critique and revision, one is a
+    rating, and two are comparisons. Half of the answers that are rated or compared are revisions,
+    so that the judge has seen both."""
     if task.name != "reviews":
         raise UserError(
             f"--task {task.name}: how to criticise, revise and compare is demonstrated on reviews "

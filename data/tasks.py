@@ -1,4 +1,4 @@
-"""Tasks by their names. The file of a task is imported if the task is asked for."""
+"""Tasks by their names. The file of a task is imported only if the task is used."""
 
 import os
 
@@ -15,8 +15,8 @@ def kind(name):
 
 def task(name, eval_file="", strict=False):
     """-> the task of that name: "reviews", "arithmetic:2" (digits), "exact", "exact:1",
-    "tokens:32+96" (random ones, of prompt and response), or the path of a JSONL file, which the
-    other arguments are for.
+    "tokens:32+96" (random prompts and responses of so many tokens), or the path of a JSONL file.
+    The other arguments are for a file only.
 
     demonstrations(n, seed) -> [(prompt, completion)]
     preferences(n, seed)    -> [(prompt, chosen, rejected)]
@@ -25,8 +25,8 @@ def task(name, eval_file="", strict=False):
     prompts(n, seed)        -> [(prompt, columns)]
     reward(prompt, completion, ended, **columns) -> float      correct(…) -> bool
 
-    each of the first five with split="train" | "test", whose prompts are disjoint. All of it is
-    text, never tensors.
+    Each of the first five takes split="train" or "test"; the two have no prompt in common. All of
+    them give text, never tensors.
     """
     what, _, digits = name.partition(":")
     if kind(name) == "file":

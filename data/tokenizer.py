@@ -14,10 +14,10 @@ import tiktoken
 from data.error import UserError, user_errors
 
 END = "<|endoftext|>"
-BLANK = 500_000  # white space in a row: at twice as much tiktoken panics
+BLANK = 500_000  # characters of white space in a row; at twice as many tiktoken panics
 DEFAULT = Path(__file__).with_name("vocab.tiktoken")
-# A word with the space before it. Single digits, so that sums can be learned. Signs, white space.
-# Python's re reads it too.
+# Words with the space before them, single digits (so that sums can be learned), signs, white space.
+# Python's re reads the pattern too.
 PATTERN = r" ?[^\W\d_]+|\d| ?[^\s\w]+|_+|\s+(?!\S)|\s+"
 
 
@@ -30,7 +30,7 @@ class Tokenizer:
     is complete without an end token.
     """
 
-    template = None  # of chats
+    template = None  # of chats: only those of Hugging Face have one
 
     def __init__(self, meta):
         self.meta = meta
@@ -61,7 +61,7 @@ class Tokenizer:
         return self.encode(text)
 
     def cut(self, text, n):
-        """-> those of a prompt that loses its beginning, so that n are left"""
+        """-> the last n ids of a prompt"""
         return self.encode(text)[-n:]
 
     def answer(self, text):
@@ -69,8 +69,8 @@ class Tokenizer:
         return [*self.encode(text), self.end_id][: self.longest]
 
     def dialogue(self, turns, n=0):
-        """Turns of user and model, joined as they are -> ids, up to the model's next turn; the last
-        n of them, if they are more"""
+        """Turns of user and model, joined as they are -> ids up to the model's next turn; only the
+        last n of them, unless n is 0"""
         parts = [self.answer(x) if i % 2 else self.encode(x) for i, x in enumerate(turns)]
         return [token for part in parts for token in part][-n:]
 
@@ -79,12 +79,12 @@ class Tokenizer:
 
     @property
     def vocabulary(self):
-        """What two tokenizers have in common whose ids mean the same"""
+        """It is equal for two tokenizers if their ids mean the same."""
         return self.meta
 
     @property
     def way(self):
-        """What two tokenizers have in common that make the same ids of the same prompt"""
+        """It is equal for two tokenizers if they make the same ids of the same prompt."""
         return self.meta
 
     def fits(self, vocab_size):
@@ -92,7 +92,7 @@ class Tokenizer:
         return self.size == vocab_size
 
     def with_chat(self, chat, args):
-        """-> itself, with other settings of the chat template that it has not"""
+        """-> the tokenizer with other settings of its chat template; this one has none"""
         if chat is not None or args:
             what = "--chat and --template-args are for checkpoints with a chat template"
             raise UserError(f"{what}; this one has none")

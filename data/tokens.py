@@ -1,8 +1,8 @@
 """tokens:P+C: random digits, prompts of P tokens and responses of C with their end token.
 
-Every sequence has the same length, and there is nothing to learn: it is the shape at which memory
-is predicted, and at which memory and time are compared. A digit is one token of the committed
-vocabulary. The reward is the share of even digits, and more than half is correct.
+Every sequence has the same length, and there is nothing to learn: the task is there to predict
+memory, and to compare memory and time. A digit is one token of the committed vocabulary. The reward
+is the share of even digits; a response is correct if it is more than half.
 """
 
 from data.error import UserError

@@ -9,21 +9,21 @@ from functools import cached_property
 # What `feedback` draws: an answer, and whether it is desirable.
 Labelled = namedtuple("Labelled", "prompt completion label")
 
-# What `graded` draws: a pair, by how much chosen should win, the probability that it is better.
+# What `graded` draws: a pair, by how much chosen should win, and the probability that it is better.
 Graded = namedtuple("Graded", "prompt chosen rejected margin p", defaults=(0.0, 1.0))
 
 
 class Task:
-    """What every task has, a file too. A task may say otherwise."""
+    """What a built-in task and a file have in common; each may override it."""
 
     size = 0  # rows of a fixed training set; 0: fresh ones every step, None: all of a file
-    outcomes = None  # or every response there is, so that nothing need be sampled
-    tokenizer = None  # the committed one
-    unpaired = False  # of a file: rows with a label
+    outcomes = None  # every possible response, if they are few enough to enumerate
+    tokenizer = None  # the `meta` of its own vocabulary; None: the committed one
+    unpaired = False  # whether the rows of a file are labelled answers, not pairs
     template = None
 
     def longest(self, max_new_tokens, block_size):
-        """-> tokens of the longest response that is sampled: --max-new-tokens, or the task's own"""
+        """-> how many tokens are sampled at most: --max-new-tokens, or the task's own number"""
         return max_new_tokens or min(self.max_new_tokens, block_size // 2)
 
     def columns(self):
@@ -66,8 +66,8 @@ class Toy(Task):
         return splits
 
     def prompts(self, n, seed, split="train"):
-        """-> n of (prompt, columns), None for all: all different while they last. The columns go to
-        `reward` by name."""
+        """-> n of (prompt, columns), all if n is None. No prompt comes twice before all have come
+        once. The columns go to `reward` by name."""
         rows = self._splits[split]
         rng = self._rng("prompts", seed, split)
         n = n or len(rows)
@@ -93,7 +93,7 @@ class Toy(Task):
         return [Graded(*row) for row in self.preferences(n, seed, split)]
 
     def feedback(self, n, seed, split="train"):
-        """-> n Labelled answers, label True with the probability that one beats a fresh
+        """-> n Labelled answers. A label is True with the probability that the answer beats a fresh
         demonstration"""
         rng = self._rng("feedback", seed, split)
         out = []
@@ -105,7 +105,7 @@ class Toy(Task):
         return out
 
     def compare(self, rng, prompt, columns):
-        """Two different answers, as a person would be shown."""
+        """-> two different answers, as a person would see them"""
         a = b = self.respond(rng, prompt, columns)
         while a == b:
             b = self.respond(rng, prompt, columns)
