@@ -7,17 +7,20 @@
     1. clip-higher        ε_high > ε_low: a rare token may rise further before its gradient stops
     2. dynamic sampling   groups all correct or all wrong teach nothing: others are sampled instead
     3. token-level loss   the mean over all response tokens of the optimizer step
-    4. overlong shaping   R_i = ±1 (correct or not) + R_len: 0 up to L_max - L_c tokens, then to -1
+    4. overlong shaping   R_i = ±1 (correct or not) + R_len: 0 to L_max - L_c tokens, then to -1
 
     paper               code                      shape, or meaning
     G, S                group, len(minibatch)     responses per prompt; per optimizer step
     r, R, A             reward, score, adv        (P, G) of P prompts; A (P·G, 1), one per response
-    log π_θ, π_old      logp, old_logp            (B, T) of token t, nats, at the temperature
+    log π_θ, π_old      logp, old_logp            (B, T) of token t, nats, at --temperature
     |y|, L_max          length, longest           response tokens, end token included
 
 Models in memory: 1 (policy, trained), no reference; a learned reward adds one.
 Data: prompts, and what judges a response.
-Departures: a round of sampling as large as the batch, theirs 3 times that; std unbiased, + 1e-4.
+Departures: 1. the std of a group is the unbiased one, and 1e-4 is added to it;
+2. a round of sampling is as large as the batch; the authors' is three times as large.
+At a rollout's first optimizer step ρ = 1 and nothing is clipped. With the defaults grpo.py makes
+no second one; --minibatches 4 or --updates 2 turn its clip on. dapo.py makes 4 or 8.
 
     python dapo.py --task arithmetic:2          sums of two digits, reward 1 if right
 """
@@ -65,26 +68,26 @@ def dapo_loss(logp, old_logp, adv, eps_low=0.2, eps_high=0.28):
 
 
 def overlong_penalty(length, max_len, cache_len):
-    """length: tokens, any shape. Returns that shape: 0 up to max_len - cache_len, then to -1."""
+    """length: tokens, any shape. Returns that shape: 0 to max_len - cache_len, then to -1."""
     return -((length - (max_len - cache_len)) / cache_len).clamp(0, 1)
 
 
 @dataclass
 class Options(RolloutOptions):
-    group: int = opt(8, "G: responses to a prompt", low=2)
+    group: int = opt(8, "G: responses per prompt", low=2)
     adv_norm: str = opt(
-        "std", "A: (r - mean)/std, r - mean, RLOO's", choices=("std", "none", "loo")
+        "std", "A is (r - mean)/std, r - mean, or RLOO's", choices=("std", "none", "loo")
     )
-    agg: str = opt("seq_mean", "what is averaged", choices=AGGREGATIONS)
-    eps_low: float = opt(0.2, "ε_low: clipped to [1 - ε_low, 1 + ε_high]", low=0, clips=True)
-    eps_high: float = opt(0.28, "ε_high", low=0, clips=True)
-    max_rounds: int = opt(10, "rounds of sampling in which P mixed groups must be found", low=1)
+    agg: str = opt("seq_mean", "how the tokens' losses are averaged", choices=AGGREGATIONS)
+    eps_low: float = opt(0.2, "ε_low: ρ is clipped to [1 - ε_low, 1 + ε_high]", low=0, clips=True)
+    eps_high: float = opt(0.28, "ε_high of the clip", low=0, clips=True)
+    max_rounds: int = opt(10, "rounds of sampling to find P mixed groups in, at most", low=1)
     overlong: bool = opt(True, "add R_len to the reward")
     overlong_cache: int = opt(0, "L_c, tokens (0: a fifth of L_max)", low=0, only="overlong=True")
     overlong_filter: bool = opt(False, "leave responses that did not end out of the loss")
 
 
-PRESETS = {
+PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
     "any": dict(agg="token_mean", steps=40, batch_size=16, minibatches=8, lr=2e-4, save_every=20),
     "arithmetic": dict(steps=50, batch_size=32, minibatches=4),
     "exact": dict(
@@ -137,7 +140,7 @@ def token_weight(batch, minibatch, longest, agg):
 
 
 def group_figures(reward):
-    """reward: (P, G) -> the figures of a rollout that a record has"""
+    """reward: (P, G) -> the figures of a rollout that are logged"""
     equal = (reward == reward[:, :1]).all(1).float().mean()
     spread = reward.std(1).mean()
     return {"reward": reward.mean(), "reward_std": spread, "frac_reward_zero_std": equal}
@@ -172,13 +175,13 @@ def main(argv=None):
     evaluator = Evaluator(run, task, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
-    on_policy = o.updates == o.minibatches == 1  # π_θ is π_old all along: no pass for it
+    on_policy = o.updates == o.minibatches == 1  # ρ is 1 at every step: π_old needs no pass
 
     for _ in run.steps(prompts, optimizer):
         with run.clock("sample"):
             rollout, reward, figures = dynamic_sampling(policy, prompts, judge, run, o)
         if len(reward) < prompts.batch_size:
-            found = f"{len(reward)} groups with mixed answers of the {prompts.batch_size} needed"
+            found = f"{len(reward)} of the {prompts.batch_size} mixed groups that a step needs"
             easy = "too easy" if figures["accuracy"] > 0.5 else "too hard"
             run.cut_short(f"--max-rounds {o.max_rounds} found {found}: {easy}, or too few rounds")
             break
@@ -192,7 +195,7 @@ def main(argv=None):
         rollout.adv = score_rollout(reward, rollout, o)  # (P·G, 1)
         run.log(group_figures(reward) | rollout.summary())
         run.log(figures)
-        if o.overlong_filter:  # nothing may be left of a response, nor of a minibatch
+        if o.overlong_filter:  # responses, even minibatches, may be left without tokens
             rollout.mask = rollout.mask & rollout.finished[:, None]
 
         with run.clock("update"):

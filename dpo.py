@@ -13,12 +13,12 @@
     log π_θ(y|x)                 logp_w, logp_l              (B,) sums over response tokens, nats
     log π_ref(y|x)               ref_logp_w, ref_logp_l      (B,) the same, under the reference
     r̂ = β log π_θ/π_ref          reward_w, reward_l          (B,) implicit rewards (IPO: of means)
-    β, ε                         beta, label_smoothing       τ of IPO is β
+    β, ε                         beta, label_smoothing       IPO calls β τ
 
 Models in memory: 2 (policy, trained; ref, frozen), 1 with --precompute-ref, which runs the
 reference once over a fixed set and drops it. Data: (prompt, chosen, rejected).
-Departures from the papers: 1. AdamW with a cosine schedule for RMSprop; 2. a learning rate for toy
-models; 3. IPO takes means over tokens, as its authors' experiments did, and sums with --ipo-sum;
+Departures from the papers: 1. AdamW with a cosine schedule, not RMSprop; 2. a learning rate for toy
+models; 3. IPO takes means over tokens, as its authors' experiments did, but sums with --ipo-sum;
 4. --sft-weight w adds -w log π_θ(y_w|x) / |y_w|.
 
     python dpo.py --beta 0.1                    film reviews; trains out/reviews/sft.pt if missing
@@ -44,9 +44,9 @@ from training.held_out import pair_accuracy
 
 
 def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1, label_smoothing=0.0):
-    """DPO, Eq. 7 of arXiv:2305.18290; with label_smoothing ε in [0, 0.5) cDPO, whose gradient is 0
-    at βh = log((1-ε)/ε). logp_*, ref_logp_*: (B,) log-probs of responses, sums over their tokens,
-    in nats. beta: β > 0, 1/nats. Returns (B,) losses. At logp = ref_logp it is log 2, for any ε."""
+    """DPO, Eq. 7 of arXiv:2305.18290; with label_smoothing ε in (0, 0.5) it is cDPO, whose gradient
+    is 0 at βh = log((1-ε)/ε). logp_*, ref_logp_*: (B,) log-probs of responses, sums over tokens, in
+    nats. beta: β > 0, 1/nats. Returns (B,) losses. At logp = ref_logp it is log 2, for any ε."""
     h = log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l)
     right, wrong = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)
     return -(1 - label_smoothing) * right - label_smoothing * wrong
@@ -63,27 +63,27 @@ def robust_dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1, flip=0.1):
 
 def ipo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, tau=0.1):
     """IPO, Eq. 17 of arXiv:2310.12036. logp_*, ref_logp_*: (B,) means over response tokens (or
-    sums: then τ is another scale). tau: τ > 0. Returns (B,) losses, least at h = 1/(2τ). At
+    sums, which give τ another scale). tau: τ > 0. Returns (B,) losses, least at h = 1/(2τ). At
     logp = ref_logp it is 1/(4τ²)."""
     return (log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l) - 1 / (2 * tau)) ** 2
 
 
 def log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l):
-    """h, (B,): how much further the policy has moved the chosen answer than the rejected one."""
+    """h, (B,): how much more the policy has raised log π of the chosen answer than of the other."""
     assert logp_w.shape == logp_l.shape == ref_logp_w.shape == ref_logp_l.shape, "four (B,) tensors"
     return (logp_w - ref_logp_w) - (logp_l - ref_logp_l)
 
 
 @dataclass
 class Options(PairOptions):
-    beta: float = opt(0.1, "β: strength of the KL penalty to π_ref, 1/nats; τ of IPO", above=0)
+    beta: float = opt(0.1, "β: strength of the KL penalty to π_ref, 1/nats; IPO's τ", above=0)
     loss: str = opt("dpo", "loss of a pair", choices=("dpo", "robust", "ipo"))
     label_smoothing: float = opt(
-        0.0, "ε: share of labels taken to be wrong", low=0, below=0.5, only="loss=dpo|robust"
+        0.0, "ε: share of labels assumed to be wrong", low=0, below=0.5, only="loss=dpo|robust"
     )
-    ipo_sum: bool = opt(False, "IPO of summed log-probs, as Eq. 17 reads", only="loss=ipo")
+    ipo_sum: bool = opt(False, "IPO of summed log-probs, as in Eq. 17", only="loss=ipo")
     sft_weight: float = opt(0.0, "weight of the mean NLL of chosen's tokens (Llama 3: 0.2)", low=0)
-    precompute_ref: bool = opt(False, "run the reference once over a fixed set: one model")
+    precompute_ref: bool = opt(False, "run the reference once, over a fixed set: one model")
 
     def check(self):
         super().check()
@@ -92,7 +92,7 @@ class Options(PairOptions):
             raise UserError(f"--precompute-ref needs a fixed set: {fixed}")
 
 
-PRESETS = {
+PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
     "any": dict(steps=150, lr=3e-4),
     "exact": dict(beta=0.5, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear"),
     "loss=robust": dict(label_smoothing=0.1),
@@ -101,7 +101,7 @@ PRESETS = {
 }
 
 
-# of --precompute-ref: a pair with the reference's log-probs of its answers
+# what --precompute-ref trains on: a pair, and the reference's log-probs of its answers
 ScoredPair = namedtuple("ScoredPair", "prompt chosen rejected ref_logp_w ref_logp_l")
 
 

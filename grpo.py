@@ -13,13 +13,16 @@
     paper               code                      shape, or meaning
     G, S                group, len(minibatch)     responses per prompt; per optimizer step
     r, R, A             reward, score, adv        (P, G) of P prompts; A (P·G, 1), one per response
-    log π_θ, π_old      logp, old_logp            (B, T) of token t, nats, at the temperature
-    log π_ref           ref_logp                  (B, T); log π_old as it was sampled: rollout.logp
+    log π_θ, π_old      logp, old_logp            (B, T) of token t, nats, at --temperature
+    log π_ref           ref_logp                  (B, T); rollout.logp: log π_old, from sampling
     |y|, L_max          length, longest           response tokens, end token included
 
 Models in memory: 2 (policy, trained; ref, frozen), 1 with --kl none; a learned reward adds one.
 Data: prompts, and what judges a response.
-Departures: one reward per response; std is the unbiased one, + 1e-4; reference and judge stay.
+Departures: 1. the std of a group is the unbiased one, and 1e-4 is added to it;
+2. one reward per response; 3. neither π_ref nor the reward model is renewed during a run.
+At a rollout's first optimizer step ρ = 1 and nothing is clipped. With the defaults grpo.py makes
+no second one; --minibatches 4 or --updates 2 turn its clip on. dapo.py makes 4 or 8.
 
     python grpo.py --task arithmetic:2          sums of two digits, reward 1 if right
 """
@@ -53,15 +56,15 @@ def group_advantages(reward, eps=1e-4, norm="std"):
 
 def k3(logp, ref_logp):
     """π_ref/π - log(π_ref/π) - 1 ≥ 0, (B, T), nats. Its mean over samples from π is KL(π‖π_ref),
-    its mean gradient that of KL(π_ref‖π). The log-ratio is clamped to ±20."""
+    its mean gradient is that of KL(π_ref‖π). The log-ratio is clamped to ±20."""
     x = (ref_logp - logp).clamp(-20, 20)
-    return x.expm1() - x  # e^x - 1 - x, of which nothing cancels near 0
+    return x.expm1() - x  # e^x - 1 - x, exact near 0 too
 
 
 def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, ratio_kl=False):
     """GRPO, arXiv:2402.03300. logp, old_logp, ref_logp: (B, T) token log-probs in nats; ref_logp
-    may be None at beta = 0. adv: (B, 1). ratio_kl: ρ k3 in place of k3, with the mean gradient of
-    KL(π‖π_ref) at each token. Returns (B, T) losses. At logp = old_logp the ratio is 1."""
+    may be None at beta = 0. adv: (B, 1). ratio_kl: ρ k3 takes the place of k3; its mean gradient at
+    each token is that of KL(π‖π_ref). Returns (B, T) losses. At logp = old_logp the ratio is 1."""
     assert logp.shape == old_logp.shape and adv.shape == (len(logp), 1), "(B, T) twice, (B, 1)"
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - eps, 1 + (eps if eps_high is None else eps_high))
@@ -72,27 +75,27 @@ def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, 
 
 
 def sequence_old_logp(logp, old_logp, mask):
-    """GSPO's token form (arXiv:2507.18071): logp - log s, (B, T), no gradient. log s: a response's
-    mean of log π/π_old. As old_logp it makes each token's ratio s, with that token's gradient."""
+    """GSPO's token form (arXiv:2507.18071): logp - log s, (B, T), without gradient; log s is the
+    response's mean of log π/π_old. As old_logp it gives tokens the ratio s and their gradient."""
     mean = ((logp - old_logp) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
     return (logp - mean).detach()
 
 
 @dataclass
 class Options(RolloutOptions):
-    group: int = opt(8, "G: responses to a prompt", low=2)
+    group: int = opt(8, "G: responses per prompt", low=2)
     adv_norm: str = opt(
-        "std", "A: (r - mean)/std, r - mean, RLOO's", choices=("std", "none", "loo")
+        "std", "A is (r - mean)/std, r - mean, or RLOO's", choices=("std", "none", "loo")
     )
-    agg: str = opt("seq_mean", "what is averaged", choices=AGGREGATIONS)
-    ratio: str = opt("token", "ρ of a token, or a response", choices=("token", "seq"), clips=True)
-    eps: float = opt(0.2, "ε: the ratio is clipped to [1 - ε, 1 + ε_high]", low=0, clips=True)
-    eps_high: float = opt(None, "ε_high", low=0, like="eps", clips=True)
-    kl: str = opt("k3", "where the KL stands", choices=("k3", "k3-ratio", "reward", "none"))
-    beta: float = opt(0.04, "β: strength of the KL", low=0, only="kl=k3|k3-ratio|reward")
+    agg: str = opt("seq_mean", "how the tokens' losses are averaged", choices=AGGREGATIONS)
+    ratio: str = opt("token", "ρ per token or per response", choices=("token", "seq"), clips=True)
+    eps: float = opt(0.2, "ε: ρ is clipped to [1 - ε, 1 + ε_high]", low=0, clips=True)
+    eps_high: float = opt(None, "ε_high of the clip", low=0, like="eps", clips=True)
+    kl: str = opt("k3", "how the KL is penalised", choices=("k3", "k3-ratio", "reward", "none"))
+    beta: float = opt(0.04, "β: weight of the KL", low=0, only="kl=k3|k3-ratio|reward")
 
 
-PRESETS = {
+PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
     "any": dict(steps=100, batch_size=16, lr=2e-4, save_every=20),
     "arithmetic": dict(steps=200, batch_size=32),
     "exact": dict(
@@ -112,7 +115,7 @@ def compute_loss(policy, batch, o):
     logp, entropy = token_logprobs(policy, batch, o.temperature, entropy=True)
     old_logp = batch.old_logp_or(logp)  # first step of a rollout: π_old is π_θ, ρ is 1
     old_logp = sequence_old_logp(logp, old_logp, batch.mask) if o.ratio == "seq" else old_logp
-    beta = o.beta if o.kl.startswith("k3") else 0.0  # "reward": it is in the advantage
+    beta = o.beta if o.kl.startswith("k3") else 0.0  # with "reward" it is in the advantage
     how = o.eps, beta, o.eps_high, o.kl == "k3-ratio"
     losses = grpo_loss(logp, old_logp, batch.ref_logp, batch.adv, *how)
 
@@ -123,7 +126,7 @@ def compute_loss(policy, batch, o):
         "clip_ratio/low_mean": (ratio < 1 - o.eps) & (batch.adv < 0),
         "clip_ratio/high_mean": (ratio > 1 + o.eps_high) & (batch.adv > 0),
     }
-    if batch.ref_logp is not None:  # of a response, as PPO and RLOO log it
+    if batch.ref_logp is not None:  # summed per response, as PPO logs it
         metrics["kl"] = (k3(logp, batch.ref_logp) * batch.mask).sum(1)
     return losses, metrics
 
@@ -151,7 +154,7 @@ def token_weight(batch, minibatch, longest, agg):
 
 
 def group_figures(reward):
-    """reward: (P, G) -> the figures of a rollout that a record has"""
+    """reward: (P, G) -> the figures of a rollout that are logged"""
     equal = (reward == reward[:, :1]).all(1).float().mean()
     spread = reward.std(1).mean()
     return {"reward": reward.mean(), "reward_std": spread, "frac_reward_zero_std": equal}
@@ -170,7 +173,7 @@ def main(argv=None):
     evaluator = Evaluator(run, task, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
-    on_policy = o.updates == o.minibatches == 1  # π_θ is π_old all along: no pass for it
+    on_policy = o.updates == o.minibatches == 1  # ρ is 1 at every step: π_old needs no pass
 
     for _ in run.steps(prompts, optimizer):
         with run.clock("sample"):

@@ -1,7 +1,7 @@
 """KTO: Model Alignment as Prospect Theoretic Optimization (arXiv:2402.01306).
 
     r(x,y) = log π_θ(y|x) - log π_ref(y|x)
-    ẑ      = max(0, mean_i r(x_i, y_j(i)))    of mismatched pairs: the answer to another prompt
+    ẑ      = max(0, mean_i r(x_i, y_j(i)))    of mismatched pairs: y_j(i) answers another prompt
     L(θ)   = λ_D (1 - σ(β (r - ẑ)))           if y is desirable
              λ_U (1 - σ(β (ẑ - r)))           if it is not
 
@@ -9,18 +9,18 @@
     x, y                         prompt, completion          token ids, end token included
     log π_θ(y|x), log π_ref      logp, ref_logp              (B,) sums over response tokens, nats
     desirable                    desirable                   (B,) bool, the row's label
-    z_0, here ẑ                  kl                          () one for all examples of the step
+    z_0, here ẑ                  kl                          () one number for the whole step
     λ_D, λ_U                     w_desirable, w_undesirable  weights of the two classes
     β                            beta                        1/nats
 
-ẑ has no gradient. It is measured before the step on the whole batch, so that micro-batches change
-nothing. Row i takes the answer of the next row with another prompt; it is left out if the batch
-holds no other prompt.
+ẑ has no gradient. It is measured on the whole batch before the step, so that micro-batches change
+nothing. Row i takes the answer of the next row with another prompt; row i is left out of ẑ if the
+batch holds no other prompt.
 
 Models in memory: 2 (policy, trained; ref, frozen). Data: (prompt, completion, label), not in pairs;
 a file of pairs is split into 2n examples.
-Departures from the paper: 1. AdamW with a learning rate for toy models; 2. the authors' code shifts
-by one row within a micro-batch; here over the step's batch, and never to an equal prompt.
+Departures from the paper: 1. AdamW with a learning rate for toy models; 2. the authors' code takes
+the next row of a micro-batch as j(i); here it is the next row of the batch with another prompt.
 
     python kto.py --beta 0.1                    film reviews; trains out/reviews/sft.pt if missing
     python kto.py --pairs 2000 --epochs 4       a fixed set of 2,000 examples
@@ -53,21 +53,21 @@ def kto_loss(logp, ref_logp, desirable, kl, beta=0.1, w_desirable=1.0, w_undesir
 
 
 def kto_kl(logp_mismatched, ref_logp_mismatched):
-    """ẑ of the whole step's mismatched pairs. logp_*: (M,) log-probs of answers to other prompts,
-    sums over their tokens; M may be 0. Returns a scalar ≥ 0 without gradient, nats."""
+    """ẑ of the step's mismatched pairs. logp_*: (M,) log-probs of answers to other prompts, sums
+    over their tokens; M may be 0. Returns a scalar ≥ 0 without gradient, nats."""
     ratio = (logp_mismatched - ref_logp_mismatched).detach()
     return ratio.sum().div(max(1, len(ratio))).clamp(min=0)
 
 
 @dataclass
 class Options(PairOptions):
-    beta: float = opt(0.1, "β: how soon a gain or a loss saturates, 1/nats", above=0)
+    beta: float = opt(0.1, "β: how soon gains and losses saturate, 1/nats", above=0)
     w_desirable: float = opt(1.0, "λ_D: weight of desirable examples", above=0)
-    w_undesirable: float = opt(1.0, "λ_U: weight of undesirable ones", above=0)
+    w_undesirable: float = opt(1.0, "λ_U: weight of undesirable examples", above=0)
     batch_size: int = opt(64, "examples per optimizer step", low=2)
 
 
-PRESETS = {
+PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
     "any": dict(steps=150, lr=3e-4),
     "exact": dict(beta=0.5, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear"),
 }
@@ -90,7 +90,7 @@ def held_out(task, o):
 
 
 def reference_point(policy, ref, rows, run):
-    """-> ẑ of the step, before any of it is trained on"""
+    """-> ẑ of the step, measured before the step trains"""
 
     def both(micro):
         batch = data.pad(micro, run.device)
@@ -101,12 +101,12 @@ def reference_point(policy, ref, rows, run):
 
 
 def check(rows, batches, o):
-    """Refuses rows of a single prompt, which have no ẑ. Warns of a batch of one prompt, whose ẑ is
-    0, and if λ_D n_D / (λ_U n_U) leaves [1, 4/3]. rows: the fixed set, or a sample of fresh ones,
-    which is spared three standard errors."""
+    """Refuses rows of a single prompt, which have no ẑ. Warns of batches of one prompt, whose ẑ is
+    0, and if λ_D n_D / (λ_U n_U) leaves [1, 4/3]. rows: the fixed set, or a sample of fresh rows,
+    whose ratio may miss the range by three standard errors."""
     fixed, n, n_D = batches.rows, len(rows), sum(row[2] for row in rows)
     if fixed and all(x == rows[0][0] for x, *_ in rows):
-        needs = "and ẑ needs an answer to another; add rows, or raise --pairs"
+        needs = "but ẑ needs answers to another; add rows, or raise --pairs"
         raise UserError(f"the training rows have one prompt only, {needs}")
     steps = batches.per_epoch or 0
     alone = sum(len({x for x, *_ in batches[step]}) == 1 for step in range(steps))
@@ -129,7 +129,7 @@ def check(rows, batches, o):
 
 def log_classes(run, metrics, is_desirable, n_D, n):
     """Logs the metrics as means over the n_D desirable examples of the step ("chosen"), and over
-    the others ("rejected"); a class may be absent."""
+    the others ("rejected"). A class without examples is left out."""
     chosen, rejected = is_desirable / max(1, n_D), (1 - is_desirable) / max(1, n - n_D)
     if n_D:
         run.log({f"{name}/chosen": x for name, x in metrics.items()}, chosen)

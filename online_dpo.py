@@ -5,11 +5,11 @@
     h(θ) = [log π_θ(y_w|x) - log π_ref(y_w|x)] - [log π_θ(y_l|x) - log π_ref(y_l|x)]
     L(θ) = - log σ(βh)                                                        --loss ipo: as dpo.py
 
-Online: a pair is trained on once, at once. Iterative, --rounds N: a round of pairs is sampled and
-labelled, trained on for one epoch, and the next round comes from what the policy has become;
---ref-update per-round makes that the new π_ref too. With a fixed π_ref and the labels of
-Bradley–Terry the optimum is π* ∝ π_ref exp(r/β), however pairs are chosen. With argmax h grows
-without bound, and what is left is the single best answer.
+Online: each pair is trained on once, as soon as it is sampled. Iterative, with --rounds N: a round
+of pairs is sampled, labelled and trained on for one epoch; then the policy as it has become samples
+the next round, and with --ref-update per-round it is the new π_ref too. With a fixed π_ref and
+Bradley–Terry labels the optimum is π* ∝ π_ref exp(r/β), however pairs are chosen. With argmax
+h grows without bound, until a single best answer is left.
 
     paper                        code                        shape
     y_w, y_l                     chosen, rejected            (P,) which of the n samples
@@ -17,13 +17,13 @@ without bound, and what is left is the single best answer.
     log π_θ(y|x)                 logp_w, logp_l              (B,) sums over response tokens, nats
     log π_ref(y|x)               ref_logp_w, ref_logp_l      (B,)
                                  counts                      (P,) False: equal answers, no weight
-    β                            beta                        τ of IPO is β
+    β                            beta                        IPO calls β τ
 
 Models in memory: 2 (policy, trained; ref, frozen), a learned reward adds one. Data: prompts, and
 what judges a response.
-Departures from OAIF: 1. labels drawn by Bradley–Terry from a reward, where an LLM was asked and its
-choice taken; 2. equal answers weigh nothing, and the mean is over the other pairs; 3. IPO takes
-means over tokens, and sums with --ipo-sum; 4. AdamW for Adafactor, a learning rate for toy models.
+Departures from OAIF: 1. a reward labels, by Bradley–Terry, not an LLM's choice; 2. pairs of equal
+answers have no weight, and the mean is over the others; 3. IPO takes means over tokens, but sums
+with --ipo-sum; 4. AdamW, not Adafactor, with a learning rate for toy models.
 
     python online_dpo.py                        film reviews; trains out/reviews/sft.pt if missing
     python online_dpo.py --task exact           the distance to the known optimum π*
@@ -47,18 +47,18 @@ from training import JudgedOptions, Rollout, Run, Weights, load_judge, opt, pars
 
 def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1):
     """DPO, Eq. 7 of arXiv:2305.18290. logp_*, ref_logp_*: (B,) log-probs of responses, sums over
-    their tokens, in nats. beta: β > 0, 1/nats. Returns (B,) losses. At logp = ref_logp: log 2."""
+    tokens, in nats. beta: β > 0, 1/nats. Returns (B,) losses. At logp = ref_logp it is log 2."""
     return -F.logsigmoid(beta * log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l))
 
 
 def ipo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, tau=0.1):
     """IPO, Eq. 17 of arXiv:2310.12036. logp_*, ref_logp_*: (B,) means over response tokens (or
-    sums: then τ is another scale). tau: τ > 0. Returns (B,) losses, least at h = 1/(2τ)."""
+    sums, which give τ another scale). tau: τ > 0. Returns (B,) losses, least at h = 1/(2τ)."""
     return (log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l) - 1 / (2 * tau)) ** 2
 
 
 def log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l):
-    """h, (B,): how much further the policy has moved the chosen answer than the rejected one."""
+    """h, (B,): how much more the policy has raised log π of the chosen answer than of the other."""
     assert logp_w.shape == logp_l.shape == ref_logp_w.shape == ref_logp_l.shape, "four (B,) tensors"
     return (logp_w - ref_logp_w) - (logp_l - ref_logp_l)
 
@@ -82,16 +82,16 @@ class Options(JudgedOptions):
     missing_eos_penalty: float = opt(
         1.0, "what a score loses if the response did not end", low=0, only="reward=rm|*.pt"
     )
-    label: str = opt("bt", "the winner: by Bradley–Terry, or the better", choices=("bt", "argmax"))
+    label: str = opt("bt", "who wins: by Bradley–Terry, or the better", choices=("bt", "argmax"))
     loss: str = opt("dpo", "loss of a pair", choices=("dpo", "ipo"))
-    beta: float = opt(0.1, "β: strength of the KL penalty to π_ref, 1/nats; τ of IPO", above=0)
-    ipo_sum: bool = opt(False, "IPO of summed log-probs, as Eq. 17 reads", only="loss=ipo")
-    rounds: int = opt(0, "rounds of sampling, an epoch each (0: one per step, online)", low=0)
-    samples_per_prompt: int = opt(2, "n: the best of them is compared with the worst", low=2)
-    temperature: float = opt(1.0, "of the samples; the loss is at 1", above=0)
+    beta: float = opt(0.1, "β: strength of the KL penalty to π_ref, 1/nats; IPO's τ", above=0)
+    ipo_sum: bool = opt(False, "IPO of summed log-probs, as in Eq. 17", only="loss=ipo")
+    rounds: int = opt(0, "rounds of sampling, one epoch each (0: online, one per step)", low=0)
+    samples_per_prompt: int = opt(2, "n: the best of n is paired with the worst", low=2)
+    temperature: float = opt(1.0, "of the samples; the loss is at temperature 1", above=0)
     ref_update: str = opt(
         "fixed",
-        "π_ref: where the run starts, or each round",
+        "π_ref: the policy as the run starts, or each round",
         choices=("fixed", "per-round"),
         only="lora=0",
     )
@@ -99,7 +99,7 @@ class Options(JudgedOptions):
     def check(self):
         super().check()
         if self.ref_update == "per-round" and not self.rounds:
-            rounds = "goes with --rounds N, the rounds of iterative DPO"
+            rounds = "needs --rounds N, the rounds of iterative DPO"
             raise UserError(f"--ref-update per-round {rounds}")
         if 0 < self.steps < self.rounds:
             steps = f"are more than the {self.steps} steps; a round has at least one"
@@ -108,7 +108,7 @@ class Options(JudgedOptions):
 
 LEARNING = dict(steps=1000, batch_size=256, lr=5e-4, lr_schedule="linear")
 
-PRESETS = {
+PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
     "any": dict(steps=150, lr=3e-4),
     # a missing end costs nothing there
     "exact": LEARNING | dict(beta=0.5, missing_eos_penalty=0.0),
@@ -147,8 +147,8 @@ def compute_loss(policy, ref, batch, o):
 
 
 class Round:
-    """The labelled pairs of a round, step by step, and the labels asked for since the start of the
-    run: part of its saved state."""
+    """The labelled pairs of a round, step by step, and how many labels the run has used so far: a
+    part of its saved state."""
 
     def __init__(self):
         self.first, self.steps, self.labels = 0, [], 0
@@ -171,8 +171,8 @@ class Round:
 
 
 def collect(policy, prompts, judge, run, o):
-    """n samples to each of P prompts, from the policy as it is now: the best, the worst, and which
-    of them wins. -> (Rollout of 2P rows, the chosen ones first; figures of all samples)"""
+    """Draws n samples per prompt, for P prompts, from the policy as it is now, and pairs the best
+    with the worst. -> (Rollout of 2P rows, the chosen ones first; figures of all samples)"""
     questions, n = next(prompts), o.samples_per_prompt
     rollout = run.sample(policy, questions, prompts.longest, n, o.temperature)
     uniform = torch.rand(len(questions), generator=run.generator).to(rollout.ids.device)
@@ -199,7 +199,7 @@ def collect(policy, prompts, judge, run, o):
 
 
 def end_of_round(step, o):
-    """-> where the round that begins at this step ends; None if none begins"""
+    """-> the step at which the round that begins at `step` ends; None if none begins there"""
     rounds = o.rounds or o.steps
     starts = [i * o.steps // rounds for i in range(rounds + 1)]
     return dict(zip(starts, starts[1:])).get(step)

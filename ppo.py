@@ -1,6 +1,6 @@
 """PPO: Proximal Policy Optimization (arXiv:1707.06347), as RLHF uses it.
 
-InstructGPT, arXiv:2203.02155; N+ is the implementation details of arXiv:2403.17031.
+InstructGPT, arXiv:2203.02155; N+ stands for the implementation details of arXiv:2403.17031.
 
     r_t   = - β (log π_old(y_t|s_t) - log π_ref(y_t|s_t)),  + r_φ(x, y) at the last token
     δ_t   = r_t + γ V(s_t+1) - V(s_t),   s_t = x, y_<t,   V = 0 after the last token
@@ -19,15 +19,15 @@ InstructGPT, arXiv:2203.02155; N+ is the implementation details of arXiv:2403.17
     ε, ε_v, c_v, K      eps, eps_v, vf_coef, updates
 
 Models in memory: 4 (policy and critic, trained; ref and reward, frozen). The critic starts from the
-reward model. With --reward task or FILE.py:function 3, and the critic starts from the policy's
-trunk, with V = 0. Data: prompts, and what judges a response.
-Departures from the papers: 1. the score stands at the end token (N+: one slot later, which has a
-value and no policy); 2. a response that did not end loses --missing-eos-penalty (N+: its score is
+reward model. With --reward task or FILE.py:function there are 3, and the critic starts from the
+policy's trunk, with V = 0. Data: prompts, and what judges a response.
+Departures from the papers: 1. the end token earns the score (N+: one slot later, which has a
+value but no policy); 2. a response that did not end loses --missing-eos-penalty (N+: its score is
 replaced by -1); 3. no pretraining loss (ptx), entropy bonus, adaptive β or reward whitening;
-4. AdamW at its own ε, gradients of both networks clipped together, a learning rate for toy models.
+4. AdamW at torch's ε, one clip for the gradients of both networks, a learning rate for toy models.
 
     python ppo.py                               reviews: sft.py and reward_model.py run if missing
-    python ppo.py --beta 0 --steps 150 --eval-every 10       over-optimisation, score beside gold
+    python ppo.py --beta 0 --steps 150 --eval-every 10       over-optimisation: score, gold reward
     python ppo.py --task exact --lam 1          the distance to the known optimum π*
     python ppo.py --task my.jsonl --init out/my/sft.pt --reward my_rewards.py:number
 """
@@ -47,9 +47,9 @@ from training.checkpoint import load, load_scalar
 
 
 def token_rewards(score, logp, ref_logp, mask, kl_coef):
-    """r_t: minus kl_coef times the log-ratio on each token (k1, whose sum over a response is an
-    unbiased KL), plus the score at the response's last. score: (B,). logp, ref_logp, mask: (B, T),
-    of the response tokens. Returns (B, T), 0 off the mask."""
+    """r_t: minus kl_coef times the log-ratio of each token (k1, whose sum over a response is an
+    unbiased KL), plus the score at the response's last token. score: (B,). logp, ref_logp, mask:
+    (B, T), of the response tokens. Returns (B, T), 0 off the mask."""
     assert score.shape == (len(mask),) and logp.shape == ref_logp.shape == mask.shape, (
         "(B,), (B, T)"
     )
@@ -58,10 +58,10 @@ def token_rewards(score, logp, ref_logp, mask, kl_coef):
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalized advantage estimation (arXiv:1506.02438): A_t = δ_t + γλ A_t+1, with
-    δ_t = r_t + γ V_t+1 - V_t. rewards, values, mask: (B, T); values[:, t] is that of the state
-    before token t, and past a response's last token 0. Returns adv and returns = adv + values,
-    (B, T) each, 0 off the mask. At λ = 1 and γ = 1 the returns are the sums of the rewards to
-    come."""
+    δ_t = r_t + γ V_t+1 - V_t. rewards, values, mask: (B, T); values[:, t] is the value of the state
+    before token t, which counts as 0 after a response's last token. Returns adv and returns =
+    adv + values, (B, T) each, 0 off the mask. At λ = γ = 1 a return is the sum of the rewards from
+    token t on."""
     assert rewards.shape == values.shape == mask.shape and mask.dtype == torch.bool, "(B, T) thrice"
     values = values * mask
     delta = (rewards + gamma * F.pad(values, (0, 1))[:, 1:] - values) * mask
@@ -73,8 +73,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def whiten(x, mask):
-    """x less its mean, over its standard deviation (biased, √(var + 1e-8)), both of the entries
-    that `mask` marks. x, mask: (B, T). Returns (B, T), 0 off the mask."""
+    """(x - mean) / √(var + 1e-8), with the mean and the biased variance of the entries that `mask`
+    marks. x, mask: (B, T). Returns (B, T), 0 off the mask."""
     n = mask.sum()
     x = (x - (x * mask).sum() / n) * mask
     return x * ((x**2).sum() / n + 1e-8).rsqrt()
@@ -82,24 +82,24 @@ def whiten(x, mask):
 
 def explained_variance(adv, returns, mask):
     """1 - Var(R - V) / Var(R) over the entries that `mask` marks: 1 for a critic that knows the
-    returns, 0 for one that is as good as their mean. adv is R - V. All (B, T); returns a scalar."""
+    returns, 0 for one no better than their mean. adv is R - V. All are (B, T); returns a scalar."""
     unexplained, variance = (x[mask].var(correction=0) for x in (adv, returns))
-    return 1 - unexplained / (variance + 1e-5)  # not over 0 if all returns are equal
+    return 1 - unexplained / (variance + 1e-5)  # no division by 0 if all returns are equal
 
 
 def ppo_loss(logp, old_logp, adv, eps=0.2):
     """The clipped policy loss, arXiv:1707.06347. logp, old_logp, adv: (B, T), log-probs in nats.
     Returns (B, T) losses, to be averaged over all response tokens of the minibatch. At
-    logp = old_logp the ratio is 1, and the gradient that of -A log π."""
+    logp = old_logp the ratio is 1, and the gradient is that of -A log π."""
     assert logp.shape == old_logp.shape == adv.shape, "three (B, T) tensors"
     ratio = (logp - old_logp).exp()
     return torch.max(-adv * ratio, -adv * ratio.clamp(1 - eps, 1 + eps))
 
 
 def value_loss(values, old_values, returns, eps_v=0.2):
-    """½ of the larger squared error of V and of V kept within eps_v of the old value. values,
-    old_values, returns: (B, T), in units of the reward. Returns (B, T) losses, to be averaged as
-    the policy's."""
+    """½ of the larger of two squared errors: that of V, and that of V clipped to within eps_v of
+    the old value. values, old_values, returns: (B, T), in units of the reward. Returns (B, T)
+    losses, to be averaged as the policy's are."""
     assert values.shape == old_values.shape == returns.shape, "three (B, T) tensors"
     clipped = old_values + (values - old_values).clamp(-eps_v, eps_v)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
@@ -112,8 +112,8 @@ class Options(RolloutOptions):
     )
     beta: float = opt(0.05, "β: KL penalty per token, in the reward (InstructGPT: 0.02)", low=0)
     gamma: float = opt(1.0, "γ: discount per token", low=0, high=1)
-    lam: float = opt(0.95, "λ of GAE: 1 does not trust the critic, 0 at once", low=0, high=1)
-    eps: float = opt(0.2, "ε: the ratio is clipped to [1 - ε, 1 + ε]", low=0, clips=True)
+    lam: float = opt(0.95, "λ of GAE: 0 trusts the critic alone, 1 the rewards", low=0, high=1)
+    eps: float = opt(0.2, "ε: ρ is clipped to [1 - ε, 1 + ε]", low=0, clips=True)
     eps_v: float = opt(0.2, "ε_v: a value is clipped to within ε_v of the old one", low=0)
     vf_coef: float = opt(0.1, "c_v: weight of the value loss", low=0)
 
@@ -121,7 +121,7 @@ class Options(RolloutOptions):
 ROLLOUT = dict(reward="rm", group=1, updates=2, minibatches=4, batch_size=128)
 LEARNING = dict(steps=60, lr=2e-4, lr_schedule="linear", warmup=10, save_every=20)
 
-PRESETS = {
+PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
     "any": ROLLOUT | LEARNING,
     "arithmetic": dict(reward="task", steps=100, batch_size=256),
     "exact": dict(
@@ -162,8 +162,8 @@ def compute_loss(policy, critic, batch, o):
 
 
 def new_critic(judge, run):
-    """-> the reward model, to be trained on; of another vocabulary, of a shorter context, or
-    without one, the policy's trunk, whose V is 0 until it has learned"""
+    """-> a copy of the reward model, to be trained further. If there is none, or if its vocabulary
+    or its context does not fit, the policy's trunk with a head of zeros: V = 0 at first."""
     same_vocabulary = judge.model and judge.reads_tokens
     if same_vocabulary and judge.model.config.block_size >= run.block_size:
         return run.prepare(load_scalar(judge.path, mapped=run.placement.mapped)[0])

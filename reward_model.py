@@ -8,11 +8,11 @@
     y_w, y_l      chosen, rejected          token ids, end tokens included
     r_θ(x, y)     reward_w, reward_l        (B,) the scalar head at the last token of the answer
     m             margin                    (B,) column `margin`, 0 without one (arXiv:2307.09288)
-    p             p                         (B,) column `p`: probability that chosen is better, or 1
+    p             p                         (B,) column `p`, P(chosen is better), 1 without one
     η             center_rewards            keeps scores near 0 (arXiv:2312.09244)
 
-The trunk starts from the SFT checkpoint, the head's weights at a standard deviation of
-1/√(width+1). After the training the scores are shifted so that demonstrations average 0; only
+The trunk starts from the SFT checkpoint; the head's weights are drawn with standard deviation
+1/√(width+1). After the training the scores are shifted so that demonstrations average 0. Only
 differences were learned, so nothing else changes.
 
 Models in memory: 1 (reward, trained). Data: (prompt, chosen, rejected).
@@ -23,7 +23,7 @@ rate for toy models.
     python reward_model.py --task exact         how far its scores are from the known reward
     python reward_model.py --task my.jsonl --init out/my/sft.pt
 
-It ends with the accuracy on held-out pairs beside what the labels' noise allows.
+At its end it prints the accuracy on held-out pairs beside the best that the labels' noise allows.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ from training.held_out import RewardEvaluator
 def bradley_terry_loss(reward_w, reward_l, margin=0.0, p=1.0):
     """Negative log-likelihood of a preference. reward_w, reward_l: (B,) scores, whose differences
     are log-odds. margin: () or (B,), by how much w should win. p: () or (B,) in [0, 1], the
-    probability that w is preferred. Returns (B,) losses, nats."""
+    probability that w is preferred. Returns (B,) losses in nats."""
     assert reward_w.shape == reward_l.shape and reward_w.dim() == 1, "two (B,) tensors"
     delta = reward_w - reward_l - margin
     return -p * F.logsigmoid(delta) - (1 - p) * F.logsigmoid(-delta)
@@ -51,11 +51,11 @@ def bradley_terry_loss(reward_w, reward_l, margin=0.0, p=1.0):
 @dataclass
 class Options(PairOptions):
     center_rewards: float = opt(0.0, "η: weight of (r_w + r_l)² in the loss (TRL: 0.01)", low=0)
-    max_new_tokens: int = opt(0, "not read: a reward model samples nothing", high=0)
-    reference: str = opt("", "not read: a reward model has none", choices=("",))
+    max_new_tokens: int = opt(0, "unused: a reward model samples nothing", high=0)
+    reference: str = opt("", "unused: a reward model has no reference", choices=("",))
 
 
-PRESETS = {
+PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
     "any": dict(steps=300, lr=1e-3, eval_prompts=2048),
     "exact": dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear"),
 }

@@ -3,31 +3,31 @@
     skills   L(θ) = - mean over turns of 1/|turn| Σ_t log π(y_t | x, y_<t)      demonstrations
     SL-CAI   y ~ π(·|x);  critique ~ π(·|x, y, principle);  y' ~ π(·|x, y, principle, critique)
              L(θ) = - Σ log π_θ(y'_t | x, y'_<t) / Σ |y'|                       revisions y' alone
-    PM       y_a, y_b ~ π_SL(·|x);  P(A|q) = π(A|q) / (π(A|q) + π(B|q)), read and never sampled
+    PM       y_a, y_b ~ π_SL(·|x);  P(A|q) = π(A|q) / (π(A|q) + π(B|q)), computed, never sampled
              p = ½ [P(A | x, principle, A: y_a, B: y_b) + P(B | x, principle, A: y_b, B: y_a)]
              L(φ) = - p log σ(Δ) - (1-p) log σ(-Δ),  Δ = r_φ(x, y_a) - r_φ(x, y_b)
     RL-CAI   R_i = r_φ(x, y_i) - β Σ_t log π_old/π_SL;  A_i = R_i - mean of the prompt's other R
              L(θ) = - mean_i A_i log π_θ(y_i|x)
 
     paper                  code                          shape
-    P(A|q), P(B|q)         ab, ba                        (N, 2) of the option tokens, either order
-    p                      p                             (N,) AI label: that y_a is the better one
+    P(A|q), P(B|q)         ab, ba                        (N, 2) of the option tokens, in both orders
+    p                      p                             (N,) AI label: P(y_a is the better one)
     r_φ, A                 reward, adv                   (P, G) of G samples to P prompts; (P·G, 1)
     log π_θ, π_old, π_SL   logp, rollout.logp, ref_logp  (B, T) nats
 
 Models in memory: skills 1 (policy); SL-CAI 1, and before it 1 frozen that writes; PM 1, and before
-it 2 frozen (π_SL, judge); RL-CAI 3 (policy, π_SL, PM). The model with the skills, which judges and
-is what the figures compare with, is not counted. Data: prompts and a constitution, of which each
-critique and each comparison draws a principle. After the skills no reward and no label but the
-model's own is read in training. Each phase leaves a checkpoint beside --out.
-Departures: 1. a small model cannot criticise unasked, so it is shown how (data/skills.py), and the
-same model judges; 2. p averages both orders (RLAIF); 3. no helpfulness data beside; 4. SL-CAI
-starts from the model with the skills; 5. a leave-one-out baseline (RLOO) for RLAIF's learned
-value; 6. what did not end loses --missing-eos-penalty.
+it 2 frozen (π_SL, judge); RL-CAI 3 (policy, π_SL, PM). The model with the skills is not counted; it
+judges, and win rate and KL compare with it. Data: prompts and a constitution; each critique and
+each comparison draws a principle from it. After the skills the training reads no reward and no
+label but the model's own. Each phase leaves a checkpoint beside --out.
+Departures: 1. a small model cannot criticise by itself, so data/skills.py shows it how,
+and the same model judges; 2. p averages both orders (RLAIF); 3. there is no helpfulness data;
+4. SL-CAI starts from the model with the skills; 5. a leave-one-out baseline (RLOO) replaces RLAIF's
+learned value; 6. a response that did not end loses --missing-eos-penalty.
 
     python rlaif.py                          reviews, all phases, four minutes on a laptop
     python rlaif.py --init out/reviews/rlaif-skills.pt --beta 0.2       with skills learned before
-    python rlaif.py --constitution my.txt    a selection of the four; others with your own --init
+    python rlaif.py --constitution my.txt    some of the four principles; others need your --init
 """
 
 import time
@@ -46,14 +46,14 @@ from gpt import response_scores, token_logprobs
 from training import Rollout, Run, ScratchOptions, checkpoint, feedback, load_judge, opt, parse
 
 KEPT = "reward win_rate kl length accuracy gold_accuracy revisions labels".split()
-KEPT += "models models_asked wall_s step_ms".split()  # of each phase, in the last one's record
+KEPT += "models models_asked wall_s step_ms".split()  # of each phase, in RL-CAI's record
 
 
 def ai_label(ab, ba, clamp=0.0):
-    """The soft label of a comparison. ab, ba: (N, 2) log-probs of the options A and B; in ab y_a
-    stands as A, in ba as B. Each is normalised over the two options, and the orders are averaged
-    (arXiv:2309.00267). clamp: p is kept in [clamp, 1 - clamp] (arXiv:2212.08073, after chains of
-    thought: 0.4). Returns (N,) the probability that y_a is better, without gradient."""
+    """The soft label of a comparison. ab, ba: (N, 2) log-probs of the options A and B; y_a is
+    option A in ab and option B in ba. Each is normalised over the two options, and the orders are
+    averaged (arXiv:2309.00267). clamp: p is kept in [clamp, 1 - clamp] (arXiv:2212.08073, after
+    chains of thought: 0.4). Returns (N,) the probability that y_a is better, without gradient."""
     assert ab.shape == ba.shape and ab.size(1) == 2, "two (N, 2) tensors"
     p = (ab.softmax(1)[:, 0] + ba.softmax(1)[:, 1]) / 2
     return p.clamp(clamp, 1 - clamp).detach()
@@ -69,8 +69,8 @@ def bradley_terry_loss(reward_a, reward_b, p):
 
 
 def leave_one_out(reward):
-    """reward: (P, G), G > 1 -> (P·G,) advantages, without gradient: each less the mean of the
-    others to the same prompt."""
+    """reward: (P, G), G > 1 -> (P·G,) advantages, without gradient: each reward minus the mean of
+    the other rewards of its prompt."""
     G = reward.size(1)
     return ((reward - reward.mean(1, keepdim=True)) * G / (G - 1)).flatten().detach()
 
@@ -78,21 +78,21 @@ def leave_one_out(reward):
 @dataclass
 class Options(ScratchOptions):
     constitution: str = opt("", "file of one principle per line (default: data's)", file=True)
-    judge: str = opt("", "language model that compares (default: the one with skills)", file=True)
+    judge: str = opt("", "language model that judges (default: the one with skills)", file=True)
     clamp: float = opt(0.0, "keep labels in [clamp, 1 - clamp] (the paper: 0.4)", low=0, below=0.5)
     revisions: int = opt(2, "rounds of critique and revision, all trained on (paper: 4)", low=1)
     answers: int = opt(1024, "prompts whose answers are revised", low=1)
     comparisons: int = opt(2048, "pairs of answers that the judge labels", low=1)
     skill_steps: int = opt(900, "optimizer steps of the skills", low=1, only="init=")
-    skill_lr: float = opt(4e-3, "their learning rate at its peak", above=0, only="init=")
+    skill_lr: float = opt(4e-3, "peak learning rate of the skills", above=0, only="init=")
     sl_steps: int = opt(100, "optimizer steps of SL-CAI", low=1)
-    sl_lr: float = opt(1e-3, "its learning rate at its peak", above=0)
+    sl_lr: float = opt(1e-3, "peak learning rate of SL-CAI", above=0)
     pm_steps: int = opt(150, "optimizer steps of the preference model", low=1)
-    pm_lr: float = opt(1e-3, "its learning rate at its peak", above=0)
-    group: int = opt(4, "G: responses to a prompt of RL-CAI", low=2)
+    pm_lr: float = opt(1e-3, "peak learning rate of the preference model", above=0)
+    group: int = opt(4, "G: responses per prompt of RL-CAI", low=2)
     beta: float = opt(0.05, "β: strength of the KL penalty to π_SL, 1/nats (RLAIF: 0.05)", low=0)
-    missing_eos_penalty: float = opt(1.0, "what a response that did not end loses", low=0)
-    temperature: float = opt(1.0, "of RL-CAI's samples and the log-probs it trains", above=0)
+    missing_eos_penalty: float = opt(1.0, "what a score loses if the response did not end", low=0)
+    temperature: float = opt(1.0, "of RL-CAI's samples and trained log-probs", above=0)
 
     def endless(self):
         return False
@@ -131,14 +131,14 @@ def compute_loss(policy, batch, o):
 
 
 class Pipeline:
-    """What the phases share, and where --resume goes on."""
+    """What the phases share, and which of them --resume finds ended."""
 
     def __init__(self, o):
         self.task = data.task(o.task, o.eval_file, o.strict)
         if self.task.outcomes:
-            raise UserError(f"{o.task} has a vocabulary of its own, in which nothing can be asked")
+            raise UserError(f"{o.task} has a vocabulary of its own, without words for a critique")
         self.principles = constitution(o.constitution)
-        self.split = "train" if data.kind(o.task) == "file" else "rest"  # no skill was shown there
+        self.split = "train" if data.kind(o.task) == "file" else "rest"  # skills learn from others
         self.run, self.runs = Run("rlaif", o), {}
         self.ended = {"skills": {"models": [], "wall_s": 0.0}}  # the figures of each phase
         phases = {} if o.init else {"skills": (o.skill_steps, o.skill_lr)}
@@ -160,7 +160,7 @@ class Pipeline:
         return feedback.Writer(run.freeze(model), run, self.task, self.principles)
 
     def open(self):
-        """Opens the model with the skills, from which the phases start. Says what does not fit."""
+        """Opens the model with the skills, from which all phases start, and says what is cut."""
         run = self.run
         self.skilled = self.writer(run, self.start)
         self.judge = self.judge or feedback.AIJudge(self.skilled.model, run.tokenizer, run)
@@ -168,8 +168,8 @@ class Pipeline:
         self.prompts = run.prompts(self.split)
 
     def do(self, name, learn):
-        """Trains a phase, unless --resume finds that it has ended. Once it is trained, nothing is
-        gone on with that an earlier run has left of the phases after it."""
+        """Trains a phase, unless --resume finds that it has ended. A phase that was trained makes
+        what earlier runs left of later phases stale: their states are forgotten."""
         run, since = self.runs[name], time.time()
         run.figures.run_began = since
         final = run.state.past() if run.o.resume else None
@@ -179,14 +179,14 @@ class Pipeline:
             final = learn(self, run)
             for later in self.runs.keys() - self.ended.keys() - {name}:
                 self.runs[later].files.forget()
-        earlier = final["wall_s"] - (time.time() - since)  # seconds of earlier processes
+        earlier = final["wall_s"] - (time.time() - since)  # seconds that earlier processes took
         self.run.figures.run_began -= earlier
         self.ended[name] = final
         return final
 
 
 def fit(run, model, batches, compute_loss, evaluator, pad, count, **figures):
-    """The loop of the first three phases. count(row): what a row weighs in a step's mean."""
+    """The loop of the first three phases. count(row): the weight of a row in a step's mean."""
     optimizer = run.adamw(model)
 
     for step in run.steps(batches, optimizer):
@@ -204,7 +204,7 @@ def fit(run, model, batches, compute_loss, evaluator, pad, count, **figures):
 
 
 def learn_skills(p, run):
-    """Next-token prediction on demonstrations. Each turn weighs the same, a letter as a review."""
+    """Next-token prediction on demonstrations. Turns weigh the same, however long they are."""
     policy = run.create(p.task)
     run.hold(policy=policy)
     draw = partial(demonstrate, p.task, principles=p.principles)
@@ -219,9 +219,9 @@ def pad_turns(rows, device):
 
 
 def learn_revisions(p, run):
-    """SL-CAI: fine-tuning on the revisions. What led to them is not seen."""
+    """SL-CAI: fine-tuning on the revisions alone, without the critiques that led to them."""
     o, what = run.o, "to criticise and revise"
-    asked = feedback.frozen_records(what, policy=p.skilled.model)
+    helpers = feedback.frozen_records(what, policy=p.skilled.model)
     made = p.skilled.revise(o.answers, "revisions", p.split, o.revisions)
     if not made:
         what = "answer, critique and revision, so there is nothing to learn"
@@ -233,14 +233,15 @@ def learn_revisions(p, run):
     run.hold(policy=policy)
     batches = run.batches(lambda n, seed: rows, fixed=len(rows))
     how = revision_loss, p.evaluator, data.pad, lambda x: len(x[1])
-    return fit(run, policy, batches, *how, revisions=len(batches.rows), models_asked=asked)
+    return fit(run, policy, batches, *how, revisions=len(batches.rows), models_asked=helpers)
 
 
 def learn_preferences(p, run):
-    """The judge labels pairs of SL-CAI's answers. The preference model starts from the skills."""
+    """The judge labels pairs of SL-CAI's answers. The preference model, which learns from these
+    labels, starts from the model with the skills."""
     o, writer = run.o, p.writer(run, p.runs["sl"].o.out)
     models = {"policy": writer.model, "judge": p.judge.model}
-    asked = feedback.frozen_records("to answer and compare", **models)
+    helpers = feedback.frozen_records("to answer and compare", **models)
     pairs = writer.pairs(o.comparisons, "comparisons", p.split)
     if not pairs:
         raise Stopped("no two answers to a prompt differed and ended, so nothing can be compared")
@@ -254,11 +255,11 @@ def learn_preferences(p, run):
     batches = run.batches(lambda n, seed: rows, fixed=len(rows))
     pad = partial(data.pad_pairs, ends=True)
     how = preference_loss, evaluator, pad, lambda x: 1
-    return fit(run, reward, batches, *how, labels=len(batches.rows), models_asked=asked)
+    return fit(run, reward, batches, *how, labels=len(batches.rows), models_asked=helpers)
 
 
 def reinforce(p, run, figures):
-    """RL-CAI: REINFORCE on the preference model's score, less the KL to SL-CAI."""
+    """RL-CAI: REINFORCE on the preference model's score minus β times the KL to SL-CAI's model."""
     o, prompts = run.o, p.prompts
     judge = load_judge(p.runs["pm"].o.out, run, p.task, o.missing_eos_penalty)
     policy = run.load(p.runs["sl"].o.out, p.task)
@@ -295,13 +296,14 @@ def reinforce(p, run, figures):
 
 
 def summary(p):
-    """Prints the phases side by side, and one held-out answer, criticised, revised and compared."""
+    """Prints the phases side by side, and one held-out answer with its critique, its revision and
+    the judge's verdict."""
     keys = ("reward", "win_rate", "kl", "length", "entropy")
-    print(f"{'phase':<8}" + "".join(f"{key:>10}" for key in keys) + "   models held; asked before")
+    print(f"{'phase':<8}" + "".join(f"{key:>10}" for key in keys) + "   models held; used before")
     for phase, f in p.ended.items():
         cells = "".join(f"{f[key]:>10.2f}" if key in f else f"{'':>10}" for key in keys)
-        held, asked = ([m["role"] for m in f.get(x, ())] for x in ("models", "models_asked"))
-        print(f"{phase:<8}{cells}   {', '.join(held)}" + (f"; {', '.join(asked)}" if asked else ""))
+        held, used = ([m["role"] for m in f.get(x, ())] for x in ("models", "models_asked"))
+        print(f"{phase:<8}{cells}   {', '.join(held)}" + (f"; {', '.join(used)}" if used else ""))
     rows = p.skilled.revise(64, "example", "test")
     if rows:
         x = max(rows, key=lambda row: len(row.critique))
@@ -310,8 +312,9 @@ def summary(p):
         texts = {"answer": x.a, "principle": x.principle, "critique": x.critique, "revision": x.b}
         for name, text in texts.items():
             print(f"  {name:>9} | {printable(text)}")
-        places = f"{ab.softmax(1)[0, 1]:.3f} where it stands as B, {ba.softmax(1)[0, 0]:.3f} as A"
-        print(f"  the revision is better, says the judge: {1 - ai_label(ab, ba)[0]:.3f} ({places})")
+        orders = f"{ab.softmax(1)[0, 1]:.3f} as option B, {ba.softmax(1)[0, 0]:.3f} as option A"
+        p = 1 - ai_label(ab, ba)[0]
+        print(f"  P(the revision is better), by the judge: {p:.3f} ({orders})")
     print(flush=True)
 
 

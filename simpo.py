@@ -10,8 +10,8 @@
     β, γ                         beta, gamma                 the option is γ/β, nats per token
 
 Models in memory: 1 (policy, trained). Data: (prompt, chosen, rejected).
-Departures from the paper: 1. a learning rate for toy models; 2. --sft-weight adds the negative
-log-likelihood of the chosen answer, a mean over its tokens.
+Departures from the paper: 1. a learning rate for toy models; 2. --sft-weight w adds w times the
+negative log-likelihood of the chosen answer, a mean over its tokens.
 
     python simpo.py --beta 2                    film reviews; trains out/reviews/sft.pt if missing
     python simpo.py --gamma-beta-ratio 0.25
@@ -35,7 +35,7 @@ from training.held_out import pair_accuracy
 def simpo_loss(logp_w, logp_l, len_w, len_l, beta=2.0, gamma=1.0):
     """SimPO, arXiv:2405.14734. logp_*: (B,) log-probs of responses, sums over their tokens, in
     nats. len_*: (B,) response tokens. beta: β > 0; gamma: γ ≥ 0, the margin itself, not its ratio
-    to β. Returns (B,) losses. Equal answers: -log σ(-γ)."""
+    to β. Returns (B,) losses. For equal answers it is -log σ(-γ)."""
     assert logp_w.shape == logp_l.shape == len_w.shape == len_l.shape, "four (B,) tensors"
     return -F.logsigmoid(beta * (logp_w / len_w - logp_l / len_l) - gamma)
 
@@ -46,10 +46,10 @@ class Options(PairOptions):
     gamma_beta_ratio: float = opt(
         0.5, "γ/β: by how many nats per token chosen should lead (paper: 0.1 to 0.8)", low=0
     )
-    sft_weight: float = opt(0.0, "weight of the NLL of chosen, a mean over tokens", low=0)
+    sft_weight: float = opt(0.0, "weight of the mean NLL of chosen's tokens", low=0)
 
 
-PRESETS = {
+PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
     "any": dict(steps=150, lr=3e-4),
     "exact": dict(
         gamma_beta_ratio=0.25, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear"

@@ -217,7 +217,7 @@ dapo --reward raises.py:f | raised KeyError ('x', line 1) at the prompt 'A
 dapo FILE ok.jsonl | --reward task: not every row of ok.jsonl has an "answer" to check
 dapo --micro-batch 5 | --micro-batch 5 does not divide
 online_dpo --samples-per-prompt 1 | --samples-per-prompt: must be at least 2, not 1
-online_dpo --ref-update per-round | --ref-update per-round goes with --rounds N
+online_dpo --ref-update per-round | --ref-update per-round needs --rounds N
 online_dpo --task exact --reward rm --missing-eos-penalty 1 | a missing end costs nothing on exact
 online_dpo --rounds 11 --steps 10 --reward good.py:f | --rounds 11 are more than the 10 steps
 online_dpo --reward none.pt | none.pt: no such file
@@ -238,7 +238,7 @@ online_dpo --task ok.jsonl --reward good.py:f | --init is needed with a file
 online_dpo --out out/reviews/sft.pt | would overwrite out/reviews/sft.pt
 online_dpo --init rm.pt | rm.pt is a reward model
 rlaif --group 1 | --group: must be at least 2, not 1
-rlaif --task exact | exact has a vocabulary of its own, in which nothing can be asked
+rlaif --task exact | exact has a vocabulary of its own, without words for a critique
 rlaif --task arithmetic:2 | --task arithmetic:2: how to criticise, revise and compare is
     demonstrated on reviews only
 rlaif --task ok.jsonl | ok.jsonl: how to criticise, revise and compare is demonstrated on reviews

@@ -186,7 +186,7 @@ def test_a_run_that_finds_no_mixed_groups(
     shutil.rmtree("starved", ignore_errors=True)
     assert main("dapo", *args, "--reward", "same.py:same", "--log-every", 1) == 1
     (said,) = capsys.readouterr().err.splitlines()
-    found = "--max-rounds 2 found 0 groups with mixed answers of the 4 needed"
+    found = "--max-rounds 2 found 0 of the 4 mixed groups that a step needs"
     assert said == f"dapo.py: {found}: {word}, or too few rounds"
     assert not (ends / "starved/x.pt").exists()
     sampling, calls = dapo.dynamic_sampling, []
