@@ -1,27 +1,28 @@
-"""What a checkpoint does on held-out prompts. Every script calls this at its end; as a command:
+"""Measures a checkpoint on held-out prompts. Every script does so at its end; as a command:
 
-    python evaluate.py out/reviews/dpo.pt              the same figures again, and samples
+    python evaluate.py out/reviews/dpo.pt              the same figures and samples again
     python evaluate.py out/reviews/dpo.pt --prompt "A drama, The Last Road:"
 
-One response is sampled to each test prompt (temperature 1, nothing cut off, a fixed seed), and one
-from the reference π_ref, the checkpoint that the method started from:
+For each test prompt the policy samples one response (at temperature 1, from all tokens, with a
+fixed seed), and so does the reference π_ref, the checkpoint that the method started from:
 
     reward       mean reward of the responses; ref_reward: of the reference's
     score        mean score of the reward model that the method was trained with; ref_score
-    win_rate     share of prompts whose response has the higher reward of the two, ties half
+    win_rate     share of prompts on which the policy has the higher reward; a tie counts ½
     kl           KL(π‖π_ref) per response, nats: mean of Σ_t log π/π_ref over the policy's samples
     length       tokens per response, the end token included; ended: the share that has one
     entropy      of the next-token distribution, mean over response tokens, nats
-    accuracy     if no reward is known: share of held-out pairs whose chosen answer is preferred
+    accuracy     if no reward is known: share of held-out pairs whose chosen answer it prefers
     nll          if no reward is known, after SFT: nats per token of the held-out answers
 
-On `exact` nothing is sampled: each figure is a sum over all outcomes, and the optimum
-π* ∝ π_ref exp(r/β) stands beside it:
+On `exact` nothing is sampled: each figure is a sum over all outcomes, and the policy is compared
+with the optimum π* ∝ π_ref exp(r/β) too:
 
     objective    J = E_π[r] - β KL(π‖π_ref), which π* maximises: J(π*) - J(π) = β KL(π‖π*)
     kl_star      KL(π‖π*), nats; tv_star: half of Σ |π - π*|; means over prompts
 
-For an SFT checkpoint π_ref is itself in these, whatever kl and win_rate compare it with.
+In these two, π_ref of an SFT checkpoint is the checkpoint itself, whatever kl and win_rate compare
+it with.
 """
 
 import importlib
@@ -42,7 +43,7 @@ from training.options import flag
 from training.reward import Judge, completions
 
 ROWS = 128  # sequences per forward pass
-# the options of a folder of Hugging Face, which no script of these has trained
+# options for a Hugging Face folder, which none of these scripts has trained
 FOLDER = {"block_size": 0, "truncate": False, "eval_file": "", "eval_prompts": 512}
 
 
@@ -50,10 +51,10 @@ class Evaluator:
     """Measures a policy on held-out prompts, beside another model.
 
     judge: what the method was trained with. compared_with: a frozen model, or the path of a
-    checkpoint, which is in memory only while it is measured with; if None, the reference that the
-    run holds, else the checkpoint that it starts from. held_out: what the method's own loss
-    says of held-out rows, if no reward is known. is_reference: the policy is what later stages call
-    π_ref. What does not fit is said when this is made, before the training."""
+    checkpoint, which is in memory only while it is used; if None, the reference that the run holds,
+    or else the checkpoint that the run starts from. held_out: what the method's own loss says of
+    held-out rows, if no reward is known. is_reference: the policy is what later stages call π_ref.
+    Prompts that do not fit are reported when this is made, before the training."""
 
     def __init__(
         self, run, task, judge=None, compared_with=None, held_out=None, is_reference=False
@@ -82,7 +83,7 @@ class Evaluator:
 
     @torch.no_grad()
     def measure(self, policy, prompts=0):
-        """-> the figures of this file's docstring, of the first so many prompts; 0: of all"""
+        """-> the figures of this file's docstring, on the first `prompts` prompts; 0: on all"""
         ref = self.compared_with
         if isinstance(ref, str):
             ref = self.run.open(ref) if ref else None
@@ -95,7 +96,7 @@ class Evaluator:
         return figures
 
     def facts(self, figures):
-        """-> what a checkpoint keeps, so that the command measures it again"""
+        """-> what the checkpoint keeps, so that evaluate.py can measure it again"""
         named = isinstance(self.compared_with, str) and not self.is_reference
         return {
             "template": self.task.template,
@@ -134,8 +135,8 @@ class Evaluator:
         return figures
 
     def _respond(self, model, n, seed, scored_by=None):
-        """One response to each of the first n prompts: texts, ended, tokens, rewards by name.
-        scored_by: (policy, ref), which give log-ratios and entropies."""
+        """Samples one response to each of the first n prompts. -> texts, ended, tokens, rewards by
+        name, and with scored_by = (policy, ref) log-ratios and entropies"""
         generator = torch.Generator().manual_seed(seed)
         found = SimpleNamespace(texts=[], ended=[], tokens=0, log_ratio=[], entropy=0.0)
         found.difference = 0.0
@@ -159,16 +160,16 @@ class Evaluator:
         return found
 
     def _examples(self, texts, ref_texts):
-        """-> (prompt, reference's response, policy's) of two prompts, whose responses differ if
-        there are such"""
+        """-> (prompt, the reference's response, the policy's) of two prompts, if possible of such
+        whose responses differ"""
         ref_texts = ref_texts or [None] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: texts[i] == ref_texts[i])
         return [(self.prompts[i][1], ref_texts[i], texts[i]) for i in order[:2]]
 
-    # ---- to look at
+    # ---- for the reader
 
     def report(self, title, f):
-        """Prints the figures, and samples beside the reference's: people would rather look."""
+        """Prints the figures, and samples of the policy below the reference's."""
         bound = self.judge.bound if self.judge else self.task.bound
         name = "pass@1" if bound == 1 else f"gold reward (of {bound:g})" if bound else "reward"
         rows = [
@@ -203,8 +204,8 @@ class Evaluator:
 
 
 def log_ratio_and_entropy(policy, ref, rollout):
-    """-> (rows, 3): Σ_t log π/π_ref of each response, the sum of its tokens' entropies, and the
-    largest difference between the log-prob of a token and the one it was drawn with"""
+    """-> (rows, 3): for each response Σ_t log π/π_ref, the sum of its tokens' entropies, and the
+    largest difference between a token's log-prob here and the one it was sampled with"""
     logp, entropy = policy.logprobs(rollout.ids, rollout.mask, entropy=True)
     ref_logp = logp if ref is None else ref.logprobs(rollout.ids, rollout.mask)
     difference = (logp - rollout.logp).abs().amax(1)
@@ -217,23 +218,23 @@ def log_ratio_and_entropy(policy, ref, rollout):
 @dataclass
 class Options:
     checkpoint: str = opt(..., "the .pt file of a language model")
-    prompt: str = opt("", "answer this prompt instead (\\n stands for a new line)")
-    task: str = opt("", "the task to evaluate on (default: the one it was trained on)")
+    prompt: str = opt("", "only answer this prompt (\\n stands for a new line)")
+    task: str = opt("", "task to evaluate on (default: the one it was trained on)")
     eval_file: str = opt("", "JSONL file to evaluate on (default: the task's test split)")
     reference: str = opt("", "checkpoint to compare with (default: the one it started from)")
     reward: str = opt("", "the judge: task, rm, X.pt, FILE.py:function (default: its training's)")
-    eval_prompts: int = opt(0, "test prompts (0: as many as after the training)", low=0)
-    max_new_tokens: int = opt(0, "longest response (0: as at the end of the training)", low=0)
+    eval_prompts: int = opt(0, "test prompts (0: as many as at the end of its training)", low=0)
+    max_new_tokens: int = opt(0, "longest response, in tokens (0: as in its training)", low=0)
     chat: bool = opt(True, "a plain prompt is a user message, if the checkpoint has a template")
-    template_args: tuple = opt((), "of the checkpoint's chat template: enable_thinking=false")
-    truncate: bool = opt(False, "cut prompts that do not fit, from their left")
-    seed: int = opt(0, "of the samples", low=0)
+    template_args: tuple = opt((), "arguments of its chat template, as enable_thinking=false")
+    truncate: bool = opt(False, "cut the beginning of prompts that do not fit")
+    seed: int = opt(0, "seed of the samples", low=0)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "precision", choices=training.options.DTYPES[:-1])
 
 
 class Again(Compute):
-    """A trained checkpoint, opened to be measured."""
+    """A trained checkpoint, opened again to be measured."""
 
     def __init__(self, o):
         super().__init__(o)
@@ -256,8 +257,8 @@ class Again(Compute):
             path = path if os.path.exists(path) else moved  # beside the checkpoint, if that moved
         if not path or not os.path.exists(path) and not self.o.reference:
             missing = f" ({path} is missing)" if path else ""
-            left_out = "win rate and KL are left out; --reference names one"
-            print(f"no reference{missing}: {left_out}")
+            left_out = "win rate and KL are not reported; --reference names one"
+            print(f"no reference checkpoint{missing}: {left_out}")
             return ""
         model, tokenizer, _ = checkpoint.load(path)
         if tokenizer.vocabulary != self.tokenizer.vocabulary:
@@ -267,24 +268,24 @@ class Again(Compute):
         return path
 
     def meant(self, path):
-        """-> what a path that the checkpoint keeps meant where it was trained; of what is no path
-        of a file, itself"""
+        """A path, as the checkpoint recorded it in its folder -> the path from here. What is no path
+        of a file stays as it is."""
         if not path or path in ("task", "rm") or data.kind(path) in data.BUILT_IN:
             return path
         folder = os.path.dirname(os.path.realpath(self.o.checkpoint))
         return os.path.relpath(os.path.join(folder, self.meta["folder"], path))
 
     def reads(self, path, part, known_by=""):
-        """Nothing is written that it could be."""
+        """Does nothing: this writes no file that could be a file it reads."""
 
     def keep(self):
-        """Nothing is trained that could be lost."""
+        """Does nothing: this trains no weights that could be lost."""
 
     def stage(self, method):
         return checkpoint.default_path(self.o.task, method)
 
     def answer(self, prompt):
-        """Prints the reference's and the policy's answer to a prompt."""
+        """Prints the reference's answer to a prompt, and the policy's."""
         n = self.o.max_new_tokens or min(256, self.block_size // 2)
         limit = self.block_size - n
         rows, _ = data.encode_prompts([(prompt,)], self.tokenizer, limit, self.o.truncate)
@@ -305,7 +306,7 @@ def main(argv=None):
         run.answer(o.prompt.replace("\\n", "\n"))
         return
     if not o.task and not run.meta["options"]:
-        words = "was trained on no task of these scripts; give --task, or a --prompt"
+        words = "was not trained by these scripts; give --task, or a --prompt"
         raise UserError(f"{o.checkpoint} {words}")
     eval_file = o.eval_file or ("" if o.task else run.meant(run.trained.eval_file))
     own_task = not o.task
@@ -317,7 +318,7 @@ def main(argv=None):
             )
     task = data.task(o.task, eval_file)
     if task.outcomes and (unread := o.given & {"eval_prompts", "seed", "truncate"}):
-        words = f"every outcome of {task.name} is counted, nothing is drawn or cut"
+        words = f"on {task.name} every outcome counts, and nothing is sampled or cut"
         raise UserError(f"{flag(min(unread))}: {words}; leave it out")
     checkpoint.same_world(o.checkpoint, run.tokenizer, run.meta, task)
     task.template = run.meta["template"]
@@ -330,7 +331,7 @@ def main(argv=None):
         try:
             judge = load_judge(reward, run, task)
         except UserError as e:
-            print(f"what it was trained with is left out ({e}); --reward names another")
+            print(f"the judge of its training is left out ({e}); --reward names another")
     held_out = None
     if run.meta.get("held_out"):
         script = importlib.import_module(run.meta["method"])

@@ -1,12 +1,11 @@
-"""A checkpoint as a Hugging Face folder, which transformers reads with the same logits.
+"""Writes a checkpoint as a Hugging Face folder, from which transformers computes the same logits.
 
     python export.py out/reviews/dpo.pt --to folder          a toy model, as a GPT-2
     python export.py out/gsm8k/dpo.pt --to folder --dtype bfloat16
     python export.py out/gsm8k/dpo.pt --to folder --adapter  what --lora has trained, for PEFT
 
-A language model is read by AutoModelForCausalLM, a reward model by
-AutoModelForSequenceClassification, both by AutoTokenizer. What the other side does not see is
-printed.
+AutoModelForCausalLM reads a language model, AutoModelForSequenceClassification a reward model, and
+AutoTokenizer their vocabulary. What transformers cannot represent is printed.
 """
 
 import json
@@ -30,20 +29,20 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 @dataclass
 class Options:
     checkpoint: str = opt(..., "the .pt file of a language model or of a reward model")
-    to: str = opt("", "folder to write: a new or an empty one (default: beside the checkpoint)")
-    dtype: str = opt("auto", "of the weights (auto: as they are)", choices=DTYPES)
-    adapter: bool = opt(False, "write the adapters of --lora alone, as PEFT has them")
+    to: str = opt("", "folder to write, new or empty (default: beside the checkpoint)")
+    dtype: str = opt("auto", "precision of the weights (auto: as they are)", choices=DTYPES)
+    adapter: bool = opt(False, "write only the adapters of --lora, in PEFT's format")
 
 
 def merged(model, tokenizer, meta, dtype):
-    """-> (config.json, tensors, other files, what the other side does not see) of a model"""
+    """-> (config.json, tensors, other files, what transformers cannot represent) of a model"""
     files = dict(tokenizer.meta.get("files", {}))
     known, unseen = json.loads(files.get("config.json", "{}")), []
     config = weights.write_config(model, known, dtype)
     if not files:
         files = tokenizer_files(tokenizer, model.config.block_size)
         config |= {"bos_token_id": tokenizer.end_id}
-        unseen.append("no chat template: prompts and answers are plain text, joined as they are")
+        unseen.append("no chat template: prompts and answers are plain text, one after the other")
     generation = json.loads(files.get("generation_config.json", "{}"))
     named = generation.get("eos_token_id", config.get("eos_token_id"))
     named = named if isinstance(named, list) else [named] * (named is not None)
@@ -59,15 +58,15 @@ def merged(model, tokenizer, meta, dtype):
             unseen.append("plain prompts were not rendered by the chat template (--no-chat)")
     if isinstance(model, ScalarGPT):
         config["pad_token_id"] = pad = pad_token(tokenizer)
-        unseen.append(f"batches are to be padded with token {pad}, which ends no response")
+        unseen.append(f"pad batches with token {pad}, which ends no response")
         if bias := model.head.bias.item():
             unseen.append(f"every score is {bias:.4f} higher here (score_bias in config.json)")
     return config, weights.tensors_of(model, dtype), files, unseen
 
 
 def pad_token(tokenizer):
-    """-> a token that ends no response. transformers reads a score at the last one that is not
-    pad_token_id: were that the end token, it would read the token before it."""
+    """-> a token that ends no response. transformers reads a score at the last token that is not
+    pad_token_id; if that were the end token, it would read the score one token too early."""
     if tokenizer.template is None and not tokenizer.meta.get("files"):
         return 0
     pad = tokenizer.controls.get(tokenizer.named.get("pad_token"))
@@ -76,9 +75,9 @@ def pad_token(tokenizer):
 
 
 def adapters(model, meta, path):
-    """-> (adapter_config.json, tensors, no files, where they belong) for PEFT"""
+    """-> (adapter_config.json, tensors, no other files, the weights they belong on) for PEFT"""
     if "lora" not in meta or isinstance(model, ScalarGPT):
-        what = "holds no adapters of a policy, which --lora trains; leave --adapter out"
+        what = "holds no adapters of a policy, as --lora trains them; leave --adapter out"
         raise UserError(f"{path} {what}")
     facts, config, tensors = meta["lora"], model.config, {}
     for name, x in facts["tensors"].items():
@@ -98,11 +97,11 @@ def adapters(model, meta, path):
         **dict(target_modules=sorted(modules), fan_in_fan_out=not config.llama),
         **dict(inference_mode=True, modules_to_save=None),
     }
-    return said, tensors, {}, [f"they belong on {facts['start']}, and on no other weights"]
+    return said, tensors, {}, [f"the adapters fit {facts['start']} and no other weights"]
 
 
 def write(folder, config_name, config, tensors, weights_name, files):
-    """Writes the folder whole, or not at all."""
+    """Writes the folder with all its files, or not at all."""
     half = Path(f"{folder}.{os.getpid()}.tmp")
     try:
         half.mkdir(parents=True)
@@ -119,7 +118,7 @@ def main(argv=None):
     o = parse(Options, argv)
     folder = Path(o.to or o.checkpoint.removesuffix(".pt"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--to {folder} is there already; give a new folder, or an empty one")
+        raise UserError(f"--to {folder} exists already; give a new folder, or an empty one")
     model, tokenizer, meta = checkpoint.load_any(o.checkpoint)
     own = model.state_dict()["head.weight" if isinstance(model, ScalarGPT) else "wte.weight"].dtype
     dtype = own if o.dtype == "auto" else getattr(torch, o.dtype)
@@ -134,7 +133,7 @@ def main(argv=None):
     kind = next(iter(tensors.values())).dtype
     print(f"{folder}: {size / 1e6:,.2f} M numbers in {str(kind).removeprefix('torch.')}")
     for text in unseen:
-        print(f"  not seen there: {text}")
+        print(f"  not in the folder: {text}")
 
 
 if __name__ == "__main__":

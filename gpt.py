@@ -1,12 +1,12 @@
-"""The model that every script shares: a nanoGPT-style transformer, log-probs, files.
+"""The model that every script shares: a nanoGPT-style transformer, its log-probs, its files.
 
     GPT          ids (B, T) -> log-probs (B, T) or logits (B, T, V)
     ScalarGPT    the same trunk with one number per position (B, T): a reward model or a critic
     save, load   a checkpoint: weights, config, and the plain facts that a later stage needs
 
 Shapes: B sequences, T tokens, V vocabulary, C width, H heads of queries, K of keys and of values,
-D width of a head. Rows are padded on the right with id 0. Under causal attention the padding
-changes nothing before it, so there is no attention mask, only the mask of what is trained. Entry t
+D width of a head. Rows are padded on the right with id 0. Under causal attention padding
+changes nothing before it, so there is no attention mask, only the mask of trained tokens. Entry t
 of a (B, T) table of log-probs is log π(ids[t] | ids[<t]); column 0 is 0.
 Inside the model the tokens of all rows stand in one list, (N, C), without padding: packing.py.
 There is no dropout: log-probs of the same text must agree between sampling, scoring and training.
@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from packing import before, last_token, pack
 
-# at most, for logits, softmax and their gradient together; more states are scored in chunks, which
-# the backward pass computes again
+# the most that logits, their softmax and their gradient may take together; if they need more, the
+# states are scored in chunks, which the backward pass computes again
 LOGITS_BYTES = 2**28
 
 
@@ -37,14 +37,14 @@ class GPTConfig:
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
-    # what the checkpoints of other families need
+    # for checkpoints of other model families
     llama: bool = False  # RMSNorm, SwiGLU, rotary positions, no biases: all four, or GPT-2's
-    n_kv_head: int = 0  # K: heads of keys and of values; 0: as many as of queries
+    n_kv_head: int = 0  # K: heads of keys and of values; 0: as many as query heads
     head_dim: int = 0  # D; 0: n_embd / n_head
     n_inner: int = 0  # width inside the MLP; 0: 4 n_embd
     norm_eps: float = 1e-5
     tied: bool = True  # the head is the token embedding
-    qkv_bias: bool = False  # Qwen2: biases on queries, keys and values alone
+    qkv_bias: bool = False  # Qwen2: biases on queries, keys and values only
     qk_norm: bool = False  # Qwen3: RMSNorm of each query and key
     rope_theta: float = 10000.0
     rope_scaling: tuple = ()  # Llama 3.1: (factor, low, high, context)
@@ -58,7 +58,7 @@ class GPTConfig:
 # ---- the transformer
 #
 # These layers are called without torch's module hooks, which cost 12 to 15 % of a toy model's step.
-# Blocks keep their hooks: --shard gathers their weights there.
+# Blocks keep their hooks, because --shard gathers a block's weights in one.
 
 
 class Linear(nn.Linear):
@@ -75,9 +75,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """With a row's q, k and v this is softmax(q kᵀ / √D + causal) v in each head: what
-    `F.scaled_dot_product_attention(q, k, v, is_causal=True)` computes. Here x has the N tokens of
-    all rows in one list; `packed` knows how they stand in rows, and attends."""
+    """softmax(q kᵀ / √D + causal mask) v in each head, for the q, k and v of a row: what
+    `F.scaled_dot_product_attention(q, k, v, is_causal=True)` computes. Here x holds the N tokens of
+    all rows in one list. `packed` knows which row each is in, and computes the attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -106,9 +106,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then an MLP, each added to the residual stream. `layer`, its number, is
-    for the cache of keys and values when sampling; after the final block's attention only the M
-    states that are wanted go on."""
+    """One layer: attention, then an MLP, each added to the residual stream. `layer` is its number;
+    when sampling, the cache of keys and values needs it. After the final block's attention only the
+    M wanted states go on."""
 
     def __init__(self, config):
         super().__init__()
@@ -133,8 +133,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A language model. Weights come from `seed` and are drawn on the CPU, so that every machine
-    starts from the same ones: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer))."""
+    """A language model. Its weights are drawn with `seed` on the CPU, so that every machine starts
+    from the same ones: N(0, 0.02), for residual projections N(0, 0.02 / sqrt(2 n_layer))."""
 
     def __init__(self, config, seed=0):
         super().__init__()
@@ -161,13 +161,13 @@ class GPT(nn.Module):
 
     @property
     def head(self):
-        """(V, C): the weights that give the logits"""
+        """(V, C): the weights that turn states into logits"""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def hidden(self, packed):
-        """packed: a packing.Packed, or a sampling.Drawing, which reads from a cache: N token `ids`,
-        their `position` in their rows, how they `attend`, and which M of them to `select`.
-        -> (M, C): their states, after the final norm"""
+        """packed: a packing.Packed, or a sampling.Drawing, which reads from a cache. It has N
+        token `ids`, their `position` in their rows, and methods to `attend` and to `select` the M
+        wanted tokens. -> (M, C): the states of these, after the final norm"""
         x, rope = self.wte(packed.ids), None
         if self.config.llama:
             rope = rotations(self.config, packed.position, x.dtype)
@@ -187,26 +187,26 @@ class GPT(nn.Module):
         return F.linear(h, self.head).view(*ids.shape, -1)
 
     def matmul_parameters(self):
-        """-> how many weights multiply every token, the head's among them: a forward pass costs
-        twice as many FLOPs per token"""
+        """-> the number of weights that multiply every token, the head's included: a forward pass
+        costs twice as many FLOPs per token"""
         inner = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
         return inner + self.head.numel()
 
     def logprobs(self, ids, mask, temperature=1.0, entropy=False, packed=None):
-        """Log-probs in nats of the tokens that `mask` marks, each given all that stands before it.
+        """Log-probs in nats of the tokens that `mask` marks, each given all tokens before it.
 
         ids (B, T) int64; mask (B, T) bool, True = a response token, end token included. Returns
         (B, T), 0 off the mask, float32 (float64 for a float64 model). With `entropy=True` also the
         entropies of these distributions, (B, T), nats, without gradient. packed: `pack(ids,
         before(mask))`, if it has been made already.
-        The head runs on the M marked positions alone; if (M, V) logits do not fit LOGITS_BYTES, in
-        chunks that the backward pass computes again.
+        The head runs on the M marked positions alone. If (M, V) logits do not fit LOGITS_BYTES, it
+        runs in chunks, which the backward pass computes again.
         """
         assert mask.shape == ids.shape and mask.dtype == torch.bool, "a bool mask for every id"
         packed = packed or pack(ids, before(mask))
         h = self.hidden(packed)  # (M, C)
         target = ids.flatten().index_select(0, packed.places + 1)  # (M,)
-        rows = max(1, LOGITS_BYTES // (12 * self.config.vocab_size))  # of 3 tables, 4 bytes each
+        rows = max(1, LOGITS_BYTES // (12 * self.config.vocab_size))  # 3 tables of 4-byte numbers
         chunks = list(zip(h.split(rows), target.split(rows)))
         recompute = len(chunks) > 1 and torch.is_grad_enabled()
         score = partial(checkpoint, self._score, use_reentrant=False) if recompute else self._score
@@ -216,7 +216,7 @@ class GPT(nn.Module):
 
     def _score(self, h, target, temperature, entropy):
         """h (M, C), target (M,) -> log-probs (M,), and with `entropy` the entropies (M,). The
-        softmax is never below float32."""
+        softmax is computed in float32 or float64."""
         logits = F.linear(h, self.head)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         logits = logits if temperature == 1.0 else logits / temperature
@@ -230,11 +230,11 @@ class GPT(nn.Module):
 
 def rotations(config, position, dtype):
     """position (N,) -> cos and signed sin, (N, 1, D): x · cos + roll(x, D/2) · sin turns a query or
-    a key. At least float32, and not stored in the model: a cast of the model would round them."""
+    a key. Angles are at least float32, and not stored in the model, whose casts would round them."""
     D, wide = config.heads()[2], torch.promote_types(dtype, torch.float32)
     two_i = torch.arange(0, D, 2, device=position.device, dtype=wide)
     frequency = 1 / config.rope_theta ** (two_i / D)
-    if config.rope_scaling:  # long waves are stretched by the factor, short ones are kept
+    if config.rope_scaling:  # the factor stretches long waves; short ones stay
         factor, low, high, context = config.rope_scaling
         kept = ((context * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / factor)
@@ -244,19 +244,19 @@ def rotations(config, position, dtype):
 
 
 def _scatter(x, packed, shape):
-    """x (M,), of the wanted states -> a (B, T) table with each at the token that comes next"""
+    """x (M,), a number per wanted state -> (B, T): each at the token after its state, else 0"""
     return x.new_zeros(shape).view(-1).index_copy(0, packed.places + 1, x).view(shape)
 
 
 # ---- what the methods ask of a model
 #
-# batch: a data.Batch, which holds B unique rows, and whose `unfold` repeats a result for each row
-# that was handed in; or a Rollout, in which every row counts and `unfold` does nothing.
+# batch: a data.Batch, which holds B unique rows, and whose `unfold` repeats results, one for each
+# row that was handed in; or a Rollout, which keeps equal rows, and whose `unfold` does nothing.
 
 
 def token_logprobs(model, batch, temperature=1.0, entropy=False, mask=None):
-    """-> (rows, T) log-probs, in nats, of the response tokens, or of those that `mask` marks; with
-    `entropy` also the entropies"""
+    """-> (rows, T) log-probs, in nats, of the response tokens, or of the tokens that `mask` marks;
+    with `entropy` also the entropies"""
     mask, packed = (batch.mask, batch.packed) if mask is None else (mask, None)
     found = model.logprobs(batch.ids, mask, temperature, entropy, packed)
     return tuple(map(batch.unfold, found)) if entropy else batch.unfold(found)
@@ -268,8 +268,8 @@ def response_logprobs(model, batch):
 
 
 def response_scores(model, batch):
-    """-> (rows,) scores by a reward model. The batch is made with ends=True: the score is read at a
-    response's last token."""
+    """-> (rows,) scores by a reward model. The batch must be made with ends=True: the score is read
+    at a response's last token."""
     return batch.unfold(model.score(batch.ids, batch.mask, batch.packed))
 
 
@@ -293,13 +293,13 @@ class ScalarGPT(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def values(self, ids):
-        """ids (B, T) -> (B, T), float32 or float64: a number per position, which sees that token
+        """ids (B, T) -> (B, T), float32 or float64: a number per position, computed from that token
         and all before it."""
         packed = pack(ids, torch.ones_like(ids, dtype=torch.bool))
         return self._scalar(self.trunk.hidden(packed)).view(ids.shape)
 
     def values_before(self, ids, mask, packed=None):
-        """ids, mask (B, T) and packed as for `logprobs` -> (B, T): the value of what stands before
+        """ids, mask (B, T) and packed as for `logprobs` -> (B, T): the value of the state before
         each response token; 0 off the mask."""
         packed = packed or pack(ids, before(mask))
         return _scatter(self._scalar(self.trunk.hidden(packed)), packed, ids.shape)
@@ -313,7 +313,7 @@ class ScalarGPT(nn.Module):
         return self._scalar(h)
 
     def _scalar(self, h):
-        """h (…, C) -> (…). The head is never below float32: bfloat16 would round scores near 2 to
+        """h (…, C) -> (…), computed in float32 at least: bfloat16 would round scores near 2 to
         multiples of 0.016."""
         dtype = torch.promote_types(h.dtype, torch.float32)
         with torch.autocast(h.device.type, enabled=False):
@@ -323,7 +323,7 @@ class ScalarGPT(nn.Module):
     forward = values
 
     def matmul_parameters(self):
-        """-> as in GPT; there is no vocabulary head here"""
+        """-> as in GPT, with the scalar head in place of the vocabulary's"""
         trunk = self.trunk.matmul_parameters() - self.trunk.head.numel()
         return trunk + self.head.weight.numel()
 
@@ -344,12 +344,12 @@ class ScalarGPT(nn.Module):
 
 
 def write(obj, path):
-    """torch.save through a temporary file and a rename: `path` is always whole, or as it was. A
-    link is written through. Raises OSError if it cannot be written."""
+    """torch.save through a temporary file and a rename: `path` is never half written. If it is a
+    link, the file that it points to is replaced. Raises OSError if that cannot be written."""
     path = os.path.realpath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as f:  # a file object, as torch writes a file's name into it
+        with open(temporary, "wb") as f:  # not a name, which torch would write into the file
             torch.save(obj, f)
         os.replace(temporary, path)
     except BaseException as e:
@@ -367,22 +367,22 @@ def save(model, path, **meta):
 
 
 def load(path, device="cpu", mapped=False):
-    """-> (model, meta), with the weights as saved. Raises ValueError, one line, if the file is not
-    a whole checkpoint of ours. mapped: the weights stay in the file until they are read."""
+    """-> (model, meta), with the weights as saved. Raises ValueError, of one line, if the file is
+    no complete checkpoint of ours. mapped: weights stay in the file until they are read."""
     try:
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a directory; give the .pt file in it") from None
-    except Exception as e:  # torch raises a zoo of types for a file that is cut short
+    except Exception as e:  # torch raises many types of error for a file that is cut short
         reason = type(e).__name__
         raise ValueError(f"{path} is not a whole checkpoint ({reason}); train it again") from None
     if not isinstance(file, dict) or file.get("nanopo") not in ("GPT", "ScalarGPT"):
         raise ValueError(f"{path} is not a checkpoint of these scripts; give one that sft.py wrote")
     try:
         kind = {"GPT": GPT, "ScalarGPT": ScalarGPT}[file["nanopo"]]
-        with torch.device("meta"):  # no weight is drawn first
+        with torch.device("meta"):  # so that no weights are drawn
             model = kind(GPTConfig(**file["config"]))
         model.load_state_dict(file["model"], assign=True)
         return model.to(device), file["meta"]

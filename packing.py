@@ -5,13 +5,13 @@
     last_token   a mask of tokens -> True at the last one of each row
 
 A padded table of B rows and T columns wastes work twice: on padding, and on prompts that several
-rows have in common. So the tokens that matter stand in one list, without padding, and what rows
-share from their start is in it once. Two responses, 7 8 and 9, to the prompt 5 6, whose log-probs
-are wanted:
+rows have in common. So the tokens that matter stand in one list, without padding, and a beginning
+that rows share is in it once. An example: the log-probs of two responses, 7 8 and 9, to the prompt
+5 6:
 
-    ids     5 6 7 8      wanted  - 6 7 -      what predicts 7 and 8
-            5 6 9 0              - 6 - -      what predicts 9
-    list    5 6 7        N = 3 tokens; nothing needs the states of 8 and 9
+    ids     5 6 7 8      wanted  - 6 7 -      the tokens that predict 7 and 8
+            5 6 9 0              - 6 - -      the token that predicts 9
+    list    5 6 7        N = 3 tokens; no prediction needs the states of 8 and 9
     rows    0 1 2        where the tokens of each row are in the list; 0 also stands for padding
             0 1 0
 
@@ -24,12 +24,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-SPLIT_BELOW = 0.7  # prefixes are attended on their own if that leaves so few of B·T² pairs q, k
-SHARE_ABOVE = 0.04  # rows without padding share tokens if these are more than so many of all
+SPLIT_BELOW = 0.7  # prefixes are attended separately if that leaves a smaller share of B·T² pairs
+SHARE_ABOVE = 0.04  # rows without padding share tokens if that spares a larger share of them
 
 
 class Packed(NamedTuple):
-    """The N tokens of B rows that are computed, and the M of them whose states are wanted.
+    """The N tokens of B rows that are computed, and the M among them whose states are wanted.
 
     Rows share equal tokens up to and including the first that is wanted, usually the last of the
     prompt. If few rows differ in their first p columns, as the responses to one prompt do, these
@@ -39,22 +39,22 @@ class Packed(NamedTuple):
     """
 
     ids: torch.Tensor  # (N,) int64
-    position: torch.Tensor  # (N,) int64
-    places: torch.Tensor  # (M,) int64: where the wanted ones stand in the flat table of ids (B, T)
+    position: torch.Tensor  # (N,) int64: the column of each token in its row
+    places: torch.Tensor  # (M,) int64: where the wanted ones are in the flattened ids (B, T)
     wanted: torch.Tensor  # (M,) int64: which of the N tokens these are
-    rows: torch.Tensor  # (B, T') int64: the tokens of each row; 0 in padding, which nothing sees
-    prefixes: torch.Tensor | None  # (U, p) int64: the U different beginnings, attended on their own
+    rows: torch.Tensor  # (B, T') int64: each row's tokens, as indices of the list; 0 in padding
+    prefixes: torch.Tensor | None  # (U, p) int64: the U different beginnings, attended separately
     visible: torch.Tensor | None  # (T' - p, T') bool: what the columns after a prefix attend to
     gather: torch.Tensor | None  # (N,) int64: each token's index in attention's output; None: same
-    gather_wanted: torch.Tensor  # (M,) int64: the same of the wanted ones
+    gather_wanted: torch.Tensor  # (M,) int64: the same for the wanted tokens
 
     def select(self, x):
         """x (N, C) -> (M, C), of the tokens whose states are wanted"""
         return x.index_select(0, self.wanted)
 
     def attend(self, layer, qkv, sizes, final):
-        """qkv (N, (H + 2K) D) -> (N, H D); in the final block (M, H D). sizes: (H, K, D). layer:
-        not needed here; a sampling cache needs it"""
+        """qkv (N, (H + 2K) D) -> (N, H D); in the final block (M, H D). sizes: (H, K, D). layer
+        is not needed here; a sampling cache needs it"""
         H, K, D = sizes
         if self.prefixes is None:
             qkv = qkv if self.gather is None else qkv.index_select(0, self.rows.flatten())
@@ -88,8 +88,8 @@ def _attention(q, k, v, **mask):
 
 
 def pack(ids, wanted, device=None):
-    """ids (B, T) int64; wanted (B, T) bool: whose states are to be computed -> Packed, on `device`
-    (default: that of ids). It is made on the CPU, so that no shape waits for a device's numbers."""
+    """ids (B, T) int64; wanted (B, T) bool: whose states are needed -> Packed, on `device` (that
+    of ids by default). It is made on the CPU, so that no shape waits for a GPU's numbers."""
     device, ids, wanted = device or ids.device, ids.cpu(), wanted.cpu()
     length = row_lengths(wanted)  # tokens after the last wanted one are not computed
     length[0] = length[0].clamp(min=1)  # at least one token, even if no state is wanted
@@ -120,9 +120,9 @@ def pack(ids, wanted, device=None):
 
 
 def _order(ids):
-    """ids (B, T), padding -1 -> (order, same): an order of the rows (B,) in which those that begin
-    alike stand side by side; and in this order, (B, T) bool, whether a token and all before it are
-    those of the row above.
+    """ids (B, T), padding -1 -> (order, same). order (B,) sorts the rows, so that rows that begin
+    alike are neighbours. same (B, T) bool says of each token of the sorted rows whether it and all
+    before it equal those of the row above.
 
     [5 6 7], [5 6 8] -> order 0 1, same [F F F], [T T F]"""
     keys = [row.numpy().tobytes() for row in ids]
@@ -133,11 +133,10 @@ def _order(ids):
 
 
 def _owners(order, same):
-    """-> (B, T) int64, for the rows as they stood before they were ordered: which row computes a
-    token.
+    """-> (B, T) int64, for the rows in their original order: which row computes each token.
 
     order 1 0, same [F F F], [T T F]: row 1 comes first and computes all its tokens, row 0 takes two
-    of it -> [1 1 0], [1 1 1]"""
+    from it -> [1 1 0], [1 1 1]"""
     source = torch.where(same, 0, torch.arange(len(same))[:, None])
     source = source.cummax(0).values  # the nearest row, above or itself, with a new token here
     return order[source][order.argsort()]
@@ -145,8 +144,8 @@ def _owners(order, same):
 
 def _gathers(row, column, rows, has_prefix, p):
     """-> (prefixes, visible, gather) of a Packed. row, column (N,): where the tokens of the list
-    stand in the table; has_prefix (B,): True at the row that contributes each different prefix.
-    Attention's output has the U prefixes first, then what follows them in each row.
+    are in the table; has_prefix (B,): True at the rows that contribute the U different prefixes.
+    Attention's output has these prefixes first, then the rest of each row.
 
     rows [0 1 2], [0 1 3], p = 2 -> prefixes [0 1]; the output holds tokens 0 1 | 2 | 3, gather is
     0 1 2 3. With p = 0 it holds 0 1 2 | 0 1 3, and gather is 0 1 2 5."""
@@ -161,11 +160,11 @@ def _gathers(row, column, rows, has_prefix, p):
 
 
 def _prefix_length(n_shared, T):
-    """n_shared (B,): how many tokens another row computes for a row -> p, how many columns are best
-    attended on their own; 0 for none. It is counted in pairs of a query and a key.
+    """n_shared (B,): how many tokens of each row another row computes -> p, how many columns are
+    best attended separately; 0: none. The cost is counted in pairs of a query and a key.
 
-    n_shared 0 2, T = 3: one prefix of two tokens costs 2·2 pairs, what follows it in two rows
-    2·1·3; 10 of the 18 pairs of the table -> 2"""
+    n_shared 0 2, T = 3: one prefix of two tokens costs 2·2 pairs, the rest of the two rows 2·1·3.
+    That is 10 of the 18 pairs of the table -> 2"""
     B, p = len(n_shared), torch.arange(1, T)
     different = n_shared.bincount(minlength=T).cumsum(0)[: T - 1]  # how many prefixes of p tokens
     pairs = different * p * p + B * (T - p) * T
@@ -174,7 +173,7 @@ def _prefix_length(n_shared, T):
 
 
 def before(mask):
-    """mask (B, T) bool, of tokens -> True at the position that predicts each of them"""
+    """mask (B, T) bool, of tokens -> True at the positions that predict them"""
     return F.pad(mask[:, 1:], (0, 1))
 
 
@@ -184,5 +183,5 @@ def last_token(mask):
 
 
 def row_lengths(mask):
-    """mask (B, T) bool -> (B,) int64: columns up to the last that is marked"""
+    """mask (B, T) bool -> (B,) int64: how many columns there are up to the last marked one"""
     return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1)

@@ -322,7 +322,7 @@ def test_adapters_go_out_under_their_own_names(family, tmp_path, monkeypatch, ca
     more = ["--block-size", 32, "--truncate", "--max-new-tokens", 4, "--lr", 0.1, "--warmup", 1]
     assert main("dpo", *args, *more, "--out", "y.pt") == 0
     assert main("export", "y.pt", "--adapter", "--to", "adapter") == 0
-    assert "they belong on base" in capsys.readouterr().out
+    assert "the adapters fit base" in capsys.readouterr().out
     assert main("export", "y.pt", "--to", "whole") == 0
     facts = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert facts["base_model_name_or_path"] == "base" and facts["r"] == 2
