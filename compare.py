@@ -1,4 +1,4 @@
-"""The methods side by side, from one SFT checkpoint with equal budgets: reward, KL, memory, time.
+"""Compares the methods, from one SFT checkpoint with equal budgets: reward, KL, memory, time.
 
     python compare.py                           every method on reviews, into out/compare/reviews
     python compare.py --seeds 3 --sweep         three seeds, and other values of β, λ
@@ -6,14 +6,14 @@
     python compare.py --methods dpo-few dpo iterative_dpo online_dpo --course
     python compare.py --quick                   a smoke pass of all methods, under four minutes
     python compare.py --task tokens:128+128     sequences of one length: memory and time alone
-    python compare.py --predict 7b              a 7B model's step, predicted without hardware
-    python compare.py --predict FOLDER --lora 16     that of a Hugging Face checkpoint
-    python compare.py --records out/reviews/*.jsonl  the curves of runs that there are
+    python compare.py --predict 7b              memory of a 7B model's step, predicted anywhere
+    python compare.py --predict FOLDER --lora 16     the same for a Hugging Face checkpoint
+    python compare.py --records out/reviews/*.jsonl  the curves of runs that were made before
 
-The budget is a number of response sequences that are trained on: a pair is two, and a sequence that
-is trained on twice counts twice. Each run is a process of its own, through its script's command
-line. One that is there with the same command is kept, so an interrupted comparison goes on where it
-stopped; one that failed is a row that says so, and the exit code is 1. report.html, beside the
+The budget is the number of response sequences that a run trains on: a pair is two, and a sequence
+that is trained on twice counts twice. Each run is a process of its own, with its script's command
+line. A run that was made with the same command is kept, so an interrupted comparison goes on where
+it stopped. A run that failed is a row that says so, and the exit code is 1. report.html, beside the
 tables, is one page with everything: pictures, curves, the answers of all methods side by side.
 """
 
@@ -51,33 +51,33 @@ LOCK = threading.Lock()
 class Options:
     task: str = opt("reviews", "reviews, arithmetic:N, exact, tokens:P+C, or a file with --init")
     methods: tuple = opt((), f"rows of the table, of {' '.join(EVERY)} (default: {' '.join(ROWS)})")
-    seeds: int = opt(1, "runs of each, from one SFT checkpoint", low=1, only="predict=")
-    budget: int = opt(0, "sequences trained on (0: the task's)", low=0, only="predict=")
-    sweep: bool = opt(False, "other strengths too (β, λ), one seed", only="predict=")
+    seeds: int = opt(1, "runs per row, from one SFT checkpoint", low=1, only="predict=")
+    budget: int = opt(0, "sequences trained on per run (0: the task's)", low=0, only="predict=")
+    sweep: bool = opt(False, "other values of β and λ too, one seed", only="predict=")
     course: bool = opt(False, "evaluate every run twenty times", only="predict=")
     quick: bool = opt(False, "a smoke pass: short stages, a small budget", only="predict=")
     init: str = opt("", "SFT checkpoint to start from (default: made first)", only="predict=")
     jobs: int = opt(1, "runs at a time; they disturb each other's times", low=1, only="predict=")
     device: str = opt("auto", "cpu, cuda, cuda:1, mps", only="predict=")
-    dtype: str = opt("auto", "of the runs", choices=DTYPES, only="predict=")
+    dtype: str = opt("auto", "precision of the runs", choices=DTYPES, only="predict=")
     seed: int = opt(0, "the first of the seeds", low=0, below=2**62, only="predict=")
     out: str = opt("", "folder (default: out/compare/<task>)")
-    records: tuple = opt((), "run nothing: the curves of these .jsonl records, in one picture")
+    records: tuple = opt((), "run nothing: draw the curves of these .jsonl records")
     n_layer: int = opt(0, "blocks of the model (default: the task's)", low=1)
     n_head: int = opt(0, "its attention heads per block (default: the task's)", low=1)
     n_embd: int = opt(0, "its width (default: the task's)", low=1)
-    predict: str = opt("", "train nothing: a step's memory at own, 1b, 7b or a folder's size")
-    lora: int = opt(0, "rank of the adapters that are trained, with --predict (0: none)", low=0)
-    ranks: int = opt(1, "processes, each with a step of its own, with --predict", low=1)
-    shard: bool = opt(False, "each of them holds a part of the models, with --predict")
-    vocab_size: int = opt(0, "its tokens, with --predict (default: the size's)", low=1)
+    predict: str = opt("", "train nothing: a step's memory at size own, 1b, 7b or a folder's")
+    lora: int = opt(0, "rank of trained adapters, with --predict (0: none)", low=0)
+    ranks: int = opt(1, "processes, each with its own step, with --predict", low=1)
+    shard: bool = opt(False, "each process holds a part of the models, with --predict")
+    vocab_size: int = opt(0, "vocabulary of the model, with --predict (default: the size's)", low=1)
     batch_size: int = opt(4, "sequences per step, with --predict; a pair is two", low=1)
     micro_batch: int = opt(0, "sequences per forward pass, with --predict (0: all)", low=0)
-    seq_len: int = opt(0, "tokens of one (default: 2048; own: the task's)", low=4)
+    seq_len: int = opt(0, "tokens per sequence (default: 2048; own: the task's)", low=4)
 
     def check(self):
         if not self.predict:
-            report.template()  # what a report needs is looked for before anything runs
+            report.template()  # a missing package is noticed before anything runs
         if self.records:
             self.check_records()
         unread = {"vocab_size", "batch_size", "micro_batch", "seq_len", "lora", "ranks", "shard"}
@@ -89,7 +89,7 @@ class Options:
             if row not in EVERY:
                 raise UserError(f"--methods {row}: no such row; there are {', '.join(EVERY)}")
         if self.shard and self.ranks == 1:
-            raise UserError("--shard cuts models for many processes; give --ranks N too")
+            raise UserError("--shard splits models over processes; give --ranks N too")
         if "rlaif" in self.methods and self.task != "reviews" and not self.predict:
             words = f"rlaif learns its skills on reviews only, not on {self.task}"
             raise UserError(f"--methods {words}; leave it out")
@@ -103,14 +103,14 @@ class Options:
 
     def check_records(self):
         if others := self.given - {"records", "out"}:
-            words = "--records runs nothing, it draws the records of runs"
+            words = "--records runs nothing and only draws"
             raise UserError(f"{words}; leave {flag(min(others))} out")
-        runs = map(tables.run_of, self.records)  # a wrong one is refused before anything is written
+        runs = map(tables.run_of, self.records)  # refuses a wrong one before writing
         self.runs = dict(zip(tables.short(self.records), runs))
 
 
 def rows_of(o):
-    """-> the rows that are asked for, each once"""
+    """-> the rows that the options ask for, each of them once"""
     rows = o.methods or [row for row in ROWS if row != "rlaif" or o.task == "reviews"]
     if o.predict and not o.methods:
         rows = [row for row in EVERY if not EVERY[row].like]
@@ -121,8 +121,8 @@ def rows_of(o):
 
 
 def child(command, threads=0):
-    """Runs a script. -> (its exit code, the last line of its errors). Ctrl-C reaches it too, and
-    SIGTERM is passed on: it saves and ends first."""
+    """Runs a script. -> (its exit code, the last line of its errors). Ctrl-C reaches the script
+    too, and SIGTERM is passed on to it, so that it can save before it ends."""
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, HERE / command[0], *command[1:]], env=env, **pipes)
@@ -148,14 +148,14 @@ def inputs(command):
 
 
 def run(folder, done, threads, item):
-    """Runs an item, if it has not ended before. done: name -> what made it, as commands.json has
-    it. -> (exit code, what went wrong)"""
-    why = "an earlier comparison was killed and its run goes on; this one waits for it"
+    """Runs an item, unless an earlier comparison has finished it. done: name -> the command that
+    made it and a digest of its inputs, as in commands.json. -> (exit code, what went wrong)"""
+    why = "an earlier comparison was killed, but its run goes on; this one waits for that run"
     locks.wait_until_free(folder / f"{item.name}.pt", why)
     made = {"command": item.command, "inputs": inputs(item.command)}
     weights, record, state = (folder / f"{item.name}{x}" for x in (".pt", ".jsonl", ".state"))
     with LOCK:
-        if done.get(item.name) != made:  # what stands there is another run's
+        if done.get(item.name) != made:  # the files there are another run's
             record.unlink(missing_ok=True)
             state.unlink(missing_ok=True)
             done[item.name] = made
@@ -186,7 +186,7 @@ def run_all(o, folder):
             code, errors[item.name] = pool.submit(run, folder, done, 0, item).result()
             if code and item.row == "sft":
                 kind = UserError if code == 2 else Stopped
-                raise kind(f"{item.name}, from which all start: {errors[item.name]}")
+                raise kind(f"{item.name}, from which all rows start: {errors[item.name]}")
             if code:
                 missing.add(str(folder / f"{item.name}.pt"))
         begun = [item for item in runs if not missing & set(item.command)]
@@ -196,17 +196,17 @@ def run_all(o, folder):
 
 
 def write(path, text):
-    path = Path(os.path.realpath(path))  # a link is written through
+    path = Path(os.path.realpath(path))  # if it is a link, its target is replaced
     path.with_suffix(".tmp").write_text(text, "utf-8")
     os.replace(path.with_suffix(".tmp"), path)
 
 
-# ---- what is said of them
+# ---- tables, pictures and reports
 
 
 def compare(o, folder):
-    """Runs what has not been run, prints the tables, and writes README.md, compare.json and the
-    pictures. -> the runs that failed"""
+    """Runs what has not been run yet, prints the tables, and writes README.md, compare.json,
+    report.html and the pictures. -> the names of the runs that failed"""
     start = time.time()
     errors, items = run_all(o, folder)
 
@@ -226,7 +226,7 @@ def compare(o, folder):
 
 
 def side_by_side(o, folder, items):
-    """-> the answers of the first seed of every row, and of the model that all start from"""
+    """-> the answers of each row's first seed, and of the model that all rows start from"""
     if data.kind(o.task) == "tokens":  # random digits, nothing to read
         return []
     begun = o.init or str(folder / f"sft-{o.seed}.pt")
@@ -240,7 +240,7 @@ def side_by_side(o, folder, items):
 
 
 def draw_records(o, folder):
-    """Draws the curves of --records into curves.png, and the same with a table into curves.html"""
+    """Draws the curves of --records into curves.png, and into curves.html with a table"""
     rows = tables.records(o.runs)
     steps = {name: steps for name, (_, steps, _) in o.runs.items()}
     pictures = plots.draw_records(steps, folder)
@@ -251,7 +251,7 @@ def draw_records(o, folder):
 
 
 def predict_all(o, folder):
-    """Prints the table of --predict, and writes it as compare() does"""
+    """Prints the table of --predict, and writes README.md, compare.json and a picture"""
     found, (task, config) = [], predict.settings(o)
     how = o.batch_size, o.micro_batch, o.lora, o.ranks, o.shard
     for row in o.methods:
@@ -261,13 +261,13 @@ def predict_all(o, folder):
         print(f"{row:<24} {time.time() - start:5.0f} s", flush=True)
     table, symbol = tables.predictions(found)
     text = (
-        f"Memory of a step at its peak, {symbol}, predicted: --predict {o.predict}, {task}, "
+        f"Predicted memory of a step at its peak, {symbol}: --predict {o.predict}, {task}, "
         f"{f'--lora {o.lora}, ' if o.lora else ''}{ranks(o)}"
         f"{o.batch_size} sequences per step (a pair is two), {o.micro_batch or o.batch_size} per "
         "forward pass. In each cell: float32 weights with bfloat16 autocast / bfloat16 weights and "
-        "moments. Logits and sampling are the most that they take by themselves, which may be at "
-        "another time than the peak, so the cells of a row need not add up. A card fits what "
-        f"leaves it {predict.SPARE:g} GiB.\n\n{table}"
+        "moments. Logits and sampling are shown at their own maximum, which may be at another time "
+        "than the peak, so the cells of a row need not add up. A step fits on a card if it leaves "
+        f"{predict.SPARE:g} GiB free.\n\n{table}"
     )
     record = {"command": o.line, "predict": o.predict, "task": task, "methods": found}
     publish(folder, record, text, plots.draw_prediction(found, symbol, folder))
@@ -275,7 +275,7 @@ def predict_all(o, folder):
 
 
 def ranks(o):
-    """-> how the models lie on many processes, as text"""
+    """-> the number of processes and how they hold the models, as text"""
     shard = "--shard, " if o.shard else ""
     return f"of each of --ranks {o.ranks}, {shard}" if o.ranks > 1 else ""
 
@@ -314,7 +314,7 @@ def main(argv=None):
         do = draw_records if o.records else predict_all if o.predict else compare
         failed = do(o, folder)
     except KeyboardInterrupt:
-        print("\nthe same command goes on where this one stopped", file=sys.stderr)
+        print("\nrun the same command again to go on where this one stopped", file=sys.stderr)
         raise
     if failed:
         raise Stopped(f"failed: {', '.join(failed)}")

@@ -268,8 +268,8 @@ class Again(Compute):
         return path
 
     def meant(self, path):
-        """A path, as the checkpoint recorded it in its folder -> the path from here. What is no path
-        of a file stays as it is."""
+        """A path, as the checkpoint recorded it in its folder -> the path from here. What names no
+        file stays as it is."""
         if not path or path in ("task", "rm") or data.kind(path) in data.BUILT_IN:
             return path
         folder = os.path.dirname(os.path.realpath(self.o.checkpoint))

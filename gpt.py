@@ -230,7 +230,7 @@ class GPT(nn.Module):
 
 def rotations(config, position, dtype):
     """position (N,) -> cos and signed sin, (N, 1, D): x · cos + roll(x, D/2) · sin turns a query or
-    a key. Angles are at least float32, and not stored in the model, whose casts would round them."""
+    a key. They are at least float32, and not stored in the model, whose casts would round them."""
     D, wide = config.heads()[2], torch.promote_types(dtype, torch.float32)
     two_i = torch.arange(0, D, 2, device=position.device, dtype=wide)
     frequency = 1 / config.rope_theta ** (two_i / D)

@@ -275,7 +275,7 @@ def test_odd_but_legal_feedback(shop, call):
     pair = {"chosen": "a", "rejected": "b", "label": "a column of one's own"}
     write(shop / "pairs.jsonl", [{"prompt": f"p{i}"} | pair for i in range(30)])
     said = call("kto", "--task", "good.jsonl", *INIT, cwd=shop)
-    assert "accuracy will be left out" in said and "examples are desirable" in said
+    assert "accuracy is not reported" in said and "examples are desirable" in said
     record = lines(shop / "out/good/kto.jsonl")
     assert "accuracy" not in record[-1]["final"] and "rewards/chosen" in record[1]
     assert "rewards/rejected" not in record[1]

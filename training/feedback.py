@@ -1,5 +1,5 @@
-"""AI feedback: a model that answers, criticises and revises, a model that judges, and what the word
-of both is worth by the gold reward, if a task has one."""
+"""AI feedback: a model that answers, criticises and revises, a model that judges, and how far both
+agree with the gold reward, if a task has one."""
 
 import random
 from collections import namedtuple
@@ -16,14 +16,14 @@ from training import memory
 from training.reward import completions
 
 ROWS = 128  # questions per forward pass
-# Two answers to a prompt and the principle that they are compared by; or an answer, its revision,
-# and the principle and the critique that led to it.
+# Two answers to a prompt, and the principle that the judge compares them by; or an answer, its
+# revision, and the principle and the critique that led to the revision.
 Pair = namedtuple("Pair", "prompt a b principle columns critique", defaults=("",))
 
 
 class Writer:
-    """A frozen model that answers, criticises and revises, at temperature 1. What it draws is a
-    function of --seed and of a name."""
+    """A frozen model that answers, criticises and revises, at temperature 1. Its samples depend on
+    --seed and on a name."""
 
     def __init__(self, model, run, task, principles):
         self.model, self.run, self.task, self.principles = model, run, task, principles
@@ -37,8 +37,8 @@ class Writer:
         return rows, rng, torch.Generator().manual_seed(rng.getrandbits(62))
 
     def ask(self, questions, generator):
-        """A turn in reply to each question -> (texts, whether each has ended). A question that
-        leaves no room loses its beginning, and the reply does not count as ended."""
+        """Replies to each question. -> (texts, whether each has ended). A question that is too long
+        loses its beginning, and the reply to it does not count as ended."""
         texts, ended, room = [], [], self.run.block_size - self.longest
         speak = self.run.tokenizer.dialogue
         ids = [(speak(x), speak(x, room)) for x in questions]
@@ -51,7 +51,7 @@ class Writer:
         return texts, ended
 
     def pairs(self, n, name, split):
-        """-> a Pair of answers to each of n prompts, where the two differ and have ended"""
+        """-> a Pair of answers for each of n prompts, if the two differ and have ended"""
         rows, rng, generator = self.prompts(n, name, split)
         texts, ended = self.ask([[x] for x, _ in rows for _ in "ab"], generator)
         made = zip(rows, texts[::2], texts[1::2])
@@ -60,9 +60,9 @@ class Writer:
         return [pair for pair, good in zip(pairs, complete) if good and pair.a != pair.b]
 
     def revise(self, n, name, split, rounds=1):
-        """Answers n prompts, criticises each answer under a principle and revises it, then the
-        revision, for some rounds. -> a Pair (answer, revision) of each prompt and round, where all
-        that led to it has ended"""
+        """Answers n prompts, criticises each answer by a principle and revises it; the next round
+        does the same to the revision. -> a Pair (answer, revision) for each prompt and round, if
+        every text that led to it has ended"""
         rows, rng, generator = self.prompts(n, name, split)
         answers, complete = self.ask([[x] for x, _ in rows], generator)
         out = []
@@ -80,25 +80,25 @@ class Writer:
 
 
 class AIJudge:
-    """A frozen model that is asked multiple choice, in its own vocabulary. Its answer is what it
-    would say next: nothing is sampled."""
+    """A frozen model that answers multiple-choice questions in its own vocabulary. Its verdict is
+    the probabilities of the next token; nothing is sampled."""
 
     def __init__(self, model, tokenizer, run):
         self.model, self.tokenizer, self.run = model, tokenizer, run
-        letters = [tokenizer.encode(letter) for letter in "AB"]  # they follow "(", without a space
+        letters = [tokenizer.encode(letter) for letter in "AB"]  # as after "(", without a space
         if any(len(ids) > 1 for ids in letters):
             raise UserError("the judge's vocabulary cuts A or B in two; give another --judge")
         self.options = [ids[0] for ids in letters]
 
     def compare(self, pairs):
-        """Pairs -> (ab, ba), each (N, 2): log-probs of the options A and B, with a pair's a as A,
-        and with its b as A"""
+        """Pairs -> (ab, ba), each (N, 2): log-probs of the options A and B; a pair's a is option A
+        in ab, and its b is option A in ba"""
         ab = [ask_choice(x.prompt, x.a, x.b, x.principle) for x in pairs]
         ba = [ask_choice(x.prompt, x.b, x.a, x.principle) for x in pairs]
         return self.read(ab), self.read(ba)
 
     def read(self, questions):
-        """-> (N, 2) log-probs of A and B as the next token, up to a constant of each question. A
+        """-> (N, 2) log-probs of A and B as the next token, up to a constant per question. A
         question that is too long loses its beginning."""
         model = self.run.gathered(self.model)
         weight, room = model.head[self.options].float(), model.config.block_size
@@ -114,23 +114,23 @@ class AIJudge:
 
 
 def frozen_records(what, **models):
-    """Shows which frozen models are asked before a phase, and for what. -> their records"""
-    data.say(f"asked {what}\n{memory.ledger(memory.records(models))}")
+    """Shows which frozen models work before a phase, and at what. -> their records"""
+    data.say(f"used {what}\n{memory.ledger(memory.records(models))}")
     return memory.records(models)
 
 
-# ---- what their word is worth
+# ---- how far they agree with the gold reward
 
 
 def gold(task, pairs):
-    """-> the gold rewards (of a, of b) of each pair; [] if the task knows none"""
+    """-> the gold rewards [of a, of b] of each pair; [] if the task knows no reward"""
     known = pairs if task.has_reward else []
     return [[task.reward(x.prompt, y, **x.columns) for y in (x.a, x.b)] for x in known]
 
 
 def agreement(task, pairs, *verdicts):
-    """verdicts: (N,) bool each, whether a is the better one. -> the share that the gold reward
-    shares, of those pairs that it tells apart; None without such a pair"""
+    """verdicts: (N,) bool each, whether a is the better one. -> the share of verdicts that agree
+    with the gold reward, over the pairs whose gold rewards differ; None if no pair is such"""
     rewards = gold(task, pairs)
     differ = [i for i, (a, b) in enumerate(rewards) if a != b]
     right = [(rewards[i][0] > rewards[i][1]) == bool(wins[i]) for wins in verdicts for i in differ]
@@ -138,8 +138,9 @@ def agreement(task, pairs, *verdicts):
 
 
 def label_figures(task, pairs, ab, ba, a_wins=()):
-    """-> what the labels of pairs are worth, where a judge has read (ab, ba); {} of no pair.
-    a_wins: (N,) bool, what a model says that has learned from labels; -> how often it agrees"""
+    """-> how good the labels of pairs are that a judge's (ab, ba) make; {} if there are no pairs.
+    a_wins: (N,) bool, the verdicts of a model that learned from such labels; with them also how
+    often it agrees with the judge and with the gold reward"""
     if not pairs:
         return {}
     first, second = ab.softmax(1)[:, 0], ba.softmax(1)[:, 1]
@@ -160,7 +161,7 @@ def label_figures(task, pairs, ab, ba, a_wins=()):
 
 
 def revision_figures(task, revisions):
-    """-> how the gold reward of the revisions compares with that of the answers"""
+    """-> how the gold rewards of revisions compare with those of the answers"""
     gain = [after - before for before, after in gold(task, revisions)]
     if not gain:
         return {}
@@ -169,7 +170,7 @@ def revision_figures(task, revisions):
 
 
 def skill_figures(writer, judge, n):
-    """Measures and shows, on n test prompts, how well the writer revises and the judge compares.
+    """Measures on n test prompts how well the writer revises and the judge compares, and prints it.
     -> the figures"""
     task, pairs = writer.task, writer.pairs(n, "skills", "test")
     revisions = writer.revise(n, "skills", "test")
@@ -190,8 +191,8 @@ def show(title, figures):
 
 
 class PreferenceEvaluator:
-    """Measures a preference model that learned from an AI judge: its agreement with the judge, and
-    with the gold reward. pairs: Pair, from held-out prompts"""
+    """Measures how often a preference model that learned from an AI judge agrees with that judge,
+    and with the gold reward. pairs: a list of Pair, for held-out prompts"""
 
     def __init__(self, run, task, judge, pairs, facts):
         self.run, self.task, self.judge, self.pairs, self.facts = run, task, judge, pairs, facts

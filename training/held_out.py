@@ -1,5 +1,5 @@
-"""Figures of held-out rows: what a method's own loss says of them, if no reward is known, and how a
-reward model orders pairs."""
+"""Figures of held-out rows: what a method's own loss says of them, if no reward is known, and how
+well a reward model orders pairs."""
 
 import statistics
 from functools import partial
@@ -12,12 +12,12 @@ from gpt import response_scores
 
 
 class HeldOut:
-    """Held-out rows, and what a method's own loss says of them. A script names its figure:
-    `nll_per_token`, `pair_accuracy` or `label_accuracy`."""
+    """Held-out rows, and what a method's own loss says of them. A script picks one of
+    `nll_per_token`, `pair_accuracy` and `label_accuracy`."""
 
     def __init__(self, draw, score, figures, pad=data.pad, with_ref=False):
-        """draw: a task's rows; score(policy, ref, batch) -> a number per row or pair; figures(they,
-        rows) -> what is measured; with_ref: it cannot be measured without a reference"""
+        """draw: a task's function that gives rows; score(policy, ref, batch) -> a number per row or
+        pair; figures(these numbers, rows) -> what is measured; with_ref: scores need a reference"""
         self.draw, self.score, self.figures = draw, score, figures
         self.pad, self.with_ref = pad, with_ref
 
@@ -36,8 +36,8 @@ class HeldOut:
 
 
 def nll_per_token(task, compute_loss):
-    """-> the nats per token of demonstrations. compute_loss(policy, batch) -> losses, sums over the
-    tokens of an answer; metrics"""
+    """Measures the nats per token of demonstrations. compute_loss(policy, batch) -> (losses, sums
+    over the tokens of each answer; metrics)"""
 
     def score(policy, ref, batch):
         return compute_loss(policy, batch)[0]
@@ -49,8 +49,8 @@ def nll_per_token(task, compute_loss):
 
 
 def pair_accuracy(task, compute_loss, with_ref=False):
-    """-> the share of pairs whose chosen answer has the higher implicit reward, as compute_loss
-    logs it. It takes (policy, batch), or with_ref (policy, ref, batch)."""
+    """Measures the share of pairs whose chosen answer has the higher implicit reward, as
+    compute_loss logs it. That takes (policy, batch), or with_ref (policy, ref, batch)."""
 
     def score(policy, ref, batch):
         models = (policy, ref) if with_ref else (policy,)
@@ -64,14 +64,14 @@ def pair_accuracy(task, compute_loss, with_ref=False):
 
 
 def label_accuracy(task, compute_loss):
-    """-> the share of pairs (a desirable answer, an undesirable one) whose desirable answer has the
-    higher implicit reward. Of a file of pairs these are the pairs; of unpaired rows each desirable
-    one makes a pair with each undesirable one. compute_loss(policy, ref, batch)"""
+    """Measures the share of pairs (a desirable answer, an undesirable one) whose desirable answer
+    has the higher implicit reward. A file of pairs has these pairs; of a file of single answers
+    each desirable one makes a pair with each undesirable one. compute_loss(policy, ref, batch)"""
 
     def draw(n, seed, split):
         rows = task.feedback(n, seed, split=split)
         if task.unpaired and len({label for *_, label in rows}) < 2:
-            left_out = "accuracy will be left out; --eval-file names others"
+            left_out = "accuracy is not reported; --eval-file names other rows"
             say(f"the held-out rows all have the same label: {left_out}")
         return rows
 
@@ -81,7 +81,7 @@ def label_accuracy(task, compute_loss):
     def figures(rewards, rows):
         desirable = torch.tensor([row[2] for row in rows], device=rewards.device)
         chosen, rejected = rewards[desirable], rewards[~desirable]
-        if not task.unpaired:  # rows of a file of pairs, one after the other
+        if not task.unpaired:  # the rows of a pair follow one another
             return share(chosen > rejected)
         n = min(len(chosen), len(rejected))
         return share(chosen[:, None] > rejected, n) if n else {}
@@ -103,8 +103,8 @@ def standard_error(accuracy, n):
 
 
 class RewardEvaluator:
-    """Measures a reward model on held-out pairs, which are encoded before the training so that what
-    does not fit is said then. On `exact` also every outcome."""
+    """Measures a reward model on held-out pairs, and on `exact` on every outcome. The pairs are
+    encoded before the training, so that those that do not fit are reported then."""
 
     def __init__(self, run, task):
         self.run, self.task = run, task
@@ -117,19 +117,19 @@ class RewardEvaluator:
         self.world = data.encode(task.rows, *fit)[0] if task.outcomes else []
 
     def scores(self, reward, rows):
-        """(prompt ids, response ids) rows -> (len(rows),) scores, on the CPU"""
+        """rows (prompt ids, response ids) -> (len(rows),) scores, on the CPU"""
         pad = partial(data.pad, device=self.run.device, ends=True)
         return self.run.scores(rows, lambda x: response_scores(reward, pad(x)), 512).cpu()
 
     def center(self, reward):
-        """Shifts the scores so that demonstrations average 0. -> what was subtracted"""
+        """Shifts the scores so that demonstrations average 0. -> what it has subtracted"""
         shift = self.scores(reward, self.demonstrations).mean().item()
         with torch.no_grad():
             reward.head.bias -= shift
         return shift
 
     def measure(self, reward, n=None):
-        """-> the figures of the first n pairs; gold figures if the task knows its reward"""
+        """-> the figures of the first n pairs, with gold figures if the task knows its reward"""
         pairs, texts = self.pairs[:n], self.texts[:n]
         score = self.scores(reward, [x[:2] for x in pairs] + [(x[0], x[2]) for x in pairs])
         delta = torch.sub(*score.chunk(2))
@@ -157,8 +157,8 @@ class RewardEvaluator:
         return {name: float(x) for name, x in figures.items()} | {"pairs": len(pairs)}
 
     def _distance(self, reward):
-        """-> the rms distance of the scores to r, each outcome weighed by d(y|x), up to a constant
-        per prompt"""
+        """-> the rms distance between the scores and r, up to a constant per prompt; an outcome has
+        the weight d(y|x), its share of the demonstrations"""
         error = self.scores(reward, self.world).double().view(self.task.r.shape)
         error = error - torch.from_numpy(self.task.r)
         d = torch.from_numpy(self.task.d)
@@ -177,7 +177,7 @@ class RewardEvaluator:
             ("  least", "min_reward"),
             ("  greatest", "max_reward"),
             ("correlation with the gold reward", "correlation"),
-            ("rms distance to r, by d(y|x)", "rms"),
+            ("rms distance to r, weighed by d", "rms"),
         ]
         print(f"\n{title}: {f['pairs']} held-out pairs")
         for name, key in rows:
