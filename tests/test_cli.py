@@ -279,8 +279,15 @@ ROWS = [row.split(" | ") for row in MISTAKES.replace("\n    ", " ").strip().spli
 PAIR = {"prompt": "{i}", "chosen": "a", "rejected": "b"}
 LABELLED = {"prompt": "{i}", "completion": "{i}", "label": True}
 ASKED, ANSWER = ({"role": role, "content": role} for role in ("user", "assistant"))
-TABLES = {  # file -> rows of it, and their columns; {i} is the row's number
-    "array": (1, PAIR),
+GOOD = json.dumps(PAIR)
+TABLES = {  # file -> rows of it, their columns, and more lines; {i} is the row's number
+    "array": (1, PAIR, "[1]"),
+    "broken": (16, PAIR, '{"prompt": ', GOOD),
+    "someanswer": (50, PAIR | {"answer": "a"}, GOOD),
+    "labelled": (60, LABELLED, '{"prompt": "p", "completion": "c"}'),
+    "wide": (0, {}, '{"prompt": "p", "completion": "c", "x": 1e999}'),
+    "surrogate": (0, {}, r'{"prompt": "\ud83d", "chosen": "a", "rejected": "b"}'),
+    "empty": (0, {}),
     "nocolumn": (9, {"prompt": "{i}", "chosen": "a"}),
     "number": (9, PAIR | {"rejected": 3}),
     "noprompt": (1, PAIR | {"prompt": " "}),
@@ -323,24 +330,14 @@ scorer = Scorer()""",
 
 def files(folder):
     """What the table names."""
-    for name, (n, columns) in TABLES.items():
+    for name, (n, columns, *more) in TABLES.items():
         lines = [json.dumps(columns).replace("{i}", str(i)) for i in range(n)]
         if columns.get("label") is True:  # both kinds
             lines[1::2] = [line.replace("true", "false") for line in lines[1::2]]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines + ["[1]"] * (name == "array")))
-    ok, label = (folder / f"{name}.jsonl" for name in ("ok", "label"))
-    answers = ok.read_text().replace('"chosen"', '"answer": "a", "chosen"')
-    (folder / "someanswer.jsonl").write_text(answers + "\n" + json.dumps(PAIR))
-    row = json.dumps({"prompt": "p", "completion": "c"})
-    (folder / "labelled.jsonl").write_text(label.read_text() + "\n" + row)
-    (folder / "wide.jsonl").write_text('{"prompt": "p", "completion": "c", "x": 1e999}')
-    good = json.dumps(PAIR)
-    (folder / "broken.jsonl").write_text("\n".join([good] * 16 + ['{"prompt": ', good]))
-    (folder / "surrogate.jsonl").write_text(r'{"prompt": "\ud83d", "chosen": "a", "rejected": "b"}')
+        (folder / f"{name}.jsonl").write_text("\n".join(lines + more))
     (folder / "junk.jsonl").write_bytes(bytes(range(256)))
-    texts = {"junk.jsonl.gz": "no gzip", "empty.jsonl": "", "a_file": "", "text.pt": "hello"}
+    texts = {"junk.jsonl.gz": "no gzip", "a_file": "", "text.pt": "hello", "bad.tiktoken": "none"}
     texts |= {f"{name}.py": text for name, text in FUNCTIONS.items()}
-    texts["bad.tiktoken"] = "not a vocabulary"
     vocabulary = (ROOT / "data/vocab.tiktoken").read_text()
     texts["other.tiktoken"] = vocabulary.rsplit("\n", 2)[0] + "\n"
     for name, text in texts.items():

@@ -193,9 +193,6 @@ CHECK = """
 def check(prompt, completion, reference, size):
     assert reference == prompt.replace("What", "It").replace("?", ".")
     return size if len(completion) % 2 else 0.0
-
-def zero(prompt, completion):
-    return 0
 """
 
 
@@ -209,15 +206,12 @@ def test_a_reward_on_a_file_is_its_mean_on_the_test_prompts(ends, tmp_path, call
     args = ["--task", "q.jsonl", "--init", ends / "ends.pt", *TINY, "--group", 4]
     said = call("grpo", *args, "--reward", "r.py:check", cwd=tmp_path)
     final = lines(tmp_path / "out/q/grpo.jsonl")[-1]["final"]
-    n = len(data.task("q.jsonl").prompts(None, 0, split="test"))
-    assert final["prompts"] == n and (final["reward"] * n / 2) % 1 == pytest.approx(0)
+    assert (final["reward"] * final["prompts"] / 2) % 1 == pytest.approx(0)
     assert 0 <= final["ref_reward"] <= 2
     assert "reward  " in said and "gold" not in said.split("test prompts")[1]
     ask = ["evaluate", "out/q/grpo.pt", "--device", "cpu"]
     both = f"{final['ref_reward']:.2f} +{final['reward']:.2f}"
     assert re.search(rf"^reward +{both} ± ", call(*ask, cwd=tmp_path), re.M)
-    other = call(*ask, "--reward", "r.py:zero", cwd=tmp_path)
-    assert re.search(r"^reward +0.00 +0.00", other, re.M)
     (tmp_path / "r.py").unlink()
     assert "r.py is no file" in call(*ask, cwd=tmp_path)
 
@@ -253,7 +247,7 @@ def test_a_function_that_fails_later_names_the_prompt(fault, words, ends, monkey
 # ---- a learned reward
 
 
-def test_a_missing_reward_model_is_made_first(ends, tmp_path, monkeypatch, capsys, judge):
+def test_a_missing_reward_model_is_made_first(ends, tmp_path, monkeypatch, judge):
     """--reward rm runs reward_model.py of the same task; the ledger holds it, and the record has
     both its score and the gold reward."""
     shutil.copytree(ends / "out", tmp_path / "out")
@@ -276,17 +270,10 @@ def test_a_missing_reward_model_is_made_first(ends, tmp_path, monkeypatch, capsy
     for figures in (final, *evals):
         assert {"score", "ref_score", "reward", "ref_reward"} <= set(figures)
         assert figures["reward"] <= 3
-    assert main("grpo", *args, "out/reviews/sft.pt", "--out", "out/x.pt") == 2
-    assert main("grpo", *args, "rm", "--out", "out/reviews/reward_model.pt") == 2
-    assert "would overwrite out/reviews/reward_model.pt" in capsys.readouterr().err
-    model = load("out/reviews/reward_model.pt")[0]
     s = rollout((PROMPT, " Skip it.", True))
-    n = s.ids.size(1)
-    wide = {"ids": torch.nn.functional.pad(s.ids, (0, 2), value=5)}
-    wide["mask"] = torch.nn.functional.pad(s.mask, (0, 2))
-    expected = model.values(s.ids)[0, n - 1].item()  # at the end token
-    found = judge("rm")([question(PROMPT)], s | wide)
-    assert found.item() == pytest.approx(expected, abs=1e-5)
+    values = load("out/reviews/reward_model.pt")[0].values(s.ids)
+    found = judge("rm")([question(PROMPT)], s)
+    assert found.item() == pytest.approx(values[0, -1].item(), abs=1e-5)  # at the end token
 
 
 ANSWERS = (" The plot is fine.", True), (" Skip it", False)
@@ -354,39 +341,36 @@ def test_every_script_takes_a_judge_of_another_vocabulary(script, elsewhere, tmp
         assert re.search(rf"^score of the reward model +{both}", again, re.M)
 
 
-def test_a_response_that_does_not_end_loses_the_penalty(ends, monkeypatch):
+@pytest.mark.parametrize(
+    "module, name, n", [(ppo, "token_rewards", 32), (online_dpo, "choose", 16)]
+)
+def test_a_response_that_does_not_end_loses_the_penalty(module, name, n, ends, monkeypatch):
     """A learned reward's score less --missing-eos-penalty: in PPO's rewards, and where online DPO
     chooses; the evaluations' score is the reward model's own."""
     monkeypatch.chdir(ends)
-    rm, seen, finals = load("judge.pt")[0], {}, []
-    for module, name in ((ppo, "token_rewards"), (online_dpo, "choose")):
-        f = getattr(module, name)
+    rm, use, draw = load("judge.pt")[0], getattr(module, name), Run.sample
+    used, drawn, scores = [], [], []
 
-        def keep(x, *more, f=f, name=name):
-            seen.setdefault(name, []).append(x)
-            return f(x, *more)
-
-        monkeypatch.setattr(module, name, keep)
-    drawn, draw = [], Run.sample
+    def keep(x, *more):
+        used.append(x.flatten())
+        return use(x, *more)
 
     def watch(self, *args, generator=None):
         rollout = draw(self, *args, generator=generator)
         drawn.extend([] if generator else [rollout])
         return rollout
 
+    monkeypatch.setattr(module, name, keep)
     monkeypatch.setattr(Run, "sample", watch)
-    for script, shape in (("ppo", ["--batch-size", 32]), ("online_dpo", ["--batch-size", 16])):
-        for penalty in (0, 5):
-            args = ["--missing-eos-penalty", penalty, "--steps", 1, "--log-every", 1, *shape]
-            assert main(script, *RM, *args, "--out", "end/x.pt") == 0
-            record = lines(ends / "end/x.jsonl")
-            finals.append((record[1]["reward"], record[-1]["final"]["ref_score"]))
-    for i, (name, penalty) in enumerate((name, x) for name in seen for x in (0, 5)):
-        s, x = drawn[i], seen[name][i % 2].flatten()
+    for penalty in (0, 5):
+        args = [*RM, "--missing-eos-penalty", penalty, "--steps", 1, "--batch-size", n]
+        assert main(module.__name__, *args, "--log-every", 1, "--out", "end/x.pt") == 0
+        record, x, s = lines(ends / "end/x.jsonl"), used[-1], drawn[-1]
         assert 0 < s.finished.sum() < len(s) == 32
         torch.testing.assert_close(x, rm.score(s.ids, s.mask) - penalty * ~s.finished)
-        assert finals[i][0] == pytest.approx(x.mean().item())
-    assert finals[0][1] == finals[1][1] and finals[2][1] == finals[3][1]
+        assert record[1]["reward"] == pytest.approx(x.mean().item())
+        scores.append(record[-1]["final"]["ref_score"])
+    assert scores[0] == scores[1]
 
 
 def test_score_and_gold_reward_stand_side_by_side(ends, monkeypatch):
