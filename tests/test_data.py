@@ -320,8 +320,9 @@ def test_shapes_of_a_row(row, read, tmp_path):
 
 
 def test_what_becomes_of_each_row_is_said(tmp_path):
-    """One answer of HH is empty after the cut, and two pairs are equal; --strict refuses them. Half
-    of a feedback file is undesirable to sft.py. With --eval-file each file has its line."""
+    """One answer of HH is empty after the cut, and the others stand twice, once as equal answers;
+    --strict refuses both. Half of a feedback file is undesirable to sft.py. With --eval-file each
+    file has its line."""
     rows = [
         {
             "chosen": f"\n\nHuman: {i}?\n\nAssistant:{' Yes' * (i > 0)}",
@@ -329,16 +330,17 @@ def test_what_becomes_of_each_row_is_said(tmp_path):
         }
         for i in range(200)
     ]
-    path = write(tmp_path / "hh.jsonl", rows + 2 * [rows[1] | {"rejected": rows[1]["chosen"]}])
+    equal = [row | {"rejected": row["chosen"]} for row in rows[1:]]
+    path = write(tmp_path / "hh.jsonl", rows + equal)
     task = data.task(path)
     train, test = (task.preferences(None, 0, split) for split in ("train", "test"))
     assert len(train) + len(test) == 199 and all(y in (" Yes", " No") for _, y, _ in train)
-    start, held = f"{path}: 202 rows:", f"{len(test)} held out ({len(test)} prompts)"
-    assert train.account == f"{start} {len(train)} train, {held}, 3 dropped (1 empty, 2 equal)"
+    start, held = f"{path}: 399 rows:", f"{len(test)} held out ({len(test)} prompts)"
+    assert train.account == f"{start} {len(train)} train, {held}, 200 dropped (1 empty, 199 equal)"
     n, some = len(train) - 20, task.preferences(20, 0)
-    dropped = f"{n + 3} dropped (1 empty, 2 equal, {n} not drawn)"
+    dropped = f"{n + 200} dropped (1 empty, 199 equal, {n} not drawn)"
     assert some.account == f"{start} 20 train, {held}, {dropped}" and len(some) == 20
-    with pytest.raises(data.UserError, match="1 rows with an empty answer and 2 .*--strict"):
+    with pytest.raises(data.UserError, match=r"1 rows with an empty answer and \d+ .*--strict"):
         data.task(path, strict=True).preferences(None, 0)
 
     labels = [{"prompt": f"p{i}", "completion": "c", "label": i % 2} for i in range(100)]
