@@ -1,5 +1,5 @@
-"""What is said about the methods: where their losses are least, what a step holds, how they
-compare. It stands above the scripts; nothing that they import may import it."""
+"""Studies of the methods: the minima of their losses, the memory of a step, how they compare. This
+folder imports the scripts, so nothing that they import may import it."""
 
 import contextlib
 import platform

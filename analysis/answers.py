@@ -1,4 +1,4 @@
-"""What checkpoints say to the same held-out prompts, to be read side by side."""
+"""The answers of several checkpoints to the same held-out prompts, to be read side by side."""
 
 import torch
 
@@ -10,8 +10,8 @@ PROMPTS = 10
 
 
 def answers(path, task, o, n=PROMPTS):
-    """One sample of a checkpoint to each of n test prompts, temperature 1, with --seed:
-    -> [{"prompt", "text", "tokens", "ended", "reward"}]. tokens: with the end token; reward: the
+    """Samples one response of a checkpoint to each of n test prompts, at temperature 1 and --seed.
+    -> [{"prompt", "text", "tokens", "ended", "reward"}]. tokens counts the end token; reward is the
     task's own, None if it has none."""
     run = Compute(o)
     model, tokenizer, meta = checkpoint.load(path)
@@ -38,7 +38,7 @@ def answers(path, task, o, n=PROMPTS):
 
 
 def side_by_side(paths, o):
-    """paths: (name, checkpoint), the reference's first -> [(prompt, [(name, answer), …]), …]"""
+    """paths: [(name, checkpoint), …], the reference first -> [(prompt, [(name, answer), …]), …]"""
     task = data.task(o.task)
     found = [(name, answers(path, task, o)) for name, path in paths]
     return [

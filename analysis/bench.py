@@ -1,14 +1,15 @@
-"""How fast the scripts are: CPU time and memory of a step beside the floor of its arithmetic.
+"""Measures the scripts' speed: CPU time and memory of a step beside the floor of its arithmetic.
 
     python -m analysis.bench                       every script, sampling, long prompts
     python -m analysis.bench --n-embd 256          the same with a wider model
     python -m analysis.bench --peers               TRL and transformers on the same shapes, in turn
 
-The floor is what the products of a step would take at the rate of a large float32 product, which is
-measured first: each pass over each real token, 2N FLOPs forward and 4N back, attention besides,
-before anything is shared or skipped. A small product never reaches that rate; a step that shares
-prompts can stay below its floor. Times are CPU time of one thread, medians of --repeats processes,
-which take turns, so that a noisy machine disturbs all alike. --peers needs trl and transformers.
+The floor is the time that the matrix products of a step would take at the rate of a large float32
+product, which is measured first: for N weights 2N FLOPs per token forward and 4N backward, and
+attention, before anything is shared or skipped. A small product never reaches that rate; a step
+that shares prompts can stay below its floor. Times are CPU time of one thread, medians of --repeats
+processes, which take turns so that a noisy machine disturbs all alike. --peers needs trl and
+transformers.
 """
 
 import contextlib
@@ -51,11 +52,11 @@ ROWS = {  # row -> (passes over the policy's N per token, sequences per step, ar
     "grpo": (4, 8, f"--batch-size 2 --group 4 --kl none {TOGETHER}"),
     "dapo": (4, 8, f"--batch-size 2 --group 4 {TOGETHER}"),
 }
-LONG = {  # the same with a long prompt -> (script, prompt, response, sequences, arguments)
+LONG = {  # row with a long prompt -> (script, prompt, response, sequences, arguments)
     "dpo 256+128": ("dpo", 256, 128, 16, "--batch-size 8"),
     "grpo 384+128": ("grpo", 384, 128, 16, f"--batch-size 2 --group 8 --kl none {TOGETHER}"),
 }
-SAMPLING = {  # -> (prompts, group, whether responses end, after 24 tokens on average)
+SAMPLING = {  # row -> (prompts, group, whether responses end: then after 24 tokens on average)
     "1 row": (1, 1, False),
     "8 rows": (8, 1, False),
     "64 rows": (64, 1, False),
@@ -70,18 +71,18 @@ class Options:
     n_layer: int = opt(4, "blocks of the model", low=1)
     n_head: int = opt(4, "its attention heads per block", low=1)
     n_embd: int = opt(128, "its width", low=1)
-    steps: int = opt(8, "optimizer steps of a process", low=3)
-    repeats: int = opt(3, "processes of each", low=1)
-    peers: bool = opt(False, "TRL and transformers too")
-    only: str = opt("all", "one of the tables", choices=("all", "steps", "long", "sampling"))
-    worker: str = opt("", "one measurement, as JSON; what a process of the bench is told")
+    steps: int = opt(8, "optimizer steps per process", low=3)
+    repeats: int = opt(3, "processes per row", low=1)
+    peers: bool = opt(False, "measure TRL and transformers too")
+    only: str = opt("all", "print one of the tables", choices=("all", "steps", "long", "sampling"))
+    worker: str = opt("", "one measurement, as JSON: the bench starts its processes with it")
 
     def check(self):
         for row in self.methods:
             if row not in ROWS:
                 raise UserError(f"--methods {row}: no such row; there are {', '.join(ROWS)}")
         if self.n_embd % self.n_head:
-            raise UserError(f"--n-embd {self.n_embd} is no multiple of --n-head {self.n_head}")
+            raise UserError(f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}")
         if self.peers:
             against_trl.check("--peers")
 
@@ -94,7 +95,7 @@ class Options:
 
 
 def measure(job):
-    """What --worker names -> its figures"""
+    """job: the measurement that --worker gives -> its figures"""
     if job["what"] == "rate":
         return {"rate": rate()}
     if job["what"] == "sample":
@@ -115,7 +116,7 @@ def rate():
 
 
 def step(job):
-    """Runs a script, whose clock shows CPU time. -> CPU ms of a step, bytes at its peak"""
+    """Runs a script with CPU time for its clock. -> CPU ms per step, bytes at the peak"""
     name, *arguments = job["command"]
     script = importlib.import_module(name)
     with patch("training.figures.time.perf_counter", time.process_time):
@@ -127,7 +128,7 @@ def step(job):
 
 
 def generator(config, job):
-    """-> a function that draws responses, and tells how many tokens"""
+    """-> a function that draws responses, and returns the number of their tokens"""
     model = GPT(config)
     if job["ends"]:
         peers.end_often(model.norm.bias, model.wte.weight)
@@ -150,7 +151,7 @@ def tokens_per_second(draw, runs=5):
 
 
 def jobs(o):
-    """-> {(table, row, whether it is the peer's): a measurement}"""
+    """-> {(table, row, whether a peer does it): the measurement}"""
     found, methods = {}, o.methods or ROWS
     if o.only in ("all", "steps"):
         for row in methods:
@@ -173,7 +174,7 @@ def jobs(o):
 
 
 def step_job(o, name, prompt, response, sequences, arguments):
-    """-> a measurement of a script's steps"""
+    """-> the measurement of a script's steps"""
     context = max(256, prompt + response)
     command = f"{name} --task tokens:{prompt}+{response} --device cpu --dtype float32 {arguments}"
     command += f" --steps {o.steps} --warmup 1 --init {context}.pt --eval-prompts 4"
@@ -183,7 +184,7 @@ def step_job(o, name, prompt, response, sequences, arguments):
 
 
 def run_all(o, folder):
-    """-> the jobs, and {key of a job: figures of each repeat}, and those of the rate"""
+    """-> (the jobs, {key of a job, or "rate": its figures of each repeat})"""
     todo = jobs(o)
     found = {"rate": []} | {key: [] for key in todo}
     for context in {job["config"][1] for job in todo.values() if job["what"] == "step"}:
@@ -206,7 +207,7 @@ def worker(job, folder):
 
 
 def run(command, folder):
-    """-> what a process of one thread prints"""
+    """-> what the command prints, run as a process of one thread"""
     env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     env |= against_trl.OFFLINE
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -220,12 +221,12 @@ def run(command, folder):
 
 
 def floor(job, rate):
-    """-> ms that the products of a step would take at that rate"""
+    """-> the ms that the matrix products of a step would take at that rate, in FLOP/s"""
     config = GPTConfig(*job["config"])
     with torch.device("meta"):
         model = (ScalarGPT if job["name"] == "reward_model" else GPT)(config)
     T = job["prompt"] + job["response"]
-    forward = 2 * model.matmul_parameters() + 4 * config.n_layer * T * config.n_embd  # a token
+    forward = 2 * model.matmul_parameters() + 4 * config.n_layer * T * config.n_embd  # per token
     return 1000 * ROWS[job["name"]][0] * forward * job["sequences"] * T / rate
 
 
@@ -234,12 +235,12 @@ def middle(figures, name):
 
 
 def ratio(ours, theirs, name):
-    """-> the median of the ratios of processes that took turns"""
+    """-> the median of theirs / ours over the repeats"""
     return statistics.median(b[name] / a[name] for a, b in zip(ours, theirs))
 
 
 def measured(table, todo, found):
-    """Yields (row, job, our figures, the peer's or None) of a table"""
+    """Yields (row, job, our figures, the peer's figures or None) for each row of a table"""
     for (kind, row, peer), job in todo.items():
         if kind == table and not peer:
             yield row, job, found[kind, row, False], found.get((kind, row, True))
@@ -247,7 +248,7 @@ def measured(table, todo, found):
 
 def steps_table(o, todo, found, table, rate):
     """-> lines of cells"""
-    head = ["", "ms per step", "of it sampling", "floor, ms", "floor / step", "MB at the peak"]
+    head = ["", "ms per step", "sampling, ms", "floor, ms", "floor / step", "MB at the peak"]
     yield head + (["TRL, ms", "TRL / ours", "TRL, MB"] if o.peers else [])
     for row, job, ours, theirs in measured(table, todo, found):
         ms, least = middle(ours, "ms"), floor(job, rate)

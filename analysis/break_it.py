@@ -1,13 +1,13 @@
-"""Ten well-known bugs of alignment code. Each is a few lines that take the place of one function.
+"""Ten well-known bugs of alignment code. Each is a few lines that replace one function.
 
-    python -m analysis.break_it mean_for_sum        the lines, a healthy run beside a broken one
+    python -m analysis.break_it mean_for_sum        its lines; a healthy and a broken run
     python -m analysis.break_it mean_for_sum --seed 1 --plot curves.png
     python -m pytest -p analysis.plugin --break-it mean_for_sum tests/test_losses.py
 
-The scripts stay as they are: the lines are put in while a script runs in this process, and taken
-out again. In each of them `right` is the original function. All runs but those of sft.py start from
+The scripts stay as they are: the lines replace the function only while a script runs in this
+process. In each bug `right` is the original function. All runs except those of sft.py start from
 one SFT checkpoint, which is made first if it is missing. The last command runs tests with the bug
-in place. docs/break-it.md shows all ten, and which test fails.
+in place. docs/break-it.md shows all ten, and the test that catches each.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from data import UserError, say
 from packing import before, last_token, pack
 from training import opt, parse
 
-# ---- the lines
+# ---- the bugs
 
 
 def prompt_in_mask(right, rows, device="cpu", ends=False):
@@ -67,7 +67,7 @@ def ratio_to_reference(right, policy, batch, o):
 
 
 def padding_in_mean(right, logp_w, logp_l, len_w, len_l, beta=2.0, gamma=1.0):
-    columns = len_w.maximum(len_l).max().expand_as(len_w)  # those of the padded table
+    columns = len_w.maximum(len_l).max().expand_as(len_w)  # the width of the padded table
     return right(logp_w, logp_l, columns, columns, beta, gamma)
 
 
@@ -79,32 +79,32 @@ def sampling_temperature(right, model, batch, temperature=1.0, **more):
     return right(model, batch, 1.0, **more)
 
 
-# ---- what they break
+# ---- where they go, and how they show
 
 
 class Bug(NamedTuple):
-    patch: object  # the lines
+    patch: object  # the function with the bug
     what: str
-    places: str  # what they take the place of
-    command: str  # the script that shows it, and its options
-    shown: str  # figures of the record; final_: of the end, the others means of the last steps
-    tells: str  # the one that would have told, and which way it goes
-    test: str  # that catches it, in tests/
+    places: str  # the functions that it replaces
+    command: str  # a script that shows the bug, and its options
+    shown: str  # figures of the record; final_…: at the end, the others are means of the last steps
+    symptom: str  # the figure that gives the bug away, and whether it "rises" or "falls"
+    test: str  # the test that catches it, in tests/
 
     @contextlib.contextmanager
     def planted(self):
-        """Within it the lines stand in each of the places."""
+        """Puts the bug in each of its places for the body of a with statement."""
         with contextlib.ExitStack() as stack:
             for place in self.places.split():
                 stack.enter_context(patch(place, around(self.patch, resolve_name(place))))
             yield
 
 
-def around(lines, right):
-    """-> a function that calls the lines with the original function"""
+def around(bug, right):
+    """-> a function that calls the bug with the original function as its first argument"""
 
     def broken(*args, **more):
-        return lines(right, *args, **more)
+        return bug(right, *args, **more)
 
     return broken
 
@@ -113,7 +113,7 @@ SFT = "sft --task arithmetic:1 --n-layer 2 --n-embd 64 --steps 300 --lr 4e-3"
 DPO = "dpo --task exact --steps 120 --batch-size 1024 --lr 2e-3"
 PPO = "ppo --task exact --steps 30 --group 32 --lam 1"
 RLOO = "grpo --task exact --steps 100 --group 32 --lr 1e-3 --adv-norm loo --kl reward"
-SFT_STEPS = 150  # of the checkpoint that the others start from
+SFT_STEPS = 150  # for the checkpoint that the others start from
 SIMPO = DPO.replace("dpo", "simpo")
 OF_SFT = "loss grad_norm final_reward final_length final_ended"
 OF_PAIRS = "loss rewards/margins grad_norm final_reward final_kl"
@@ -144,7 +144,7 @@ BUGS = [
     ),
     Bug(
         mean_for_sum,
-        "DPO on means of log-probs, where its equation has sums",
+        "DPO on means of log-probs, although its equation has sums",
         "dpo.response_logprobs",
         DPO,
         OF_PAIRS + " final_kl_star",
@@ -222,27 +222,27 @@ BUGS = {bug.patch.__name__: bug for bug in BUGS}
 
 
 def start_of(bug, o):
-    """-> the options of the checkpoint that both runs start from, which is made if it is missing"""
+    """-> the options that name the checkpoint of both runs' start; it is made if it is missing"""
     script = bug.command.split()[0]
     if script == "sft":
         return []
     path = f"{o.out}/sft.pt"
     if not Path(path).exists():
-        say("first an SFT checkpoint, which all commands share")
+        say("training an SFT checkpoint first, which all bugs share")
         train(["sft", "--task", "exact", "--steps", str(SFT_STEPS), "--out", path])
     return ["--init", path]
 
 
 def train(command):
-    """Runs a script in this process, and keeps what it prints to itself."""
+    """Runs a script in this process, without what it prints."""
     script, *argv = command
     with contextlib.redirect_stdout(io.StringIO()):
         importlib.import_module(script).main([*argv, "--device", "cpu"])
 
 
 def measured(bug, o, broken=False):
-    """Trains with the bug's command, and with the bug if it is to be broken. -> the record's steps,
-    and its figures: means over the last tenth of the steps, and those of the end as final_…"""
+    """Trains with the bug's command, healthy or broken by the bug. -> the record's steps, and its
+    figures: means over the last tenth of the steps, and those of the end as final_…"""
     name = bug.patch.__name__ if broken else f"{bug.patch.__name__}-healthy"
     path = f"{o.out}/{name}.pt"
     command = f"{bug.command} --log-every 1 --eval-every 0 --seed {o.seed}".split()
@@ -262,16 +262,16 @@ def measured(bug, o, broken=False):
 @dataclass
 class Options:
     name: str = opt(..., f"which bug: {', '.join(BUGS)}")
-    out: str = opt("out/break_it", "folder of the checkpoints and records")
+    out: str = opt("out/break_it", "folder for the checkpoints and records")
     seed: int = opt(0, "seed of both runs", low=0)
-    plot: str = opt("", "a picture of both runs' curves, as FILE.png")
+    plot: str = opt("", "draw both runs' curves into this FILE.png")
 
     def check(self):
         if self.name not in BUGS:
             raise UserError(f"there is no bug {self.name}; there are {', '.join(BUGS)}")
         path = Path(self.plot)
         if self.plot and not (path.suffix == ".png" and path.parent.is_dir()):
-            raise UserError(f"--plot {path}: give FILE.png, in a folder that is there")
+            raise UserError(f"--plot {path}: give FILE.png, in a folder that exists")
 
 
 def main(argv=None):
@@ -283,18 +283,18 @@ def main(argv=None):
     print(f"{o.name}: {bug.what}\n\n{inspect.getsource(bug.patch)}")
     print(f"in place of {bug.places.replace(' ', ' and ')}, in {bug.command}\n", flush=True)
     (healthy, right), (broken, wrong) = measured(bug, o), measured(bug, o, broken=True)
-    tells, how = bug.tells.split()
+    symptom, how = bug.symptom.split()
     print(f"{'':<24}{'healthy':>10}{'broken':>10}")
     for key in bug.shown.split():
-        told = f"  it tells: it {how}" if key == tells else ""
-        print(f"{key:<24}{right[key]:>10.4f}{wrong[key]:>10.4f}{told}")
+        mark = f"  ← symptom: it {how}" if key == symptom else ""
+        print(f"{key:<24}{right[key]:>10.4f}{wrong[key]:>10.4f}{mark}")
     print(f"\ncaught by tests/{bug.test}")
     if o.plot:
         draw(bug, healthy, broken, o.plot)
 
 
 def draw(bug, healthy, broken, path):
-    """Draws what the steps of both records hold of the figures shown."""
+    """Draws the shown figures over the steps of both records."""
     if plt := plots.pyplot():
         runs = {"healthy": healthy, "broken": broken}
         plots.curves(plt, runs, bug.shown.split()).savefig(path, bbox_inches="tight")

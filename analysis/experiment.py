@@ -1,5 +1,5 @@
-"""Small experiments for analysis.questions: runs of the scripts, kept under out/questions, and what
-is read from them."""
+"""Small experiments for analysis.questions: runs of the scripts, which are kept under
+out/questions, and figures read from them."""
 
 import contextlib
 import importlib
@@ -25,9 +25,9 @@ TOLD = []  # the commands of a question, as the reader types them
 
 
 def run(command, seed=0, reward=""):
-    """Runs "dpo.py --task exact" with a seed, from its task's start, unless its record is there.
-    reward: the path that stands for rm in the command. -> its path, its options, the figures of its
-    steps, of its evaluations, and of its end"""
+    """Runs a command as "dpo.py --task exact" with a seed, from its task's start, unless its record
+    exists. reward: the checkpoint that replaces rm in the command. -> the run's path, its options,
+    the figures of its steps, of its evaluations, and of its end"""
     script, *argv = command.split()
     if script not in ("sft.py", "orpo.py"):
         argv += ["--init", start("exact" if "exact" in argv else "reviews")]
@@ -83,7 +83,7 @@ class World:
             return self.table(self.open(path))
 
     def table(self, model):
-        """The same of a model, with its gradient"""
+        """-> the same table for a model, with its gradient"""
         x = self.batch
         return model.logprobs(x.ids, x.mask, packed=x.packed).sum(1).view(self.r.shape)
 
@@ -92,7 +92,7 @@ class World:
         return (log_p.exp() * self.r).sum(1).mean().item()
 
 
-# ---- what is shown
+# ---- tables as text
 
 
 def show(rows):
@@ -107,7 +107,7 @@ def cell(x):
     if not isinstance(x, float):
         return str(x)
     digits = 0 if abs(x) >= 100 else 2 if abs(x) >= 1 else 3
-    return f"{round(x, digits) + 0.0:.{digits}f}"  # no -0
+    return f"{round(x, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0 into 0
 
 
 def verdicts(claims):
@@ -118,5 +118,5 @@ def verdicts(claims):
 
 
 def each(f, *tables):
-    """-> whether f holds, of each row; of several tables, of their rows side by side"""
+    """-> [whether f holds] for each row of a table, or for each tuple of rows of several tables"""
     return [bool(f(*rows)) for rows in zip(*tables)]

@@ -1,19 +1,19 @@
-"""Small mistakes that the tests see: each is an edit of one function, and names a test that fails.
+"""Small mistakes that the tests catch: each edits one function, and names a test that then fails.
 
-mistakes.txt has them, as stanzas with an empty line between them:
+mistakes.txt lists them, as stanzas with an empty line between them:
 
-    kto-kl-sign: kto.kto_kl                             its name, and the place where it is put
-    - logp_mismatched - ref_logp_mismatched             what stands in the function
-    + ref_logp_mismatched - logp_mismatched             what stands there instead
-    test_steps.py::test_kto                             a test that fails under it, in tests/
+    kto-kl-sign: kto.kto_kl                             its name, and the function that it edits
+    - logp_mismatched - ref_logp_mismatched             text of that function
+    + ref_logp_mismatched - logp_mismatched             the text that replaces it
+    test_steps.py::test_kto                             a test in tests/ that fails under it
     parity KTO                                          comparisons of analysis.parity that differ
 
     python -m analysis.mistakes                         all of them, each with its test
     python -m pytest -p analysis.plugin --break-it kto-kl-sign tests/test_steps.py
 
-While a mistake is in place, the function runs the code of its own edited source, so whoever holds a
-reference to it gets the mistake too. If a place is gone, or if text does not stand there exactly
-once, that is an error as soon as the code is asked for: a mistake cannot rot in silence.
+While a mistake is in place, the function object runs its edited source, so that every reference to
+the function has the mistake. If a function is gone, or does not contain the text exactly once,
+reading the mistake's code is an error: no mistake goes stale unnoticed.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Mistake(NamedTuple):
 
     @contextlib.contextmanager
     def planted(self):
-        """Within it the mistake is in place."""
+        """Puts the mistake in place for the body of a with statement."""
         function, healthy = self.function, self.function.__code__
         function.__code__ = self.code
         try:

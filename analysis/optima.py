@@ -1,14 +1,14 @@
-"""What each method aims at on `exact`: the distribution where its population objective is least, or
-for GRPO's token by token KL penalties, which are no objective's gradient, the policy at which the
-mean gradient vanishes.
+"""What each method aims at on `exact`: the distribution that minimises its population loss. GRPO's
+KL penalties per token are no loss's gradient; there it is the policy at which the mean gradient
+vanishes.
 
-No model and no sampling: a policy is a table of log-probs (4 prompts, 40 outcomes) in float64, the
-population the task's own tables: `pairs` (x, w, l) and `labels` (x, y, [undesirable, desirable]),
-each summing to 1. The minimum is found by descent on the table; DPO's is known in closed form, and
-KTO's infimum lies on the boundary (`kto_limit`). The losses are written here from their formulas,
-not taken from the scripts, so that the two check one another.
+There is no model and no sampling: a policy is a table of log-probs (4 prompts, 40 outcomes) in
+float64, and the population is the task's own tables: `pairs` (x, w, l) and `labels` (x, y,
+[undesirable, desirable]), each summing to 1. Descent on the table finds the minimum; DPO's is known
+in closed form, and KTO's infimum lies on the boundary (`kto_limit`). The losses are written here
+from their formulas, not taken from the scripts, so that the two check one another.
 
-    u = log π/π_ref, n = response tokens, all of (y); w, l = chosen, rejected; E over the pairs
+    u = log π/π_ref, n = response tokens, all of (y); w, l = chosen, rejected; E is over the pairs
     dpo      E[- (1-ε) log σ(βh) - ε log σ(-βh)],  h = u_w - u_l       ε = 0: π*, whatever the pairs
     ipo      E[(h - 1/(2τ))²],                     h = u_w/n_w - u_l/n_l       (sums: h = u_w - u_l)
     simpo    E[- log σ(β(s_w - s_l) - γ)],         s = log π / n
@@ -20,11 +20,11 @@ not taken from the scripts, so that the two check one another.
                         that of KL(π_ref‖π)
              ρ k3       π(a|s) ∝ π_ref(a|s) exp(Q(s, a)/β): the KL of this token alone
              KL in the reward (RLOO)  π*, the maximiser of J = E[r] - β KL(π‖π_ref)
-    ppo      π*, at γ = 1: where the critic is right each advantage is 0 there
-    online_dpo   with the labels of Bradley–Terry π*, whatever pairs it draws; ipo: the policy that
-             minimises the loss over pairs of its own samples. With n = 1:
-             π ∝ π_ref exp(P(y beats a sample of π)/τ), where no policy beats it by more than τ
-             times what its KL to π_ref is larger
+    ppo      π*, at γ = 1: with the right critic every advantage is 0 there
+    online_dpo   with Bradley–Terry labels π*, whatever pairs it draws; ipo: the policy that
+             minimises the loss over pairs of its own samples. At n = 1 it is
+             π ∝ π_ref exp(P(y beats a sample of π)/τ): another policy beats it by at most τ times
+             the difference of their KLs to π_ref
 
     python -m analysis.optima out/exact/dpo.pt out/exact/kto.pt
 """
@@ -50,10 +50,10 @@ from training.options import DTYPES
 
 
 class NoOptimum(Exception):
-    """The loss has no minimum here, or descent did not find it."""
+    """The loss has no minimum, or descent did not find it."""
 
 
-# ---- the losses, of a table of log-probs
+# ---- the losses of a table of log-probs
 
 
 def dpo(log_p, log_ref, pairs, beta, label_smoothing=0.0):
@@ -77,11 +77,11 @@ def orpo(log_p, pairs, n, lam):
 
 
 def kto(log_p, log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0, z=None):
-    """z: the reference point ẑ; by default that of the population, max(0, mean of u over prompts
-    with other prompts' answers)."""
+    """z: the reference point ẑ; by default that of the population, max(0, mean of u over pairs of a
+    prompt and another prompt's answer)."""
     u = log_p - log_ref
     if z is None:
-        answers = labels.sum(2)  # (x, y), 1/4 a prompt
+        answers = labels.sum(2)  # (x, y), 1/4 per prompt
         mass = answers.sum(1, keepdim=True)
         others = (answers.sum(0) - answers) / (1 - mass)  # an answer to another prompt than x
         z = (mass * others * u).sum().clamp(min=0).detach()
@@ -95,12 +95,12 @@ def _difference(s):
     return s[:, :, None] - s[:, None, :]
 
 
-# ---- where they are least
+# ---- their minima
 
 
 def minimise(loss, start, iterations=2000, converged=True):
     """-> the log-probs (x, y) at the minimum of loss(log_p), by L-BFGS on the table of logits, from
-    `start`. Without `converged` also where the gradient has not vanished yet."""
+    `start`. Raises NoOptimum if `converged` is wanted and the gradient has not vanished."""
     theta = start.detach().clone().requires_grad_()
     limits = {"max_iter": iterations, "max_eval": 2 * iterations, "history_size": 50}
     limits |= {"tolerance_grad": 1e-10, "tolerance_change": 0.0}
@@ -120,13 +120,13 @@ def minimise(loss, start, iterations=2000, converged=True):
 
 
 def kto_limit(log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0):
-    """-> where descent on the KTO objective goes for β < 1: (log-probs, -inf where an outcome
-    vanishes; the infimum of the loss).
+    """-> the limit of descent on the KTO loss for β < 1: (log-probs, -inf for outcomes that vanish;
+    the infimum of the loss).
 
     Rejected outcomes, those with λ_U P(undesirable) ≥ λ_D P(desirable), lose all mass; the mean of
-    u then goes to -∞, and ẑ is clamped to 0. What is left is a minimum over the outcomes that are
-    kept, where the loss is convex: 1 - σ(β log(p/p_ref)) is convex in p for β < 1. Raises NoOptimum
-    where the weights leave a prompt no outcome.
+    u then goes to -∞, and ẑ is clamped to 0. A minimum over the kept outcomes remains, and there
+    the loss is convex: 1 - σ(β log(p/p_ref)) is convex in p for β < 1. Raises NoOptimum if a prompt
+    keeps no outcome, or if none is rejected.
     """
     kept = w_desirable * labels[..., 1] > w_undesirable * labels[..., 0]
     if kept.all() or not kept.any(1).all():
@@ -142,9 +142,9 @@ def kto_limit(log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0):
 
 
 def by_prefix(log_ref, r, outcomes, solve):
-    """-> log-probs (x, y) of the policy that at each prefix s is solve(log π_ref(·|s), Q(s, ·)),
-    both (x, symbols and end), from the last token back: Q(s, a) = E[r | s, a] under that policy
-    itself."""
+    """-> log-probs (x, y) of the policy that at each prefix s is solve(log π_ref(·|s), Q(s, ·)), of
+    arguments (x, symbols and end). It is solved from the last token back, because
+    Q(s, a) = E[r | s, a] is under that policy itself."""
     place, longest = {y: i for i, y in enumerate(outcomes)}, max(map(len, outcomes))
     symbols = sorted({y[-1] for y in outcomes if y})
     log_mass = {}
@@ -170,8 +170,7 @@ def by_prefix(log_ref, r, outcomes, solve):
 
 
 def k3_point(log_ref, q, beta):
-    """log π of π = β π_ref/(c - q), by bisection on c. log_ref, q: (…, actions). Returns the same
-    shape."""
+    """-> log π of π = β π_ref/(c - q), by bisection on c; (…, actions), as log_ref and q are"""
     low = (q + beta * log_ref.exp()).amax(-1, keepdim=True)  # Σ π ≥ 1
     high = q.amax(-1, keepdim=True) + beta  # Σ π ≤ 1
     for _ in range(100):
@@ -183,8 +182,8 @@ def k3_point(log_ref, q, beta):
 
 def own_minimum(loss, beats, log_p, rounds=200):
     """-> the log-probs (x, y) of the policy that minimises loss(log_p, pairs=pairs) over pairs of
-    its own samples: round after round the minimum over those of the last, from log_p. beats:
-    (x, y, y'), P(y beats y')."""
+    its own samples. Starting from log_p, each round minimises over pairs of the last round's
+    policy. beats: (x, y, y'), P(y beats y')."""
     for _ in range(rounds):
         p = log_p.exp()
         pairs = 2 * p[:, :, None] * p[:, None, :] * beats / len(p)
@@ -194,16 +193,15 @@ def own_minimum(loss, beats, log_p, rounds=200):
     raise NoOptimum(f"after {rounds} rounds the policy still moves by {kl(last, log_p).max()} nats")
 
 
-# ---- of a checkpoint's options
+# ---- the optimum for a checkpoint's options
 
 
 def optimum(task, log_ref, method, o):
-    """-> (the method's population loss as a function of log-probs (4, 40), the log-probs where it
-    is least), with a checkpoint's options `o`. The loss is None where there is a point, but none
-    that it is the least value of. None for a fixed set of rows, which has another optimum; for what
-    is not written above (robust DPO, made for flipped labels; an added SFT term; KTO at β ≥ 1;
-    advantages divided by std; γ below 1); where the loss needs a π_ref and log_ref is None; and
-    where no minimum is found."""
+    """-> (the method's population loss as a function of log-probs (4, 40), the log-probs at its
+    minimum), with a checkpoint's options `o`. The loss is None if the point is known, but minimises
+    no loss. Returns None for a fixed set of rows, which has another optimum; for losses not written
+    above (robust DPO, made for flipped labels; an added SFT term; KTO at β ≥ 1; advantages divided
+    by std; γ below 1); if the loss needs a π_ref and log_ref is None; if no minimum is found."""
     find = FIND.get(method)
     if find and not (log_ref is None and "ref" in EVERY[method].models.split()):
         with suppress(NoOptimum):
@@ -296,7 +294,7 @@ def _j(task, log_ref, beta):
 
 
 def _lengths(task, ones=False):
-    """-> (40,) tokens of each outcome, or ones, for sums in place of means"""
+    """-> (40,) the number of tokens of each outcome; or ones, if the loss has sums, not means"""
     return torch.tensor(
         [1 if ones else min(len(y) + 1, task.max_new_tokens) for y in task.outcomes]
     )
@@ -307,17 +305,17 @@ def _lengths(task, ones=False):
 
 @dataclass
 class Options:
-    checkpoint: str = opt(..., "the .pt file of a policy that was trained on exact; or several")
+    checkpoint: str = opt(..., "the .pt file of a policy trained on exact; or several files")
     reference: str = opt("", "π_ref (default: the checkpoint that it started from)")
     device: str = opt("auto", "cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "precision", choices=DTYPES[:-1])
-    max_new_tokens = seed = truncate = eval_prompts = 0  # what else evaluate.py asks for
+    max_new_tokens = seed = truncate = eval_prompts = 0  # options that evaluate.py reads
 
 
 @torch.no_grad()
 def distances(o):
-    """-> how far a checkpoint is from its own optimum: kl_optimum and tv_optimum, means over
-    prompts (KL only where it is finite), loss_gap above the least value, and kl_star, KL(π‖π*)"""
+    """-> how far a checkpoint is from its own optimum: kl_optimum (if it is finite) and tv_optimum,
+    means over prompts; loss_gap, the loss minus its minimum; and kl_star, KL(π‖π*)"""
     run = Again(o)
     task = data.task(run.meta["task"])
     if not task.outcomes:
@@ -349,10 +347,10 @@ def main(argv=None):
     for given in [[path] for path in paths] or [[]]:
         o = parse(Options, [*given, *argv[len(paths) :]])
         figures = distances(o)
-        told = [f"{names[key]} {x:.4g}" for key, x in figures.items()]
+        words = [f"{names[key]} {x:.4g}" for key, x in figures.items()]
         if "tv_optimum" not in figures:
-            told.insert(0, "no optimum of this loss is known for these options")
-        print(f"{o.checkpoint}: {', '.join(told)}")
+            words.insert(0, "no optimum of this loss is known for these options")
+        print(f"{o.checkpoint}: {', '.join(words)}")
 
 
 if __name__ == "__main__":

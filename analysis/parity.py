@@ -1,13 +1,13 @@
-"""Each script beside TRL's own trainer: the same weights, the same tokens, the same loss?
+"""Compares each script with TRL's own trainer: do the same weights and tokens give the same loss?
 
     python -m analysis.parity                  every comparison, a minute or two
     python -m analysis.parity --only KTO RLOO  those with one of these words in their name
 
-A comparison runs a script's `main` and `train` of a trainer of TRL on a small GPT-2. At each
-optimizer step it looks at the loss that is differentiated, and at the gradient of every weight; and
-at the end at every figure that both sides have logged. If the two differ by more than rounding, the
-comparison must name one of DEPARTURES: without a name the exit code is 1. It is 1 too if a
-departure shows no difference any more.
+A comparison runs a script's `main` and the `train` of a TRL trainer on a small GPT-2. At each
+optimizer step it compares the loss that is differentiated, and the gradient of every weight; at the
+end it compares every figure that both sides have logged. If the two differ by more than rounding,
+the comparison must name one of DEPARTURES, or else the exit code is 1. It is 1 too if a named
+departure no longer makes a difference.
 
 analysis/against_trl/sides.py runs the two sides. The printed tables are in docs/parity.md.
 """
@@ -82,8 +82,8 @@ DEPARTURES = {  # -> (what TRL does, what the script does, whose side the paper 
     ),
 }
 
-# Figures that TRL logs under the same name, but defines otherwise: in rows with all of these words
-# words of TRL's side | figures | what TRL logs | what the script logs
+# Figures that TRL logs under the same name, but defines otherwise, in rows whose TRL side has all
+# of these words: words of TRL's side | figures | what TRL logs | what the script logs
 FIGURES = """
 DPO loss_type=ipo | rewards/chosen rewards/rejected rewards/margins rewards/accuracies
     | β times the log-ratio, summed over tokens | β times its mean over tokens, which the loss has
@@ -101,7 +101,7 @@ GRPO reward=verdict+overlong | reward | with the length penalty | without it
 OnlineDPO | kl | padding's log-ratios are in the sum | those of the response alone
 """
 
-# name | script and options | trainer and settings | departure | what else it needs
+# name | script and options | trainer and settings | departure | needs of its rows
 TABLE = """
 SFT | sft | SFT
 SFT, decay and clipping | sft --batch-size 4 --steps 3 --weight-decay 0.1 --grad-clip 0.2
@@ -182,8 +182,9 @@ PPO | ppo --updates 2 --minibatches 2 --beta 0.1 --lam 0.9 --gamma 0.8 --vf-coef
 
 
 class Comparison(NamedTuple):
-    """A row of the table. needs: words. margin, twins, ragged: see sides.rows. backwards: TRL has
-    the rows from the last to the first. gradient: the values of the losses are not compared."""
+    """A row of the table. needs is a list of words: for margin, twins and ragged see sides.rows;
+    with backwards TRL reads the rows from the last to the first; with gradient the values of the
+    losses are not compared."""
 
     name: str
     ours: str
@@ -215,9 +216,9 @@ COMPARISONS = [Comparison(*row) for row in cells(TABLE)]
 
 
 def compare(row, folder):
-    """-> (how far the losses are apart, how far the gradients, relative to their norm, both the
-    most of all optimizer steps; how far each figure is that both sides have logged, relative to
-    TRL's where that is above 1)"""
+    """-> (the largest difference of the losses over all optimizer steps; that of the gradients,
+    relative to their norm; {figure: the difference of what both sides have logged, relative to
+    TRL's value if that is above 1})"""
     data = sides.rows(row.ours.split()[0], row.needs)
     ours, rollout = sides.ours(row.ours, data, folder)
     data = data[::-1] if "backwards" in row.needs else data
@@ -239,13 +240,13 @@ def apart(a, b):
 
 
 def judged(row, figures):
-    """-> {figure: how far it is apart}, of those that are held to agree"""
+    """-> {figure: its difference}, for the figures that must agree"""
     left_out = row.other() | ({"loss"} if "gradient" in row.needs else set())
     return {} if row.departs else {k: x for k, x in figures.items() if k not in left_out}
 
 
 def judge(row, loss, gradient, figures):
-    """-> (the verdict, whether it is the one that is expected)"""
+    """-> (the verdict, whether it is the expected one)"""
     found = ({} if "gradient" in row.needs else {"loss": loss}) | {"gradient": gradient}
     if row.departs:
         shown = any(x > LARGE for x in found.values())
@@ -255,8 +256,8 @@ def judge(row, loss, gradient, figures):
 
 
 def gone(found):
-    """{comparison: its differences} -> the figures that are said to be defined otherwise, and no
-    longer differ in any of these comparisons"""
+    """{comparison: its differences}. Yields the figures that FIGURES lists as defined otherwise
+    and that differ in none of these comparisons."""
     for words, figures, *_ in OTHER:
         rows = [x for row, (*_, x) in found.items() if row.has(words)]
         for name in figures.split():
@@ -269,7 +270,7 @@ def gone(found):
 
 @dataclass
 class Options:
-    only: tuple = opt((), "comparisons with one of these words in their name (default: all)")
+    only: tuple = opt((), "only comparisons with one of these words in their name (default: all)")
 
     def check(self):
         for word in self.only:
@@ -283,7 +284,7 @@ class Options:
 
 
 def report(found):
-    """{comparison: its differences} -> the tables, as lines of Markdown"""
+    """{comparison: its differences}. Yields the tables as lines of Markdown."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "torch"))
     yield f"{packages}\n"
     head = ["comparison", "ours", "TRL", "Δ loss", "Δ gradient", "Δ figures", "of", "verdict"]

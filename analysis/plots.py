@@ -1,4 +1,4 @@
-"""Records -> pictures."""
+"""Draws pictures from the records of runs."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ from analysis.tables import COURSE, PARTS, points_of
 
 HATCH = dict(zip(PARTS, ("", "xx", "//", "..", "\\\\", "++", "oo"), strict=True))
 HATCH["gathered"] = "--"
-SPENT = {"sampling": "", "log-probs": "xx", "update": "//", "whole step": ".."}  # what a step does
+SPENT = {"sampling": "", "log-probs": "xx", "update": "//", "whole step": ".."}  # a step's time
 HALO = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}  # behind text
 STROKES = "-", "--", ":", "-."
 CURVES = {  # a key of the record -> its unit
@@ -26,13 +26,13 @@ PRECISIONS = {"bfloat16": "autocast", "bfloat16-pure": "pure bf16"}
 
 
 def style(row):
-    """-> the colour and the marker of a row"""
+    """-> the colour and the marker of a row, as matplotlib's arguments"""
     colour, marker = EVERY[row].look.split()
     return {"color": colour, "marker": marker}
 
 
 def pyplot():
-    """-> matplotlib.pyplot, or None with a line that says so"""
+    """-> matplotlib.pyplot; None, after a printed line, if it is not installed"""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -62,8 +62,8 @@ def draw(task, lines, folder):
 
 
 def draw_prediction(found, symbol, folder):
-    """-> the path of the picture of a prediction, in a list: at the peak, activations checkpointed,
-    a row a method, with a bar for each of the two precisions"""
+    """-> [the path of the picture of a prediction]: memory at the peak with activations
+    checkpointed, one row per method, with a bar for each of the two precisions"""
     plt, rows = pyplot(), {}
     unit = {"GiB": 2**30, "MB": 1e6}[symbol]
     for x in found:
@@ -81,13 +81,13 @@ def draw_prediction(found, symbol, folder):
 
 
 def draw_records(runs, folder):
-    """-> the path of the picture of some records' curves, in a list"""
+    """-> [the path of the picture of some records' curves]"""
     plt = pyplot()
     return saved(plt, folder, {"curves": curves(plt, runs)}) if plt else []
 
 
 def saved(plt, folder, figures):
-    """-> the paths of the figures that there are"""
+    """Saves the figures that are not None. -> their paths"""
     paths = []
     for name, figure in figures.items():
         if figure:
@@ -98,8 +98,8 @@ def saved(plt, folder, figures):
 
 
 def scatter(plt, task, lines, x, name):
-    """Reward against x, a point for each strength of each method, joined in their order, and the
-    main one's spread over seeds."""
+    """Reward against x: a point for each method and strength, a line through a method's points in
+    the order of strength, and bars for the spread of the default strength over seeds."""
     lines = [line for line in lines if x in line and "reward" in line]
     if not lines:
         return None
@@ -128,8 +128,8 @@ def scatter(plt, task, lines, x, name):
 
 
 def label(figure, axes, names, points):
-    """Writes each name beside its point, nearest where neither a point nor a name stands. Sizes are
-    in pixels, of which a point of print has `scale`."""
+    """Writes each name beside its point, at the nearest place without a point or another name.
+    Sizes are in pixels; a typographic point has `scale` of them."""
     from matplotlib.transforms import Bbox
 
     figure.canvas.draw()
@@ -152,7 +152,7 @@ def label(figure, axes, names, points):
 
 
 def times(lines):
-    """-> the bars of a step's time: of its parts where the method samples, else of the whole"""
+    """-> the bars of a step's time, divided into its parts if the method samples"""
     rows = []
     for line in [line for line in lines if "step_ms" in line and not line["swept"]]:
         keys = dict(zip(SPENT, ("sample_ms", "logprobs_ms", "update_ms", "step_ms")))
@@ -164,8 +164,8 @@ def times(lines):
 
 
 def stacked(plt, rows, unit, name, marks=(), parts=HATCH):
-    """rows: (method, [(note, sizes by category), …]): a stacked bar each, those of a method close
-    together. marks: sizes to draw a line at. parts: the categories, each with its hatching."""
+    """rows: (method, [(note, sizes by category), …]): one stacked bar for each note, the bars of a
+    method close together. marks: sizes to draw a line at. parts: {category: hatching}"""
     if not rows:
         return None
     count = len(rows[0][1])
@@ -212,8 +212,8 @@ def entropy(plt, lines):
 
 
 def trends(plt, lines):
-    """Loss, reward and KL over the sequences trained on: means over seeds, and the spread between
-    the least and the greatest."""
+    """Loss, reward and KL over the sequences trained on: means over seeds, and a band from the
+    least to the greatest."""
     if not lines:
         return None
     names = ("loss on what is trained on", "reward", "KL(π‖π_ref), nats", "KL(π‖π*), nats")
@@ -237,8 +237,8 @@ def trends(plt, lines):
 
 
 def curves(plt, runs, keys=CURVES):
-    """runs: {name: the lines of its steps} -> the curves of all of them, a panel for each of the
-    keys that one of them has"""
+    """runs: {name: the lines of its steps} -> the curves of all runs, one panel for each key that a
+    run has"""
     found = {key: {name: points_of(steps, key) for name, steps in runs.items()} for key in keys}
     found = {key: lines for key, lines in found.items() if any(lines.values())}
     if not found:

@@ -3,8 +3,8 @@
     python -m pytest -p analysis.plugin --break-it wrong_kl_sign tests/test_losses.py
     python -m pytest -n0 -p analysis.plugin --break-it every tests/test_steps.py
 
-With `every`, in one process, each test runs once for every mistake that names it, and at the end
-without any.
+With `every`, in one process, each test runs once under every mistake that names it, and then
+without a mistake.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from analysis.mistakes import MISTAKES
 from data import UserError
 
 ALL = BUGS | MISTAKES
-SEEN = AssertionError, pytest.fail.Exception, UserError  # what a test fails by that sees a mistake
+SEEN = AssertionError, pytest.fail.Exception, UserError  # what a test raises that catches a mistake
 
 
 def pytest_addoption(parser):
@@ -36,7 +36,7 @@ def pytest_configure(config):
 
 
 class Every:
-    """Prints which mistakes are seen, by which test, and which tests fail without a mistake."""
+    """Prints which mistakes are caught, by which test, and which tests fail without a mistake."""
 
     def __init__(self):
         self.seen, self.unwell = {}, []
@@ -50,7 +50,7 @@ class Every:
         items[:] = filter(self.wanted, items)
 
     def wanted(self, item):
-        """Whether the item is of a test that has mistakes, with the parameters that they name"""
+        """Whether the item's test has mistakes, and its parameters are those that they name"""
         name = item.callspec.params.get("planted_mistake")
         test = ALL[name].test if name in ALL else ""
         return name in (*ALL, "none") and test.partition("[")[2].rstrip("]") in item.name

@@ -1,8 +1,8 @@
-"""A step's memory at any size, without allocating it: the scripts' own losses on fake tensors.
+"""Predicts the memory of a step at any size: runs the scripts' own losses on fake tensors.
 
-A fake tensor has a shape and no numbers. Models, batch and AdamW's moments are made of them, and
-one optimizer step is counted by training.memory, as a run counts its second. What a script holds
-is said in rows.py; what its loop makes around compute_loss is said here.
+A fake tensor has a shape, but no numbers. Models, batch and AdamW's moments are made of them, and
+training.memory counts one optimizer step, as it counts a run's second step. rows.py says which
+models a script holds; this file says what its loop makes around compute_loss.
 """
 
 import contextlib
@@ -36,22 +36,24 @@ SIZES = {
 }
 SETTINGS = [(on, dtype) for on in (False, True) for dtype in ("bfloat16", "bfloat16-pure")]
 CARDS = (24, 40, 80, 141)  # GB
-SPARE = 2.0  # GiB that stay free on a card, for the CUDA context, workspaces and fragmentation
+SPARE = 2.0  # GiB to leave free on a card: CUDA context, workspaces, fragmentation
 ROLES = ("policy", "ref", "critic", "reward")
 
 
 def predict(row, o, config, ranks=1, shard=False):
-    """One optimizer step of a row, of its script's options `o`, with models of that config ->
-    models: the ledger's records; predicted: bytes at the peak by category; predicted_most: the most
-    of each category by itself; predicted_bytes: their sum at the peak. Of many processes, each with
-    a step of these options, the bytes are those of one; shard: it holds parts of the models."""
+    """Predicts an optimizer step of a row, with its script's options `o` and models of that config.
+    -> models: the ledger's records; predicted: bytes at the peak by category; predicted_bytes:
+    their sum; predicted_most: the largest size of each category. With several ranks, each takes a
+    step with these options, and the bytes are those of one; shard: each holds parts of the models.
+    """
     with pretended(ranks) if shard else contextlib.nullcontext():
         return _predict(row, o, config, ranks, shard)
 
 
 @contextlib.contextmanager
 def pretended(ranks):
-    """Within it this is the first of so many processes, whose messages cost nothing."""
+    """Makes this process the first of so many for the body of a with statement; messages between
+    them do nothing."""
     import torch.testing._internal.distributed.fake_pg as fake
 
     distributed.mesh.cache_clear()
@@ -73,7 +75,7 @@ def _predict(row, o, config, ranks, shard):
         compute.placement = sharding.Parts(compute.device, compute.weights)
         for model in models.values():
             sharding.cut(model, "cpu")
-    asked = {role: models.get(role) for role in ROLES if role in takes}
+    arguments = {role: models.get(role) for role in ROLES if role in takes}
     task = data.task(o.task)
     tokenizer = data.tokenizer(own=task.tokenizer)
     block_size = o.block_size or config.block_size
@@ -90,12 +92,12 @@ def _predict(row, o, config, ranks, shard):
             model.to_empty(device="cpu")
         if o.lora and "ref" in models and not shard:
             models["ref"] = lora.base(models["policy"])
-            asked |= {"ref": models["ref"]} if "ref" in asked else {}
+            arguments |= {"ref": models["ref"]} if "ref" in arguments else {}
         trained = [p for model in models.values() for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
         for p in trained:
             p.grad = torch.zeros_like(p)
-        optimizer.step()  # its moments are there
+        optimizer.step()  # makes its moments
         optimizer.zero_grad()
         with memory.track(models, optimizer) as tracker:
             if method.samples:
@@ -103,7 +105,7 @@ def _predict(row, o, config, ranks, shard):
             for batch in batches:
                 batch = fake(batch)
                 with compute.autocast():
-                    losses, metrics = compute_loss(**asked, batch=batch, o=o)
+                    losses, metrics = compute_loss(**arguments, batch=batch, o=o)
                 losses.sum().backward()
             optimizer.step()
     return {
@@ -122,8 +124,8 @@ def options(row, *argv):
 
 
 def outlines(held, o, config, compute):
-    """["policy*", "ref"] -> {role: model}, of shapes without storage; * is trained. A reward model
-    judges if the options say so."""
+    """held: as ["policy*", "ref"], * is trained -> {role: model}, with shapes but no storage. There
+    is a reward model only if the options make one the judge."""
     reward = getattr(o, "reward", "rm")
     models = {}
     for name in held:
@@ -153,8 +155,8 @@ def labelled(method, o, task, tokenizer, block_size):
 
 
 class Sampled:
-    """A step of a script that samples: its prompts, responses as long as they may be, and how both
-    are cut."""
+    """A step of a script that samples: its prompts, responses as long as they may get, and the
+    micro-batches of both."""
 
     def __init__(self, method, o, prompts, response, ranks):
         self.o, self.wide = o, method.columns.split()
@@ -177,7 +179,7 @@ class Sampled:
         assert all(part.tokens for part in self.drawn + self.share)  # packed, of real numbers
 
     def rollout(self, group):
-        """-> so many responses to each prompt, as they are drawn"""
+        """-> a Rollout with `group` responses per prompt, as it comes from sampling"""
         digits = torch.Generator().manual_seed(0)
         answers = torch.randint(10, (group * len(self.prompts), self.response), generator=digits)
         prompts = [tuple(prompt) for prompt in self.prompts for _ in range(group)]
@@ -186,7 +188,7 @@ class Sampled:
         return Rollout(ids=ids, mask=mask, logp=mask.float())
 
     def passes(self, models, compute, tracker):
-        """Samples, judges, and scores all of them. -> (the rollout of all processes, the
+        """Samples responses, judges and scores them. -> (the rollout of all processes, the
         micro-batches of an optimizer step)"""
         tracker.during("sampling")
         with torch.no_grad():
@@ -208,7 +210,7 @@ class Sampled:
         return rollout | self.columns(rollout), (self.batch(part) for part in self.share)
 
     def sample(self, policy, compute):
-        """What `sampling.sample` makes until the last token"""
+        """Allocates what `sampling.sample` holds at the last token."""
         n, lengths = len(self.prompts) * self.group, [len(prompt) for prompt in self.prompts]
         uniform = torch.empty(n, self.response)
         _kept = torch.zeros(n, self.response).long(), torch.ones(n, self.response)
@@ -234,7 +236,7 @@ class Sampled:
 
 
 def fake(x):
-    """-> the same without numbers"""
+    """-> the same structure, its tensors without numbers"""
     found = tree_map_only(torch.Tensor, torch.empty_like, x)
     if isinstance(x, Rollout):
         found = Rollout(**fake(vars(x)))
@@ -249,12 +251,12 @@ def cut(rollout, size):
         yield rollout[i : i + (size or len(rollout))]
 
 
-# ---- what is asked for
+# ---- what to predict
 
 
 def of_run(row, first):
-    """The first line of a run's record -> the figures of its step, had it been predicted; none of a
-    file's rows, and if the checkpoint is gone"""
+    """The first line of a run's record -> the predicted figures of its step; {} if the task is a
+    file, or if the checkpoint is gone"""
     o = SimpleNamespace(**first["options"] | {"device": "cpu"})
     o.dtype = first["dtype"] if o.dtype == "auto" else o.dtype
     if data.kind(o.task) == "file":
@@ -267,7 +269,7 @@ def of_run(row, first):
 
 
 def settings(o):
-    """--predict and the sizes given -> (the task whose rows are taken, the config of a model)"""
+    """The options of compare.py -> (the task that gives the rows, the config of the models)"""
     n, micro = o.batch_size, o.micro_batch or o.batch_size
     if (n % 2 or micro % 2) and any(EVERY[row].pairs for row in o.methods):
         sizes = f"--batch-size {n} --micro-batch {micro}"
@@ -292,7 +294,7 @@ def settings(o):
 
 
 def of_folder(o):
-    """-> the config of the checkpoint that --predict names, whose config.json alone is read"""
+    """-> the config of the checkpoint that --predict names, from its config.json"""
     if not os.path.isdir(o.predict):
         raise UserError(f"--predict {o.predict}: give own, 1b, 7b, or a checkpoint's folder")
     if sizes := o.given & {"n_layer", "n_head", "n_embd", "vocab_size"}:
@@ -301,8 +303,8 @@ def of_folder(o):
 
 
 def ask(row, task, config, recompute, dtype, n, micro=0, lora=0, ranks=1, shard=False):
-    """One setting of the table that --predict prints -> its row in compare.json. n: sequences of a
-    step; micro: of a forward pass (0: all); lora: the adapters' rank"""
+    """Predicts one cell of the table that --predict prints. -> its entry in compare.json. n:
+    sequences per step; micro: sequences per forward pass (0: all); lora: the adapters' rank"""
     micro, argv = micro or n, []
     if EVERY[row].pairs:
         n, micro = n // 2, micro // 2

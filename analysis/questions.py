@@ -3,9 +3,9 @@
     python -m analysis.questions cancels           runs one
     python -m analysis.questions                   lists the names
 
-A question prints the commands that it ran, a small table, and its claims with yes or no, for each
-of seeds 0, 1 and 2 where there are seeds. The exit code is 1 where a claim does not hold. The runs
-are kept under out/questions, and one that is there is not run again.
+A question prints the commands that it ran, a small table, and its claims with yes or no, once for
+each of seeds 0, 1 and 2 if anything is random. The exit code is 1 if a claim is wrong. Runs are
+kept under out/questions, and none is repeated.
 """
 
 import sys

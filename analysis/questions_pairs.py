@@ -72,7 +72,7 @@ def implicit_reward():
 
 
 def within(a, b):
-    """-> the covariance of two (4, 40) tables within a prompt, a mean over prompts"""
+    """-> the covariance of two (4, 40) tables within each prompt, averaged over prompts"""
     return ((a - a.mean(1, keepdim=True)) * (b - b.mean(1, keepdim=True))).mean().item()
 
 
@@ -81,7 +81,7 @@ def spread(x):
 
 
 def gradient(loss, model):
-    """-> the gradient of a loss, a tensor for each parameter"""
+    """-> the gradient of a loss, one tensor per parameter"""
     return torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
 
 
@@ -163,8 +163,8 @@ def one_network():
 
 
 def descend(world, loss_of, steps=100):
-    """Adam from π_ref on a loss of the table log π. -> [(step, the table, its loss, the norm of the
-    gradient)] before the first step and after the last"""
+    """Runs Adam from π_ref on a loss of the table log π. -> [(step, the table, its loss, the norm
+    of the gradient)] before the first step and after the last"""
     model, found = world.open(world.reference), []
     descent = torch.optim.Adam(model.parameters(), lr=1e-3)
     for step in range(steps + 1):

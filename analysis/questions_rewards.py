@@ -22,15 +22,15 @@ def memory():
     """PPO holds four models and DPO two: what is that in bytes at 7B?"""
     rows, of_7b = [], ("tokens:1024+1024", predict.SIZES["7b"], True)
     for precision, dtype in {"autocast": "bfloat16", "pure bf16": "bfloat16-pure"}.items():
-        asked = {row: predict.ask(row, *of_7b, dtype, n=4) for row in ("dpo", "ppo")}
-        for model in asked["ppo"]["models"]:
+        predicted = {row: predict.ask(row, *of_7b, dtype, n=4) for row in ("dpo", "ppo")}
+        for model in predicted["ppo"]["models"]:
             star = "*" if model["trainable"] else ""
             rows.append({"precision": precision, "what": model["role"] + star})
             for part in ("weight", "gradient", "optimizer", ""):
                 size = model[f"{part}_bytes".strip("_")]
                 rows[-1][f"{part or 'all'}, B"] = size / model["parameters"]
             rows[-1]["GiB"] = model["bytes"] / GIB
-        for row, found in asked.items():
+        for row, found in predicted.items():
             models = sum(model["bytes"] for model in found["models"])
             peak = {"peak, GiB": found["predicted_bytes"] / GIB, "fits on": found["card"]}
             rows.append({"precision": precision, "what": row, "GiB": models / GIB} | peak)
@@ -57,7 +57,7 @@ def memory():
 def critic():
     """What does GRPO give up with the critic, and what does it gain?"""
     rows = []
-    values = torch.tensor([[0.8, 0.8, 0.1]])  # a critic's: the second of three tokens was a mistake
+    values = torch.tensor([[0.8, 0.8, 0.1]])  # of a critic that sees a mistake in token 2 of 3
     mask = torch.ones(1, 3, dtype=torch.bool)
     rewards = torch.zeros(1, 3)  # the response was wrong
     for name, right in {"half right": 4, "all wrong": 0}.items():
@@ -186,7 +186,7 @@ def verifier():
         "GRPO has more right than DPO on 64 pairs": each(
             lambda a, b: a["right"] > b["right"], grpo, few
         ),
-        "DAPO, which is told right or wrong alone, too": each(
+        "and so has DAPO, which sees only right or wrong": each(
             lambda a, b: a["right"] > b["right"], dapo, few
         ),
         "and both above 0.9": each(lambda x: x["right"] > 0.9, grpo + dapo),
@@ -242,16 +242,16 @@ def judge():
         r = torch.tensor([[task.reward(x, y) for y in both] for x, *both in pairs])
         first = torch.where(torch.rand(len(r), generator=draw) < 0.5, 1, -1)
         better = first * (r[:, 0] - r[:, 1])  # either may be the first answer
-        taste = torch.randn(len(r), generator=draw)  # what it likes besides, in either order
+        taste = torch.randn(len(r), generator=draw)  # likes that do not depend on the order
         for bias in (0.0, 1.0, 2.0):
             ab = options(better + taste + bias)  # the first answer stands as A
             ba = options(-better - taste + bias)
             both = ai_label(ab, ba)
-            one, told = ab.softmax(1)[:, 0], better != 0
+            one, differ = ab.softmax(1)[:, 0], better != 0
             row = {"seed": seed, "liking for A": f"{bias:g}"}
             row["mean P(A) - ½"] = (ab.softmax(1) + ba.softmax(1))[:, 0].mean().item() / 2 - 0.5
             for name, p in {"one order": one, "both orders": both}.items():
-                row[f"{name} ~ gold"] = ((p > 0.5) == (better > 0))[told].float().mean().item()
+                row[f"{name} ~ gold"] = ((p > 0.5) == (better > 0))[differ].float().mean().item()
             rows.append(row)
     without, _, strong = rows[::3], rows[1::3], rows[2::3]
     return rows, {

@@ -1,8 +1,8 @@
-"""One page that holds everything: figures, pictures and answers, opened from a file.
+"""Writes one HTML page that holds everything: figures, pictures and answers.
 
-Nothing is loaded from elsewhere: pictures are embedded, and so is the script that sorts the table.
-What the page shows is gathered here as lists and dicts. report.html.jinja writes it, and escapes
-every text that a model or a file wrote. Paths lose all but their last part.
+The page loads nothing: pictures are embedded, and so is the script that sorts the table. This file
+gathers what the page shows as lists and dicts; report.html.jinja writes it, and escapes every text
+that a model or a file wrote. Only the last part of a path is shown.
 """
 
 import base64
@@ -16,12 +16,12 @@ import torch
 from analysis import tables
 from data import printable, user_errors
 
-POINTS = 80  # of a curve, at most; each is a mean over the steps that it stands for
+POINTS = 80  # per curve, at most; each is a mean over neighbouring steps
 
 
 def comparison(record, lines, paths, found, said):
-    """The page of a comparison. record: its command, task, machine …; lines: the rows of
-    compare.json; paths: of pictures; found: curves; said: answers side by side"""
+    """-> the page of a comparison. record: its command, task, machine …; lines: the rows of
+    compare.json; paths: the pictures' files; found: curves; said: answers side by side"""
     rows, failed, commands = [], [], []
     for line in lines:
         row = tables.results(line)
@@ -34,8 +34,8 @@ def comparison(record, lines, paths, found, said):
     ran = [
         ("command", bare(record["command"])),
         ("task", bare(record["task"])),
-        ("sequences that a row trains on", f"{record['budget']:,}"),
-        ("seeds of a row", record["seeds"]),
+        ("sequences per run", f"{record['budget']:,}"),
+        ("seeds per row", record["seeds"]),
         ("machine", record["machine"]),
         ("torch", torch.__version__),
         ("seconds of training", f"{seconds:.0f}"),
@@ -54,21 +54,21 @@ def comparison(record, lines, paths, found, said):
 
 
 def records(rows, paths):
-    """The page of some records: how they differ and ended, and their curves"""
+    """-> the page of some records: how they differ and ended, and their curves"""
     sections = [("Figures", "table", table(rows)), ("Curves", "pictures", pictures(paths))]
     return page("nanoPO: curves of runs", sections)
 
 
 def page(title, sections):
-    """sections: (heading, which part of the template writes it, its data); empty ones are left out
-    -> the page, as text"""
+    """sections: (heading, the part of the template that writes it, its data); empty ones are left
+    out -> the page, as text"""
     kept = [section for section in sections if section]
     return template().render(title=title, sections=kept, points=POINTS)
 
 
 def template():
     """-> the template of the page, from this file's folder. Jinja comes with torch."""
-    needs = "report.html needs the package jinja2, which torch should have brought along"
+    needs = "report.html needs the package jinja2, which torch usually installs"
     with user_errors(needs, "pip install jinja2"):
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     environment = Environment(
@@ -85,23 +85,23 @@ def template():
 
 
 def shown(x):
-    """What the template writes, before it is escaped. HTML of its own macros stays."""
+    """-> x as the template writes it, before it is escaped; HTML of its own macros stays HTML"""
     return x if hasattr(x, "__html__") else printable(str(x))
 
 
 def slug(name):
-    """-> a name as it may stand in an address: "KL, nats" is kl-nats"""
+    """-> a name that fits into an address: "KL, nats" is kl-nats"""
     return re.sub(r"\W+", "-", name.lower()).strip("-")
 
 
 def bare(words):
-    """A command or an error, without the folders of its paths"""
+    """-> a command or an error, without the folders of its paths"""
     return re.sub(r"[^\s'\"=:;,()]*[/\\](?=[^\s/\\])", "", str(words))
 
 
 def table(rows):
-    """Dicts of cells by column, as tables.table has them -> the same in order, each cell with the
-    number that it is sorted by, "" if it has none"""
+    """rows: {column: cell}, as for tables.table -> the columns, and the cells in their order, each
+    with the number that it is sorted by, or "" """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[str(row.get(name, "")) for name in columns] for row in rows]
     return {"columns": columns, "rows": [[(x, number(x)) for x in row] for row in cells]}
@@ -121,16 +121,16 @@ def pictures(paths):
 
 
 def thinned(points, n=POINTS):
-    """[(x, y)] -> at most n points, each the means of as many neighbours"""
+    """[(x, y)] -> at most n points, each the mean of neighbours, always the same number of them"""
     size = -(-len(points) // n)
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [tuple(map(statistics.fmean, zip(*part))) for part in parts]
 
 
 def curves(rows):
-    """rows: method -> {name of a curve: [points of each seed]} -> [(method, its charts), …]. All
-    methods' rewards have one scale, and so have their KLs; each loss has its own."""
-    heights = {}  # of all curves that have one scale
+    """rows: {method: {name of a curve: [points of each seed]}} -> [(method, its charts), …]. The
+    rewards of all methods share one scale, and so do their KLs; each loss has its own."""
+    heights = {}  # of all curves that share a scale
 
     def scale(method, name):
         return heights.setdefault((method, name) if name == "loss" else name, [])
@@ -145,8 +145,8 @@ def curves(rows):
 
 
 def chart(name, lines, heights):
-    """lines: [[(step, y), …], …], one for each seed; heights: of which the least and the greatest
-    are the picture's -> what a small picture shows"""
+    """lines: [[(step, y), …], …], one for each seed; heights: all y on the same scale -> what a
+    small picture shows"""
     return {
         "name": name,
         "lines": [thinned(line) for line in lines],

@@ -1,5 +1,5 @@
-"""The rows of a comparison: which script, with which options, and the models that it holds; and the
-commands that it runs."""
+"""The rows of a comparison: for each its script, its options and the models that it holds; and the
+commands that a comparison runs."""
 
 import re
 from typing import NamedTuple
@@ -9,16 +9,16 @@ from training.options import flag
 
 
 class Row(NamedTuple):
-    """A method as the tables and pictures have it. Whoever adds one adds its line here."""
+    """A method, as tables and pictures show it. A new method needs a line in ROWS."""
 
     script: str
-    data: str  # what it learns from: rows that the task draws, or what the policy samples
-    models: str  # held, in the order of the record; * is trained
+    data: str  # what it learns from: rows that the task draws, or samples of the policy
+    models: str  # the models it holds, in the order of the record; * is trained
     look: str  # colour and marker in the pictures
     arguments: str = ""  # what the row adds to the command line
-    strength: str = ""  # the option that says how far the policy may move
-    others: tuple = ()  # other values of it, for --sweep
-    columns: str = ""  # of a rollout: what the script's loop adds to it, a number for each token
+    strength: str = ""  # the option that limits how far the policy may move
+    others: tuple = ()  # other values of that option, for --sweep
+    columns: str = ""  # what the script's loop adds to a rollout, one number per token
     like: str = ""  # the row that holds the same models
 
     @property
@@ -59,7 +59,7 @@ ROWS = {
     # rlaif's last phase
     "rlaif": Row("rlaif", REWARDS, THREE, "teal d", "", "beta", columns="ref_logp"),
 }
-MORE = {  # rows to be named with --methods; the prediction has the first two of itself
+MORE = {  # rows that only --methods shows; a prediction shows the first two anyway
     "reward_model": Row("reward_model", "graded", "reward*", "gold 8"),
     "dpo-precomputed": Row(
         "dpo", PAIRS, "policy*", "indigo H", "--precompute-ref --pairs 2000", "beta"
@@ -80,13 +80,13 @@ QUICK = {
 
 
 class Sizes(NamedTuple):
-    """How long and how wide a comparison is on a task"""
+    """How long a comparison's runs are on a task, and how large their steps"""
 
     budget: int  # the response sequences that a run trains on
-    quick: int  # with --quick
-    pairs: int  # of a step; single answers are twice as many
-    groups: tuple  # of a step that samples: its prompts, and the responses to each
-    critic: tuple  # the same where a critic takes the place of groups
+    quick: int  # the same with --quick
+    pairs: int  # pairs per step; single answers are twice as many
+    groups: tuple  # for a step that samples: (its prompts, the responses to each)
+    critic: tuple  # the same if a critic takes the place of groups
 
 
 SIZES = {
@@ -134,7 +134,7 @@ def longest_context(task):
 
 
 class Item(NamedTuple):
-    """A run: its name, its row, its command without the interpreter, whether it is of the sweep"""
+    """A run: its name, its row, its command without "python", whether it belongs to the sweep"""
 
     name: str
     row: str
@@ -168,7 +168,7 @@ def plan(o, folder):
         more = [*stage_options(o, "reward_model"), "--init", init]
         stages.append(item("reward_model", o.seed, more))
     for row in o.methods:
-        if row == "sft":  # the stage itself, and the same with other seeds
+        if row == "sft":  # the first seed is the stage itself
             runs += [item(row, seed, sft) for seed in seeds[1:]]
         elif row != "reward_model":
             more = row_options(o, row, init)
@@ -181,7 +181,7 @@ def plan(o, folder):
 
 
 def needs_judge(o):
-    """Whether PPO's reward is learned: where the task's own is no verifiable one"""
+    """Whether PPO's reward is learned, because the task's own is not verifiable"""
     return data.kind(o.task) not in ("exact", "arithmetic")
 
 
@@ -193,15 +193,15 @@ def stage_options(o, row):
 
 
 def row_options(o, row, init):
-    """-> the options of a method's run: it spends the budget."""
+    """-> the options of a method's run, with as many steps as the budget allows"""
     batch, per_step = shape(o.task, row)
-    whole = o.budget or budget(o.task, o.quick)
-    steps = max(1, round(whole / per_step))
-    if steps * per_step != whole:
+    sequences = o.budget or budget(o.task, o.quick)
+    steps = max(1, round(sequences / per_step))
+    if steps * per_step != sequences:
         spent = f"{steps} steps of {per_step} make {steps * per_step} response sequences"
-        print(f"{row}: {spent}, not {whole}")
+        print(f"{row}: {spent}, not {sequences}")
     more = [*batch, "--steps", steps]
-    if row == "rlaif":  # from skills of its own; the budget is that of its last phase
+    if row == "rlaif":  # it learns skills first; the budget is its last phase's
         more += [*(QUICK[row] if o.quick else []), *model_size(o)]
     else:
         more += ["--init", init]

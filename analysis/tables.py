@@ -1,4 +1,4 @@
-"""Records -> the rows of compare.json, and those as Markdown."""
+"""Turns the records of runs into the rows of compare.json, and these into Markdown."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from data import UserError
 from training.memory import size_unit
 from training.options import flag
 
-COURSE = ("loss", "reward", "kl", "kl_star")  # of the evaluations during the training
+COURSE = ("loss", "reward", "kl", "kl_star")  # figures of evaluations during training
 MEANS = (
     *("reward", "score", "win_rate", "kl", "length", "entropy", "kl_star", "objective"),
     *("accuracy", "nll", "step_ms", "sample_ms", "logprobs_ms", "update_ms", "wall_s"),
@@ -29,7 +29,7 @@ PARTS = ("weights", "casts", "gradients", "optimizer", "activations", "logits", 
 
 
 def read(folder, name):
-    """-> (the first line, those of steps, the closing figures) of a record, None if the run has
+    """-> (the first line, the lines of steps, the closing figures) of a record; None if the run has
     not ended"""
     try:
         first, *steps, last = parsed(folder / f"{name}.jsonl")
@@ -44,8 +44,8 @@ def parsed(path):
 
 
 def summary(o, folder, items, errors):
-    """-> the rows of compare.json: one for each method, one for each strength of the sweep. items:
-    the runs; errors: name -> what went wrong"""
+    """-> the rows of compare.json: one per method, and one per strength of the sweep. items: the
+    runs; errors: {name: what went wrong}"""
     out = []
     for row in o.methods:
         mine = [item for item in items if item.row == row]
@@ -85,7 +85,7 @@ def row_of(row, group, folder, errors):
         "strength": strength,
         "value": options.get(strength),
         "steps": max((x["step"] for x in steps), default=options["steps"]),
-        "planned": options["steps"],  # DAPO ends if it finds no mixed groups any more
+        "planned": options["steps"],  # DAPO ends earlier if it finds too few mixed groups
         "labels": labels(row, options, final),
         "updates": options.get("updates", 1),
         "parameters": sum(m["parameters"] for m in final["models"]),
@@ -103,15 +103,15 @@ def flops_a_step(line):
 
 
 def course(steps):
-    """-> entropy and reward of each recorded step: where DAPO logs ±1, the share of correct
-    responses in its place"""
+    """-> entropy and reward of each recorded step, and for DAPO, whose reward is ±1, the share of
+    correct responses"""
     keys = ("step", "entropy", "reward", "accuracy")
     return [{key: x[key] for key in keys if key in x} for x in steps if "entropy" in x]
 
 
 def evaluations(runs, per_step):
-    """The steps of each of a row's records -> its evaluations, each figure a list, one of each run;
-    the loss is the mean of the steps since the evaluation before"""
+    """runs: the lines of steps of each run of a row -> the row's evaluations, each figure a list
+    with one entry per run; the loss is the mean of the steps since the evaluation before"""
     out = {}
     for steps in runs:
         losses = []
@@ -129,8 +129,7 @@ def evaluations(runs, per_step):
 
 
 def curves(folder, items):
-    """-> {row: {"loss", "reward", "KL": [(step, figure), …] of each run}}: those of evaluations
-    where there are such, else the steps' own"""
+    """-> {row: {"loss" or "reward" or "KL": [[(step, figure), …] for each run]}}"""
     out = {}
     for item in items:
         record = read(folder, item.name)
@@ -142,15 +141,15 @@ def curves(folder, items):
 
 
 def points_of(steps, key):
-    """The lines of a record's steps -> [(step, figure), …]"""
+    """The lines of a record's steps -> [(step, figure), …], from evaluations if there are any"""
     own = [(x["step"], x[key]) for x in steps if key in x]
     evals = [(x["step"], x["eval"][key]) for x in steps if key in x.get("eval", ())]
     return evals or own
 
 
 def run_of(path):
-    """The record of any run -> (its options, the lines of its steps, its closing figures: none
-    where it has not ended)"""
+    """The record of any run -> (its options, the lines of its steps, its closing figures, {} if it
+    has not ended)"""
     try:
         first, *rest = parsed(path)
         final = rest[-1].get("final", {}) if rest else {}
@@ -161,8 +160,8 @@ def run_of(path):
 
 
 def short(paths):
-    """Paths of records -> the names by which they are told apart: their last part, or as many
-    parts as it takes"""
+    """Paths of records -> short names that differ: their last part, or as many last parts as that
+    needs"""
     parts = [os.path.splitext(path)[0].replace(os.sep, "/").split("/") for path in paths]
     for n in range(1, max(map(len, parts)) + 1):
         names = ["/".join(x[-n:]) for x in parts]
@@ -172,9 +171,9 @@ def short(paths):
 
 
 def records(runs):
-    """{name: (options, steps, closing figures)} -> their rows: the options in which they differ,
-    and how they ended"""
-    given = {}  # option -> its values, in the runs that have it
+    """runs: {name: (options, steps, closing figures)} -> one row per run: the options in which the
+    runs differ, and how each ended"""
+    given = {}  # option -> its values in the runs that have it
     for options, *_ in runs.values():
         for key in options.keys() - {"out", "resume", "log_to"}:
             given.setdefault(key, []).append(options[key])
@@ -190,19 +189,19 @@ def records(runs):
 
 
 def labels(row, options, final):
-    """-> how many labels of pairs or answers a run has asked for; None where a reward is computed
-    for every response"""
+    """-> how many labels of pairs or answers the run has used; None if it learns from demonstrations,
+    or from a reward of every response"""
     if EVERY[row].data in ("demonstrations", REWARDS):
         return None
-    asked = options["steps"] * options["batch_size"]
-    return final.get("labels", min(options.get("pairs") or asked, asked))
+    drawn = options["steps"] * options["batch_size"]
+    return final.get("labels", min(options.get("pairs") or drawn, drawn))
 
 
 # ---- to Markdown
 
 
 def table(rows):
-    """Dicts of cells by column -> a table, padded so that it can be read as it is"""
+    """rows: [{column: cell}, …] -> a Markdown table, padded so that it can be read as plain text"""
     head = list(dict.fromkeys(name for row in rows for name in row))
     cells = [head, *([str(row.get(name, "")) for name in head] for row in rows)]
     width = [max(map(len, column)) for column in zip(*cells)]
@@ -211,13 +210,13 @@ def table(rows):
 
 
 def markdown(lines):
-    """Rows of cells, the head first -> the lines of a table, as narrow as it can be"""
+    """lines: lists of cells, the head first -> the lines of a Markdown table, without padding"""
     head, *rest = lines
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rest)]
 
 
 def tables(lines):
-    """-> the tables of a comparison"""
+    """lines: the rows of compare.json -> the tables of a comparison"""
     main = [line for line in lines if line["runs"] and not line["swept"]]
     found = [map(results, lines), map(costs, main), map(budget, main), course_rows(main)]
     return [table(rows) for rows in map(list, found) if rows]
@@ -227,11 +226,11 @@ def results(line):
     name, note = line["method"], ""
     failed = line.get("failed", {})
     if not line["runs"]:
-        return {"method": name, "": f"failed: {'; '.join(failed.values()) or 'it was not begun'}"}
+        return {"method": name, "": f"failed: {'; '.join(failed.values()) or 'it was not started'}"}
     if line["swept"]:
         name += f", {line['strength']} {line['value']:g}"
     if failed:
-        note = f"of {line['runs'] + len(failed)} runs {len(failed)} failed"
+        note = f"{len(failed)} of {line['runs'] + len(failed)} runs failed"
     elif line["steps"] < line["planned"]:
         note = f"ended after {line['steps']} of {line['planned']} steps"
     cells = {
@@ -257,7 +256,7 @@ def costs(line):
         "predicted MB": mega(line, "predicted_bytes"),
         "peak MB": mega(line, "peak_bytes"),
         "passes forward / backward": f"{line['forward_passes']:g} / {line['backward_passes']:g}",
-        "MFLOP a token": mega(line, "flops_per_token", 2),
+        "MFLOP per token": mega(line, "flops_per_token", 2),
         "step, ms": pm(line, "step_ms", 1),
         "step / SimPO": f"{line['step_over_simpo']:.2f}" if "step_over_simpo" in line else "",
         "FLOPs / SimPO": f"{line['flops_over_simpo']:.2f}" if "flops_over_simpo" in line else "",
@@ -276,7 +275,7 @@ def budget(line):
 
 
 def course_rows(lines):
-    """-> loss / reward / KL after a tenth, a quarter … of each row's training, means over runs"""
+    """-> loss / reward / KL after a tenth, a quarter … of each row's training, mean over runs"""
     rows = []
     for line in lines:
         evals = line.get("evals")
@@ -295,7 +294,7 @@ def course_rows(lines):
 
 
 def pm(line, key, digits=2):
-    """A mean, ± the standard deviation where there are seeds, as text"""
+    """-> a mean as text, ± its standard deviation if there are several runs"""
     if key not in line:
         return ""
     spread = f" ± {line[key + '_sd']:.{digits}f}" if line["runs"] > 1 else ""
@@ -311,20 +310,20 @@ def minus(text):
 
 
 def thousands(n):
-    """A count in thousands, as text, to three digits where it is small; "" for none"""
+    """-> a count in thousands, as text, with three digits if it is small; "" for None"""
     if n is None:
         return ""
     return f"{n / 1e3:.0f}" if n >= 1e5 else f"{n / 1e3:.3g}"
 
 
 def predictions(found):
-    """Rows of compare.json's prediction, the two precisions one after the other -> (the table, the
-    unit of its figures)"""
+    """found: the entries of a prediction, the two precisions of a setting one after the other ->
+    (the table, the unit of its figures)"""
     unit, symbol = size_unit(max(x["predicted_bytes"] for x in found))
     gathered = ["gathered"] if any("gathered" in x["predicted_most"] for x in found) else []
 
     def cells(x):
-        """Logits and sampling: the most that they take by themselves"""
+        """-> {column: text} of one entry; logits and sampling are shown at their own maximum"""
         parts = dict.fromkeys([*PARTS, *gathered], 0)
         sizes = {"peak": x["predicted_bytes"]} | parts | x["predicted"]
         sizes |= {name: x["predicted_most"].get(name, 0) for name in PARTS[-2:]}

@@ -26,7 +26,7 @@ from gpt import GPT, load, token_logprobs
 PAGE = (ROOT / "docs/break-it.md").read_text()
 PARTS = {part.split("`")[1]: part for part in PAGE.split("\n## ")[1:] if part.startswith("`")}
 ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
-ROW = re.compile(r"^(\S+) +(-?\d+\.\d{4}) +(-?\d+\.\d{4})(?:  it tells: it (\w+))?$", re.M)
+ROW = re.compile(r"^(\S+) +(-?\d+\.\d{4}) +(-?\d+\.\d{4})(?:  ← symptom: it (\w+))?$", re.M)
 NEAR, SHARE = 0.03, 0.25  # the noise that the page states
 
 
@@ -37,7 +37,7 @@ def table(text):
 
 def tells(bug, figures):
     """Whether the figure that tells goes the way it should, by a quarter and more"""
-    key, how = bug.tells.split()
+    key, how = bug.symptom.split()
     low, high = figures[key] if how == "rises" else figures[key][::-1]
     return high - low > max(0.01, SHARE * high)
 
@@ -71,8 +71,8 @@ def test_an_entry_is_whole(name):
     script, *argv = bug.command.split()
     module = import_module(script)
     assert training.parse(module.Options, argv, module.PRESETS)
-    assert bug.tells.split()[0] in bug.shown.split()
-    assert bug.tells.split()[1] in ("rises", "falls")
+    assert bug.symptom.split()[0] in bug.shown.split()
+    assert bug.symptom.split()[1] in ("rises", "falls")
     file, test = bug.test.split("::")
     assert f"\ndef {test.partition('[')[0]}(" in (ROOT / "tests" / file).read_text()
     before = [resolve_name(place) for place in bug.places.split()]
@@ -149,7 +149,7 @@ def test_the_page_has_all_ten_in_order():
     assert [row[0] for row in rows] == list(BUGS)
     for name, place, what, key, how, test in rows:
         bug = BUGS[name]
-        assert place == name and what == bug.what and f"{key} {how}" == bug.tells
+        assert place == name and what == bug.what and f"{key} {how}" == bug.symptom
         assert test == bug.test.split("::")[1].partition("[")[0]
 
 
@@ -160,7 +160,7 @@ def test_the_page_shows_the_lines_and_the_command(name):
     assert f"`python -m analysis.break_it {name}`" in part
     figures = table(part)
     assert list(figures) == bug.shown.split() and tells(bug, figures)
-    assert [row[0] for row in ROW.findall(part) if row[3]] == [bug.tells.split()[0]]
+    assert [row[0] for row in ROW.findall(part) if row[3]] == [bug.symptom.split()[0]]
     assert f"`tests/{bug.test}`" in part
 
 
