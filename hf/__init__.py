@@ -1,4 +1,4 @@
 """Folders of Hugging Face: weights, tokenizer, chat template, and a vocabulary written as theirs.
 
-Nothing here is loaded before a folder is asked for, and of transformers nothing is imported.
+Nothing here is loaded before a folder is used, and the package transformers is never imported.
 """

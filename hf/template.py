@@ -9,14 +9,14 @@ from datetime import datetime
 
 from data import UserError, user_errors
 
-GIVEN = {"messages", "add_generation_prompt", "tools", "documents"}  # no argument of a user's
-DAY = datetime(2024, 7, 26)  # Llama's own if there is no clock: runs do not differ by the day
+GIVEN = {"messages", "add_generation_prompt", "tools", "documents"}  # not by --template-args
+DAY = datetime(2024, 7, 26)  # Llama's default, for every run: none depends on the day
 MARK = "\ufdd1"  # a code point that is no character: no text has it
 
 
 class Template:
-    """A compiled template. arguments: what it knows beside the messages: bos_token, and what
-    --template-args says. Raises UserError, with `name`, wherever it fails."""
+    """A compiled template. arguments: what it may read beside the messages, such as bos_token and
+    those of --template-args. If it fails, a UserError says `name`."""
 
     def __init__(self, source, name, arguments):
         self.name, self.arguments = name, dict(arguments)
@@ -28,7 +28,7 @@ class Template:
             self.reads = find_undeclared_variables(environment.parse(source)) - GIVEN
 
     def render(self, messages, generation_prompt):
-        """-> the text of a conversation, with what opens the answer if one is asked for"""
+        """-> the text of a conversation. generation_prompt: with an opened answer"""
         rows = [{"role": role, "content": text} for role, text in messages]
         given = {"tools": None, "documents": None} | self.arguments
         given |= {"messages": rows, "add_generation_prompt": generation_prompt}
@@ -36,7 +36,7 @@ class Template:
             return self.template.render(given)
 
     def prompt(self, messages):
-        """-> the text that an answer follows. An answer that the messages begin is not closed."""
+        """-> the text that an answer follows. An answer in the last message stays open."""
         if messages[-1][0] != "assistant":
             return self.render(messages, True)
         *before, (role, text) = messages
@@ -51,7 +51,7 @@ def _environment():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} … {% endgeneration %} marks the answer, for others."""
+        """{% generation %} … {% endgeneration %} marks the answer; nothing here reads the mark."""
 
         tags = {"generation"}
 

@@ -1,8 +1,8 @@
 """The tokenizer of a Hugging Face checkpoint, by the package `tokenizers`, and how its chat
 template joins a prompt and an answer.
 
-A prompt of messages is rendered by the template, and its control tokens are read there. A control
-token that a message spells stays text. A plain string is one user message if `chat` is on.
+The template renders a prompt of messages. Control tokens that the template writes are read as such;
+one that a message spells stays text. A plain string is one user message if `chat` is on.
 """
 
 import json
@@ -15,7 +15,7 @@ from data.tokenizer import beginning
 from hf.template import MARK, Template
 
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-GUARD, PRIVATE = "\ufdd2", 0xF0000  # no character, and the first of the private ones
+GUARD, PRIVATE = "\ufdd2", 0xF0000  # no character, and the first for private use
 
 
 class HFTokenizer(Tokenizer):
@@ -45,8 +45,8 @@ class HFTokenizer(Tokenizer):
         self.end_id = self._end()
 
     def _read(self, text, opens):
-        """-> (the tokenizer, its control tokens and their ids). All that opens a chat is one, even
-        if the file does not call it special: a message can spell none of them."""
+        """-> (the tokenizer, {control token: id}). A token that opens a chat is one of them even if
+        the file does not call it special, so that no message can spell it."""
         try:
             import tokenizers
         except ImportError:
@@ -66,7 +66,7 @@ class HFTokenizer(Tokenizer):
         return made, controls
 
     def _try(self, messages, generation_prompt):
-        """-> what the template says, "" if it asks for more: its prompts may still work"""
+        """-> what the template writes; "" if it fails, as it may still work on a user's prompts"""
         try:
             return self.template.render(messages, generation_prompt)
         except UserError:
@@ -91,7 +91,7 @@ class HFTokenizer(Tokenizer):
         return found
 
     def _end(self):
-        """-> the id that ends an answer: what the template writes behind one, else eos_token"""
+        """-> the id that ends an answer: what the template writes after one, else eos_token"""
         if self.template:
             said = self._try([("user", "1"), ("assistant", MARK)], False)
             _, found, after = said.rpartition(MARK)
@@ -114,19 +114,19 @@ class HFTokenizer(Tokenizer):
     @cached_property
     def begin(self):
         """The ids that the tokenizer puts before a text: the beginning of a sequence"""
-        bare, whole = self._ids("1"), self.hf.encode("1").ids
-        n = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        bare, full = self._ids("1"), self.hf.encode("1").ids
+        n = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
         bos = self.hf.token_to_id(self.named.get("bos_token", ""))
         if not n and self.settings.get("add_bos_token") is True and bos is not None:
             return [bos]
-        return whole[:n]
+        return full[:n]
 
     @property
     def vocabulary(self):
         return self.meta["files"]["tokenizer.json"]
 
     def with_chat(self, chat, args):
-        """-> the same vocabulary with other settings of its template; None: as they are"""
+        """-> the tokenizer with other settings of its template. chat: None leaves it as it is"""
         if (chat is not None or args) and not self.template:
             raise UserError(f"--chat, --template-args: {self.name} has no chat template")
         chat = self.meta["chat"] if chat is None else chat
@@ -139,7 +139,7 @@ class HFTokenizer(Tokenizer):
         return self.vocabulary, self.source, self.chat, self.meta["args"]
 
     def fits(self, vocab_size):
-        return self.size <= vocab_size  # which may be padded
+        return self.size <= vocab_size  # the logits may be padded
 
     # ---- text to ids
 
@@ -152,7 +152,7 @@ class HFTokenizer(Tokenizer):
         return self._ids(str(text))
 
     def messages(self, prompt):
-        """-> ((role, text), …), or None for what stays a bare string"""
+        """-> ((role, text), …), or None if the prompt stays a bare string"""
         if not self.template:
             return None
         bare = (("user", str(prompt)),) if self.chat else None
@@ -163,8 +163,8 @@ class HFTokenizer(Tokenizer):
         return self.begin + self.encode(prompt) if messages is None else self._render(messages)
 
     def _render(self, messages):
-        """-> the ids of a conversation. Each control token that a message spells has a code point
-        of its own while the template runs, and is text again when its piece is encoded."""
+        """-> the ids of a conversation. While the template runs, a private code point stands for
+        each control token that a message spells; it is text again when its piece is encoded."""
         hidden = {}
 
         def hide(token):
@@ -187,7 +187,7 @@ class HFTokenizer(Tokenizer):
                 for code, text in hidden.items():
                     piece = piece.replace(code, text)
                 ids += self.encode(piece)
-            elif piece:  # behind its control token, as some vocabularies mark a text's beginning
+            elif piece:  # after its control token, as some vocabularies mark a text's beginning
                 ids += self._ids(before + piece, control=True)[bool(before) :]
             if token:
                 ids.append(self.controls[token[0]])
@@ -195,8 +195,8 @@ class HFTokenizer(Tokenizer):
         return ids
 
     def cut(self, prompt, n):
-        """The template's own tokens stay, and of each message at least one: if n is less than
-        that, what comes back is longer."""
+        """As Tokenizer.cut, but the template's tokens stay, and at least one of each message. If
+        these are more than n, so is the result."""
         messages, ids = self.messages(prompt), self.prompt(prompt)
         if messages is None:
             return self.begin + self.encode(prompt)[-max(1, n - len(self.begin)) :]

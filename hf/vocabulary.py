@@ -1,4 +1,4 @@
-"""A vocabulary of tiktoken as tokenizer.json, so that others read the toy models."""
+"""Writes a tiktoken vocabulary as tokenizer.json, so that other programs read the toy models."""
 
 import json
 
@@ -16,7 +16,7 @@ def tokenizer_files(tokenizer, context):
         import tokenizers
         from tokenizers import AddedToken, decoders, models, pre_tokenizers
     except ImportError:
-        words = "to write a tokenizer needs the package tokenizers"
+        words = "writing a tokenizer needs the package tokenizers"
         raise UserError(f"{words}: pip install -r requirements-hf.txt") from None
     encoding = tokenizer.encoding
     ranks = encoding._mergeable_ranks
@@ -29,7 +29,7 @@ def tokenizer_files(tokenizer, context):
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken(END, special=True, normalized=False)])
     if made.token_to_id(END) != tokenizer.end_id:
-        raise UserError(f"{encoding.name} has its end token in a place that tokenizer.json has not")
+        raise UserError(f"{encoding.name}: its end token would get another id in tokenizer.json")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END,
@@ -44,7 +44,7 @@ def shown(token):
 
 
 def halves(token, ranks):
-    """-> the two tokens that are merged last on the way to this one; None of a single byte"""
+    """-> the two tokens whose merge makes this one; None for a single byte"""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]

@@ -1,8 +1,9 @@
 """Checkpoints of Hugging Face: a folder with config.json, model.safetensors and tokenizer.json.
 
-GPT-2, Llama 2 and 3, SmolLM2, Mistral, Qwen2 and 2.5, Qwen3. The rest is refused by its name, and
-so are pickled and quantised weights. Of transformers nothing is imported: a name there is a name
-here (`theirs`), and what it calls three matrices is one here, one below the other.
+It reads GPT-2, Llama 2 and 3, SmolLM2, Mistral, Qwen2 and 2.5, and Qwen3. Other models are refused
+by name, and so are pickled and quantised weights. The package transformers is not imported:
+`theirs` translates the names of weights, and three matrices there (q, k, v) are one here, one below
+the other.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ TEXTS = (  # the files that a checkpoint of ours keeps
     *("special_tokens_map.json", "chat_template.jinja"),
 )
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-UNREAD = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # of old files: no weights
+UNREAD = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # buffers of old files
 NAMES = {  # ours -> theirs, inside a block and outside
     "attention.q_norm": ["self_attn.q_norm"],
     "attention.k_norm": ["self_attn.k_norm"],
@@ -50,7 +51,7 @@ INSTALL = "pip install -r requirements-hf.txt"
 
 
 def theirs(name, config):
-    """A name of ours -> the names of the tensors that it joins"""
+    """The name of a weight here -> the names of the tensors there that it joins"""
     module, _, kind = name.removeprefix("trunk.").rpartition(".")
     if module in ("lm_head", "head"):
         return [f"score.{kind}" if module == "head" else name]
@@ -62,13 +63,13 @@ def theirs(name, config):
 
 
 def transposed(name, config):
-    """Whether a weight of ours stands the other way there: GPT-2's are (in, out)"""
+    """Whether a weight is stored transposed there: GPT-2's are (in, out)"""
     inner = name.endswith(("qkv.weight", "proj.weight", "up.weight", "down.weight"))
     return inner and not config.llama
 
 
 def cuts(name, config):
-    """-> the heights of the tensors that one of ours joins"""
+    """-> how many rows each of the tensors has that a weight joins"""
     H, K, D = config.heads()
     if ".qkv." in name:
         return [H * D, K * D, K * D]
@@ -79,15 +80,15 @@ def cuts(name, config):
 
 
 def load(folder, mapped=False):
-    """-> (GPT or ScalarGPT, meta), with the tensors of the files: no weight is drawn first, and
-    none is copied but those that are joined. Raises UserError. mapped: the model stays on "meta",
-    and its `unread` has {name: a function that gives the tensor}."""
+    """-> (GPT or ScalarGPT, meta). The model takes the tensors of the files: no weight is drawn
+    first, and only those that are joined are copied. Raises UserError. mapped: the model stays on
+    "meta", and its `unread` has {name: a function that gives the tensor}."""
     config = read_config(folder)
     facts = read_json(folder, "config.json")
     scalar = str(facts.get("architectures")).count("ForSequenceClassification")
     labels = facts.get("id2label")
     if scalar and isinstance(labels, dict) and len(labels) != 1:
-        raise refused(folder, "classifies; a reward model has one label")
+        raise refused(folder, "is a classifier of several labels; a reward model has one")
     tensors = Tensors(folder)
     if config.n_layer > len(tensors.files):
         raise refused(folder, f"names {config.n_layer} layers, more than its files have weights")
@@ -110,7 +111,7 @@ def load(folder, mapped=False):
             found = ", ".join(str(tuple(part.shape)) for part in parts)
             raise refused(folder, f"has {name} of shape {found}, but config.json says otherwise")
         if len(parts) > 1 and [len(part) for part in parts] != cuts(name, config):
-            raise refused(folder, f"has parts of {name} that config.json cuts otherwise")
+            raise refused(folder, f"has parts of {name} whose sizes are not those of config.json")
         state[name] = partial(joined, parts)
     if scalar or config.tied:
         tensors.left.discard("lm_head.weight")
@@ -136,7 +137,7 @@ def load(folder, mapped=False):
 
 
 def joined(parts):
-    """Tensors, which may be those of a file -> one, below each other, whose rows are contiguous"""
+    """Tensors, which may be mapped from a file -> one contiguous tensor of all their rows"""
     return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
@@ -145,7 +146,7 @@ def refused(folder, why):
 
 
 class Tensors:
-    """The weights of a folder by their names without the trunk's. `left`: those not taken yet."""
+    """The weights of a folder, by their names without the trunk's. `left`: those not taken yet"""
 
     def __init__(self, folder):
         try:
@@ -160,7 +161,7 @@ class Tensors:
                     self.files[bare(name)] = file, name
             except Exception as e:  # a SafetensorError, whatever is wrong with the file
                 why = str(e).partition("\n")[0] or type(e).__name__
-                raise UserError(f"{path} is no whole safetensors file ({why})") from None
+                raise UserError(f"{path} is not a complete safetensors file ({why})") from None
         self.left = set(self.files)
 
     def take(self, name):
@@ -176,7 +177,7 @@ class Tensors:
             raise refused(self.folder, f"has {name} that cannot be read ({why})") from None
         if x.dtype not in DTYPES:
             kind = str(x.dtype).removeprefix("torch.")
-            raise refused(self.folder, f"has weights of {kind}: quantised ones are not read")
+            raise refused(self.folder, f"has weights of {kind}: quantised ones are not supported")
         return x
 
 
@@ -186,9 +187,9 @@ def bare(name):
 
 def weight_files(folder):
     """-> the paths of model.safetensors, or of the shards that its index names"""
-    whole, index = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
-    if whole.is_file():
-        return [whole]
+    single, index = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
+    if single.is_file():
+        return [single]
     if not index.is_file():
         pickled = [*Path(folder).glob("*.bin"), *Path(folder).glob("*.pt*")]
         why = ": pickled weights are never loaded, as they can run code" if pickled else ""
@@ -204,7 +205,7 @@ def weight_files(folder):
 
 
 def read_json(folder, name):
-    """-> the object in a file of the folder"""
+    """-> the JSON object in a file of the folder"""
     path = os.path.join(folder, name)
     try:
         with open(path, encoding="utf-8") as file:
@@ -221,7 +222,7 @@ def read_json(folder, name):
 
 
 def read_texts(folder):
-    """-> {name: text} of the small files, for a checkpoint that stands alone"""
+    """-> {name: text} of the small files, so that a checkpoint can do without the folder"""
     texts = {}
     for name in TEXTS:
         path = Path(folder, name)
@@ -238,7 +239,7 @@ def read_texts(folder):
 
 
 def read_config(folder):
-    """config.json -> GPTConfig. Raises UserError if it names what these scripts do not have."""
+    """config.json -> GPTConfig. Raises UserError if it names something that gpt.py lacks."""
     facts = read_json(folder, "config.json")
     kind, known = facts.get("model_type"), "GPT-2, Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3"
     if kind not in FAMILIES:
@@ -256,7 +257,7 @@ def read_config(folder):
     def only(name, *values):
         if facts.get(name, values[0]) not in values:
             what = f"{name} {str(facts[name])[:40]!r}"
-            raise refused(folder, f"has {what}, which is not built here")
+            raise refused(folder, f"has {what}, which is not supported")
 
     only("quantization_config", None)
     if kind == "gpt2":
@@ -295,12 +296,12 @@ def read_config(folder):
         )
     H, K, D = config.heads()
     if H % K or D % 2 and config.llama or config.head_dim == 0 and config.n_embd % H:
-        raise refused(folder, f"has {H} heads, {K} of keys, {config.n_embd} wide: they do not fit")
+        raise refused(folder, f"has {H} heads, {K} of keys, width {config.n_embd}: they do not fit")
     return config
 
 
 def context(facts, fact):
-    """-> the longest sequence; within a sliding window, where full attention is the same"""
+    """-> the longest sequence. A sliding window limits it: within it full attention is the same"""
     longest, mistral = fact("max_position_embeddings"), facts["model_type"] == "mistral"
     slides = facts.get("use_sliding_window", mistral)
     if not slides or facts.get("sliding_window", 4096) is None:
@@ -319,7 +320,7 @@ def rope(folder, facts):
     if any(type(x) not in (int, float) or not 0 < x < 1e15 for x in (theta, *scaling)):
         raise refused(folder, "has rotary positions whose numbers are missing or wrong")
     if kind not in ("default", "llama3") or found.get("partial_rotary_factor", 1) != 1:
-        raise refused(folder, f"has rotary positions {str(kind)[:40]!r}, which are not built here")
+        raise refused(folder, f"has rotary positions {str(kind)[:40]!r}, which are not supported")
     return {"rope_theta": float(theta), "rope_scaling": tuple(map(float, scaling))}
 
 
