@@ -34,8 +34,9 @@ class Step:
     def __init__(self, run, rows):
         self.rows = rows
         self.models = SimpleNamespace(**copy.deepcopy(run.models))
-        self.weights = weights(run.models, run.trained())
-        self.own = weights(vars(self.models), run.trained())
+        roles = [m["role"] for m in run.ledger if m["trainable"]]
+        self.weights = weights(run.models, roles)
+        self.own = weights(vars(self.models), roles)
 
 
 def weights(models, roles):

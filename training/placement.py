@@ -52,8 +52,8 @@ class Whole:
         """Frees what nobody holds any more, if Python does not do so at once."""
 
 
-def chosen(shard, device, dtype):
-    """-> the placement of a run, with --shard or without"""
+def choose(shard, device, dtype):
+    """-> the placement of a run"""
     if not shard:
         return Whole(device, dtype)
     from training.sharding import Parts

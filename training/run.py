@@ -44,7 +44,7 @@ class Run(Compute):
         super().__init__(o)
         self.method = method  # the script's name
         self.compile = o.compile  # whether models are compiled
-        self.placement = placement.chosen(o.shard, self.device, self.weights)  # of the weights
+        self.placement = placement.choose(o.shard, self.device, self.weights)  # of models
         o.out = o.out or checkpoint.default_path(o.task, method)
         self.files = Files(o.out, logger(o.log_to, method, o.out))  # record, state, what is read
         self.generator = torch.Generator().manual_seed(o.seed)  # of samples and minibatches
@@ -64,8 +64,8 @@ class Run(Compute):
             if f.metadata.get("file"):
                 self.reads(getattr(o, f.name), f.name)
 
-    def reads(self, path, part, known_by=""):  # a file is an input of the run
-        self.files.reads(path, part, known_by)
+    def reads(self, path, part="", may_change=False):  # a file is an input of the run
+        self.files.reads(path, part, may_change)
 
     # ---- models: where they come from
 
@@ -122,10 +122,6 @@ class Run(Compute):
         self.figures.watch(self.models)
         rounded = "\nbfloat16-pure: an update below 1/256 of a weight is rounded away"
         say(memory.ledger(self.ledger) + rounded * self.pure)
-
-    def trained(self):
-        """-> the roles of the models that are trained, or whose adapters are"""
-        return [m["role"] for m in self.ledger if m["trainable"]]
 
     def adamw(self, *models):
         """-> the optimizer of all that is trained of these models"""

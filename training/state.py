@@ -37,7 +37,8 @@ class State:
         """Knows from now on what is to be saved."""
         run = self.run
         self.options = self.bits()
-        self.trained = {role: Weights(run.models[role]) for role in run.trained()}
+        roles = [m["role"] for m in run.ledger if m["trainable"]]
+        self.trained = {role: Weights(run.models[role]) for role in roles}
         self.trained |= {"optimizer": Moments(optimizer)}
         if run.scaler.is_enabled():
             self.trained["scaler"] = run.scaler
