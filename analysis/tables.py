@@ -189,8 +189,8 @@ def records(runs):
 
 
 def labels(row, options, final):
-    """-> how many labels of pairs or answers the run has used; None if it learns from demonstrations,
-    or from a reward of every response"""
+    """-> how many labels of pairs or answers the run has used; None if it learns from
+    demonstrations, or from a reward of every response"""
     if EVERY[row].data in ("demonstrations", REWARDS):
         return None
     drawn = options["steps"] * options["batch_size"]

@@ -1,6 +1,8 @@
 """Where and how precisely a script computes: --device and --dtype of its options."""
 
 import json
+import os
+import shutil
 from functools import partial
 
 import torch
@@ -10,6 +12,13 @@ import gpt
 from data import UserError
 from training import checkpoint, distributed, lora, sampling
 from training.placement import Whole, full
+
+COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
+
+
+def check_compiler():
+    if not any(map(shutil.which, COMPILERS)):
+        raise UserError("--compile needs a C++ compiler, such as g++; leave it out without one")
 
 
 class Compute:
@@ -40,7 +49,7 @@ class Compute:
         return model
 
     def complete(self, model, source=None):
-        """-> the model with its own numbers, or those of another one, its blocks compiled with
+        """-> the model with the numbers of `source`, or its own, and its blocks compiled with
         --compile"""
         if self.compile:
             for block in model.blocks:

@@ -53,7 +53,7 @@ class Whole:
 
 
 def choose(shard, device, dtype):
-    """-> the placement of a run"""
+    """-> the placement of a run, with --shard or without"""
     if not shard:
         return Whole(device, dtype)
     from training.sharding import Parts

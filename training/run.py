@@ -64,8 +64,8 @@ class Run(Compute):
             if f.metadata.get("file"):
                 self.reads(getattr(o, f.name), f.name)
 
-    def reads(self, path, part="", may_change=False):  # a file is an input of the run
-        self.files.reads(path, part, may_change)
+    def reads(self, path, part, known_by=""):  # a file is an input of the run
+        self.files.reads(path, part, known_by)
 
     # ---- models: where they come from
 
