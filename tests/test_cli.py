@@ -174,6 +174,11 @@ grpo --reward raises.py:f | raised KeyError ('x', line 1) at the prompt 'A
 grpo --reward returns.py:none | returned None at the prompt 'A
 grpo --reward returns.py:text | returned '1' at the prompt 'A
 grpo --reward returns.py:infinite | returned inf at the prompt 'A
+grpo --reward wrong.py:long | raised ValueError (aaaaaaaaaa
+grpo --reward wrong.py:big | returned 1000
+grpo --reward wrong.py:wide | returned 1e
+grpo --reward wrong.py:leave | raised SystemExit
+grpo --reward wrong.py:nan | returned nan
 grpo --reward none.pt | none.pt: no such file
 grpo --reward out/reviews/sft.pt | is a language model; give a reward model
 grpo --reward exact_rm.pt | exact_rm.pt was trained on exact, and exact has a vocabulary of its own
@@ -320,6 +325,17 @@ def none(prompt, completion): pass
 def text(prompt, completion): return '1'
 def infinite(prompt, completion): return float('inf')
 def positional(p, c): return 1""",
+    "wrong": """
+from __future__ import annotations
+import dataclasses
+@dataclasses.dataclass
+class Looks:
+    up: int = 1  # its module, by name
+def long(prompt, completion): raise ValueError("a" * 999 + "\\n" + "b")
+def big(prompt, completion): return 10**400
+def wide(prompt, completion): return 1e39
+def leave(prompt, completion): raise SystemExit(3)
+def nan(prompt, completion): return float("nan")""",
     "kinds": """
 async def later(completion): return 1
 def many(completion): yield 1
@@ -378,7 +394,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, words, workshop, monkeyp
     script, *argv = command.replace("FILE", "--init out/reviews/sft.pt --task").split()
     assert main(script, *argv) == 2
     said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and said[0].startswith(f"{script}.py: ") and words in said[0], said
+    assert (
+        len(said) == 1
+        and len(said[0]) < 600
+        and said[0].startswith(f"{script}.py: ")
+        and words in said[0]
+    ), said
     assert snapshot(workshop) == before
 
 

@@ -14,7 +14,6 @@ import data
 import grpo
 import online_dpo
 import ppo
-from data import UserError
 from data.make_vocab import main as make_vocab
 from gpt import GPTConfig, ScalarGPT, load, save
 from training import Rollout, Run, checkpoint, load_judge, parse
@@ -81,17 +80,6 @@ def every(prompt, completion, **more): return sorted(more) == ["answer", "ended"
 def ended(prompt, completion, ended): return ended
 def rest(prompt, completion, *more): return 1
 """
-WRONG = """
-from __future__ import annotations
-import dataclasses
-@dataclasses.dataclass
-class A:
-    x: int = 1
-def long(prompt, completion): raise ValueError("a" * 300 + "\\n" + "b")
-def big(prompt, completion): return 10**400
-def wide(prompt, completion): return 1e39
-def leave(prompt, completion): raise SystemExit(3)
-"""
 
 
 def reward(name, columns):
@@ -109,22 +97,6 @@ def test_a_user_s_function_gets_the_columns_it_names(tmp_path):
     assert named("p", "4", weight=3, **columns) == 3.0
     assert every("p", "4", True, **columns) == 1.0 == rest("p", "c", True, **columns)
     assert (ended("p", "4", True), ended("p", "4", False)) == (1.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    "name, words",
-    [
-        ("long", "raised ValueError"),
-        ("big", "returned 1000"),
-        ("wide", "returned 1e"),
-        ("leave", "raised SystemExit"),
-    ],
-)
-def test_a_function_that_does_not_work_is_one_line(name, words, tmp_path):
-    (tmp_path / "r.py").write_text(WRONG)
-    with pytest.raises(UserError, match=words) as error:
-        reward(f"{tmp_path}/r.py:{name}", {})("p", "c")
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 MEDDLER = """
@@ -220,26 +192,21 @@ LATE = """
 calls = []
 def late(prompt, completion):
     calls.append(1)
-    return 1.0 if len(calls) < 30 else """
+    return 1.0 if len(calls) < 30 else 1 / 0
+"""
 
 
-@pytest.mark.parametrize(
-    "fault, words",
-    [
-        ("1 / 0", "raised ZeroDivisionError (division by zero, line 5) at"),
-        ("float('nan')", "returned nan at"),
-    ],
-)
-def test_a_function_that_fails_later_names_the_prompt(fault, words, ends, monkeypatch, capsys):
-    """It works on what is tried before the training, and raises or returns nan later: one line with
-    the prompt, the completion and the function's line, exit code 2."""
+def test_a_function_that_fails_later_names_the_prompt(ends, monkeypatch, capsys):
+    """It works on what is tried before the training, and raises later: one line with the prompt,
+    the completion and the function's line, exit code 2."""
     monkeypatch.chdir(ends)
-    (ends / "late.py").write_text(LATE + fault)
+    (ends / "late.py").write_text(LATE)
     args = [*ENDS, *TINY, "--group", 4, "--reward", "late.py:late", "--out", "late/x.pt"]
     assert main("grpo", *args) == 2
     out, said = capsys.readouterr()
     (said,) = said.strip().splitlines()
-    assert f"{words} the prompt 'A " in said and "and the completion '" in said
+    words = "raised ZeroDivisionError (division by zero, line 5) at the prompt 'A "
+    assert words in said and "and the completion '" in said
     assert "late.py:late" in said and "step 1 is saved" in out
     assert torch.load("late/x.state", weights_only=True)["step"] == 1
 
@@ -248,8 +215,7 @@ def test_a_function_that_fails_later_names_the_prompt(fault, words, ends, monkey
 
 
 def test_a_missing_reward_model_is_made_first(ends, tmp_path, monkeypatch, judge):
-    """--reward rm runs reward_model.py of the same task; the ledger holds it, and the record has
-    both its score and the gold reward."""
+    """--reward rm runs reward_model.py of the same task, and the ledger holds it."""
     shutil.copytree(ends / "out", tmp_path / "out")
     calls = []
 
@@ -259,17 +225,12 @@ def test_a_missing_reward_model_is_made_first(ends, tmp_path, monkeypatch, judge
         assert main("reward_model", *short) == 0
 
     monkeypatch.setattr(checkpoint.runpy, "run_path", run_path)
-    args = [*TINY, "--group", 4, "--reward"]
-    assert main("grpo", *args, "rm", "--eval-every", 2) == 0
+    assert main("grpo", *TINY, "--group", 4, "--reward", "rm") == 0
     asked = f"{checkpoint.Path(grpo.__file__).with_name('reward_model.py')} --task reviews"
     assert [" ".join(x) for x in calls] == [f"{asked} --device cpu --dtype auto"]
-    record = lines(tmp_path / "out/reviews/grpo.jsonl")
-    final, evals = record[-1]["final"], [line["eval"] for line in record if "eval" in line]
+    final = lines(tmp_path / "out/reviews/grpo.jsonl")[-1]["final"]
     held = {model["role"]: model["trainable"] for model in final["models"]}
     assert held == {"policy": True, "reward": False, "ref": False}
-    for figures in (final, *evals):
-        assert {"score", "ref_score", "reward", "ref_reward"} <= set(figures)
-        assert figures["reward"] <= 3
     s = rollout((PROMPT, " Skip it.", True))
     values = load("out/reviews/reward_model.pt")[0].values(s.ids)
     found = judge("rm")([question(PROMPT)], s)
