@@ -205,7 +205,7 @@ class Shuffled:
 
 class Prompts:
     """next(prompts) -> the next batch of rows (ids, prompt, columns). The task's training prompts
-    are shuffled anew for each pass. `longest`: how many tokens a response may have. A world that is
+    are shuffled anew for each pass. `longest`: the most tokens of a response. A world that is
     enumerated has few prompts, and a batch has each of them equally often."""
 
     def __init__(self, task, tokenizer, block_size, o, split="train", make=lambda f: f()):
