@@ -160,7 +160,7 @@ grpo --reward gold | give task, rm, the X.pt of a reward model, or a function as
 grpo --reward good.py | give task, rm, the X.pt of a reward model, or a function as FILE.py:function
 grpo --reward returns.py:positional | takes 'p', which is no column of the rows (there are prompt,
     completion, ended)
-grpo FILE someanswer.jsonl --reward wants.py:f | takes 'answer', which someanswer.jsonl:51 has not
+grpo FILE someanswer.jsonl --reward wants.py:f | takes 'answer', which someanswer.jsonl:51 lacks
 grpo FILE someanswer.jsonl --reward task | "answer" to check against (someanswer.jsonl:51
 grpo --reward kinds.py:later | returned <coroutine object later
 grpo --reward kinds.py:many | returned <generator object many

@@ -25,8 +25,8 @@ def is_checkpoint(path):
 
 
 def default_folder(task):
-    """-> the name of a task's folder. A file has that of its path, my/pairs for my/pairs.jsonl, so
-    that no two data sets share one, nor one of them a built-in task's."""
+    """-> the name of a task's folder. For a file it follows from the path, my/pairs for
+    my/pairs.jsonl, so that no two data sets share a folder, with each other or a built-in task."""
     if data.kind(task) != "file":
         return task.replace(":", "-")
     try:
@@ -122,8 +122,8 @@ def same_world(path, tokenizer, meta, task):
 
 
 def find_reference(run):
-    """-> the path of the checkpoint that a policy is compared with: where it started, else an
-    earlier out/<task>/sft.pt; "" if there is none, which is said."""
+    """-> the path of the checkpoint that a policy is compared with: the one that it started from,
+    else an earlier out/<task>/sft.pt. If there is none, says so, and gives ""."""
     path = run.baseline or default_path(run.task.name, "sft")
     try:
         ref, own, _ = load(path)
@@ -133,12 +133,12 @@ def find_reference(run):
         why = f"{path} has another vocabulary or a shorter context"
     except UserError as e:
         why = str(e) if os.path.exists(path) else "an earlier SFT checkpoint would be one"
-    data.say(f"nothing to compare with ({why}): win rate and KL will be left out")
+    data.say(f"no reference checkpoint ({why}): win rate and KL are not reported")
     return ""
 
 
 def describe(meta):
-    """One line on a checkpoint, so that a smoke test's two steps are not mistaken for training."""
+    """-> a checkpoint in a few words, so that two steps of a test are not mistaken for training"""
     if "steps" not in meta:
         return meta["method"]
     reward = "" if meta["reward"] is None else f", reward {meta['reward']:.2f}"
@@ -146,15 +146,15 @@ def describe(meta):
 
 
 def make_if_missing(method, o):
-    """-> the default checkpoint of an earlier stage of the same task. If there is none its script
-    is run first, in this process, with its own defaults."""
+    """-> the default checkpoint of an earlier stage of the same task. If there is none, its script
+    runs first, in this process, with its own defaults."""
     path = default_path(o.task, method)
     if o.init and not os.path.exists(path):
         load(o.init)  # a wrong one is refused before anything is trained
     if data.kind(o.task) == "file":
         rows = "prompt, completion" if method == "sft" else "prompt, chosen, rejected"
         option = "--init" if method == "sft" else "--reward X.pt"
-        made = f"a checkpoint such as python {method}.py --task FILE makes, of {rows}"
+        made = f"a checkpoint such as python {method}.py --task FILE makes from rows of {rows}"
         raise UserError(f"{option} is needed with a file as the task: {made}")
     there = partial(os.path.exists, path)
     if distributed.of_first(there):
@@ -169,7 +169,7 @@ def make_if_missing(method, o):
 
 
 def _make(path, task, method, device, dtype):
-    """Runs the script of a stage, or goes on with it."""
+    """Runs the script of a stage, or resumes it."""
     data.say(f"{path} does not exist yet: running {method}.py first (half a minute on a laptop)")
     argv, start = sys.argv, time.time()
     script = str(Path(gpt.__file__).with_name(f"{method}.py"))
@@ -187,4 +187,4 @@ def _make(path, task, method, device, dtype):
             raise Stopped(words) from None
     finally:
         sys.argv = argv
-    data.say(f"{path} is made, in {time.time() - start:.0f} s\n")
+    data.say(f"{path} was made in {time.time() - start:.0f} s\n")

@@ -1,4 +1,4 @@
-"""Where and how precisely a script computes: --device and --dtype of its options."""
+"""The device and the precision in which a script computes: --device and --dtype."""
 
 import json
 import os
@@ -18,7 +18,7 @@ COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
 
 def check_compiler():
     if not any(map(shutil.which, COMPILERS)):
-        raise UserError("--compile needs a C++ compiler, such as g++; leave it out without one")
+        raise UserError("--compile needs a C++ compiler; install one, such as g++, or leave it out")
 
 
 class Compute:
@@ -41,7 +41,7 @@ class Compute:
         return self.placement.place(model)
 
     def adapt(self, model):
-        """-> the model; with --lora frozen, but for the adapters that it is given"""
+        """-> the model; with --lora it is frozen, and has adapters that are trained"""
         o = self.o
         if o.lora:
             low = self.dtype if self.mixed else None
@@ -49,8 +49,8 @@ class Compute:
         return model
 
     def complete(self, model, source=None):
-        """-> the model with the numbers of `source`, or its own, and its blocks compiled with
-        --compile"""
+        """-> the model with the weights of `source`, or its own; with --compile its blocks are
+        compiled"""
         if self.compile:
             for block in model.blocks:
                 block.compile(dynamic=True)
@@ -63,12 +63,13 @@ class Compute:
 
     def freeze(self, model):
         """-> a frozen copy. Its linear weights have the compute precision, so that it agrees with
-        the original to the bit; a scalar head, which reads in float32, stays."""
+        the original to the bit; a scalar head stays in float32, in which it computes."""
         return self.complete(self._copy(model, self.placement.frozen), model)
 
     @torch.no_grad()
     def _copy(self, model, take):
-        """-> a frozen copy of what `take` makes of the weights; those that it leaves are shared"""
+        """-> a frozen copy with the weights take(p); those that `take` leaves as they are, and no
+        cast changes, are shared"""
         copy = lora.like(model)
         for name, module in model.named_modules():
             low = self.mixed and isinstance(module, torch.nn.Linear) and name != "head"
@@ -80,13 +81,13 @@ class Compute:
         return copy.eval()
 
     def gathered(self, model):
-        """-> the model with all its weights; if it had a part of them, a frozen copy"""
+        """-> the model with all its weights; a frozen copy if this process has parts of them"""
         return self.placement.gathered(model, self._copy)
 
     def to_sample(self, model):
-        """-> the model in the compute precision, with all its weights: in float32 with its adapters
-        merged, which bfloat16 would round; under autocast a copy that is cast once, as it would be
-        cast at every token. The embedding is read in float32, the head as the rest."""
+        """-> the model in the compute precision, with all its weights. In float32 its adapters are
+        merged, which bfloat16 would round. Under autocast it is a copy that is cast once, and not
+        again at every token: the embedding stays in float32, linear layers and head are cast."""
         if not self.mixed:
             model = self.gathered(model)
             return model if self.pure else lora.merged(model)
@@ -97,31 +98,31 @@ class Compute:
         return model
 
     def reference(self, policy):
-        """-> π_ref, frozen: a copy of the policy where it starts, without adapters, or the
-        checkpoint of --reference. With --lora no weight is held twice."""
+        """-> π_ref, frozen: a copy of the policy as it starts, without adapters, or the checkpoint
+        of --reference. With --lora no weight of the policy is held twice."""
         if self.o.reference:
             return self.freeze(self.place(self.other_reference()))
         return self.freeze(lora.base(policy))
 
     def other_reference(self):
-        """-> the model that --reference names, if it fits"""
+        """-> the model that --reference names. Raises UserError if it does not fit the policy"""
         path = self.o.reference
         ref, tokenizer, _ = checkpoint.load(path, mapped=self.placement.mapped)
         if tokenizer.vocabulary != self.tokenizer.vocabulary:
             raise UserError(f"--reference {path} has another vocabulary than the policy")
         if ref.config.block_size < self.block_size:
-            words = f"has a context of {ref.config.block_size}, and the run one of"
+            words = f"has a context of {ref.config.block_size}, but the run needs"
             raise UserError(f"--reference {path} {words} {self.block_size}; set --block-size")
         return ref
 
     def sample(self, model, questions, longest, group=1, temperature=1.0, generator=None):
-        """-> a Rollout of `group` responses to each question, a row that begins with its ids"""
+        """-> a Rollout of `group` responses to each question. questions: rows (ids, …)"""
         ids, end = [row[0] for row in questions], self.tokenizer.end_id
         draw = partial(sampling.sample, temperature=temperature, group=group, static=self.compile)
         if not distributed.many:
             with self.autocast():
                 return draw(self.to_sample(model), ids, longest, end, generator=generator)
-        uniform = sampling.uniforms(len(ids) * group, longest, generator)  # the same in all of them
+        uniform = sampling.uniforms(len(ids) * group, longest, generator)  # alike in all processes
         part, rollout = distributed.mine(len(ids)), None
         rows = slice(part.start * group, part.stop * group)
         with self.autocast():
@@ -135,8 +136,8 @@ class Compute:
 
     @torch.no_grad()
     def scores(self, rows, f, size=0):
-        """f of all rows, `size` at a time (0: all), each process its share, without a graph.
-        f(some of the rows) -> (their number, …); -> (len(rows), …)"""
+        """-> f of all rows, (len(rows), …), without a graph. Each process computes its share,
+        `size` rows at a time (0: all). f(n of the rows) -> (n, …)"""
 
         def score(part):
             with self.autocast():
@@ -145,7 +146,7 @@ class Compute:
         return distributed.shared(len(rows), score, size)
 
     def with_chat(self, tokenizer):
-        """-> the tokenizer with what --chat and --template-args say of its chat template"""
+        """-> the tokenizer, whose chat template has the settings of --chat and --template-args"""
         o, args = self.o, {}
         for text in o.template_args:
             name, equals, value = text.partition("=")
@@ -174,7 +175,7 @@ def choose_device(name, dtype):
     if distributed.many and name != "cpu":
         if name != "cuda":
             raise UserError(
-                f"--device {name}: of many processes each takes its own card; give cuda"
+                f"--device {name}: each of many processes takes a GPU of its own; give cuda"
             )
         name = f"cuda:{distributed.local}"
     try:

@@ -1,9 +1,9 @@
-"""Many processes, started by torchrun: which one this is, its share, and what is put together.
+"""Many processes, started by torchrun: which one this is, its share, and how results are joined.
 
 Every process knows the whole step: its rows, all random numbers, every rollout. Only the passes
-through a model are shared out. What a share finds is put together by one means: each process fills
-its own rows of a table of zeros, and the sum over the processes is the whole, exactly. Gradients
-are summed once per optimizer step. One process sends no message.
+through a model are shared out. All results are joined in the same way: each process fills its own
+rows of a table of zeros, and the sum over the processes is the complete table, exactly. Gradients
+are summed once per optimizer step. A single process sends no message.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ rank = int(os.environ["RANK"]) if started else 0
 size = int(os.environ["WORLD_SIZE"]) if started else 1
 local = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
 is_first, many = rank == 0, size > 1
-store = None  # of short texts that all can read
-PATIENCE = timedelta(hours=2)  # for a process that writes, or waits for another run
-SAID = 3.0  # seconds in which the first process says what all of them have met
+store = None  # of short texts that all processes can read
+PATIENCE = timedelta(hours=2)  # with a process that writes, or waits for another run
+SAID = 3.0  # seconds in which the first process prints a mistake that all of them have met
 
 
 class Lost(Exception):
-    """Another process has ended, or met a mistake that it tells itself."""
+    """Another process has ended, or has met a mistake that it prints itself."""
 
 
 # ---- together from the start to the end
@@ -40,7 +40,7 @@ class Lost(Exception):
 
 @contextlib.contextmanager
 def joined():
-    """Within it the processes can reach each other. They part at its end, if it is a good one."""
+    """Within it the processes can reach each other. After success they disconnect at its end."""
     global store
     if not many or store:  # one process, or an earlier stage inside a run
         yield
@@ -65,7 +65,7 @@ def joined():
 
 
 def part():
-    """The processes part, after success alone: after an error this could wait for ever."""
+    """Disconnects the processes, only after success: after an error it could wait for ever."""
     wait()
     dist.destroy_process_group()
 
@@ -77,9 +77,9 @@ def wait():
 
 
 def to_say(message, alone=False, by_one=False):
-    """A failure -> what this process says of it: what all of them meet is said by the first, what
-    one meets alone by that one, with its rank. by_one: by whoever comes first. message: "" if a
-    message to another failed."""
+    """The message of a failure -> what this process prints of it. The first process prints what all
+    of them meet; what one meets alone, it prints itself, with its rank. by_one: whichever comes
+    first prints it. message: "" if this process could not reach another one"""
     if not many:
         return message
     if by_one:
@@ -99,7 +99,7 @@ def to_say(message, alone=False, by_one=False):
 
 
 def end(code):
-    """Ends a process of many that has failed: at once, whatever messages are still under way."""
+    """Ends one of many processes that has failed, at once, even if messages are under way."""
     if many:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -107,7 +107,7 @@ def end(code):
 
 
 def is_lost(e):
-    """Whether an error is that of a message to a process that has ended"""
+    """Whether an error comes from a message to a process that has ended"""
     return many and (isinstance(e, (Lost, dist.DistError)) or "gloo" in str(e))
 
 
@@ -122,7 +122,7 @@ def launcher():
 
 @contextlib.contextmanager
 def agreed():
-    """What is no mistake in one process alone is one in all: the others raise Lost."""
+    """If one process meets a mistake within it, all of them stop: the others raise Lost."""
     mistake = None
     try:
         yield
@@ -138,22 +138,22 @@ def agreed():
 
 @cache
 def mesh(kind):
-    """-> the processes in a row, as FSDP2 wants them"""
+    """-> the processes in a row, as FSDP2 needs them"""
     return dist.device_mesh.init_device_mesh(kind, (size,))
 
 
-# ---- shares, and what is put together
+# ---- shares, and how they are joined
 
 
 def mine(n):
-    """-> the range of n things, one after the other, that are this process's"""
+    """-> which of n things are this process's, as a slice"""
     return slice(n * rank // size, n * (rank + 1) // size)
 
 
 def shares(n, rows=0):
-    """Yields this process's parts of n rows, at most so many at a time (0: its share at once), as
-    (slice, whether it counts). If others have one more, the first part stands in and counts for
-    nothing: all processes make the same passes."""
+    """Yields this process's parts of n rows, at most `rows` at a time (0: its share at once), as
+    (slice, whether it counts). All processes make equally many passes: one that has a part less
+    than others gets the first part in its place, which does not count."""
     share = max(1, -(-n // size))
     rows = min(rows or share, share)
     parts = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
@@ -162,7 +162,7 @@ def shares(n, rows=0):
 
 
 def shared(n, f, rows=0):
-    """f(slice) -> a tensor of so many rows, of all n of them, each process its share. -> (n, …)"""
+    """-> f of all n rows, (n, …); each process computes its share. f(slice) -> those rows"""
     found = torch.zeros(0)
     for part, counts in shares(n, rows):
         x = f(part)
@@ -173,8 +173,8 @@ def shared(n, f, rows=0):
 
 
 def in_one_process(make):
-    """-> what make() gives, Rows and a note. The first process of each machine makes them, and the
-    others map its file, which is then gone."""
+    """-> make(): Rows and a note. The first process of each machine makes them and writes a file;
+    the others map it, and it is deleted."""
     if not many:
         return make()
     made = path = None
@@ -186,7 +186,7 @@ def in_one_process(make):
                     made[0].save(file)
                 path = file.name, made[1]
     except UserError as e:
-        e.alone = False  # all have met it, and one says it
+        e.alone = False  # all have met it, and one prints it
         raise
     path, note = [x for x in gathered(path)[: rank + 1] if x][-1]  # of this machine
     rows = made[0] if made else data.Rows.mapped(path)
@@ -221,7 +221,7 @@ def total_all(named, device):
 
 
 def total_gradients(parameters):
-    """Sums the gradients, each where it is."""
+    """Sums each gradient over the processes, in place."""
     if many:
         messages = [dist.all_reduce(p.grad, async_op=True) for p in parameters]
         for message in messages:
@@ -229,14 +229,14 @@ def total_gradients(parameters):
 
 
 def gathered(x):
-    """-> what each process has, in their order. Tensors go on the CPU."""
+    """-> x of every process, in the order of their ranks. Tensors in it must be on the CPU."""
     found = [None] * size
     dist.all_gather_object(found, x)
     return found
 
 
 def of_first(f):
-    """-> what f() is in the first process"""
+    """-> what f() gives in the first process"""
     if not many:
         return f()
     found = [f() if is_first else None]

@@ -32,7 +32,7 @@ class Enumeration:
         return log_p
 
     def moments(self, log_p):
-        """-> what needs no second policy; tokens are averaged over tokens, all else over prompts"""
+        """-> the figures that need no second policy: entropy per token, all others per prompt"""
         p = log_p.exp()
         length = self.batch.length.view(self.r.shape).cpu()
         ends = [len(y) < self.task.max_new_tokens for y in self.task.outcomes]
@@ -53,7 +53,7 @@ class Enumeration:
         return self.reward(log_p) - self.task.world_beta * kl(log_p, log_ref)
 
     def compared(self, log_p, log_ref):
-        """-> the figures of a policy beside another one"""
+        """-> the figures that compare a policy with another one"""
         start = self.moments(log_ref)
         wins = (torch.sign(self.r[:, :, None] - self.r[:, None, :]) + 1) / 2  # (x, y, y'), a tie ½
         won = torch.einsum("xy,xyz,xz->x", log_p.exp(), wins, log_ref.exp()).mean()
@@ -61,8 +61,8 @@ class Enumeration:
         return figures | {"kl": kl(log_p, log_ref).mean(), "win_rate": won}
 
     def measure(self, policy, ref, is_reference, closing):
-        """-> (figures, lines that show them). ref may be None. is_reference: the policy is what
-        later stages call π_ref. closing: with the frontier of optima"""
+        """-> (figures, lines that show them). ref may be None. is_reference: later stages have this
+        policy as π_ref. closing: the figures include the frontier of optima"""
         log_p = self.table(policy)
         log_ref = None if ref is None else self.table(ref)
         figures, lines = self.moments(log_p), []
@@ -81,7 +81,7 @@ class Enumeration:
         return figures | {"prompts": len(log_p), "outcomes": log_p.size(1)}, lines
 
     def frontier(self, log_ref):
-        """-> [KL, E[r]] of π* at each of 81 β: no policy lies above"""
+        """-> [KL, E[r]] of π* at each of 81 β: no policy lies above this curve"""
         stars = [star(log_ref, self.r, 10 ** (i / 20)) for i in range(-40, 41)]
         return [[kl(x, log_ref).mean().item(), self.reward(x).mean().item()] for x in stars]
 
@@ -98,12 +98,12 @@ class Enumeration:
         head = "".join(f"{x:>10}" for x in (*task.contexts, "mean"))
         lines = [f"{f'β = {task.world_beta}, nats':<26}{head}"]
         for name, measure in measures.items():
-            for of, log_q in tables.items():
+            for policy, log_q in tables.items():
                 by_prompt = measure(log_q)
-                itself = of == "π" and is_reference
+                itself = policy == "π" and is_reference
                 if by_prompt.abs().max() > 1e-12 and not itself:
                     row = [*by_prompt.tolist(), by_prompt.mean().item()]
-                    lines.append(f"{name:<19}{of:<7}" + "".join(f"{x:>10.4f}" for x in row))
+                    lines.append(f"{name:<19}{policy:<7}" + "".join(f"{x:>10.4f}" for x in row))
         n, entropy = log_ref.size(1), -(log_ref.exp() * log_ref).sum(1).mean().item()
         far = f"KL(π_ref‖uniform) {math.log(n) - entropy:.3f}"
         lines.append(f"π_ref: entropy {entropy:.3f} of log {n} = {math.log(n):.3f} nats, {far}")

@@ -34,7 +34,7 @@ class Figures:
         self.tokens = self.sampled = 0  # tokens computed in training, and tokens sampled
         self.tokens_before = 0  # those of earlier processes, if the run was resumed
         self.forward, self.backward = Counter(), Counter()  # role -> responses that passed
-        self.reading = set()  # (role, whether with a graph) of the pass that goes on now
+        self.reading = set()  # (role, whether with a graph) of the pass under way
         self.read = set()  # the roles that were read in this step so far
         self.in_step = False  # what models read before, after and between steps does not count
         self.times, self.parts = [], {}  # seconds of each step, and {part: seconds of each step}
@@ -63,7 +63,7 @@ class Figures:
         self.seconds = time.perf_counter() - self.step_began
 
     def end_step(self, timed):
-        """timed: whether nothing slowed it down, as counting bytes does"""
+        """timed: whether its time counts; counting bytes slows a step down"""
         self.in_step = False
         if timed:
             self.times.append(self.seconds)
@@ -76,7 +76,7 @@ class Figures:
 
     @contextlib.contextmanager
     def shared(self):
-        """Of many processes each logs its share within it; at its end the shares are summed."""
+        """Within it each of many processes logs its share; at its end the shares are summed."""
         if not distributed.many:
             yield
             return
@@ -107,13 +107,13 @@ class Figures:
         self._pass(role, len(rollout))
 
     def dropped(self, n):
-        """n samples of this step are not gone on with: who drew and judged them does not count."""
+        """n samples of this step are dropped: the passes that drew and judged them do not count."""
         for role in self.read:
             self.forward[role] -= n
 
     def watch(self, models):
-        """From now on it is seen which of these models are read: each forward pass looks up the
-        token embedding once."""
+        """Notes from now on which of these models are read: each forward pass looks up the token
+        embedding once."""
         for role, model in models.items():
             embedding = next(m for m in model.modules() if isinstance(m, torch.nn.Embedding))
             embedding.register_forward_pre_hook(partial(self._read, role))
@@ -123,7 +123,7 @@ class Figures:
 
     @contextlib.contextmanager
     def passing(self, responses):
-        """So many responses pass, in parts, through the models that are read within it."""
+        """Counts so many responses, however they are split, for each model that is read within."""
         self.reading = set()
         yield
         self.counts = True
@@ -136,8 +136,8 @@ class Figures:
         self.read.add(role)
 
     def cost(self, models, updates, recompute):
-        """-> passes and FLOPs per token that is trained on, and how many tokens. A rollout that is
-        trained on in several `updates` counts once."""
+        """-> passes and FLOPs per trained token, and the number of tokens. A rollout counts
+        once, however many `updates` train on it."""
         trained = max(self.backward.values(), default=0) / updates or 1
         forward, backward = (
             {role: counts[role] / trained for role in models}
@@ -177,7 +177,7 @@ class Figures:
         return figures | {f"{part}_ms": 1000 * statistics.median(x) for part, x in parts}
 
     def summary(self, final, ledger, peak):
-        """-> what a run ends with, as text. peak: of the Meter, or None"""
+        """-> the last lines of a run. peak: that of the Meter, or None"""
         lines, speed = [memory.ledger(ledger)], ""
         if self.times:
             parts = ", ".join(f"{part} {final[f'{part}_ms']:.0f}" for part in self.parts)
@@ -190,12 +190,12 @@ class Figures:
 
 
 def bar_text(line):
-    """-> what stands beside the progress bar of a step's figures"""
+    """-> the figures of a step that stand beside the progress bar"""
     shown = {name.split("/")[-1]: line[name] for name in SHOWN if name in line}
     return ", ".join(f"{name} {x:.3g}" for name, x in shown.items())
 
 
 def evaluated_text(figures):
-    """-> a line's text on the figures of a step and of its evaluation"""
+    """-> the figures of a step and of its evaluation, as a line to print"""
     shown = {name: figures[name] for name in SHOWN_EVALUATED if name in figures}
     return ", ".join(f"{name} {x:.{4 if name == 'loss' else 3}f}" for name, x in shown.items())

@@ -19,7 +19,8 @@ from training.options import flag
 
 
 def logger(log_to, method, out):
-    """-> what takes the record's lines beside the record: of --log-to, or nothing"""
+    """-> the logger that --log-to names, which gets the record's lines too; else one that does
+    nothing with them"""
     if not log_to:
         return Logger(method, out)
     from training.loggers import LOGGERS
@@ -28,8 +29,8 @@ def logger(log_to, method, out):
 
 
 class Files:
-    """out/dpo.pt is the checkpoint, out/dpo.jsonl the record, out/dpo.state the training state. Of
-    many processes the first alone writes."""
+    """out/dpo.pt is the checkpoint, out/dpo.jsonl the record, out/dpo.state the training state. If
+    there are many processes, only the first one writes."""
 
     def __init__(self, out, logger):
         self.logger = logger  # takes the record's lines too
@@ -57,9 +58,9 @@ class Files:
         remove_half_written(Path(os.path.realpath(out)))
 
     def reads(self, path, part, known_by=""):
-        """Notes a file that is read: it must not be overwritten, nor change under --resume. part:
-        what it is to the run, such as "init"; where it lies does not matter. known_by: what counts
-        in place of its content, which may be mended."""
+        """Notes a file that the run reads: the run must not overwrite it, and --resume needs it
+        unchanged. part: its part in the run, such as "init"; its path does not matter. known_by:
+        what --resume compares in place of its content, which the user may mend."""
         written = (self.out, self.record_path, self.state_path)
         if path and os.path.realpath(path) in map(os.path.realpath, written):
             words = f"--out {self.out} would overwrite {path}, which this run reads"
@@ -68,7 +69,7 @@ class Files:
         if found:
             self.paths[part] = path
             self.digests[part] = known_by or (digest(path) if distributed.is_first else "")
-            distributed.wait()  # so that a mistake in it is met by all at once
+            distributed.wait()  # so that all meet a mistake in it at once
 
     # ---- the record
 
@@ -82,7 +83,7 @@ class Files:
             self.file.write("".join(self.lines).encode())
 
     def record(self, line):
-        """One write per line, so that a killed run leaves whole lines, and a full disk too."""
+        """Writes each line at once, so that a killed run or a full disk leaves whole lines."""
         self.lines.append(json.dumps(line) + "\n")
         if not distributed.is_first:
             return
@@ -95,11 +96,11 @@ class Files:
 
     @contextlib.contextmanager
     def writes(self, path):
-        """What cannot be written ends the run in one line, which says what is whole."""
+        """Ends the run in one line if a file cannot be written; the line says what is complete."""
         try:
             yield
         except OSError as e:
-            kept = f"; {self.state_path} is whole, and --resume goes on from it"
+            kept = f"; {self.state_path} is complete, and --resume goes on from it"
             kept = kept if self.interrupted() else ""
             raise Stopped(f"{path} cannot be written ({e.strerror}){kept}") from None
 
@@ -111,23 +112,23 @@ class Files:
                 gpt.write(state | {"files": self.digests, "lines": self.lines}, self.state_path)
 
     def load(self, method, options):
-        """-> the saved state of a run of these options, whose files have not changed since. Its
-        tensors stay in the file until they are read."""
+        """-> the saved state. Raises UserError if it is of a run with other options, or if a file
+        that was read has changed. Its tensors stay in the file until they are read."""
         where = {"map_location": "cpu", "mmap": True}
         try:
             state = torch.load(self.state_path, weights_only=True, **where)
             differ = self._differs(state, method, options)
         except Exception as e:  # torch raises a zoo of types for a broken file
-            why = f"is no whole training state ({type(e).__name__}); start without --resume"
+            why = f"is not a complete training state ({type(e).__name__}); start without --resume"
             raise UserError(f"{self.state_path} {why}") from None
         self._refuse(f"{self.state_path} is of an interrupted run", differ)
         self.lines = state["lines"]
         return state
 
     def past(self, method, options):
-        """-> the closing figures of this very run, if it has ended, else None. A run that was
-        begun again has not: it has a state, or no such figures yet. The checkpoint of another run
-        in its place is a mistake."""
+        """-> the closing figures of this very run if it has finished, else None. A run that was
+        begun again has not finished: it has a state, or no closing figures yet. If --out is the
+        checkpoint of another run, raises UserError."""
         if self.interrupted():
             return None
         try:
@@ -141,7 +142,7 @@ class Files:
 
     def _differs(self, saved, method, options):
         """-> how a saved run differs from this one, or "". If both have read a file for an option,
-        its content is compared, and not where it lies."""
+        the contents are compared, and not the paths."""
         if saved["method"] != method:
             return f"of {saved['method']}.py"
         files, both = saved["files"], self.digests.keys() & saved["files"].keys()
@@ -169,14 +170,14 @@ class Files:
                 os.unlink(self.state_path)
 
     def forget(self):
-        """Takes away an earlier run's record and state, which are not to be gone on with."""
+        """Removes an earlier run's record and state, so that nothing resumes them."""
         self.drop_state()
         if distributed.is_first:
             Path(self.record_path).unlink(missing_ok=True)
 
 
 def digest(path):
-    """-> of a file's content, or of a checkpoint's folder"""
+    """-> the digest of a file's content, or of a checkpoint's folder"""
     if os.path.isdir(path):
         from hf import weights
 
@@ -189,7 +190,7 @@ def digest(path):
 
 
 def remove_half_written(out):
-    """Removes the temporary files of earlier runs of this --out, which is locked: they are dead."""
+    """Removes the temporary files of earlier runs of this --out: its lock shows that they ended."""
     ours = re.compile(re.escape(out.stem) + r"(\.pt|\.state|\.jsonl)?\.\d+\.tmp")
     for path in out.parent.iterdir():
         if ours.fullmatch(path.name):
@@ -197,7 +198,7 @@ def remove_half_written(out):
 
 
 def from_checkpoint(out):
-    """-> the present folder, as seen from a checkpoint's: what relative paths in it mean"""
+    """-> the working folder as seen from the checkpoint's: its relative paths start from there"""
     try:
         return os.path.relpath(os.getcwd(), os.path.dirname(os.path.realpath(out)))
     except ValueError:  # on another drive

@@ -14,10 +14,9 @@ from data import UserError
 
 
 class UserReward:
-    """reward(prompt, completion, ended, **columns) -> float. The function gets by name what it asks
-    for: prompt, completion, ended, and the columns of the row, a copy of its own. Raises UserError
-    for a function that is not there, wants what no row has, raises, or returns what is no finite
-    number."""
+    """reward(prompt, completion, ended, **columns) -> float. The user's function gets those of them
+    that its parameters name, as copies. Raises UserError if the function is missing, names what no
+    row has, raises, or returns something other than a finite number."""
 
     def __init__(self, name, task):
         path, _, attribute = name.rpartition(":")
@@ -27,12 +26,12 @@ class UserReward:
         if not os.path.isfile(path):
             raise UserError(f"--reward {name}: {path} is no file; give FILE.py:function")
         self.name = name
-        self.folder = os.getcwd()  # where the user's code is: it may go elsewhere
+        self.folder = os.getcwd()  # the user's code's: it may change it
         self.function = self._find(path, attribute)
         self.names, self.takes_all = self._parameters(task)
 
     def _find(self, path, attribute):
-        sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # as if it were a script
+        sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # as for a script
         spec = importlib.util.spec_from_file_location("user_reward", path)
         module = sys.modules["user_reward"] = importlib.util.module_from_spec(spec)
         try:
@@ -65,15 +64,15 @@ class UserReward:
                 there = ", ".join([*given, *columns])
                 raise UserError(f"{takes}, which is no column of the rows (there are {there})")
             if place := task.lacks(p.name):
-                raise UserError(f"{takes}, which {place} has not; give the parameter a default")
+                raise UserError(f"{takes}, which {place} lacks; give the parameter a default")
         return {p.name for p in named}, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     def __call__(self, prompt, completion, ended=True, **columns):
         values = columns | {"prompt": prompt, "completion": completion, "ended": ended}
-        asked = {k: x for k, x in values.items() if self.takes_all or k in self.names}
+        arguments = {k: x for k, x in values.items() if self.takes_all or k in self.names}
         try:
             with self._users_code():
-                x = self.function(**copy.deepcopy(asked))
+                x = self.function(**copy.deepcopy(arguments))
         except (Exception, SystemExit) as e:  # a user's function raises what it likes
             frames = traceback.extract_tb(e.__traceback__)[1:]
             line = next((frame.lineno for frame in frames), "?")
@@ -95,8 +94,8 @@ class UserReward:
 
     @contextlib.contextmanager
     def _users_code(self):
-        """Within it the user's code runs, without a gradient, and in a working folder of its own:
-        the run's relative paths mean what they meant before."""
+        """Within it the user's code runs, without gradients and in a working folder of its own, so
+        that the run's relative paths keep their meaning."""
         ours = os.getcwd()
         try:
             os.chdir(self.folder)
@@ -108,6 +107,6 @@ class UserReward:
 
 
 def _flat(text):
-    """On one line, and no longer than one can read"""
+    """-> the text on one line, cut after 200 characters"""
     text = " ".join(str(text).split())
     return text if len(text) < 200 else text[:200] + " …"

@@ -15,23 +15,23 @@ def path_of(out):
 
 
 def take(out):
-    """-> whether this process may write there: nobody else does. The file stays behind."""
+    """-> whether this process may write there, as no other one does. The lock's file stays."""
     try:
         from filelock import FileLock, Timeout
     except ImportError:
-        missing = "needs the package filelock, which torch should have brought along"
+        missing = "needs the package filelock, which comes with torch"
         raise UserError(f"--out {out} {missing}: pip install filelock") from None
     path = path_of(out)
     if path in HELD:
         return True
-    open(path, "a").close()  # a folder that cannot be written is another mistake
+    open(path, "a").close()  # raises an error of its own if the folder cannot be written
     lock = FileLock(path, thread_local=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         return False
     except (OSError, NotImplementedError) as e:
-        say(f"{path} cannot be locked ({e}): see that no other run writes there")
+        say(f"{path} cannot be locked ({e}): make sure that no other run writes there")
         return True
     HELD[path] = lock
     return True
@@ -52,7 +52,7 @@ def wait(out, why):
 
 @contextlib.contextmanager
 def given_back():
-    """What is taken within it is given back at its end."""
+    """Releases at its end the locks that are taken within it."""
     before = set(HELD)
     try:
         yield

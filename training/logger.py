@@ -1,4 +1,4 @@
-"""What takes the lines of a record beside the record: nothing, or a logger of loggers.py."""
+"""The logger of a run without --log-to. The others, in loggers.py, are subclasses of it."""
 
 
 class Logger:
@@ -9,11 +9,11 @@ class Logger:
         self.step = 0  # of the last line
 
     def begin(self, options, lines):
-        """lines: what a resumed run has of its record already; none of a new run"""
+        """lines: what a resumed run has of its record already; a new run has none"""
 
     def facts(self):
         """-> what the record's first line keeps, so that a resumed run finds its curve again"""
         return {}
 
     def take(self, line):
-        """The record's next line: the first one, or of a step, an evaluation, or the end."""
+        """line: the record's next one: the first, or that of a step, an evaluation or the end"""

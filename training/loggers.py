@@ -1,6 +1,6 @@
-"""--log-to: the record's lines as curves, of TensorBoard or Weights & Biases.
+"""--log-to: the record's lines as curves in TensorBoard or Weights & Biases.
 
-Each needs a package of its own, which is imported when it is asked for. A figure has the name that
+Each needs a package of its own, which is imported only if it is used. A figure has the name that
 TRL's trainers give it, if they log it, else the record's own (docs/metrics.md).
 """
 
@@ -39,7 +39,7 @@ class TensorBoard(Logger):
     def begin(self, options, lines):
         from torch.utils.tensorboard import SummaryWriter
 
-        # the curve is the record: what an earlier run has logged there is not shown any more
+        # the curves show this record alone: those of an earlier run in this folder are hidden
         self.writer = SummaryWriter(f"{self.stem}.tb", purge_step=0)
         rows = "\n".join(f"| {name} | {x} |" for name, x in options.items())
         self.writer.add_text("options", f"| option | value |\n|---|---|\n{rows}", 0)

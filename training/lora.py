@@ -1,6 +1,6 @@
-"""LoRA (arXiv:2106.09685): the weights W of a linear layer stay, and a product of two low matrices
-beside them is trained: y = W x + b + α/r B A x, A (r, in), B (out, r). B starts at 0, so that the
-first step's model is the one that it starts from.
+"""LoRA (arXiv:2106.09685): the weights W of a linear layer stay fixed, and a product of two
+low-rank matrices is trained beside them: y = W x + b + α/r B A x, A (r, in), B (out, r). B starts
+at 0, so that training starts from the unchanged model.
 """
 
 import math
@@ -29,7 +29,7 @@ class LoRA(Linear):
     __call__ = forward
 
     def merged(self):
-        """-> W + α/r B A, not below float32"""
+        """-> W + α/r B A, at least in float32"""
         return self.weight.to(self.B.dtype) + self.scale * self.B @ self.A
 
     def plain(self, weight):
@@ -45,8 +45,8 @@ def adapters(model):
 
 
 def adapt(model, rank, alpha, seed, dtype=None):
-    """Freezes a model but for a scalar head, and gives every linear layer of its blocks an adapter,
-    once. dtype: of the frozen linear layers, if it is not the model's."""
+    """Freezes all of a model but a scalar head, and gives every linear layer of its blocks an
+    adapter, unless it has adapters. dtype: that of the frozen linear layers (None: the model's)"""
     if adapters(model):
         return
     for name, p in model.named_parameters():
@@ -65,8 +65,8 @@ def adapt(model, rank, alpha, seed, dtype=None):
 
 
 def base(model):
-    """-> the same model without its adapters: other objects, the very same weights; the model
-    itself if it has none"""
+    """-> the same model without its adapters: new modules that share its weights; the model itself
+    if it has none"""
     if not adapters(model):
         return model
     bare = like(model, adapted=False)
@@ -77,7 +77,7 @@ def base(model):
 
 
 def merged(model):
-    """-> the same model with its adapters in the weights of their layers, which are new"""
+    """-> the same model with its adapters merged into new weights of their layers"""
     plain = base(model)
     for name, adapter in adapters(model).items():
         put(plain, name, adapter.plain(nn.Parameter(adapter.merged(), requires_grad=False)))
@@ -85,7 +85,7 @@ def merged(model):
 
 
 def like(model, adapted=True):
-    """-> a model of the same make on "meta": shapes without numbers. adapted: with its adapters"""
+    """-> a model of the same shapes on "meta", without numbers. adapted: with its adapters"""
     with torch.device("meta"):
         new = (ScalarGPT if isinstance(model, ScalarGPT) else GPT)(model.config)
     for name, adapter in adapters(model).items() if adapted else ():
@@ -95,8 +95,8 @@ def like(model, adapted=True):
 
 
 def merge(model):
-    """Makes a model whole, on the CPU: its adapters become part of its weights. -> what they were,
-    {name: tensor}, or {} if there are none"""
+    """Merges a model's adapters into its weights, on the CPU. -> the adapters, {name: tensor},
+    or {} if there are none"""
     found = adapters(model)
     if not found:
         return {}

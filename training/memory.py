@@ -1,12 +1,12 @@
 """What a training step holds in memory: the models, and the bytes of all tensors at its peak.
 
     ledger     the models that a script holds, by role, as text; `records` as plain facts
-    Tracker    while it is on, every tensor storage is counted from its making to its end
-    track      a Tracker that knows weights, gradients and AdamW's moments
+    Tracker    while it is on, it counts every tensor storage from its making to its end
+    track      turns on a Tracker that knows weights, gradients and AdamW's moments
     Meter      the bytes of one step of a run
 
-What a tracker counts is the bytes of live storages, each once however many views it has. On a CUDA
-device add the context (about 0.5 GB), the workspaces of its libraries and rounding. Categories:
+A tracker counts the bytes of live storages, each of them once, however many views it has. A CUDA
+device also needs its context (about 0.5 GB), workspaces of libraries, and rounding. Categories:
 
     weights       parameters of all models
     casts         their copies in bfloat16, which autocast makes
@@ -15,10 +15,10 @@ device add the context (about 0.5 GB), the workspaces of its libraries and round
     logits        what has the vocabulary as its last axis: logits, softmax and their gradients
     sampling      all that sampling makes: the KV cache, uniforms, next-token distributions; and
                   what judges the samples
-    gathered      with --shard: whole weights while they are needed, gradients on their way
+    gathered      with --shard: full weights while they are needed, gradients while they are summed
     activations   the rest: what the backward pass keeps and makes, log-probs, the batch
 
-Of many processes each counts what it holds itself.
+Each of many processes counts what it holds itself.
 """
 
 import weakref
@@ -93,8 +93,8 @@ def size_unit(size):
 
 
 def peak_text(parts, most):
-    """Bytes by category, at the peak and the most of each -> the sum, the parts, and what is larger
-    at another time, as text"""
+    """Bytes by category, at the peak and the most of each at any time -> the sum, the parts, and
+    what is larger at another time, as text"""
     total = sum(parts.values())
     unit, symbol = size_unit(total)
 
@@ -113,7 +113,7 @@ def peak_text(parts, most):
 def flops(models, forward, backward, recompute=False):
     """FLOPs per token, without attention: 2N for each forward pass and 4N for each backward pass,
     6N with the recomputation of --checkpoint-activations. forward, backward: role -> passes. N: the
-    weights that multiply every token. Of frozen weights the backward pass takes 2N less."""
+    weights that multiply every token. For frozen weights the backward pass takes 2N less."""
     total = 0
     for role, model in models.items():
         N = model.matmul_parameters()
@@ -127,7 +127,7 @@ def flops(models, forward, backward, recompute=False):
 
 @contextmanager
 def track(models, optimizer):
-    """-> the Tracker that counts what happens inside, from weights and moments that are there"""
+    """Counts what happens within it, beginning with the weights and moments. -> the Tracker"""
     languages = [model for model in models.values() if isinstance(model, GPT)]
     tracker = Tracker(languages)
     hooks = []
@@ -151,8 +151,8 @@ def track(models, optimizer):
 
 
 class Tracker(TorchDispatchMode):
-    """`total`: bytes of the storages that are live. `peak`: the greatest that it was. `parts`: that
-    peak by category. `most`: the greatest that each category was by itself."""
+    """`total`: bytes of the live storages. `peak`: the largest total so far. `parts`: that peak by
+    category. `most`: the largest size of each category so far"""
 
     def __init__(self, languages=()):
         super().__init__()
@@ -165,13 +165,13 @@ class Tracker(TorchDispatchMode):
         self.start()
 
     def start(self):
-        """Begins anew with the peak, from what is live."""
+        """Begins anew with the peak, at what is live now."""
         self.peak = self.total
         self.parts = dict(self.now)
         self.most = dict(self.now)
 
     def during(self, phase):
-        """What is made from now on has this category; None: what its making says."""
+        """Puts what is made from now on in this category; None: in that of its kind."""
         self.phase = phase
 
     def own(self, tensor, category, head=False):
@@ -196,7 +196,7 @@ class Tracker(TorchDispatchMode):
             self.parts = dict(self.now)
 
     def _resized(self):
-        """FSDP2 frees whole weights by making their storages empty, and fills these again."""
+        """Counts storages that have a new size: FSDP2 empties and refills those of full weights."""
         for entry in list(self.live.values()):
             storage = entry[2]()
             more = storage.nbytes() - entry[0] if storage is not None else 0
@@ -227,7 +227,7 @@ class Tracker(TorchDispatchMode):
         return out
 
     def _gathered(self, func, given):
-        """Counts what FSDP2 makes beside the graph: whole weights, and the sums of gradients."""
+        """Counts what FSDP2 makes beside the graph: full weights, and the sums of gradients."""
         self._resized()
         summed = "reduce_scatter" in func.name()
         for i, (x, key) in enumerate(given):
@@ -254,9 +254,9 @@ class Tracker(TorchDispatchMode):
 
 
 class Meter:
-    """Measures the bytes of one step: on a CPU those of its tensors, which compiled code does not
-    show; on a GPU those that its allocator gave out. `peak`: (bytes by category at the peak, the
-    most of each category), once they are known."""
+    """Measures the bytes of one step: on a CPU those of its tensors, unless its code is compiled,
+    which hides them; on a GPU those that its allocator gave out. `peak`: (bytes by category at the
+    peak, the most of each category), once they are known"""
 
     def __init__(self, device, compiled):
         self.device, self.compiled = device, compiled
@@ -264,7 +264,7 @@ class Meter:
 
     @contextmanager
     def measure(self, models, optimizer, on):
-        """on: whether this step is the one"""
+        """on: whether this step is measured"""
         if on and self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             yield
@@ -278,7 +278,7 @@ class Meter:
 
     @contextmanager
     def during(self, phase):
-        """What is made within it has this category; None: what its making says."""
+        """Puts what is made within it in this category; None: in that of its kind."""
         if self.tracker:
             self.tracker.during(phase)
         yield
@@ -286,14 +286,14 @@ class Meter:
             self.tracker.during(None)
 
     def figures(self):
-        """-> what a record keeps of the peak"""
+        """-> the peak's figures for the record"""
         if not self.peak:
             return {}
         parts, most = self.peak
         return {"peak_bytes": sum(parts.values()), "peak": parts, "peak_most": most}
 
     def read(self):
-        """The optimizer has stepped: what comes after it, such as an evaluation, does not count."""
+        """Reads the peak after the optimizer's step, so that an evaluation does not count."""
         if self.tracker:
             self.peak = self.tracker.parts, dict(self.tracker.most)
         elif self.device.type == "cuda":

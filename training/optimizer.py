@@ -30,13 +30,13 @@ def learning_rate(step, o):
 
 class Scaler(torch.amp.GradScaler):
     """The scale of the loss, without which small gradients are 0 in float16. In other precisions it
-    does nothing. `skipped`: optimizer steps that no scale could save."""
+    does nothing. `skipped`: how many optimizer steps were skipped"""
 
     skipped = 0
 
     def skips(self, loss):
-        """Whether a step with a gradient that is not finite is to be skipped, as too large for
-        float16. Then the scale is halved."""
+        """-> whether to skip a step whose gradient is not finite, as too large for float16. If so,
+        the scale is halved."""
         if not (self.is_enabled() and math.isfinite(loss) and self.get_scale() >= 1):
             return False
         self.skipped += 1
@@ -45,6 +45,6 @@ class Scaler(torch.amp.GradScaler):
         return True
 
     def figures(self):
-        """-> what a step's line says of it"""
+        """-> its figures in the line of a step"""
         on = self.is_enabled()
         return {"skipped": self.skipped, "scale": self.get_scale()} if on else {}

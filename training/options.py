@@ -26,9 +26,9 @@ BOUNDS = {  # of a number: how it compares with the bound, in words
 def opt(default, help, **rules):
     """One option: its default (... for one that must be given), what it means, and its rules.
 
-    choices, low, high, above, below    the values that it admits
+    choices, low, high, above, below    the values that it allows
     like="eps"                          its default is the value of --eps
-    only="loss=ipo", "loss=dpo|ipo"     it is read with --loss ipo alone; otherwise it is refused
+    only="loss=ipo", "loss=dpo|ipo"     it is read with --loss ipo only, and refused otherwise
     clips=True                          it bounds a ratio that is 1 at a rollout's first step
     file=True                           it names a file that the run reads
     """
@@ -42,46 +42,46 @@ class Options:
     task: str = opt("reviews", "reviews, arithmetic:N, exact, tokens:P+C, or a .jsonl", file=True)
     init: str = opt("", "checkpoint to start from (default: out/<task>/sft.pt)", file=True)
     reference: str = opt(
-        "", "π_ref, and what to compare with (default: where it starts)", file=True
+        "", "checkpoint of π_ref, and to compare with (default: the start)", file=True
     )
     out: str = opt("", "checkpoint to write (default: out/<task>/<method>.pt)")
     eval_file: str = opt("", ".jsonl file to evaluate on (default: 5 % of the prompts)", file=True)
-    steps: int = opt(300, "optimizer steps; of a file: one epoch", low=1)
+    steps: int = opt(300, "optimizer steps; with a file: one epoch", low=1)
     epochs: int = opt(0, "passes over a file or a fixed set, in place of --steps", low=0)
     batch_size: int = opt(32, "examples per optimizer step", low=1)
-    micro_batch: int = opt(0, "examples per forward pass: saves memory alone (0: all)", low=0)
+    micro_batch: int = opt(0, "examples per forward pass; only saves memory (0: all)", low=0)
     lr: float = opt(1e-3, "AdamW learning rate at its peak", above=0)
-    lr_schedule: str = opt("cosine", "after warmup: stay, fall to 0, to a tenth", choices=SCHEDULES)
+    lr_schedule: str = opt("cosine", "constant, linear to 0, or cosine to 10 %", choices=SCHEDULES)
     warmup: int = opt(20, "steps over which the learning rate rises from 0", low=0)
-    weight_decay: float = opt(0.0, "of the weight matrices", low=0)
-    grad_clip: float = opt(1.0, "largest norm of the gradient", above=0)
+    weight_decay: float = opt(0.0, "AdamW's decay of the weight matrices", low=0)
+    grad_clip: float = opt(1.0, "largest norm of the gradient; a larger is scaled down", above=0)
     max_new_tokens: int = opt(0, "longest sampled response, in tokens (0: the task's)", low=0)
     block_size: int = opt(0, "longest sequence, in tokens (0: the checkpoint's)", low=0)
-    lora: int = opt(0, "r: rank of the adapters that are trained, not the weights (0: none)", low=0)
-    lora_alpha: float = opt(None, "α: adapters count α/r times", above=0, like="lora")
-    chat: bool = opt(True, "a plain prompt is a user message, if the checkpoint has a template")
-    template_args: tuple = opt((), "of the checkpoint's chat template: enable_thinking=false")
-    truncate: bool = opt(False, "cut what does not fit: the prompt first, from its left")
-    strict: bool = opt(False, "refuse a file's useless rows, which are dropped otherwise")
+    lora: int = opt(0, "r: train adapters of this rank, and no other weights (0: none)", low=0)
+    lora_alpha: float = opt(None, "α: adapters are scaled by α/r", above=0, like="lora")
+    chat: bool = opt(True, "read a plain prompt as a user message, if there is a chat template")
+    template_args: tuple = opt((), "for the chat template, such as enable_thinking=false")
+    truncate: bool = opt(False, "cut rows that do not fit: first the beginning of the prompt")
+    strict: bool = opt(False, "refuse a file with useless rows, which are otherwise dropped")
     seed: int = opt(0, "of weights, data and samples", low=0, below=2**62)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "bfloat16: autocast; bfloat16-pure: the weights too", choices=DTYPES)
-    checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass: less memory")
+    checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass: saves memory")
     compile: bool = opt(False, "compile the blocks: a minute at the start, then faster steps")
-    shard: bool = opt(False, "under torchrun: each process holds a part of all weights (FSDP2)")
+    shard: bool = opt(False, "under torchrun: each process holds a part of each weight (FSDP2)")
     resume: bool = opt(False, "go on from the state that an interrupted run left beside --out")
     save_every: int = opt(100, "steps between saved states", low=1)
     log_every: int = opt(10, "steps between lines of the record", low=1)
-    log_to: str = opt("", "the record as curves too", choices=("tensorboard", "wandb"))
+    log_to: str = opt("", "also write the record as curves", choices=("tensorboard", "wandb"))
     eval_prompts: int = opt(512, "test prompts and held-out rows of the last evaluation", low=1)
-    eval_every: int = opt(0, "steps between evaluations (0: at the end; exact: 20 a run)", low=0)
+    eval_every: int = opt(0, "steps between evaluations (0: at the end; exact: 20 per run)", low=0)
 
     def endless(self):
         """Whether every step has rows of its own, so that there are no passes over a set"""
         return data.kind(self.task) != "file"
 
     def rows(self):
-        """-> (the rows of an optimizer step, how they come about)"""
+        """-> (how many rows an optimizer step has, the options that say so)"""
         return self.batch_size, f"--batch-size {self.batch_size}"
 
     def passes(self):
@@ -89,7 +89,7 @@ class Options:
         return 1
 
     def check(self):
-        """Refuses what cannot work together. Called by parse; a script may add to it."""
+        """Refuses options that cannot work together. `parse` calls it; a script may add to it."""
         if self.log_to and importlib.util.find_spec(self.log_to) is None:
             missing = f"needs the package {self.log_to}, which is not installed"
             remedy = f"pip install {self.log_to}, or leave it out"
@@ -116,7 +116,7 @@ class Options:
 
 @dataclass
 class ScratchOptions(Options):
-    """Of a script that may start from random weights."""
+    """The options of a script that may start from random weights."""
 
     init: str = opt("", "checkpoint to start from (default: random weights)", file=True)
     tokenizer: str = opt("", "vocabulary file or tiktoken name", file=True, only="init=")
@@ -132,9 +132,9 @@ class ScratchOptions(Options):
 
 @dataclass
 class PairOptions(Options):
-    """Of a script that learns from labelled answers."""
+    """The options of a script that learns from labelled answers."""
 
-    pairs: int = opt(0, "size of a fixed set (0: fresh ones every step; of a file: all)", low=0)
+    pairs: int = opt(0, "size of a fixed set (0: fresh rows every step; with a file: all)", low=0)
 
     def endless(self):
         return super().endless() and not self.pairs
@@ -142,7 +142,7 @@ class PairOptions(Options):
 
 @dataclass
 class JudgedOptions(Options):
-    """Of a script that samples responses and has them judged."""
+    """The options of a script that samples responses and has them judged."""
 
     reward: str = opt("task", "the judge: task, rm, the X.pt of a reward model, FILE.py:function")
     temperature: float = opt(1.0, "of the samples and of the log-probs that are trained", above=0)
@@ -153,9 +153,9 @@ class JudgedOptions(Options):
 
 @dataclass
 class RolloutOptions(JudgedOptions):
-    """Of a script that makes one or more optimizer steps on a rollout."""
+    """The options of a script that makes one or more optimizer steps per rollout."""
 
-    group: int = opt(8, "G: responses to a prompt", low=1)
+    group: int = opt(8, "G: responses per prompt", low=1)
     updates: int = opt(1, "passes over a rollout", low=1)
     minibatches: int = opt(1, "optimizer steps per pass, over shuffled responses", low=1)
 
@@ -164,7 +164,7 @@ class RolloutOptions(JudgedOptions):
         idle = {f.name for f in fields(self) if f.metadata.get("clips")} & self.given
         if idle and self.updates == self.minibatches == 1:
             words = f"ρ is 1, and {flag(min(idle))} changes nothing"
-            data.say(f"one optimizer step per rollout: {words}; --minibatches 4 gives it something")
+            data.say(f"one optimizer step per rollout: {words}; --minibatches 4 gives it an effect")
 
     def passes(self):
         return self.updates
@@ -185,8 +185,8 @@ def parse(cls, argv=None, presets=None):
     """The command line -> an instance of `cls`, with `given`: the names that stood on it.
 
     presets: {"any": …, "exact": …, "loss=ipo": …, "exact loss=ipo": …}, dicts of defaults.
-    One holds if all its words do: the kind of the task, or an option's value. Later ones win,
-    and what was given wins over all.
+    One applies if all its words hold: the kind of the task, or an option's value. Later ones win
+    over earlier ones, and the command line wins over all.
     """
     presets = presets or {}
     parser = _Parser(
@@ -242,7 +242,7 @@ def _refuse_unread(o):
             continue
         name, _, patterns = f.metadata["only"].partition("=")
         value = str(getattr(o, name))
-        value += ".pt" if os.path.isdir(value) else ""  # a folder stands where a .pt may
+        value += ".pt" if os.path.isdir(value) else ""  # a folder may take the place of a .pt
         if any(fnmatch.fnmatchcase(value, pattern) for pattern in patterns.split("|")):
             continue
         place = f"with {flag(name)} {patterns.replace('|', ' or ')} only, not with {value}"

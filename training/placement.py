@@ -1,5 +1,5 @@
 """Where the weights of a model lie. Without --shard each process holds whole models on its device;
-with --shard a part of each, as sharding.py says. A run asks its placement, and never which it is.
+with --shard it holds a part of each (sharding.py). A run calls its placement, whichever it is.
 """
 
 import torch
@@ -18,22 +18,21 @@ class Whole:
         self.device, self.dtype = device, dtype  # of the weights that are trained
 
     def place(self, model):
-        """Takes a model that was read or made to the device, in the precision of master weights."""
+        """Moves a new model to the device, and casts it to the precision of master weights."""
         return model.to(self.device, self.dtype)
 
     def complete(self, model, source):
-        """-> a model that will not change its make any more, with its numbers. source: the model
-        that has them, which may be the same"""
+        """-> a model that gets no more layers or adapters, with its weights. source: the model that
+        has these weights, which may be the same"""
         return model
 
     def frozen(self, p):
-        """A parameter -> what a frozen copy of its model has in its place. What is frozen already
-        is shared."""
+        """A parameter -> what a frozen copy of its model has in its place. A parameter that is
+        frozen itself is shared."""
         return p.clone() if p.requires_grad else p
 
     def gathered(self, model, copy):
-        """-> the model with all its weights. copy(model, take): a copy of what `take` makes of the
-        weights"""
+        """-> the model with all its weights. copy(model, take): a copy with the weights take(p)"""
         return model
 
     def total_gradients(self, parameters):
@@ -41,11 +40,11 @@ class Whole:
         distributed.total_gradients(parameters)
 
     def model_to_save(self, model):
-        """-> a model for a file, whole in the first process"""
+        """-> the model to write to a file, complete in the first process"""
         return model
 
     def state_to_save(self, state):
-        """-> a tree of tensors for a file, whole in the first process"""
+        """-> a tree of tensors to write to a file, complete in the first process"""
         return state
 
     def collect_garbage(self):
@@ -72,7 +71,7 @@ def local(x):
 
 
 def full(x):
-    """-> a tensor with all its rows; for those of a part, every process must ask"""
+    """-> a tensor with all its rows. If it is split, every process must call this."""
     return x.full_tensor() if is_part(x) else x
 
 

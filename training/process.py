@@ -11,9 +11,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @contextlib.contextmanager
 def streams():
     """Within it a character that an encoding cannot show is replaced, and a stream that the process
-    began without is the null device. Whether a reader has left is known at its end."""
+    lacks is the null device. Whether a reader has left is known at its end."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # its number is free, and no file of ours shall get it
+        if getattr(sys, name) is None:  # or a file of ours would get its number
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
@@ -22,12 +22,12 @@ def streams():
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM, which mean the same: KeyboardInterrupt, but a loop that is `patient`
-    finishes its step first, and what is `held` is finished however often they come. True from the
-    first of them on."""
+    """Ctrl-C and SIGTERM, which both raise KeyboardInterrupt. But a loop that is `patient` finishes
+    its step first, and what is `held` is finished however often they come. The object is true once
+    the first of them has come."""
 
     def __init__(self):
-        self.depth = 0  # of commands: a run may make an earlier stage
+        self.depth = 0  # of nested commands: a run may make an earlier stage
         self.begin()
 
     def begin(self):
@@ -43,7 +43,7 @@ class Interrupts:
             self.stop()
 
     def stop(self, message=""):
-        """The process ends now, and a further signal has nothing to stop."""
+        """Ends the process now; further signals are ignored."""
         self.over = True
         raise KeyboardInterrupt(message)
 
@@ -67,11 +67,11 @@ class Interrupts:
 
     @contextlib.contextmanager
     def caught(self):
-        """Within it the signals come here. Once the process ends because of one, further ones are
-        ignored to its very end."""
+        """Within it the signals come here. Once one of them ends the process, further ones are
+        ignored to the very end."""
         try:
             before = {number: signal.signal(number, self) for number in SIGNALS}
-        except ValueError:  # not the main thread: signals are somebody else's
+        except ValueError:  # only the main thread may handle signals
             before = {}
         if self.depth == 0:
             self.begin()

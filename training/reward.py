@@ -15,19 +15,19 @@ ROWS = 128  # sequences per forward pass of a reward model
 
 
 def load_judge(how, run, task, missing_eos_penalty=0.0):
-    """-> what judges responses, a Judge. A wrong `how` is refused at once. missing_eos_penalty:
-    what a learned score loses, as a reward, if the response did not end.
+    """-> the Judge of the responses. A wrong `how` is refused at once. missing_eos_penalty: what is
+    subtracted from a reward model's score if the response did not end.
 
     "task"              the task's own reward
     "rm"                out/<task>/reward_model.pt, made first if it is missing
-    "X.pt"              another reward model, of any vocabulary; a folder of Hugging Face too
+    "X.pt"              another reward model, of any vocabulary, or a Hugging Face folder of one
     "FILE.py:function"  a user's function
     """
     if how == "task":
         if not task.has_reward:
             place = task.lacks("answer", str, int, float)
             what = (
-                f'not every row of {task.name} has an "answer" to check against ({place} has not)'
+                f'not every row of {task.name} has an "answer" to check against ({place} has none)'
             )
             own = "give --reward X.pt, or a function of your own, --reward FILE.py:function"
             raise UserError(f"--reward task: {what}; {own}")
@@ -49,10 +49,11 @@ def load_judge(how, run, task, missing_eos_penalty=0.0):
 
 
 class Judge:
-    """judge(questions, rollout) -> (N,) rewards, float64: only their differences need be small.
-    questions: P rows (ids, prompt, columns), each with N / P responses in the rollout, in order."""
+    """judge(questions, rollout) -> (N,) rewards, float64, so that large rewards keep their small
+    differences. questions: P rows (ids, prompt, columns), each with N / P responses in the rollout,
+    in order."""
 
-    model = None  # of a learned reward
+    model = None  # a reward model, if it is one that judges
     name = "reward"  # its key in the figures
 
     def __init__(self, run, task, earn, bound=None, user=False):
@@ -62,7 +63,7 @@ class Judge:
         try:
             rewards = self._judged(questions, rollout, self.earn)
         except (UserError, distributed.Lost):
-            self.run.keep()  # nothing is lost that was done before this step
+            self.run.keep()  # what was done before this step is saved
             raise
         self.run.largest_reward = max(self.run.largest_reward, rewards.abs().max().item())
         return rewards.to(rollout.ids.device)
@@ -72,15 +73,15 @@ class Judge:
         return self(questions, rollout)
 
     def correct(self, questions, rollout):
-        """-> (N,) bool: what the task calls correct; under another reward, what is above 0"""
+        """-> (N,) bool: what the task calls correct; with another reward, what is above 0"""
         if self.user:
             return self(questions, rollout) > 0
         verdicts = self._judged(questions, rollout, self.task.correct)
         return verdicts.to(rollout.ids.device) > 0
 
     def _judged(self, questions, rollout, judge):
-        """-> (N,) what judge(prompt, completion, ended, **columns) says of each response, on the
-        CPU. Each process asks it for its share."""
+        """-> (N,) judge(prompt, completion, ended, **columns) of each response, on the CPU. Each
+        process judges its share."""
         part = distributed.mine(len(rollout))
         wide = torch.float32 if rollout.ids.device.type == "mps" else torch.float64
         said = torch.zeros(len(rollout), dtype=wide)
@@ -98,17 +99,17 @@ class Judge:
         return [((x, text, end), columns) for (_, x, columns), text, end in judged]
 
     def try_out(self, policy, prompts):
-        """Judges one response to each of four prompts: a function that does not work stops the run
-        before anything is written."""
+        """Judges one response to each of four prompts, so that a function that does not work stops
+        the run before anything is written."""
         questions = prompts.rows[:4]
         generator = torch.Generator().manual_seed(0)
         self(questions, self.run.sample(policy, questions, prompts.longest, generator=generator))
 
 
 class ModelJudge(Judge):
-    """The score of a reward model. One of the policy's own vocabulary reads its tokens; one that
-    was trained elsewhere reads text. What is longer than its context loses the prompt's beginning,
-    then the response's end."""
+    """The judge is a reward model. One with the policy's vocabulary reads its tokens; one that was
+    trained elsewhere reads text. A row that is longer than its context loses the prompt's
+    beginning, then the response's end."""
 
     name = "score"
     user = False
@@ -138,7 +139,7 @@ class ModelJudge(Judge):
         return scores - self.missing_eos_penalty * (~rollout.finished).to(scores)
 
     def encode(self, questions, rollout):
-        """-> the texts in the judge's own vocabulary; what did not end has no end token"""
+        """-> rows in the judge's own vocabulary; a response that did not end has no end token"""
         texts = []
         for (prompt, text, ended), _ in self.each(questions, rollout):
             cut = text if ended else tuple(self.tokenizer.encode(text))

@@ -55,7 +55,7 @@ class Run(Compute):
         # set by `load` or `create`: what is learned, in which tokens, and how many at most
         self.task = self.tokenizer = self.block_size = None
         self.start = ""  # the path of the checkpoint that the policy starts from
-        self.baseline = o.reference  # that of what it is compared with, --reference or the start
+        self.baseline = o.reference  # path of what it is compared with: --reference, or the start
         # set by `hold` and `steps`
         self.models, self.ledger = {}, []  # by role; and their sizes, as plain facts
         self.optimizer = None  # of all that is trained
@@ -84,7 +84,7 @@ class Run(Compute):
         self.start, self.baseline = path, self.o.reference or path
         say(f"starts from {path}: {checkpoint.describe(meta)}")
         if os.path.isdir(path) and "lr" not in self.o.given and not self.o.lora:
-            toys = "is made for toy models; a pretrained one wants 1e-6 to 1e-5"
+            toys = "is made for toy models; a pretrained one needs 1e-6 to 1e-5"
             say(f"warning: --lr {self.o.lr:g} {toys}")
         return self._adopt(model, tokenizer, task, meta["template"])
 
@@ -111,7 +111,7 @@ class Run(Compute):
         return self.prepare(model)
 
     def prepare(self, model):
-        """-> a model that is to be trained"""
+        """-> the model, ready to be trained"""
         model.checkpoint_activations = self.o.checkpoint_activations
         return self.complete(self.adapt(self.place(model)))
 
@@ -124,7 +124,7 @@ class Run(Compute):
         say(memory.ledger(self.ledger) + rounded * self.pure)
 
     def adamw(self, *models):
-        """-> the optimizer of all that is trained of these models"""
+        """-> the optimizer of all trained weights of these models"""
         return adamw(models, self.o, self.device)
 
     def batches(self, draw, fixed=0):
@@ -141,7 +141,7 @@ class Run(Compute):
     # ---- forward passes without a graph
 
     def sample(self, model, questions, longest, group=1, temperature=1.0, generator=None):
-        """As Compute.sample; without a generator the run's own draws, and the samples count."""
+        """As Compute.sample. Without a generator the run's own is used, and the samples count."""
         source = generator or self.generator
         rollout = super().sample(model, questions, longest, group, temperature, source)
         if generator is None:
@@ -159,7 +159,7 @@ class Run(Compute):
         return self._table(rollout, lambda x: f(x.ids, x.mask, packed=x.packed))
 
     def values(self, critic, rollout):
-        """-> (N, T) values of what stands before each response token"""
+        """-> (N, T) values of the states before each response token"""
         return self._table(rollout, lambda x: critic.values_before(x.ids, x.mask, x.packed))
 
     def _table(self, rollout, f):
@@ -173,7 +173,7 @@ class Run(Compute):
     # ---- the loop
 
     def micro_batches(self, rows, responses=1):
-        """Cuts the rows of an optimizer step, and shares them out among the processes. What each
+        """Yields the micro-batches of an optimizer step, shared out among the processes. What each
         logs inside the loop is summed when it ends. responses: how many a row stands for"""
         with self.figures.shared(), self.figures.passing(responses * len(rows)):
             for part, counts in distributed.shares(len(rows), self.o.micro_batch):
@@ -203,7 +203,7 @@ class Run(Compute):
                 figures.begin_step()
                 with self.meter.measure(self.models, optimizer, step == measured):
                     yield step
-                figures.end_step(timed=step != measured or done == o.steps)  # bytes take time
+                figures.end_step(timed=step != measured or done == o.steps)  # counting slows it
                 self._record(bar)
                 stop = distributed.total(bool(interrupted))  # whichever process got the signal
                 if done % o.save_every == 0 or done == o.steps or stop:
@@ -235,7 +235,7 @@ class Run(Compute):
         bar.update()
 
     def backward(self, loss, tokens):
-        """tokens: how many of prompt and response the loss was computed on, padding left out"""
+        """tokens: how many tokens the loss was computed on, those of prompts too, but no padding"""
         counts = self.figures.counts  # False: this process only keeps pace with the others
         self.scaler.scale(loss if counts else 0 * loss).backward()
         self.figures.tokens += tokens * counts
@@ -252,7 +252,8 @@ class Run(Compute):
                 yield
 
     def update(self, optimizer):
-        """Learning rate, clipped gradient, optimizer step; stops at what is not finite."""
+        """Sets the learning rate, clips the gradient, and makes the optimizer step. Stops the run
+        if loss or gradient are not finite."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.o)
@@ -276,7 +277,8 @@ class Run(Compute):
         self.state.keep()
 
     def cut_short(self, why):
-        """The step before this one was the last; the script leaves its loop. Stopped if none."""
+        """Makes the step before this one the last, as the script leaves its loop. Raises Stopped if
+        there is none."""
         if (step := self.step) == 0:
             raise Stopped(why)
         say(f"{why}. The run ends after step {step} of {self.o.steps}, with what it has learned")
@@ -285,7 +287,7 @@ class Run(Compute):
         self.o.steps = step
 
     def evaluate(self, evaluator, policy):
-        """Every --eval-every steps: records and shows figures of 128 test prompts."""
+        """Every --eval-every steps, records and prints figures of 128 test prompts."""
         done, every = self.step + 1, self.o.eval_every
         if not every or done % every:
             return
@@ -296,7 +298,7 @@ class Run(Compute):
         say(f"{self.method} step {done}/{self.o.steps}: {text}")
 
     def finish(self, evaluator, policy, **figures):
-        """Measures the policy, writes its checkpoint, and ends the record. figures: more of them"""
+        """Measures the policy, writes its checkpoint, and ends the record. figures: further ones"""
         o = self.o
         try:
             final = evaluator.measure(policy) | figures

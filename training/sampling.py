@@ -11,9 +11,9 @@ import gpt
 from packing import before, pack, row_lengths
 
 CHECK_ENDS_EVERY = 4  # tokens
-DROP_AT = 0.9  # finished rows are dropped once so few of all are alive
-DROP_AT_STATIC = 0.5  # the same if each number of rows is captured anew
-SHARE_PROMPT_FROM = 64  # tokens: the rows of a group read a longer prompt from one copy
+DROP_AT = 0.9  # finished rows are dropped once at most this share of all rows is alive
+DROP_AT_STATIC = 0.5  # the same with `static`: each new number of rows is captured anew
+SHARE_PROMPT_FROM = 64  # tokens: the rows of a group share one copy of a prompt as long as this
 
 
 class Rollout:
@@ -79,13 +79,13 @@ class Rollout:
         return len(self.packed.ids)
 
     def unfold(self, x):
-        """As in a data.Batch, where equal rows are one; here every row counts."""
+        """As data.Batch.unfold, but in a rollout no row stands for others."""
         return x
 
     def minibatches(self, updates, parts, generator):
         """Yields the rows in `parts` shuffled minibatches, once for each of the updates; a single
-        one has them as they stand. The first minibatch has no old_logp: until the first optimizer
-        step π_θ is π_old. Within a minibatch the rows of a group stay together."""
+        minibatch in all is not shuffled. The first one has no old_logp: until the
+        first optimizer step π_θ is π_old. In a minibatch the rows of a group stay together."""
         n = len(self)
         if updates == parts == 1:
             yield self | {"old_logp": None}
@@ -97,12 +97,12 @@ class Rollout:
                 yield minibatch | {"old_logp": None} if update == i == 0 else minibatch
 
     def old_logp_or(self, logp):
-        """-> log π_old of the tokens, (N, T). Of a rollout's first minibatch it is π_θ itself, so
-        that the ratio of the two is 1 to the bit."""
+        """-> log π_old of the tokens, (N, T). In a rollout's first minibatch it is log π_θ itself,
+        so that the ratio of the two is exactly 1."""
         return logp.detach() if self.old_logp is None else self.old_logp
 
     def summary(self):
-        """-> the figures of the responses that a record has"""
+        """-> the responses' figures for the record"""
         return {
             "completions/mean_length": self.length.float().mean(),
             "completions/clipped_ratio": 1 - self.finished.float().mean(),
@@ -120,13 +120,13 @@ def sample(
     uniform=None,
     static=False,
 ):
-    """Draws `group` responses to each prompt from softmax(logits / temperature), nothing cut off.
-    -> a Rollout
+    """Draws `group` responses to each prompt from softmax(logits / temperature), without top-k or
+    top-p. -> a Rollout
 
     prompts: B non-empty lists of token ids, of mixed length. Row i·group + j answers prompt i. Each
-    prompt is read once. uniform: (B·group, max_new_tokens), the random numbers; without them
-    `generator` draws them, all at the start. They belong to the rows, so that how rows are batched
-    or dropped changes no sample. static: every step runs on buffers of one size, and on CUDA it is
+    prompt is read once. uniform: (B·group, max_new_tokens), the random numbers; if there are none,
+    `generator` draws them all at the start. Each belongs to a row, so that no sample depends on how
+    rows are batched or dropped. static: every step runs on buffers of one size, and on CUDA it is
     captured once and replayed.
     """
     lengths = [len(prompt) for prompt in prompts]
@@ -162,8 +162,8 @@ def sample(
 
 
 def _rollout(ids, lengths, group, drawn, p_drawn, end_id):
-    """Prompts ids (P, L), and what was drawn with which probability, (P·group, max_new_tokens)
-    -> a Rollout, each response behind its prompt and up to its end token"""
+    """Prompts ids (P, L), drawn tokens and their probabilities, (P·group, max_new_tokens) each -> a
+    Rollout, in which each response follows its prompt, and stops after its end token"""
     most, device = drawn.size(1), drawn.device
     is_end = drawn == end_id
     finished = is_end.any(1)
@@ -203,15 +203,15 @@ def encode_prompts(prompts, device):
 
 
 class Drawing:
-    """G rows for each of P prompts, and what each has drawn.
+    """G rows for each of P prompts, and the tokens that each has drawn.
 
-    What is drawn begins at the same column in every row, behind the longest prompt; the columns
-    behind a shorter prompt are masked. To `GPT.hidden` a drawing is what a Packed is: one token per
-    row, its position, and how it attends, which is a cache's business.
+    The drawn tokens begin at the same column in every row, after the longest prompt; the columns
+    after a shorter prompt are masked. `GPT.hidden` takes a Drawing in place of a Packed: it has one
+    token per row, its position, and how it attends, which it leaves to a cache.
     """
 
     def __init__(self, model, packed, lengths, group, uniform, temperature=1.0, static=False):
-        """packed: P prompts; lengths: of each; uniform (P·G, tokens)"""
+        """packed: the P prompts; lengths: how many tokens each has; uniform (P·G, tokens)"""
         device = uniform.device
         self.model, self.head = plain(model), model.head
         self.uniform, self.temperature = uniform, temperature
@@ -269,8 +269,8 @@ class Drawing:
         return self.cache.alive_rows(alive)
 
     def drop_finished(self, alive):
-        """Goes on with as many rows per prompt as some prompt has alive, those first; a prompt with
-        none is dropped. alive (P·G,) bool -> which rows are left"""
+        """Keeps for each prompt as many rows as the prompt with most of them has alive, living ones
+        first, and drops prompts without any. alive (P·G,) bool -> which rows are left"""
         rows = self.cache.drop_finished(alive)
         for name in ("ids", "position", "drawn", "p", "uniform"):
             setattr(self, name, getattr(self, name)[rows])
@@ -300,8 +300,8 @@ class Cache:
     """
 
     def __init__(self, P, G, K, n, prompt_mask, static):
-        """K heads; room for n drawn tokens; prompt_mask (1 or P, 1, L): 0, or -inf behind a prompt.
-        static: all columns are read at every step, masked while they are empty."""
+        """K heads; room for n drawn tokens; prompt_mask (1 or P, 1, L): 0, or -inf after a prompt.
+        static: every step reads all columns; those that are still empty are masked."""
         self.P, self.G, self.K, self.n, self.static = P, G, K, n, static
         self.own = []
         self.start(prompt_mask)
@@ -417,8 +417,8 @@ def captured(step):
 
 
 def plain(module):
-    """-> what a module computes, by the same formula on bare tensors. For the small products of one
-    token per row, finding the weights in modules takes as long as the products."""
+    """-> a function that computes what a module does, by the same formula, from bare tensors. With
+    one token per row, finding the weights in modules would take as long as the products."""
     kind, own = type(module), dict(module.named_parameters(recurse=False))
     if kind is nn.ModuleList:
         return [plain(x) for x in module]

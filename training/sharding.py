@@ -2,8 +2,8 @@
 
 A part is some of the rows of a tensor, which torch calls a DTensor. Blocks are gathered one by one
 as they are needed, and freed again; what is outside the blocks is gathered around them. A model is
-laid out on "meta", where tensors have a shape and no numbers, then each process takes its own rows
-of one whole tensor after the other: no process holds a whole model.
+laid out on "meta", where tensors have a shape and no numbers; then each process takes its own rows
+of one full tensor after the other, so that no process holds a whole model.
 """
 
 import gc
@@ -27,7 +27,7 @@ class Parts(Whole):
     words = " --shard"
 
     def place(self, model):
-        """Moves a model to "meta", and keeps in `unread` where its numbers are to be had."""
+        """Moves a model to "meta"; `unread` keeps functions that give its weights."""
         found = values(model)
         for module in model.children():
             vars(module).pop("unread", None)
@@ -36,8 +36,8 @@ class Parts(Whole):
         return model
 
     def complete(self, model, source):
-        """Cuts a model into parts, and reads this process's."""
-        self.collect_garbage()  # before another one takes its room
+        """Cuts a model into parts, and reads those of this process."""
+        self.collect_garbage()  # an earlier model may still take room
         found = values(source)
         cut(model.to("meta"), self.device.type).to_empty(device=self.device)
         for name, p in model.named_parameters():
@@ -46,14 +46,14 @@ class Parts(Whole):
         return model
 
     def frozen(self, p):
-        """None is shared: only one model can gather its parts."""
+        """No weight is shared, because only one model can gather its parts."""
         return torch.empty(p.shape, dtype=p.dtype, device="meta")
 
     def gathered(self, model, copy):
         return copy(model, full)
 
     def total_gradients(self, parameters):
-        """The backward pass has done so."""
+        """Does nothing: the backward pass has summed them."""
 
     def model_to_save(self, model):
         plain = lora.like(model)
@@ -64,8 +64,8 @@ class Parts(Whole):
         return plain
 
     def state_to_save(self, state):
-        """The processes send their parts to the first, on the CPU, one tensor after the other. The
-        others get nothing."""
+        """The first process gathers all parts on its CPU, one tensor after the other. The others
+        get nothing."""
 
         def gather(x):
             x = full(x).cpu() if is_part(x) else x
@@ -74,7 +74,7 @@ class Parts(Whole):
         return tree_map(gather, state)
 
     def collect_garbage(self):
-        """A sharded model has cycles, and would stay."""
+        """A sharded model has reference cycles, and would stay in memory."""
         gc.collect()
 
 
@@ -89,8 +89,8 @@ def check():
 
 
 def values(model):
-    """-> {name: a function that gives the whole tensor}, of a model in memory, of one that is still
-    in its files, and of one whose parts the processes hold: then all of them must ask"""
+    """-> {name: a function that gives the full tensor} of a model that is in memory, still in its
+    files, or in parts, which all processes must then call"""
     found = dict(getattr(model, "unread", {}))
     for name, p in model.named_parameters():
         if not p.is_meta:
@@ -101,7 +101,7 @@ def values(model):
 
 
 def cut(model, kind):
-    """A model on "meta" -> the same, each tensor of it a part. Gradients are summed over them."""
+    """Makes each tensor of a model on "meta" a part. Gradients are summed over the processes."""
     # half a second to import, and not in every torch
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -112,5 +112,5 @@ def cut(model, kind):
         unit.set_force_sum_reduction_for_comms(True)
     scalar = "values", "values_before", "score"
     for method in scalar if isinstance(model, ScalarGPT) else ("logprobs",):
-        register_fsdp_forward_method(model, method)  # the outermost alone: an inner one would free
+        register_fsdp_forward_method(model, method)  # the outermost only: an inner one would free
     return model

@@ -1,4 +1,4 @@
-"""How a script runs from the shell: what ends it is one line and an exit code, no traceback."""
+"""How a script runs from the shell: an error ends it with one line and an exit code."""
 
 import os
 import shlex
@@ -12,13 +12,13 @@ from training.process import interrupts, streams
 
 
 def command(main, argv=None, torchrun=True):
-    """Runs main. torchrun: whether it knows what to do as one of many processes"""
+    """Runs main. torchrun: whether it can run as one of many processes"""
     argv = sys.argv[1:] if argv is None else argv
     with interrupts.caught():
         try:
             with streams(), distributed.joined(), locks.given_back():
                 if distributed.many and not torchrun:
-                    raise UserError("this script is one process; start it with python")
+                    raise UserError("this script runs in one process; start it with python")
                 return main(argv)
         except (UserError, OSError, KeyboardInterrupt, RuntimeError, distributed.Lost) as e:
             ended = ending(e, argv)
@@ -27,20 +27,24 @@ def command(main, argv=None, torchrun=True):
             code, message = ended
             alone = isinstance(e, torch.OutOfMemoryError) or getattr(e, "alone", False)
             by_one = isinstance(e, KeyboardInterrupt)
-        interrupts.over |= distributed.many  # torchrun's signal to end comes while one waits
+        interrupts.over |= distributed.many  # while this one waits, torchrun may end it
         if message is not None:
             message = distributed.to_say(message, alone, by_one)
         script = os.path.basename(main.__code__.co_filename)
         if message:
             print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
-        if interrupts.depth == 1:  # no earlier stage inside a run, which still has locks
+        if interrupts.depth == 1:  # not inside a run, which still has locks
             distributed.end(code)
         sys.exit(code)
 
 
 def ending(e, argv):
+<<<<<<< HEAD
     """-> (the exit code, what is said) for what has ended a script; None for a fault of ours. A
     message is "" if another process says it, and None if nobody is there to read it."""
+=======
+    """-> (exit code, message) for the error that has ended a script; None if it is a bug"""
+>>>>>>> 45ace93 (Words in training/: who does what, if for where, per for a; help texts say what an option sets)
     match e:
         case UserError():
             return e.code, str(e)

@@ -19,7 +19,7 @@ from training.process import interrupts
 
 # options that do not change a run's bits; --shard changes them by rounding alone
 FREE = ("resume", "log_every", "log_to", "save_every", "out", "shard")
-LARGE = 1e6  # a reward above it is named if the loss is not finite
+LARGE = 1e6  # if the loss is not finite, a reward above this is said
 
 
 class State:
@@ -34,7 +34,7 @@ class State:
         self.before = {}  # states of these, of the generator and the scaler, before this step
 
     def hold(self, optimizer, others):
-        """Knows from now on what is to be saved."""
+        """Says what is to be saved from now on."""
         run = self.run
         self.options = self.bits()
         roles = [m["role"] for m in run.ledger if m["trainable"]]
@@ -50,7 +50,7 @@ class State:
         return kept | {"device": self.run.device.type}
 
     def begin(self):
-        """Begins the record of a fresh run. No older run's state is left to be resumed."""
+        """Begins the record of a fresh run, and removes the state of an older one."""
         run, o = self.run, self.run.o
         if o.warmup > o.steps:
             last = f"ends at {learning_rate(o.steps - 1, o):.3g}, not {o.lr:g}"
@@ -74,7 +74,7 @@ class State:
         return states | {"skipped": skipped, "generator": generator}
 
     def save(self, step, others=None):
-        """step: how many are done. others: `before`, to be saved in place of what is now"""
+        """step: how many are done. others: `before`, to save it in place of what is now"""
         run = self.run
         state = {"step": step, "method": run.method, "options": self.options}
         state |= {"processes": self._processes()}
@@ -116,8 +116,8 @@ class State:
         return distributed.of_first(partial(run.files.past, run.method, self.bits()))
 
     def resume(self):
-        """Restores the saved state; False if there is none, which is said. Ends the process if the
-        run had finished."""
+        """Restores the saved state. -> False, after a note, if there is none. Ends the process if
+        the run has finished."""
         run = self.run
         if self.past():
             say(f"--resume: this run has finished, {run.o.out} is its checkpoint")
@@ -142,7 +142,7 @@ class State:
         return True
 
     def _moved(self, state):
-        """-> a saved object's state, with its tensors on the device, and none in a mapped file"""
+        """-> the saved state of an object, with its tensors copied from the file to the device"""
         move = partial(torch.Tensor.to, device=self.run.device, copy=True)
         return tree_map_only(torch.Tensor, move, state)
 
@@ -151,7 +151,7 @@ class State:
 
 
 class Weights:
-    """What is trained of a model, as --resume saves it; or with `frozen` all of it"""
+    """The trained weights of a model, as --resume saves them; with `frozen` all of its weights"""
 
     def __init__(self, model, frozen=False):
         self.model, self.frozen = model, frozen
@@ -161,14 +161,14 @@ class Weights:
         return {k: p.detach() for k, p in named if p.requires_grad or self.frozen}
 
     def load_state_dict(self, state):
-        """Each process takes its part of whole tensors."""
+        """Each process takes its part of the full tensors."""
         parameters = dict(self.model.named_parameters())
         for name, x in state.items():
             put(parameters[name], x)
 
 
 class Moments:
-    """What an optimizer knows of the steps before"""
+    """What an optimizer keeps of earlier steps"""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -177,11 +177,11 @@ class Moments:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state):
-        """Each process takes its part of whole tensors, so that none reaches its device whole."""
+        """Each process takes its part of the full tensors, so that its device never holds one."""
         groups = self.optimizer.param_groups
         for i, p in enumerate(p for group in groups for p in group["params"]):
             for name, x in state["state"].get(i, {}).items():
-                own = torch.zeros_like(p if x.shape == p.shape else x)  # a count of steps is whole
+                own = torch.zeros_like(p if x.shape == p.shape else x)  # a step count is not split
                 put(own, x)
                 state["state"][i][name] = own
         self.optimizer.load_state_dict(state)
