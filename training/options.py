@@ -42,19 +42,19 @@ class Options:
     task: str = opt("reviews", "reviews, arithmetic:N, exact, tokens:P+C, or a .jsonl", file=True)
     init: str = opt("", "checkpoint to start from (default: out/<task>/sft.pt)", file=True)
     reference: str = opt(
-        "", "checkpoint of π_ref, and to compare with (default: the start)", file=True
+        "", "checkpoint of π_ref and of comparisons (default: the start)", file=True
     )
     out: str = opt("", "checkpoint to write (default: out/<task>/<method>.pt)")
     eval_file: str = opt("", ".jsonl file to evaluate on (default: 5 % of the prompts)", file=True)
     steps: int = opt(300, "optimizer steps; with a file: one epoch", low=1)
     epochs: int = opt(0, "passes over a file or a fixed set, in place of --steps", low=0)
     batch_size: int = opt(32, "examples per optimizer step", low=1)
-    micro_batch: int = opt(0, "examples per forward pass; only saves memory (0: all)", low=0)
+    micro_batch: int = opt(0, "examples per forward pass; a few save memory (0: all)", low=0)
     lr: float = opt(1e-3, "AdamW learning rate at its peak", above=0)
     lr_schedule: str = opt("cosine", "constant, linear to 0, or cosine to 10 %", choices=SCHEDULES)
     warmup: int = opt(20, "steps over which the learning rate rises from 0", low=0)
     weight_decay: float = opt(0.0, "AdamW's decay of the weight matrices", low=0)
-    grad_clip: float = opt(1.0, "largest norm of the gradient; a larger is scaled down", above=0)
+    grad_clip: float = opt(1.0, "a gradient with a larger norm is scaled down to it", above=0)
     max_new_tokens: int = opt(0, "longest sampled response, in tokens (0: the task's)", low=0)
     block_size: int = opt(0, "longest sequence, in tokens (0: the checkpoint's)", low=0)
     lora: int = opt(0, "r: train adapters of this rank, and no other weights (0: none)", low=0)
@@ -63,7 +63,7 @@ class Options:
     template_args: tuple = opt((), "for the chat template, such as enable_thinking=false")
     truncate: bool = opt(False, "cut rows that do not fit: first the beginning of the prompt")
     strict: bool = opt(False, "refuse a file with useless rows, which are otherwise dropped")
-    seed: int = opt(0, "of weights, data and samples", low=0, below=2**62)
+    seed: int = opt(0, "seed of weights, data and samples", low=0, below=2**62)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "bfloat16: autocast; bfloat16-pure: the weights too", choices=DTYPES)
     checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass: saves memory")
@@ -145,7 +145,7 @@ class JudgedOptions(Options):
     """The options of a script that samples responses and has them judged."""
 
     reward: str = opt("task", "the judge: task, rm, the X.pt of a reward model, FILE.py:function")
-    temperature: float = opt(1.0, "of the samples and of the log-probs that are trained", above=0)
+    temperature: float = opt(1.0, "of the samples, and of the log-probs that are trained", above=0)
 
     def endless(self):
         return False
