@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from training.options import Options
 
 
 @pytest.fixture(autouse=True)
-def few_test_prompts(monkeypatch):
-    """The figures at the end of a run are not looked at here."""
+def here(ends, monkeypatch):
+    """In the folder `ends`; the figures at the end of a run are not looked at."""
     few_prompts(monkeypatch, 8)
+    monkeypatch.chdir(ends)
 
 
 CONFIG = GPTConfig(11, 16, 2, 2, 8)
@@ -186,9 +188,8 @@ SLOW = pytest.param("rlaif", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("script", [x if x != "rlaif" else SLOW for x in METHODS])
-def test_every_script_trains_adapters(script, ends, monkeypatch, capsys):
+def test_every_script_trains_adapters(script, capsys):
     """Where a script holds a reference, its first loss is that of no change."""
-    monkeypatch.chdir(ends)
     args = [*TINY, *ENDS, *MORE.get(script, ()), "--lora", 2, "--out", f"lora/{script}.pt"]
     if script == "rlaif":
         args += ["--sl-steps", 2, "--pm-steps", 2, "--answers", 24, "--comparisons", 24]
@@ -200,7 +201,7 @@ def test_every_script_trains_adapters(script, ends, monkeypatch, capsys):
         assert "so there is nothing to learn" in said.err
         return
     assert code == 0, said.err
-    record = lines(ends / f"lora/{script}.jsonl")
+    record = lines(Path(f"lora/{script}.jsonl"))
     first, ledger = record[1], {m["role"]: m for m in record[0]["models"]}
     if script in ("dpo", "online_dpo"):
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
@@ -221,8 +222,7 @@ def test_every_script_trains_adapters(script, ends, monkeypatch, capsys):
         assert meta["lora"]["start"] == "ends.pt"
 
 
-def test_the_checkpoint_is_whole_and_keeps_its_adapters(ends, monkeypatch):
-    monkeypatch.chdir(ends)
+def test_the_checkpoint_is_whole_and_keeps_its_adapters():
     assert main("dpo", *DPO, "--lr", 0.1, "--out", "lora/whole.pt") == 0
     start, (model, meta) = load("ends.pt")[0], load("lora/whole.pt")
     kept = meta["lora"]["tensors"]
@@ -233,20 +233,18 @@ def test_the_checkpoint_is_whole_and_keeps_its_adapters(ends, monkeypatch):
         assert change.abs().max() > 1e-3
 
 
-def test_a_checkpoint_with_adapters_is_merged_before_new_ones_are_trained(ends, monkeypatch):
+def test_a_checkpoint_with_adapters_is_merged_before_new_ones_are_trained():
     """sft --lora, then dpo --lora: the reference is what sft has made, and the first loss log 2."""
-    monkeypatch.chdir(ends)
     assert main("sft", *DPO, "--lr", 0.1, "--out", "lora/first.pt") == 0
     args = [*TINY, "--init", "lora/first.pt", "--lora", 3, "--max-new-tokens", 4, "--lr", 1e-9]
     assert main("dpo", *args, "--out", "lora/second.pt") == 0
-    assert lines(ends / "lora/second.jsonl")[1]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert lines(Path("lora/second.jsonl"))[1]["loss"] == pytest.approx(math.log(2), abs=1e-7)
     a, b = (load(f"lora/{name}.pt")[0] for name in ("first", "second"))
     torch.testing.assert_close(a(IDS), b(IDS), rtol=0, atol=1e-5)
     assert not torch.allclose(a(IDS), load("ends.pt")[0](IDS), atol=1e-3)
 
 
-def test_a_state_holds_the_adapters_alone_and_is_gone_on_with(ends, monkeypatch):
-    monkeypatch.chdir(ends)
+def test_a_state_holds_the_adapters_alone_and_is_gone_on_with(monkeypatch):
     args = [*DPO, "--save-every", 1, "--out"]
     assert main("dpo", *args, "lora/a.pt") == 0
     killed(3, "dpo", [*args, "lora/b.pt"], monkeypatch)
@@ -265,16 +263,14 @@ def test_a_state_holds_the_adapters_alone_and_is_gone_on_with(ends, monkeypatch)
         (["dpo", "--reference", "judge.pt", "--init", "ends.pt"], "judge.pt is a reward model"),
     ],
 )
-def test_mistakes(args, words, ends, monkeypatch, capsys):
-    monkeypatch.chdir(ends)
+def test_mistakes(args, words, capsys):
     assert main(*args, "--out", "lora/no.pt") == 2
     assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [[], ["--lora", 2]])
-def test_another_reference_is_a_second_model(more, ends, monkeypatch, capsys):
+def test_another_reference_is_a_second_model(more, monkeypatch):
     """It is what the loss, KL and win rate are held against."""
-    monkeypatch.chdir(ends)
     seen = []
     measure = Evaluator.measure
 
@@ -287,7 +283,7 @@ def test_another_reference_is_a_second_model(more, ends, monkeypatch, capsys):
     for script in ("dpo", "simpo"):
         args = [*TINY, *ENDS, *other, *more, "--out", f"lora/{script}-other.pt"]
         assert main(script, *args) == 0
-    found = lines(ends / "lora/dpo-other.jsonl")
+    found = lines(Path("lora/dpo-other.jsonl"))
     assert found[0]["models"][1]["weight_bytes"] > 0
     assert found[1]["loss"] != pytest.approx(math.log(2), abs=1e-4)
     theirs = load("out/reviews/sft.pt")[0]
@@ -295,9 +291,8 @@ def test_another_reference_is_a_second_model(more, ends, monkeypatch, capsys):
     assert load("lora/simpo-other.pt")[1]["reference"] == other[1]
 
 
-def test_the_critic_keeps_a_base_of_its_own(ends, monkeypatch):
+def test_the_critic_keeps_a_base_of_its_own(monkeypatch):
     """The reward model's, or the policy's: its values must not move with the policy's adapters."""
-    monkeypatch.chdir(ends)
     held = {}
     hold = Run.hold
     monkeypatch.setattr(
@@ -339,7 +334,6 @@ def test_adapters_go_out_under_their_own_names(family, tmp_path, monkeypatch, ca
     assert checkpoint.load("whole")[0].config.n_embd == 24
 
 
-def test_what_has_no_adapters_has_none_to_write(ends, monkeypatch, capsys):
-    monkeypatch.chdir(ends)
+def test_what_has_no_adapters_has_none_to_write(capsys):
     assert main("export", "ends.pt", "--adapter", "--to", "no") == 2
     assert "holds no adapters of a policy" in capsys.readouterr().err

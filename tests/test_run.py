@@ -1,6 +1,5 @@
 """Runs as their user meets them: figures, files, gradients, interruptions."""
 
-import hashlib
 import json
 import math
 import random
@@ -38,10 +37,6 @@ def snapshot(folder):
 
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
@@ -137,12 +132,8 @@ def test_end_to_end(name, shop, call):
     if name != "orpo":
         before = load(shop / init)[0].parameters()
         assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), before))
-    ask = ["evaluate", f"out/reviews/{name}.pt", "--device", "cpu"]
-    again = call(*ask, cwd=shop)
+    again = call("evaluate", f"out/reviews/{name}.pt", "--device", "cpu", cwd=shop)
     assert re.search(rf"KL\(π‖π_ref\), nats per response +{final['kl']:.2f} ", again)
-    if name == "dpo":
-        answer = call(*ask, "--prompt", "A drama, The Last Road:", cwd=shop)
-        assert "A drama, The Last Road:" in answer and "policy |" in answer
 
 
 def test_reward_model_end_to_end(shop, call, capsys):
@@ -241,17 +232,19 @@ def test_kto_warns_of_imbalance(shop, call):
     rows = [{"prompt": f"q{i}", "completion": "a b c", "label": i % 3 > 0} for i in range(60)]
     write(shop / "l.jsonl", rows)
     write(shop / "e.jsonl", [row | {"prompt": f"e{i}"} for i, row in enumerate(rows)])
-    args = [*"--task l.jsonl --eval-file e.jsonl".split(), *INIT]
-    words = (
-        "warning: 40 desirable and 20 undesirable examples make λ_D n_D / (λ_U n_U) = 2, outside"
-    )
-    assert words + " [1, 4/3]" in call("kto", *args, cwd=shop)
+    file = [*"--task l.jsonl --eval-file e.jsonl".split(), *INIT]
+    count = "warning: 40 desirable and 20 undesirable examples make λ_D n_D / (λ_U n_U) = "
+    for args, words in (
+        (file, f"{count}2, outside [1, 4/3]"),
+        ([*file, "--w-undesirable", 1.6], ""),
+        ([*file, "--w-desirable", 0.6], ""),
+        ([*file, "--w-desirable", 3], f"{count}6, outside"),
+        (TINY, ""),
+    ):
+        said = call("kto", *args, cwd=shop)
+        assert words in said and ("warning" in said) == bool(words)
+        assert ("--w-desirable 0.57 would balance it" in said) == bool(words)
     assert 0 <= lines(shop / "out/l/kto.jsonl")[-1]["final"]["accuracy"] <= 1
-    assert "warning" not in call("kto", *args, "--w-undesirable", 1.6, cwd=shop)
-    assert "warning" not in call("kto", *args, "--w-desirable", 0.6, cwd=shop)
-    said = call("kto", *args, "--w-desirable", 3, cwd=shop)
-    assert "= 6, outside" in said and "--w-desirable 0.57 would balance it" in said
-    assert "warning" not in call("kto", *TINY, cwd=shop)
 
 
 def test_kto_says_where_a_batch_holds_one_prompt(shop, call):
@@ -283,21 +276,11 @@ def test_odd_but_legal_feedback(shop, call):
     said = call("kto", *args, *INIT, cwd=shop)
     assert "4 pairs are split into 8 examples (train split)" in said
     assert "held-out preference accuracy" in said
-    call("dpo", "--task", "pairs.jsonl", *INIT, cwd=shop)
+    for name in ("dpo", "simpo", "orpo"):
+        said = call(name, "--task", "pairs.jsonl", *INIT, cwd=shop)
+        assert "held-out preference accuracy" in said and "split into" not in said
     said = call("sft", "--task", "both.jsonl", *INIT, cwd=shop)
     assert "its desirable answers are the demonstrations" in said
-
-
-def test_files_of_pairs_train_the_whole_family(shop, call):
-    """simpo.py, orpo.py and kto.py on one file of pairs, each with a held-out accuracy; KTO says
-    that it splits them."""
-    answers = [{"chosen": f"It is {i}.", "rejected": "No idea"} for i in range(60)]
-    write(shop / "p.jsonl", [{"prompt": f"What is {i}?"} | x for i, x in enumerate(answers)])
-    for name in ("simpo", "orpo", "kto"):
-        said = call(name, "--task", "p.jsonl", *INIT, cwd=shop)
-        assert "held-out preference accuracy" in said
-        assert ("pairs are split into" in said) == (name == "kto")
-        assert 0 <= lines(shop / f"out/p/{name}.jsonl")[-1]["final"]["accuracy"] <= 1
 
 
 # ---- the loop's loss and gradient
@@ -367,14 +350,6 @@ def test_the_seed_is_that_of_weights_adapters_and_draws(shop, monkeypatch):
         lora.adapt(expected, 2, 2.0, seed)
         same = torch.equal(reward.trunk.blocks[1].up.A, expected.blocks[1].up.A)
         assert same == (seed == 3)
-
-
-def test_log_probs_of_the_end_token_are_trained():
-    """The mask that sft.py trains on holds the end token, so that a model ends its samples."""
-    tokenizer, how = data.tokenizer(), SimpleNamespace(seed=0, batch_size=4, truncate=False)
-    batch = data.pad(data.Batches(data.task("reviews").demonstrations, 0, tokenizer, 128, how)[0])
-    last = batch.mask.size(1) - 1 - batch.mask.flip(1).int().argmax(1)
-    assert (batch.ids[torch.arange(4), last] == tokenizer.end_id).all()
 
 
 # ---- earlier stages
@@ -460,15 +435,14 @@ def step_lines(path):
 
 def same_run(a, b):
     """Two checkpoints of the same bits, whose records agree but for times and peaks."""
-    assert digest(a) == digest(b)
+    assert a.read_bytes() == b.read_bytes()
     a, b = a.with_suffix(".jsonl"), b.with_suffix(".jsonl")
     assert step_lines(a) == step_lines(b)
-    finals = []
-    for path in (a, b):
-        final = lines(path)[-1]["final"]
-        times = [key for key in final if key.endswith(("_ms", "_s")) or key.startswith("peak")]
-        finals.append({key: x for key, x in final.items() if key not in times})
-    assert finals[0] == finals[1] and finals[0]["trained_tokens"] > 0
+    finals = [lines(path)[-1]["final"] for path in (a, b)]
+    for key in finals[0].keys() | finals[1].keys():
+        timed = key.endswith(("_ms", "_s")) or key.startswith("peak")
+        assert timed or finals[0][key] == finals[1][key], key
+    assert finals[0]["trained_tokens"] > 0
 
 
 SCRIPTS = "sft dpo reward_model simpo orpo kto online_dpo ppo grpo dapo".split()
@@ -668,7 +642,7 @@ def test_ten_kills(script, shop):
             process.communicate()
             kills += 1
         if (shop / "cut/x.pt").exists() and not (shop / "cut/x.state").exists():
-            assert digest(shop / "cut/x.pt") == digest(shop / "whole/x.pt")
+            assert (shop / "cut/x.pt").read_bytes() == (shop / "whole/x.pt").read_bytes()
             shutil.rmtree(shop / "cut")  # it got through: once more from the start
     run(f"{script}.py", *cut, cwd=shop)
     same_run(shop / "cut/x.pt", shop / "whole/x.pt")
