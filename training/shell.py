@@ -39,12 +39,8 @@ def command(main, argv=None, torchrun=True):
 
 
 def ending(e, argv):
-<<<<<<< HEAD
-    """-> (the exit code, what is said) for what has ended a script; None for a fault of ours. A
-    message is "" if another process says it, and None if nobody is there to read it."""
-=======
-    """-> (exit code, message) for the error that has ended a script; None if it is a bug"""
->>>>>>> 45ace93 (Words in training/: who does what, if for where, per for a; help texts say what an option sets)
+    """-> (exit code, message) for the error that has ended a script; None if it is a bug. A message
+    is "" if another process prints it, and None if nobody is there to read it."""
     match e:
         case UserError():
             return e.code, str(e)
