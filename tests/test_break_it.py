@@ -43,7 +43,7 @@ def tells(bug, figures):
 
 
 def refused(capsys, *argv):
-    """-> the line that a mistake is told in"""
+    """-> the line that a mistake is printed in"""
     with pytest.raises(SystemExit) as e:
         training.command(break_it.main, list(argv), torchrun=False)
     said = capsys.readouterr()

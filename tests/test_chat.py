@@ -119,11 +119,11 @@ def test_a_model_without_a_template_has_bare_prompts_behind_its_bos(tmp_path):
 
 def test_cutting_spares_the_template(tokenizer):
     prompt = Chat("…", [("user", "abcde"), ("assistant", "hi"), ("user", "y")])
-    whole = ids("[u\nabcde]\n[a\nhi]\n[u\ny]\n[a\n")
-    assert tokenizer.prompt(prompt) == whole
-    assert tokenizer.cut(prompt, len(whole) - 2) == ids("[u\ncde]\n[a\nhi]\n[u\ny]\n[a\n")
-    assert tokenizer.cut(prompt, len(whole) - 5) == ids("[u\ne]\n[a\ni]\n[u\ny]\n[a\n")
-    assert len(tokenizer.cut(prompt, 1)) == len(whole) - 5  # one token a message is left
+    full = ids("[u\nabcde]\n[a\nhi]\n[u\ny]\n[a\n")
+    assert tokenizer.prompt(prompt) == full
+    assert tokenizer.cut(prompt, len(full) - 2) == ids("[u\ncde]\n[a\nhi]\n[u\ny]\n[a\n")
+    assert tokenizer.cut(prompt, len(full) - 5) == ids("[u\ne]\n[a\ni]\n[u\ny]\n[a\n")
+    assert len(tokenizer.cut(prompt, 1)) == len(full) - 5  # one token a message is left
 
 
 def test_rows_that_are_cut_keep_their_control_tokens(tokenizer):

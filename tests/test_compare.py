@@ -1,4 +1,4 @@
-"""compare.py: what it starts, what it keeps, what it tells."""
+"""compare.py: what it starts, what it keeps, what it prints."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ def stubs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def told(folder):
+def rows_of(folder):
     """-> the rows of compare.json"""
     return json.loads((folder / "compare.json").read_text())["methods"]
 
@@ -57,7 +57,7 @@ def test_a_killed_method_is_a_row_and_the_rest_is_kept(stubs, capsys):
     folder = stubs / "out/compare/arithmetic-2"
     assert "failed: dpo-0, dpo-1" in said.err
     assert f"| dpo    | failed: {KILLED}; {KILLED}" in said.out
-    dpo, simpo = told(folder)
+    dpo, simpo = rows_of(folder)
     assert dpo["runs"] == 0 and dpo["failed"] == {"dpo-0": KILLED, "dpo-1": KILLED}
     assert simpo["runs"] == 2 and simpo["reward"] == 1.5
     assert simpo["reward_sd"] == pytest.approx(0.5**0.5)
@@ -68,7 +68,7 @@ def test_a_killed_method_is_a_row_and_the_rest_is_kept(stubs, capsys):
     assert main("compare", *args) == 0
     calls = (folder / "calls").read_text().split()
     assert calls == ["dpo.py", "dpo.py"]  # what had ended is not run again
-    dpo, simpo = told(folder)
+    dpo, simpo = rows_of(folder)
     assert dpo["runs"] == 2 and dpo["step_over_simpo"] == 2.0 and dpo["flops_over_simpo"] == 1.0
     assert "1.50 ± 0.71" in (folder / "README.md").read_text()
 
@@ -98,7 +98,7 @@ def test_other_options_run_anew(stubs):
         compare.main(args)
     calls = (stubs / "out/compare/exact/calls").read_text().split()
     assert calls == ["sft.py", *["simpo.py"] * 8]
-    found = told(stubs / "out/compare/exact")
+    found = rows_of(stubs / "out/compare/exact")
     assert [line["swept"] for line in found] == [False, True, True, True]
     assert [line["steps"] for line in found] == [2] * 4
     assert [line["value"] for line in found] == [0.1, 0.5, 5.0, 10.0]
@@ -155,9 +155,9 @@ def test_budgets_are_equal(row, task):
     words, n = rows.shape(task, row)
     o = dict(zip(words[::2], map(int, words[1::2])))
     answers = 2 if rows.EVERY[row].pairs else 1
-    whole = o["--batch-size"] * o.get("--group", 1)
+    responses = o["--batch-size"] * o.get("--group", 1)
     each = o.get("--updates", 1) * (1 if "--group" in o else answers)
-    assert whole * each == n and whole % o.get("--minibatches", 1) == 0
+    assert responses * each == n and responses % o.get("--minibatches", 1) == 0
 
 
 def test_strengths_and_judges_are_the_scripts_options(tmp_path):
@@ -290,7 +290,7 @@ def test_labels_that_were_asked_for():
 def test_quick_end_to_end(tmp_path):
     done = run("compare.py", "--quick", cwd=tmp_path)
     assert "failed" not in done.stdout
-    found = told(tmp_path / "out/compare/reviews")
+    found = rows_of(tmp_path / "out/compare/reviews")
     assert [line["method"] for line in found] == list(rows.ROWS)
     assert all(line["runs"] == 1 for line in found)
     for line in found:

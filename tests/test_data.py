@@ -491,7 +491,7 @@ def test_truncation_cuts_the_prompt_first_then_the_answers_alike():
 
 
 def test_batches_are_a_function_of_step_and_seed(tmp_path):
-    """300 rows make 37 batches of 8 and one of 4 an epoch."""
+    """300 rows make 37 batches of 8 and one of 4 per epoch."""
     held_out = write(tmp_path / "e.jsonl", pairs(1))
     task = data.task(write(tmp_path / "a.jsonl", pairs(300)), held_out)
     assert task.kind == "file" and task.outcomes is None

@@ -169,14 +169,14 @@ def test_a_stand_in_counts_for_nothing(shop):
 def test_a_rank_holds_half(both):
     """The ledger and the measured peak of --shard are those of one process of two: of every tensor
     it has the half, the larger one where a number is odd, and a gathered block is there too."""
-    whole, part = (lines(both / f"ppo{x}-2.jsonl")[-1]["final"] for x in ("", "-shard"))
-    for a, b in zip(whole["models"], part["models"]):
+    replica, part = (lines(both / f"ppo{x}-2.jsonl")[-1]["final"] for x in ("", "-shard"))
+    for a, b in zip(replica["models"], part["models"]):
         assert a["parameters"] == b["parameters"] and 0.5 * a["bytes"] <= b["bytes"]
         assert b["bytes"] <= 0.52 * a["bytes"]
     assert part["peak"]["weights"] == sum(m["weight_bytes"] for m in part["models"])
     moments = sum(m["optimizer_bytes"] for m in part["models"])
     assert 0 <= part["peak"]["optimizer"] - moments < 1000  # and a count of steps for each tensor
-    assert part["peak"]["gathered"] > 0 and part["peak_bytes"] < whole["peak_bytes"]
+    assert part["peak"]["gathered"] > 0 and part["peak_bytes"] < replica["peak_bytes"]
 
 
 TIMES = ("_ms", "_s", "_bytes", "peak", "peak_most", "models")

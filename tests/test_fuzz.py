@@ -180,13 +180,13 @@ def test_ten_kills_of_a_comparison(tmp_path):
             process.wait()
             kills += 1
     assert compare("cut").wait() == 0
-    whole, cut = ({x.name: x for x in (tmp_path / f).iterdir()} for f in ("whole", "cut"))
-    assert whole.keys() == cut.keys()
+    kept, cut = ({x.name: x for x in (tmp_path / f).iterdir()} for f in ("whole", "cut"))
+    assert kept.keys() == cut.keys()
     for name, path in cut.items():
         if name.endswith(".jsonl"):
             assert all(json.loads(line) for line in path.read_text().splitlines())
     from gpt import load
 
     for name in ("sft-0.pt", "dpo-0.pt", "reward_model-0.pt", "ppo-0.pt"):
-        a, b = (load(x[name])[0].state_dict() for x in (whole, cut))
+        a, b = (load(x[name])[0].state_dict() for x in (kept, cut))
         assert all((a[key] == b[key]).all() for key in a), name

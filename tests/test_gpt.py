@@ -295,8 +295,8 @@ def test_files(tmp_path):
         for a, b in zip(m.parameters(), again.parameters()):
             assert torch.equal(a, b) and a.dtype == b.dtype
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
-    whole = (tmp_path / "m.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "m.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
     torch.save({"weights": 1}, tmp_path / "other.pt")
     bad = {"cut.pt": "not a whole checkpoint", "other.pt": "not a checkpoint"}
     bad |= {"none.pt": "no such file", "": "directory"}

@@ -137,8 +137,8 @@ def test_kl_estimators_against_the_exact_kl(drawn):
     KL(π‖π_ref). Gradients: k2 and ρ k3 are those of KL(π‖π_ref), k3 that of KL(π_ref‖π), k1 has
     none."""
     policy, _, logp, ref_logp, _, _, log_p, log_ref = drawn
-    whole, ref = logp.sum(1, keepdim=True), ref_logp.sum(1, keepdim=True)
-    k1, k3, ratio = whole - ref, grpo.k3(whole, ref), (whole - whole.detach()).exp()
+    logp_y, ref = logp.sum(1, keepdim=True), ref_logp.sum(1, keepdim=True)
+    k1, k3, ratio = logp_y - ref, grpo.k3(logp_y, ref), (logp_y - logp_y.detach()).exp()
     for k in (k1, k3):
         assert abs(k.mean() - kl(log_p, log_ref)) < 4 * k.std() / len(k) ** 0.5
     toward, away = (gradient(kl(*q), policy) for q in ((log_p, log_ref), (log_ref, log_p)))
@@ -319,14 +319,14 @@ def test_at_a_rollout_s_first_optimizer_step_the_ratio_is_1(script, dtype, ends,
     each, the first minibatch alone."""
     monkeypatch.chdir(ends)
     name = script.__name__
-    losses, whole = (
+    losses, called = (
         spy(monkeypatch, script, f"{name}_loss"),
         spy(monkeypatch, script, "compute_loss"),
     )
     args = "--minibatches 4 --updates 1 --micro-batch 4 --steps 2 --warmup 0 --lr 0.01".split()
     assert main(name, *ENDS, *BATCH, *args, "--dtype", dtype, "--out", "one/x.pt") == 0
-    assert len(losses) == len(whole) == 16
-    for i, (((logp, old, *_), _), (_, (_, metrics))) in enumerate(zip(losses, whole)):
+    assert len(losses) == len(called) == 16
+    for i, (((logp, old, *_), _), (_, (_, metrics))) in enumerate(zip(losses, called)):
         first = i % 8 < 2
         assert torch.equal(logp, old) == first
         clipped = [x for key, x in metrics.items() if "clip" in key or "approxkl" in key]

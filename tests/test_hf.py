@@ -87,8 +87,8 @@ def test_nothing_is_drawn_or_copied_but_what_is_joined(tmp_path, monkeypatch):
 
 
 def test_shards_old_names_and_a_sliding_window(tmp_path):
-    whole, _ = hf.load(folder(tmp_path / "a", "mistral", sliding_window=12))
-    assert whole.config.block_size == 12
+    model, _ = hf.load(folder(tmp_path / "a", "mistral", sliding_window=12))
+    assert model.config.block_size == 12
     path = folder(tmp_path / "b", "gpt2")
     state = load_file(path / "model.safetensors")
     state = {name.removeprefix("transformer."): x for name, x in state.items()}

@@ -1,12 +1,14 @@
 """The rules of the house, read from the sources: floors, widths, the size of a loop, the README."""
 
 import ast
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
 import textwrap
+import tokenize
 
 import pytest
 from conftest import ROOT
@@ -144,6 +146,59 @@ def test_lines_have_100_columns():
     for path in [*ALL, ROOT / "analysis/report.html.jinja"]:
         for i, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 100, f"{name(path)}:{i} has {len(line)} columns: break the line"
+
+
+COUNTED = """
+nats? tokens? seconds? ms bytes GiB MB labels? rows? steps? pass passes loss losses responses?
+numbers? constants? prompts? one two answers? samples? evaluations? runs? times once twice
+sequences? lines? figures? sentences? rewards? scores? layers? processes questions? principles?
+files? records? groups? updates? cards? characters? words? columns? copies copy state bar
+""".split()
+EACH = """
+token response step pair prompt row rank run second seed phase parameter weight layer method
+process example minibatch rollout evaluation answer batch word hour epoch card question group
+block head machine update round task class outcome sequence number
+""".split()
+WORDS = {  # a habit -> (its pattern, what reads better)
+    "a for per": (
+        rf"\b(\d+|{'|'.join(COUNTED)}) an? ({'|'.join(EACH)})\b(?! of)",
+        "nats per token",
+    ),
+    "where for if": (
+        r"(^|[.:;] )Where\b|\b(None|nothing|True|False|0|none|empty|alone|only) where\b",
+        "if, unless a place is meant",
+    ),
+    "nobody tells": (r"\b(told|it tells)\b", "who says, gives or shows what"),
+}
+TAKEN = {"told", "asked", "whole"}  # names that have meant too many things
+
+
+def texts(path):
+    """Yields (line, text) of the docstrings, comments, messages and help texts of a file"""
+    kinds = (tokenize.STRING, tokenize.COMMENT, getattr(tokenize, "FSTRING_MIDDLE", None))
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if token.type in kinds:
+            yield token.start[0], re.sub(r"\s+", " ", token.string)
+
+
+@pytest.mark.parametrize("path", ALL, ids=name)
+def test_words(path):
+    found = [
+        f"{name(path)}:{line}: {match[0].strip()!r} ({habit}: write {remedy})"
+        for line, text in texts(path)
+        for habit, (pattern, remedy) in WORDS.items()
+        for match in re.finditer(pattern, text)
+        if path.name != "test_house.py"
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", ALL, ids=name)
+def test_names_that_mean_too_much(path):
+    for x in ast.walk(ast.parse(path.read_text())):
+        stored = isinstance(getattr(x, "ctx", None), ast.Store)
+        names = {getattr(x, "id" if stored else "name", None), getattr(x, "arg", None)}
+        assert not names & TAKEN, f"{name(path)}:{x.lineno}: say what {names & TAKEN} is"
 
 
 def blocks(path, kind):

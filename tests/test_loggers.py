@@ -1,4 +1,4 @@
-"""--log-to: what TensorBoard and Weights & Biases are told, and that --resume goes on with it."""
+"""--log-to: what TensorBoard and Weights & Biases get, and that --resume goes on with it."""
 
 import importlib.util
 import json

@@ -121,10 +121,10 @@ def test_the_gradient_of_the_loss_is_its_slope(script, ends, monkeypatch):
 def test_micro_batches_do_not_change_the_gradient(script, ends, monkeypatch):
     """Nor the figures of the first step."""
     monkeypatch.chdir(ends)
-    whole, figures = first_gradient(script, arguments(script), monkeypatch)
+    uncut, figures = first_gradient(script, arguments(script), monkeypatch)
     cut, other = first_gradient(script, [*arguments(script), "--micro-batch", 2], monkeypatch)
-    assert whole.abs().max() > 1e-6
-    torch.testing.assert_close(cut, whole, rtol=1e-9, atol=1e-12)
+    assert uncut.abs().max() > 1e-6
+    torch.testing.assert_close(cut, uncut, rtol=1e-9, atol=1e-12)
     assert other.keys() == figures.keys()
     for name, x in figures.items():
         assert other[name] == pytest.approx(x, rel=1e-9, abs=1e-9), name

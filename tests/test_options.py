@@ -321,8 +321,8 @@ def test_an_option_that_the_variant_does_not_read_is_refused(command, other, wor
     assert read(command).given
     script, *argv = f"{command} {other}".split()
     said = refused(script, *argv)
-    asked = [word for word in argv if said.startswith(f"{word} is read with")]
-    assert asked and words in said and said.endswith("; leave one of the two out")
+    named = [word for word in argv if said.startswith(f"{word} is read with")]
+    assert named and words in said and said.endswith("; leave one of the two out")
 
 
 @pytest.mark.parametrize("script", METHODS)

@@ -180,7 +180,7 @@ def test_predicted_is_measured_at_three_sizes(i, row, sizes, monkeypatch, capsys
 
 def test_prediction_of_rounds_samples_too():
     """Whether a round lasts one step or all of them, and with a single step: the most of sampling
-    is that of 64 responses a prompt; a judge adds nothing that is larger."""
+    is that of 64 responses per prompt; a judge adds nothing that is larger."""
     config = GPTConfig(512, 256, 4, 4, 128)
     found = []
     for more in ([], ["--rounds", 3], ["--steps", 1], ["--reward", "rm", "--label", "argmax"]):
@@ -190,7 +190,7 @@ def test_prediction_of_rounds_samples_too():
     assert len(set(found)) == 1 and found[0] > 1e8, found
 
 
-def asked(*args):
+def table_of(*args):
     """--predict's table as compare.json has it: (method, checkpointed, dtype) -> figures"""
     assert main("compare", *args, "--out", "predicted") == 0
     with open("predicted/compare.json") as file:
@@ -204,7 +204,7 @@ def test_predict_allocates_nothing_and_leaves_all_as_it_was(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sizes = ["--n-layer", 2, "--seq-len", 512]
-    found = asked("--predict", "7b", "--methods", "dpo", "ppo", *sizes)
+    found = table_of("--predict", "7b", "--methods", "dpo", "ppo", *sizes)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     C, V = 4096, 50304
     n = V * C + 512 * C + 2 * (12 * C**2 + 13 * C) + 2 * C
@@ -246,7 +246,7 @@ def test_the_table_has_every_row_and_both_precisions(tmp_path, monkeypatch, caps
     """Of a small model; the other sizes reach it, a pair is two, and the card leaves 2 GiB."""
     monkeypatch.chdir(tmp_path)
     sizes = ["--n-layer", 1, "--n-head", 2, "--n-embd", 32, "--vocab-size", 1000, "--seq-len", 64]
-    found = asked("--predict", "own", *sizes, "--batch-size", 8, "--micro-batch", 4)
+    found = table_of("--predict", "own", *sizes, "--batch-size", 8, "--micro-batch", 4)
     dtypes = "bfloat16", "bfloat16-pure"
     every = [(row, on, x) for row in SETTINGS for on in (False, True) for x in dtypes]
     assert list(found) == every
@@ -258,8 +258,8 @@ def test_the_table_has_every_row_and_both_precisions(tmp_path, monkeypatch, caps
     for (row, *_), x in found.items():
         assert x["models"][0]["parameters"] == n + (33 if row == "reward_model" else 0)
         assert x["predicted_bytes"] == sum(x["predicted"].values()) and x["card"] == "24 GB"
-    whole = asked("--predict", "own", "--methods", "dpo", *sizes, "--batch-size", 8)
-    for key, x in whole.items():
+    uncut = table_of("--predict", "own", "--methods", "dpo", *sizes, "--batch-size", 8)
+    for key, x in uncut.items():
         assert x["predicted_bytes"] > found[key]["predicted_bytes"]
     cards = {21: "24 GB", 22.5: "40 GB", 77: "80 GB", 100: "141 GB", 200: "none"}
     assert all(predict.fits(size * 2**30) == card for size, card in cards.items())

@@ -226,8 +226,8 @@ def test_a_missing_reward_model_is_made_first(ends, tmp_path, monkeypatch, judge
 
     monkeypatch.setattr(checkpoint.runpy, "run_path", run_path)
     assert main("grpo", *TINY, "--group", 4, "--reward", "rm") == 0
-    asked = f"{checkpoint.Path(grpo.__file__).with_name('reward_model.py')} --task reviews"
-    assert [" ".join(x) for x in calls] == [f"{asked} --device cpu --dtype auto"]
+    command = f"{checkpoint.Path(grpo.__file__).with_name('reward_model.py')} --task reviews"
+    assert [" ".join(x) for x in calls] == [f"{command} --device cpu --dtype auto"]
     final = lines(tmp_path / "out/reviews/grpo.jsonl")[-1]["final"]
     held = {model["role"]: model["trainable"] for model in final["models"]}
     assert held == {"policy": True, "reward": False, "ref": False}

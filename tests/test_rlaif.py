@@ -346,19 +346,19 @@ def test_rl_cai_is_reinforce(watched, done):
     sampled = 0
     for line, (step,), (rollout, *_) in watched[0]["rl"]:
         rows, models = responses(rollout), step.models
-        scores, kls, whole, entropies = [], [], [], []
+        scores, kls, logp_y, entropies = [], [], [], []
         for (x, y, finished), drawn_with in zip(rows, rollout.logp.double().sum(1).tolist()):
             logp, entropy = tokens(models.policy, x, y, 0.7)
             scores.append(score(models.reward, x, y).item() - (0.0 if finished else 1.0))
             kls.append(drawn_with - tokens(models.ref, x, y, 0.7)[0].sum().item())
-            whole.append(logp.sum())
+            logp_y.append(logp.sum())
             entropies += entropy
         figures = group_figures([scores[i : i + 4] for i in range(0, 32, 4)]) | summary(rows)
         returns = [r - 0.5 * k for r, k in zip(scores, kls)]
         adv = advantages([returns[i : i + 4] for i in range(0, 32, 4)], "loo")
         sampled += len(entropies)
         figures |= {"kl": mean(kls), "entropy": mean(entropies), "sampled_tokens": sampled}
-        agree(line, [step], [(-mean([A * logp for A, logp in zip(adv, whole)]), figures)])
+        agree(line, [step], [(-mean([A * logp for A, logp in zip(adv, logp_y)]), figures)])
     assert abs(line["kl"]) > 0.01
     assert same_weights(models.ref.state_dict(), done / "w/x-sl.pt")
     assert same_weights(models.reward.state_dict(), done / "w/x-pm.pt")
@@ -373,10 +373,10 @@ def test_what_does_not_end_or_differ_is_left_out(monkeypatch):
     monkeypatch.setattr(writer, "ask", lambda *_: replies.pop(0))
     (pair,) = writer.pairs(3, "x", "test")
     assert (pair.a, pair.b) == ("b", "c") and pair.principle in skills.PRINCIPLES
-    whole = [True] * 3
-    replies += [(["a", "b", "c"], [True, True, False]), (["A", "B", "C"], whole)]
-    replies += [(["a1", "b1", "c1"], [True, False, True]), (["A1", "B1", "C1"], whole)]
-    replies += [(["a2", "b2", "c2"], whole)]
+    ended = [True] * 3
+    replies += [(["a", "b", "c"], [True, True, False]), (["A", "B", "C"], ended)]
+    replies += [(["a1", "b1", "c1"], [True, False, True]), (["A1", "B1", "C1"], ended)]
+    replies += [(["a2", "b2", "c2"], ended)]
     found = writer.revise(3, "x", "test", rounds=2)
     texts = [(row.a, row.critique, row.b) for row in found]
     assert texts == [("a", "A", "a1"), ("a1", "A1", "a2")]
@@ -455,8 +455,8 @@ def test_end_to_end(done, call):
     phases = {phase["phase"]: phase for phase in final["phases"]}
     assert list(phases) == ["skills", "sl", "pm"]
     assert list(map(held, phases.values())) == ["policy*", "policy*", "reward*"]
-    asked = [held(phase, "models_asked") for phase in phases.values()]
-    assert asked == ["", "policy", "policy judge"]
+    models_asked = [held(phase, "models_asked") for phase in phases.values()]
+    assert models_asked == ["", "policy", "policy judge"]
     assert held(final) == "policy* ref reward"
     assert phases["skills"]["reward"] == final["ref_reward"]
     assert phases["sl"]["revisions"] > 0 and phases["pm"]["labels"] > 0
@@ -594,11 +594,11 @@ def test_ten_kills(tmp_path):
     checkpoint is that of a run left alone."""
     args = [*SMALL, *SHORT, "--save-every", 2, "--sl-steps", 20, "--pm-steps", 20, "--steps", 20]
     args = list(map(str, [*args, "--out", "a/x.pt"]))
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
-    for folder in (cut, whole):
+    cut, kept = tmp_path / "cut", tmp_path / "whole"
+    for folder in (cut, kept):
         folder.mkdir()
     start = time.time()
-    run("rlaif.py", *args, cwd=whole)
+    run("rlaif.py", *args, cwd=kept)
     wall, rng, kills = time.time() - start, random.Random(0), 0
     while kills < 10:
         command = [sys.executable, ROOT / "rlaif.py", *args, "--resume"]
@@ -615,7 +615,7 @@ def test_ten_kills(tmp_path):
             kills += 1
     run("rlaif.py", *args, "--resume", cwd=cut)
     for name in PHASES:
-        same(cut / "a", whole / "a", name)
+        same(cut / "a", kept / "a", name)
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_one_minibatch_stands_as_it_is_and_draws_nothing():
     again = torch.Generator().manual_seed(0)
     parts = [[x.ids.tolist() for x in s.minibatches(2, 3, g)] for g in (generator, again)]
     assert parts[0] == parts[1]
-    assert [len(x) for x in s.minibatches(1, 64, generator)] == [1, 1, 1]  # at most one a row
+    assert [len(x) for x in s.minibatches(1, 64, generator)] == [1, 1, 1]  # at most one per row
 
 
 # ---- DAPO's dynamic sampling

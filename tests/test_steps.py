@@ -152,7 +152,7 @@ def tokens(model, x, y, temperature=1.0):
     return logp[range(len(y)), y], entropy.tolist()
 
 
-def whole(model, x, y):
+def logp_of(model, x, y):
     """-> log π(y | x)"""
     return tokens(model, x, y)[0].sum()
 
@@ -238,8 +238,8 @@ def pair_figures(reward_w, reward_l, w, l):
 
 def against_reference(models, x, y_w, y_l, loss, beta, means=False, sft_weight=0.0):
     """A pair under DPO or IPO -> (loss, figures). means: of log-ratios over tokens"""
-    w, l = (whole(models.policy, x, y) for y in (y_w, y_l))
-    ref_w, ref_l = (whole(models.ref, x, y).item() for y in (y_w, y_l))
+    w, l = (logp_of(models.policy, x, y) for y in (y_w, y_l))
+    ref_w, ref_l = (logp_of(models.ref, x, y).item() for y in (y_w, y_l))
     n_w, n_l = (len(y_w), len(y_l)) if means else (1, 1)
     u_w, u_l = (w - ref_w) / n_w, (l - ref_l) / n_l
     value = loss(u_w, u_l, beta) - sft_weight * w / len(y_w)
@@ -288,7 +288,7 @@ def test_simpo(options, beta, gamma, weight, watch):
         (step,) = steps
         found = []
         for x, y_w, y_l in step.rows:
-            w, l = (whole(step.models.policy, x, y) for y in (y_w, y_l))
+            w, l = (logp_of(step.models.policy, x, y) for y in (y_w, y_l))
             r_w, r_l = beta * w / len(y_w), beta * l / len(y_l)
             loss = -sigmoid(r_w - r_l - gamma).log() - weight * w / len(y_w)
             found.append((loss, pair_figures(r_w, r_l, w, l)))
@@ -302,7 +302,7 @@ def test_orpo(options, lam, watch):
         (step,) = steps
         found = []
         for x, y_w, y_l in step.rows:
-            w, l = (whole(step.models.policy, x, y) for y in (y_w, y_l))
+            w, l = (logp_of(step.models.policy, x, y) for y in (y_w, y_l))
             p_w, p_l = (w / len(y_w)).exp(), (l / len(y_l)).exp()
             log_odds = (p_w / (1 - p_w)).log() - (p_l / (1 - p_l)).log()
             nll = -w / len(y_w)
@@ -324,7 +324,7 @@ def test_kto(watch):
         policy, ref, rows = step.models.policy, step.models.ref, step.rows
 
         def u(x, y, policy=policy, ref=ref):
-            return whole(policy, x, y) - whole(ref, x, y).item()
+            return logp_of(policy, x, y) - logp_of(ref, x, y).item()
 
         z = []
         for i, (x, *_) in enumerate(rows):
@@ -337,7 +337,7 @@ def test_kto(watch):
             sign, weight = (1, 1.5) if label else (-1, 0.5)
             losses += [weight * (1 - sigmoid(sign * 0.2 * (u(x, y) - z))) for x, y in kind]
             figures[f"rewards/{name}"] = mean([0.2 * u(x, y).item() for x, y in kind])
-            figures[f"logps/{name}"] = mean([whole(policy, x, y).item() for x, y in kind])
+            figures[f"logps/{name}"] = mean([logp_of(policy, x, y).item() for x, y in kind])
         figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
         assert z > 0.05 and len(losses) == 8
         agree(line, steps, [(mean(losses), figures)])
@@ -642,7 +642,7 @@ def test_online_dpo(options, watch, monkeypatch):
                 y_w, y_l, margin = y_l, y_w, -margin
             pair, figures = against_reference(step.models, x, y_w, y_l, loss, beta, means)
             u = [
-                (whole(step.models.policy, x, y) - whole(step.models.ref, x, y)).item()
+                (logp_of(step.models.policy, x, y) - logp_of(step.models.ref, x, y)).item()
                 for y in (y_w, y_l)
             ]
             kls.append(mean(u))

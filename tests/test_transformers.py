@@ -160,9 +160,9 @@ def test_prompts_are_those_of_apply_chat_template():
         prompt = tokenizer.prompt(Chat("…", turns))
         assert prompt == said
         rows.append({"role": "assistant", "content": answer})
-        whole = read.apply_chat_template(rows, return_dict=False)
+        rendering = read.apply_chat_template(rows, return_dict=False)
         mine = prompt + tokenizer.answer(answer)
-        if whole[: len(mine)] != mine:
+        if rendering[: len(mine)] != mine:
             assert answer[0].isspace() or answer != answer.strip() or answer[0] in "\u0301\u200d"
             edited += 1
     assert edited < 400

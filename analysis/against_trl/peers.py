@@ -16,7 +16,7 @@ from gpt import GPTConfig
 from training import memory
 
 PAD, END = 0, 1  # token ids
-SHAPES = {  # a script -> TRL's trainer, what its config is told
+SHAPES = {  # a script -> TRL's trainer, what its config gets
     "sft": ("SFT", dict(completion_only_loss=True, packing=False)),
     "reward_model": ("Reward", {}),
     "dpo": ("DPO", {}),
@@ -94,7 +94,7 @@ def step(job):
 
 
 def settings(job, folder, batch):
-    """-> what TRL's configs are told of a job, of which each takes what it knows"""
+    """-> what TRL's configs get of a job; each takes what it knows"""
     return trainers.SETTINGS | dict(
         output_dir=folder,
         max_steps=job["steps"],

@@ -27,7 +27,7 @@ LETTERS = string.ascii_lowercase
 END, PAD = 0, 1  # token ids; the letters come after them
 SIZES = GPTConfig(vocab_size=28, block_size=32, n_layer=2, n_head=2, n_embd=16)
 LONGEST = 8  # tokens of a response
-REFERENCED = ("dpo", "kto", "grpo", "online_dpo", "ppo")  # the scripts that are told a reference
+REFERENCED = ("dpo", "kto", "grpo", "online_dpo", "ppo")  # the scripts that get a reference
 REWARDS = {  # a script that samples -> its reward
     "grpo": "letters",
     "dapo": "verdict",
@@ -142,7 +142,7 @@ def ours(command, data, folder):
 
 
 def arguments(script, data, folder):
-    """Writes the rows. -> what a script is told beside the options of the comparison"""
+    """Writes the rows. -> what a script gets beside the options of the comparison"""
     file = f"{folder}/rows.jsonl"
     Path(file).write_text("\n".join(map(json.dumps, data)))
     found = ["--task", file, "--eval-file", file, "--batch-size", str(len(data)), *OURS.split()]
@@ -179,10 +179,10 @@ def theirs(command, data, folder, steps, rollout=None):
     from datasets import Dataset
     from transformers import GPT2LMHeadModel
 
-    kind, *told = command.split()
+    kind, *given = command.split()
     if kind == "derivation":
         with quiet():
-            return derived_ppo.train(Steps(), rollout, folder, **dict(map(setting, told)))
+            return derived_ppo.train(Steps(), rollout, folder, **dict(map(setting, given)))
     found = Steps()
     Trainer, Config = trainers.trainer(kind)
     settings = THEIRS | {"output_dir": f"{folder}/theirs", "max_steps": steps}
@@ -191,7 +191,7 @@ def theirs(command, data, folder, steps, rollout=None):
         settings["per_device_train_batch_size"] = len(rollout)
         settings["num_generations"] = len(rollout) // len(data)
         settings["max_completion_length"] = LONGEST
-    settings |= dict(map(setting, told))
+    settings |= dict(map(setting, given))
     words = tokenizer(settings.pop("pad", "<pad>"))
     rewards = settings.pop("reward", "letters").split("+")
 
