@@ -252,8 +252,7 @@ class Run(Compute):
                 yield
 
     def update(self, optimizer):
-        """Sets the learning rate, clips the gradient, and makes the optimizer step. Stops the run
-        if loss or gradient are not finite."""
+        """Clips the gradient and makes the optimizer step; stops the run if it is not finite."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.o)
@@ -277,8 +276,7 @@ class Run(Compute):
         self.state.keep()
 
     def cut_short(self, why):
-        """Makes the step before this one the last, as the script leaves its loop. Raises Stopped if
-        there is none."""
+        """Ends the run with the step before this one; raises Stopped if there is none."""
         if (step := self.step) == 0:
             raise Stopped(why)
         say(f"{why}. The run ends after step {step} of {self.o.steps}, with what it has learned")
