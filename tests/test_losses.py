@@ -197,7 +197,8 @@ def test_bradley_terry_margin():
 
 def test_bradley_terry_soft_labels():
     """p = 0.8 at Δ = log 3: L = -0.8 log(3/4) - 0.2 log(1/4); gradient σ(Δ) - p = -0.05,
-    and 0 at Δ = log 4, since σ(Δ) = p there. p = 1/2 is least at Δ = 0. Swapping the answers turns p into 1 - p."""
+    and 0 at Δ = log 4, since σ(Δ) = p there. p = 1/2 is least at Δ = 0. Swapping the answers turns
+    p into 1 - p."""
     value, gradient = bradley_terry(math.log(3), p=0.8)
     assert value == pytest.approx(-0.8 * math.log(0.75) - 0.2 * math.log(0.25))
     assert gradient == pytest.approx(-0.05)

@@ -133,7 +133,7 @@ def test_answers_are_of_the_same_prompts(tiny):
 
 def test_records_in_one_page(tiny, tmp_path, monkeypatch, capsys):
     """Records of one name in two folders get names of their own, and show what they differ in; one
-    that has not ended says so. Without matplotlib there is a table, and a line that says why no more."""
+    that has not ended says so. Without matplotlib there is a table, and a line that says why."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         shutil.copy(tiny / "out/reviews/sft.jsonl", tmp_path / name / "sft.jsonl")
