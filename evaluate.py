@@ -318,7 +318,7 @@ def main(argv=None):
             )
     task = data.task(o.task, eval_file)
     if task.outcomes and (unread := o.given & {"eval_prompts", "seed", "truncate"}):
-        words = f"on {task.name} every outcome counts, and nothing is sampled or cut"
+        words = f"every outcome of {task.name} is counted; nothing is sampled or cut"
         raise UserError(f"{flag(min(unread))}: {words}; leave it out")
     checkpoint.same_world(o.checkpoint, run.tokenizer, run.meta, task)
     task.template = run.meta["template"]
