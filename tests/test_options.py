@@ -246,12 +246,12 @@ def test_every_option_is_read_and_explained(script, capsys, monkeypatch):
 
 
 HELPS = """
-dpo | nats; τ of IPO (default: 0.1) (exact: 0.5) (loss=ipo: 1.0) (exact loss=ipo: 0.3)
-dpo | π_ref, and what to compare with (default: where it starts) --out
-dpo | of a file: one epoch (default: 150) (exact: 2000)
-dpo | if the checkpoint has a template (default: on)
-dpo | α: adapters count α/r times (default: that of --lora)
-dpo | of the checkpoint's chat template: enable_thinking=false --truncate
+dpo | 1/nats; IPO's τ (default: 0.1) (exact: 0.5) (loss=ipo: 1.0) (exact loss=ipo: 0.3)
+dpo | π_ref and of comparisons (default: the start) --out
+dpo | with a file: one epoch (default: 150) (exact: 2000)
+dpo | if there is a chat template (default: on)
+dpo | α: adapters are scaled by α/r (default: that of --lora)
+dpo | for the chat template, such as enable_thinking=false --truncate
 compare | blocks of the model (default: the task's) --n-head
 """
 HELPS = [row.split(" | ") for row in HELPS.strip().splitlines()]

@@ -331,7 +331,7 @@ def test_the_preference_model_learns_soft_labels(watched, done):
     assert same_weights(start.trunk.state_dict(), done / "w/x-skills.pt")
     for line, (step,), _ in phases["pm"]:
         found = []
-        for x, a, b, p in step.rows:
+        for x, a, b, _, p in step.rows:
             assert p == pytest.approx(labels[tuple(x), tuple(a), tuple(b)])
             r_a, r_b = (score(step.models.reward, x, y) for y in (a, b))
             loss = -p * sigmoid(r_a - r_b).log() - (1 - p) * sigmoid(r_b - r_a).log()

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, TINY, TRAIN, documented, files_in, killed, lines, main, run
+from house import METHODS
 
 import data
 import dpo
@@ -352,6 +353,14 @@ def test_the_seed_is_that_of_weights_adapters_and_draws(shop, monkeypatch):
         assert same == (seed == 3)
 
 
+def test_log_probs_of_the_end_token_are_trained():
+    """The mask that sft.py trains on holds the end token, so that a model ends its samples."""
+    tokenizer, how = data.tokenizer(), SimpleNamespace(seed=0, batch_size=4, truncate=False)
+    batch = data.pad(data.Batches(data.task("reviews").demonstrations, 0, tokenizer, 128, how)[0])
+    last = batch.mask.size(1) - 1 - batch.mask.flip(1).int().argmax(1)
+    assert (batch.ids[torch.arange(4), last] == tokenizer.end_id).all()
+
+
 # ---- earlier stages
 
 
@@ -445,7 +454,7 @@ def same_run(a, b):
     assert finals[0]["trained_tokens"] > 0
 
 
-SCRIPTS = "sft dpo reward_model simpo orpo kto online_dpo ppo grpo dapo".split()
+SCRIPTS = [script for script in METHODS if script != "rlaif"]
 ROLLOUTS = "--init ends.pt --reward judge.py:odd --group 4 --updates 2 --minibatches 2"
 # The second of two rounds has the steps 2 and 3 of three: a state after step 2 holds its pairs.
 ROUNDS = "--init ends.pt --reward judge.py:odd --rounds 2 --ref-update per-round"
@@ -463,7 +472,7 @@ SMALL = {script: options.split() for script, options in SMALL.items()}
 def test_resume_gives_the_same_bits(script, shop, monkeypatch, capsys):
     """And what else --resume finds: other options, a finished run, another script's, none."""
     monkeypatch.chdir(shop)
-    args = [*(TRAIN if script == "reward_model" else TINY), *SMALL[script]]
+    args = [*(TRAIN if script == "reward_model" else TINY), *SMALL.get(script, ())]
     cut = [*args, "--out", "cut/x.pt", "--resume"]
     assert main(script, *args, "--out", "whole/x.pt") == 0
     save = State.save
@@ -628,7 +637,7 @@ def test_ten_kills(script, shop):
     """kill -9 at ten random moments, each followed by --resume: the checkpoint is that of a run
     left alone, bit for bit."""
     args = "--steps 40 --batch-size 4 --log-every 1 --save-every 3 --device cpu".split()
-    args += SMALL[script] + ([] if script == "reward_model" else ["--max-new-tokens", "4"])
+    args += SMALL.get(script, []) + ([] if script == "reward_model" else ["--max-new-tokens", "4"])
     cut, began = [*args, "--out", "cut/x.pt", "--resume"], time.time()
     run(f"{script}.py", *args, "--out", "whole/x.pt", cwd=shop)
     wall, rng, kills = time.time() - began, random.Random(0), 0
