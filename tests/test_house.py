@@ -1,6 +1,7 @@
 """The rules of the house, read from the sources: floors, widths, the size of a loop, the README."""
 
 import ast
+import graphlib
 import io
 import os
 import re
@@ -102,6 +103,26 @@ def test_imports_go_down_the_floors(path):
     found = imports(ast.parse(path.read_text()))
     assert found & OURS <= ours, f"{name(path)} imports from a floor above: move what it needs down"
     assert found - OURS <= others, f"{name(path)} needs a package that FLOORS does not allow there"
+
+
+def below(path):
+    """-> the files of ours that a file imports, at its top or inside a function"""
+    found = set()
+    for x in ast.walk(ast.parse(path.read_text())):
+        if isinstance(x, ast.Import):
+            found |= {alias.name for alias in x.names}
+        elif isinstance(x, ast.ImportFrom):
+            found |= {x.module, *(f"{x.module}.{alias.name}" for alias in x.names)}
+    files = [ROOT / f"{module.replace('.', '/')}.py" for module in found]
+    return {name(file) for file in files if file in SOURCES}
+
+
+def test_no_two_files_import_each_other():
+    try:
+        graphlib.TopologicalSorter({name(path): below(path) for path in SOURCES}).prepare()
+    except graphlib.CycleError as e:
+        circle = " -> ".join(e.args[1])
+        raise AssertionError(f"{circle}: move what both need into a file below them") from None
 
 
 def looked_up(tree):

@@ -1,8 +1,6 @@
 """The device and the precision in which a script computes: --device and --dtype."""
 
 import json
-import os
-import shutil
 from functools import partial
 
 import torch
@@ -12,13 +10,6 @@ import gpt
 from data import UserError
 from training import checkpoint, distributed, lora, sampling
 from training.placement import Whole, full
-
-COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
-
-
-def check_compiler():
-    if not any(map(shutil.which, COMPILERS)):
-        raise UserError("--compile needs a C++ compiler; install one, such as g++, or leave it out")
 
 
 class Compute:
@@ -166,6 +157,15 @@ class Compute:
     def open(self, path):
         """-> a frozen language model, for an evaluation"""
         return self.freeze(self.place(checkpoint.load(path, mapped=self.placement.mapped)[0]))
+
+
+def choose_placement(shard, device, dtype):
+    """--shard -> where the weights of the run's models lie"""
+    if not shard:
+        return Whole(device, dtype)
+    from training.sharding import Parts
+
+    return Parts(device, dtype)
 
 
 def choose_device(name, dtype):

@@ -6,13 +6,14 @@ import importlib.util
 import math
 import operator
 import os
+import shutil
 import sys
 from dataclasses import dataclass, field, fields
 
 import data
 from data import UserError
-from training import sharding
 
+COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
 DTYPES = ("auto", "float32", "float64", "float16", "bfloat16", "bfloat16-pure")
 SCHEDULES = ("constant", "linear", "cosine")
 BOUNDS = {  # of a number: how it compares with the bound, in words
@@ -105,11 +106,12 @@ class Options:
         if self.micro_batch and rows % self.micro_batch:
             raise UserError(f"--micro-batch {self.micro_batch} does not divide {words}")
         if self.shard:
-            sharding.check()
-        if self.compile:
-            from training import device  # which stands above the options
+            from training import sharding
 
-            device.check_compiler()
+            sharding.check()
+        if self.compile and not any(map(shutil.which, COMPILERS)):
+            remedy = "install one, such as g++, or leave it out"
+            raise UserError(f"--compile needs a C++ compiler; {remedy}")
         if 0 < self.block_size < 8:
             raise UserError(f"--block-size {self.block_size} leaves no room; 8 is the least")
 

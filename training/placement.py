@@ -51,15 +51,6 @@ class Whole:
         """Frees what nobody holds any more, if Python does not do so at once."""
 
 
-def choose(shard, device, dtype):
-    """-> the placement of a run, with --shard or without"""
-    if not shard:
-        return Whole(device, dtype)
-    from training.sharding import Parts
-
-    return Parts(device, dtype)
-
-
 def is_part(x):
     """Whether a tensor is split over the processes"""
     return hasattr(x, "full_tensor")

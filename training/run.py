@@ -14,11 +14,12 @@ from tqdm import tqdm
 import data
 import gpt
 from data import Stopped, UserError, say
-from training import checkpoint, distributed, memory, placement
-from training.device import Compute
+from training import checkpoint, distributed, memory
+from training.device import Compute, choose_placement
 from training.figures import Figures, bar_text, evaluated_text
 from training.files import Files, logger
 from training.optimizer import Scaler, adamw, learning_rate
+from training.placement import full
 from training.process import interrupts
 from training.state import State
 
@@ -44,7 +45,7 @@ class Run(Compute):
         super().__init__(o)
         self.method = method  # the script's name
         self.compile = o.compile  # whether models are compiled
-        self.placement = placement.choose(o.shard, self.device, self.weights)  # of models
+        self.placement = choose_placement(o.shard, self.device, self.weights)
         o.out = o.out or checkpoint.default_path(o.task, method)
         self.files = Files(o.out, logger(o.log_to, method, o.out))  # record, state, what is read
         self.generator = torch.Generator().manual_seed(o.seed)  # of samples and minibatches
@@ -258,7 +259,7 @@ class Run(Compute):
             group["lr"] = learning_rate(self.step, self.o)
         self.placement.total_gradients(parameters)
         self.scaler.unscale_(optimizer)
-        norm = placement.full(torch.nn.utils.clip_grad_norm_(parameters, self.o.grad_clip))
+        norm = full(torch.nn.utils.clip_grad_norm_(parameters, self.o.grad_clip))
         loss = self.figures.sums["loss"]
         if torch.isfinite(norm + loss):
             self.scaler.step(optimizer)
