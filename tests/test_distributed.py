@@ -15,6 +15,7 @@ import many
 import pytest
 import torch
 from conftest import ROOT, killed, lines, main
+from test_methods import SCRIPTS, arguments
 from test_predict import write as write_endless
 
 import data
@@ -37,13 +38,10 @@ BITS = {  # in float32, of two micro-batches a step: a + b is b + a
     "dpo": ["dpo", *SHORT, "--micro-batch", 2],
     "grpo": ["grpo:rollout.pt", *SHORT, *ROLLOUT, "--micro-batch", 8, "--beta", 0.1],
 }
-CLOSE = {  # in float64
+CLOSE = {  # in float64, beside the cases of test_methods.py
     "grpo-sampling": ["grpo", *WIDE, *ROLLOUT, "--minibatches", 2, "--updates", 2],
-    "dapo": ["dapo", *WIDE, *ROLLOUT, "--max-rounds", 20],
-    "kto": ["kto", *WIDE],
     "ppo": ["ppo", *WIDE, "--reward", "judge.pt", "--minibatches", 2],
     "online": ["online_dpo", *WIDE, "--reward", "judge.pt", "--samples-per-prompt", 4],
-    "reward": ["reward_model", *SHORT, "--dtype", "float64"],
     "lora": ["dpo", *WIDE, "--lora", 2],
     "file": ["dpo", *WIDE, "--task", "pairs.jsonl"],
     "uneven": ["dpo", *WIDE, *UNEVEN],
@@ -301,11 +299,8 @@ def test_a_prediction_of_ranks(row, shop):
 
 # ---- slow: everything once more, and what goes wrong
 
-MORE = CLOSE | {
-    "sft": ["sft", *SHORT, "--dtype", "float64"],
-    "dpo": ["dpo", *WIDE],
-    "simpo": ["simpo", *WIDE],
-    "orpo": ["orpo", *WIDE],
+MORE = CLOSE | {script: [script, *arguments(script)] for script in SCRIPTS}
+MORE |= {
     "file-prompts": ["grpo", *WIDE, "--task", "pairs.jsonl", *ROLLOUT],
     "lora-ppo": ["ppo", *WIDE, "--reward", "judge.py:odd", "--lora", 2, "--minibatches", 2],
 }
