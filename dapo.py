@@ -7,7 +7,7 @@
     1. clip-higher        ε_high > ε_low: a rare token may rise further before its gradient stops
     2. dynamic sampling   groups all correct or all wrong teach nothing: others are sampled instead
     3. token-level loss   the mean over all response tokens of the optimizer step
-    4. overlong shaping   R_i = ±1 (correct or not) + R_len: 0 to L_max - L_c tokens, then to -1
+    4. overlong shaping   R_i = ±1 (is it correct?) + R_len: 0 up to L_max - L_c tokens, -1 at L_max
 
     paper               code                      shape, or meaning
     G, S                group, len(minibatch)     responses per prompt; per optimizer step
@@ -20,7 +20,7 @@ Data: prompts, and what judges a response.
 Departures: 1. the std of a group is the unbiased one, and 1e-4 is added to it;
 2. a round of sampling is as large as the batch; the authors' is three times as large.
 At a rollout's first optimizer step ρ = 1 and nothing is clipped. With the defaults grpo.py makes
-no second one; --minibatches 4 or --updates 2 turn its clip on. dapo.py makes 4 or 8.
+one step only; --minibatches 4 or --updates 2 turns its clip on. dapo.py makes 4 or 8 steps.
 
     python dapo.py --task arithmetic:2          sums of two digits, reward 1 if right
 """
@@ -68,7 +68,7 @@ def dapo_loss(logp, old_logp, adv, eps_low=0.2, eps_high=0.28):
 
 
 def overlong_penalty(length, max_len, cache_len):
-    """length: tokens, any shape. Returns that shape: 0 to max_len - cache_len, then to -1."""
+    """length: tokens, any shape. Returns that shape: 0 up to max_len - cache_len, -1 at max_len."""
     return -((length - (max_len - cache_len)) / cache_len).clamp(0, 1)
 
 
@@ -81,13 +81,13 @@ class Options(RolloutOptions):
     agg: str = opt("seq_mean", "how the tokens' losses are averaged", choices=AGGREGATIONS)
     eps_low: float = opt(0.2, "ε_low: ρ is clipped to [1 - ε_low, 1 + ε_high]", low=0, clips=True)
     eps_high: float = opt(0.28, "ε_high of the clip", low=0, clips=True)
-    max_rounds: int = opt(10, "rounds of sampling to find P mixed groups in, at most", low=1)
+    max_rounds: int = opt(10, "at most so many rounds of sampling to find P mixed groups", low=1)
     overlong: bool = opt(True, "add R_len to the reward")
     overlong_cache: int = opt(0, "L_c, tokens (0: a fifth of L_max)", low=0, only="overlong=True")
     overlong_filter: bool = opt(False, "leave responses that did not end out of the loss")
 
 
-PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
+PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
     "any": dict(agg="token_mean", steps=40, batch_size=16, minibatches=8, lr=2e-4, save_every=20),
     "arithmetic": dict(steps=50, batch_size=32, minibatches=4),
     "exact": dict(

@@ -13,7 +13,7 @@
     log π_θ(y|x)                 logp_w, logp_l              (B,) sums over response tokens, nats
     log π_ref(y|x)               ref_logp_w, ref_logp_l      (B,) the same, under the reference
     r̂ = β log π_θ/π_ref          reward_w, reward_l          (B,) implicit rewards (IPO: of means)
-    β, ε                         beta, label_smoothing       IPO calls β τ
+    β, ε                         beta, label_smoothing       β is the τ of IPO
 
 Models in memory: 2 (policy, trained; ref, frozen), 1 with --precompute-ref, which runs the
 reference once over a fixed set and drops it. Data: (prompt, chosen, rejected).
@@ -83,7 +83,9 @@ class Options(PairOptions):
     )
     ipo_sum: bool = opt(False, "IPO of summed log-probs, as in Eq. 17", only="loss=ipo")
     sft_weight: float = opt(0.0, "weight of the mean NLL of chosen's tokens (Llama 3: 0.2)", low=0)
-    precompute_ref: bool = opt(False, "run the reference once, over a fixed set: one model")
+    precompute_ref: bool = opt(
+        False, "run the reference once over a fixed set, then drop it: one model"
+    )
 
     def check(self):
         super().check()
@@ -92,7 +94,7 @@ class Options(PairOptions):
             raise UserError(f"--precompute-ref needs a fixed set: {fixed}")
 
 
-PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
+PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
     "any": dict(steps=150, lr=3e-4),
     "exact": dict(beta=0.5, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear"),
     "loss=robust": dict(label_smoothing=0.1),

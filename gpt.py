@@ -58,7 +58,7 @@ class GPTConfig:
 # ---- the transformer
 #
 # These layers are called without torch's module hooks, which cost 12 to 15 % of a toy model's step.
-# Blocks keep their hooks, because --shard gathers a block's weights in one.
+# Blocks keep their hooks, because --shard gathers a block's weights in a hook.
 
 
 class Linear(nn.Linear):
@@ -230,7 +230,7 @@ class GPT(nn.Module):
 
 def rotations(config, position, dtype):
     """position (N,) -> cos and signed sin, (N, 1, D): x · cos + roll(x, D/2) · sin turns a query or
-    a key. They are at least float32, and not stored in the model, whose casts would round them."""
+    a key. They are computed in float32 at least. The model does not store them, as it is cast."""
     D, wide = config.heads()[2], torch.promote_types(dtype, torch.float32)
     two_i = torch.arange(0, D, 2, device=position.device, dtype=wide)
     frequency = 1 / config.rope_theta ** (two_i / D)
@@ -349,7 +349,7 @@ def write(obj, path):
     path = os.path.realpath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as f:  # not a name, which torch would write into the file
+        with open(temporary, "wb") as f:  # given a path, torch would write its name into the file
             torch.save(obj, f)
         os.replace(temporary, path)
     except BaseException as e:

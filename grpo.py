@@ -22,7 +22,7 @@ Data: prompts, and what judges a response.
 Departures: 1. the std of a group is the unbiased one, and 1e-4 is added to it;
 2. one reward per response; 3. neither π_ref nor the reward model is renewed during a run.
 At a rollout's first optimizer step ρ = 1 and nothing is clipped. With the defaults grpo.py makes
-no second one; --minibatches 4 or --updates 2 turn its clip on. dapo.py makes 4 or 8.
+one step only; --minibatches 4 or --updates 2 turns its clip on. dapo.py makes 4 or 8 steps.
 
     python grpo.py --task arithmetic:2          sums of two digits, reward 1 if right
 """
@@ -58,7 +58,7 @@ def k3(logp, ref_logp):
     """π_ref/π - log(π_ref/π) - 1 ≥ 0, (B, T), nats. Its mean over samples from π is KL(π‖π_ref),
     its mean gradient is that of KL(π_ref‖π). The log-ratio is clamped to ±20."""
     x = (ref_logp - logp).clamp(-20, 20)
-    return x.expm1() - x  # e^x - 1 - x, exact near 0 too
+    return x.expm1() - x  # e^x - 1 - x; near 0 its error is eps·|x|, not eps
 
 
 def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, ratio_kl=False):
@@ -76,7 +76,7 @@ def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, 
 
 def sequence_old_logp(logp, old_logp, mask):
     """GSPO's token form (arXiv:2507.18071): logp - log s, (B, T), without gradient; log s is the
-    response's mean of log π/π_old. As old_logp it gives tokens the ratio s and their gradient."""
+    response's mean of log π/π_old. As old_logp it gives each token ratio s and its own gradient."""
     mean = ((logp - old_logp) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
     return (logp - mean).detach()
 
@@ -95,7 +95,7 @@ class Options(RolloutOptions):
     beta: float = opt(0.04, "β: weight of the KL", low=0, only="kl=k3|k3-ratio|reward")
 
 
-PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
+PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
     "any": dict(steps=100, batch_size=16, lr=2e-4, save_every=20),
     "arithmetic": dict(steps=200, batch_size=32),
     "exact": dict(
@@ -126,7 +126,7 @@ def compute_loss(policy, batch, o):
         "clip_ratio/low_mean": (ratio < 1 - o.eps) & (batch.adv < 0),
         "clip_ratio/high_mean": (ratio > 1 + o.eps_high) & (batch.adv > 0),
     }
-    if batch.ref_logp is not None:  # summed per response, as PPO logs it
+    if batch.ref_logp is not None:  # k3 summed per response; PPO logs sums of k1
         metrics["kl"] = (k3(logp, batch.ref_logp) * batch.mask).sum(1)
     return losses, metrics
 

@@ -14,8 +14,8 @@
     β                            beta                        1/nats
 
 ẑ has no gradient. It is measured on the whole batch before the step, so that micro-batches change
-nothing. Row i takes the answer of the next row with another prompt; row i is left out of ẑ if the
-batch holds no other prompt.
+nothing. Row i takes the answer of the next row with another prompt. If the batch holds one prompt
+only, there is none, and ẑ is 0.
 
 Models in memory: 2 (policy, trained; ref, frozen). Data: (prompt, completion, label), not in pairs;
 a file of pairs is split into 2n examples.
@@ -67,7 +67,7 @@ class Options(PairOptions):
     batch_size: int = opt(64, "examples per optimizer step", low=2)
 
 
-PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
+PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
     "any": dict(steps=150, lr=3e-4),
     "exact": dict(beta=0.5, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear"),
 }

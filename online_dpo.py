@@ -7,23 +7,23 @@
 
 Online: each pair is trained on once, as soon as it is sampled. Iterative, with --rounds N: a round
 of pairs is sampled, labelled and trained on for one epoch; then the policy as it has become samples
-the next round, and with --ref-update per-round it is the new π_ref too. With a fixed π_ref and
-Bradley–Terry labels the optimum is π* ∝ π_ref exp(r/β), however pairs are chosen. With argmax
-h grows without bound, until a single best answer is left.
+the next round, and with --ref-update per-round it is the new π_ref too. With the DPO
+loss, a fixed π_ref and Bradley–Terry labels the optimum is π* ∝ π_ref exp(r/β), however pairs are
+chosen; with argmax h grows without bound, until a single best answer is left.
 
     paper                        code                        shape
     y_w, y_l                     chosen, rejected            (P,) which of the n samples
     r(x, y)                      reward                      (P, n)
     log π_θ(y|x)                 logp_w, logp_l              (B,) sums over response tokens, nats
     log π_ref(y|x)               ref_logp_w, ref_logp_l      (B,)
-                                 counts                      (P,) False: equal answers, no weight
-    β                            beta                        IPO calls β τ
+                                 counts                      (P,) False, no weight: equals, ties
+    β                            beta                        β is the τ of IPO
 
 Models in memory: 2 (policy, trained; ref, frozen), a learned reward adds one. Data: prompts, and
 what judges a response.
-Departures from OAIF: 1. a reward labels, by Bradley–Terry, not an LLM's choice; 2. pairs of equal
-answers have no weight, and the mean is over the others; 3. IPO takes means over tokens, but sums
-with --ipo-sum; 4. AdamW, not Adafactor, with a learning rate for toy models.
+Departures from OAIF: 1. labels come from a reward, by Bradley–Terry, not from an LLM; 2. pairs of
+equal answers, and with argmax of equal rewards, have no weight in the mean; 3. IPO takes means over
+tokens, but sums with --ipo-sum; 4. AdamW, not Adafactor, with a learning rate for toy models.
 
     python online_dpo.py                        film reviews; trains out/reviews/sft.pt if missing
     python online_dpo.py --task exact           the distance to the known optimum π*
@@ -108,7 +108,7 @@ class Options(JudgedOptions):
 
 LEARNING = dict(steps=1000, batch_size=256, lr=5e-4, lr_schedule="linear")
 
-PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
+PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
     "any": dict(steps=150, lr=3e-4),
     # a missing end costs nothing there
     "exact": LEARNING | dict(beta=0.5, missing_eos_penalty=0.0),

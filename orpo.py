@@ -10,8 +10,8 @@
     - ℓ(y_w) = L_SFT             nll                         (B,) of chosen, mean over tokens
     λ                            lam                         λ ℓ is the implicit reward
 
-Nothing is detached: the gradient goes through both answers. One stage does the work that SFT and
-DPO share.
+Nothing is detached: the gradient goes through both answers. One stage does the work of
+two, SFT and DPO.
 
 Models in memory: 1 (policy, trained, from random weights or a base model). Data: (prompt, chosen,
 rejected).
@@ -49,8 +49,8 @@ def odds_ratio_loss(logp_w, logp_l, len_w, len_l):
 
 def log_odds(mean_logp):
     """log p/(1-p) of p = exp(mean_logp), (B,). log(1 - e^ℓ) is computed as log(-expm1(ℓ)), which
-    does not round to log 0 near p = 1. It is constant above ℓ = -1e-7: float32 rounds that p to 1.
-    """
+    does not round to log 0 near p = 1. It is constant above ℓ = -1e-7, where
+    float32 hardly tells p from 1."""
     mean_logp = mean_logp.clamp(max=-1e-7)
     return mean_logp - torch.log(-torch.expm1(mean_logp))
 
@@ -70,7 +70,7 @@ class Options(ScratchOptions, PairOptions):
 SMALL = dict(n_layer=2, n_embd=64, block_size=8)
 LEARNING = dict(steps=2000, batch_size=4096, lr=2e-3, lr_schedule="linear")
 
-PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
+PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
     "any": dict(steps=500, lr=4e-3, warmup=50),
     "exact": SMALL | LEARNING | dict(lam=0.25),
 }

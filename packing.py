@@ -45,7 +45,9 @@ class Packed(NamedTuple):
     rows: torch.Tensor  # (B, T') int64: each row's tokens, as indices of the list; 0 in padding
     prefixes: torch.Tensor | None  # (U, p) int64: the U different beginnings, attended separately
     visible: torch.Tensor | None  # (T' - p, T') bool: what the columns after a prefix attend to
-    gather: torch.Tensor | None  # (N,) int64: each token's index in attention's output; None: same
+    gather: (
+        torch.Tensor | None
+    )  # (N,) int64: each token's index in attention's output; None: its own
     gather_wanted: torch.Tensor  # (M,) int64: the same for the wanted tokens
 
     def select(self, x):

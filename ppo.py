@@ -22,12 +22,12 @@ Models in memory: 4 (policy and critic, trained; ref and reward, frozen). The cr
 reward model. With --reward task or FILE.py:function there are 3, and the critic starts from the
 policy's trunk, with V = 0. Data: prompts, and what judges a response.
 Departures from the papers: 1. the end token earns the score (N+: one slot later, which has a
-value but no policy); 2. a response that did not end loses --missing-eos-penalty (N+: its score is
+value but no action); 2. a response that did not end loses --missing-eos-penalty (N+: its score is
 replaced by -1); 3. no pretraining loss (ptx), entropy bonus, adaptive β or reward whitening;
 4. AdamW at torch's ε, one clip for the gradients of both networks, a learning rate for toy models.
 
     python ppo.py                               reviews: sft.py and reward_model.py run if missing
-    python ppo.py --beta 0 --steps 150 --eval-every 10       over-optimisation: score, gold reward
+    python ppo.py --beta 0 --steps 150 --eval-every 10       over-optimisation
     python ppo.py --task exact --lam 1          the distance to the known optimum π*
     python ppo.py --task my.jsonl --init out/my/sft.pt --reward my_rewards.py:number
 """
@@ -59,7 +59,7 @@ def token_rewards(score, logp, ref_logp, mask, kl_coef):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalized advantage estimation (arXiv:1506.02438): A_t = δ_t + γλ A_t+1, with
     δ_t = r_t + γ V_t+1 - V_t. rewards, values, mask: (B, T); values[:, t] is the value of the state
-    before token t, which counts as 0 after a response's last token. Returns adv and returns =
+    before token t; after a response's last token it counts as 0. Returns adv and returns =
     adv + values, (B, T) each, 0 off the mask. At λ = γ = 1 a return is the sum of the rewards from
     token t on."""
     assert rewards.shape == values.shape == mask.shape and mask.dtype == torch.bool, "(B, T) thrice"
@@ -121,7 +121,7 @@ class Options(RolloutOptions):
 ROLLOUT = dict(reward="rm", group=1, updates=2, minibatches=4, batch_size=128)
 LEARNING = dict(steps=60, lr=2e-4, lr_schedule="linear", warmup=10, save_every=20)
 
-PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
+PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
     "any": ROLLOUT | LEARNING,
     "arithmetic": dict(reward="task", steps=100, batch_size=256),
     "exact": dict(

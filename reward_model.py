@@ -23,7 +23,7 @@ rate for toy models.
     python reward_model.py --task exact         how far its scores are from the known reward
     python reward_model.py --task my.jsonl --init out/my/sft.pt
 
-At its end it prints the accuracy on held-out pairs beside the best that the labels' noise allows.
+It ends with the accuracy on held-out pairs, beside the best that the labels' noise allows.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Options(PairOptions):
     reference: str = opt("", "unused: a reward model has no reference", choices=("",))
 
 
-PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
+PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
     "any": dict(steps=300, lr=1e-3, eval_prompts=2048),
     "exact": dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear"),
 }

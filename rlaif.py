@@ -138,7 +138,9 @@ class Pipeline:
         if self.task.outcomes:
             raise UserError(f"{o.task} has a vocabulary of its own, without words for a critique")
         self.principles = constitution(o.constitution)
-        self.split = "train" if data.kind(o.task) == "file" else "rest"  # skills learn from others
+        self.split = (
+            "train" if data.kind(o.task) == "file" else "rest"
+        )  # the skills learn from the others
         self.run, self.runs = Run("rlaif", o), {}
         self.ended = {"skills": {"models": [], "wall_s": 0.0}}  # the figures of each phase
         phases = {} if o.init else {"skills": (o.skill_steps, o.skill_lr)}
@@ -168,8 +170,8 @@ class Pipeline:
         self.prompts = run.prompts(self.split)
 
     def do(self, name, learn):
-        """Trains a phase, unless --resume finds that it has ended. A phase that was trained makes
-        what earlier runs left of later phases stale: their states are forgotten."""
+        """Trains a phase, unless --resume finds that it has ended. Training a phase makes what
+        earlier runs left of later phases stale, so their records and states are removed."""
         run, since = self.runs[name], time.time()
         run.figures.run_began = since
         final = run.state.past() if run.o.resume else None
@@ -313,8 +315,8 @@ def summary(p):
         for name, text in texts.items():
             print(f"  {name:>9} | {printable(text)}")
         orders = f"{ab.softmax(1)[0, 1]:.3f} as option B, {ba.softmax(1)[0, 0]:.3f} as option A"
-        p = 1 - ai_label(ab, ba)[0]
-        print(f"  P(the revision is better), by the judge: {p:.3f} ({orders})")
+        better = 1 - ai_label(ab, ba)[0]
+        print(f"  P(the revision is better), by the judge: {better:.3f} ({orders})")
     print(flush=True)
 
 

@@ -8,7 +8,7 @@
     log π_θ      logp                       (B, T), nats per token, 0 off the mask
 
 Both sums run over the whole optimizer step: every response token weighs the same, however the batch
-is cut. The other methods start from what this stage has learned.
+is cut. The other methods, except ORPO and RLAIF, start from its model.
 
 Models in memory: 1 (policy, trained). Data: (prompt, completion).
 Departures from the paper: no dropout and no loss on the prompt. One end token follows every
@@ -45,7 +45,7 @@ class Options(ScratchOptions):
 
 SMALL = dict(n_layer=2, n_embd=64, block_size=8)
 
-PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
+PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
     "any": dict(steps=500, lr=4e-3, warmup=50),
     "arithmetic": dict(steps=1600, batch_size=64, lr=2e-3),
     "exact": SMALL | dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear"),

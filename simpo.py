@@ -49,7 +49,7 @@ class Options(PairOptions):
     sft_weight: float = opt(0.0, "weight of the mean NLL of chosen's tokens", low=0)
 
 
-PRESETS = {  # defaults: of any task, of a kind of task, with an option; the last that fits wins
+PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
     "any": dict(steps=150, lr=3e-4),
     "exact": dict(
         gamma_beta_ratio=0.25, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear"

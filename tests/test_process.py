@@ -309,7 +309,7 @@ def test_a_moved_folder_goes_on(shop, monkeypatch, capsys):
     assert all(torch.equal(a[name], b[name]) for name in a)
     (shop / "b/q.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1]))
     assert main("grpo", *args("b"), "--resume") == 2
-    assert "is a finished run that read another b/q.jsonl" in capsys.readouterr().err
+    assert "belongs to a finished run that read another b/q.jsonl" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_evaluated_from_another_folder(shop, call, monkeypatch, capsys):

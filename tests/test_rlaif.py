@@ -537,7 +537,7 @@ def test_resume_between_and_inside_phases_gives_the_same_bits(
     capsys.readouterr()
     if method == "rlaif-pm":
         assert main("rlaif", *args, "--resume", "--beta", 0.3) == 2
-        assert "x-skills.pt is a finished run with --beta 0.05" in capsys.readouterr().err
+        assert "x-skills.pt belongs to a finished run with --beta 0.05" in capsys.readouterr().err
     assert main("rlaif", *args, "--resume") == 0
     said = capsys.readouterr().out
     assert ("resumed after step" in said) == bool(at) and said.count("has ended") == len(before)

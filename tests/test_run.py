@@ -486,7 +486,7 @@ def test_resume_gives_the_same_bits(script, shop, monkeypatch, capsys):
         m.setattr(State, "save", save_and_die)
         assert main(script, *args, "--save-every", 2, "--out", "cut/x.pt") == 1
     assert main(script, *cut, "--lr", "0.5") == 2
-    assert "cut/x.state is of an interrupted run with --lr" in capsys.readouterr().err
+    assert "cut/x.state belongs to an interrupted run with --lr" in capsys.readouterr().err
     assert main(script, *cut) == 0
     assert "resumed after step 2 of 3" in capsys.readouterr().out
     same_run(shop / "cut/x.pt", shop / "whole/x.pt")
@@ -495,10 +495,10 @@ def test_resume_gives_the_same_bits(script, shop, monkeypatch, capsys):
     assert main(script, *cut) == 0
     assert "this run has finished" in capsys.readouterr().out
     assert main(script, *cut, "--lr", "0.5") == 2
-    assert "cut/x.pt is a finished run with --lr" in capsys.readouterr().err
+    assert "cut/x.pt belongs to a finished run with --lr" in capsys.readouterr().err
     other = "sft" if script == "dpo" else "dpo"
     assert main(other, *TINY, "--out", "cut/x.pt", "--resume") == 2
-    assert f"cut/x.pt is a finished run of {script}.py" in capsys.readouterr().err
+    assert f"cut/x.pt belongs to a finished run of {script}.py" in capsys.readouterr().err
     assert snapshot(shop) == before
     assert main(script, *args, "--out", "fresh/x.pt", "--resume") == 0
     assert "starts afresh" in capsys.readouterr().out
@@ -522,7 +522,9 @@ def test_a_start_that_has_changed_is_not_resumed(command, changed, shop, monkeyp
     (shop / changed).write_bytes(before + b"\n")
     assert main(script, *args, "--resume") == 2
     said = capsys.readouterr().err
-    assert f"is of an interrupted run that read another {changed}; start without --resume" in said
+    assert (
+        f"belongs to an interrupted run that read another {changed}; start without --resume" in said
+    )
     (shop / changed).write_bytes(before)
     assert main(script, *args, "--resume") == 0
 

@@ -15,7 +15,7 @@ from training.placement import Whole, full
 class Compute:
     """A device and a precision, and what they mean for a model."""
 
-    largest_reward = 0.0  # that a judge has given, without its sign
+    largest_reward = 0.0  # the largest absolute value that a judge has given
     compile = False
 
     def __init__(self, o):
@@ -28,7 +28,7 @@ class Compute:
         self.placement = Whole(self.device, self.weights)  # of the models
 
     def place(self, model):
-        """The one place where a model is moved and cast: to float32 master weights."""
+        """The one place where a model is moved, and cast to the precision of its master weights."""
         return self.placement.place(model)
 
     def adapt(self, model):
@@ -100,7 +100,9 @@ class Compute:
         path = self.o.reference
         ref, tokenizer, _ = checkpoint.load(path, mapped=self.placement.mapped)
         if tokenizer.vocabulary != self.tokenizer.vocabulary:
-            raise UserError(f"--reference {path} has another vocabulary than the policy")
+            raise UserError(
+                f"--reference {path} has another vocabulary than the policy; give one with the same"
+            )
         if ref.config.block_size < self.block_size:
             words = f"has a context of {ref.config.block_size}, but the run needs"
             raise UserError(f"--reference {path} {words} {self.block_size}; set --block-size")
@@ -184,7 +186,8 @@ def choose_device(name, dtype):
         if distributed.many and device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name} is not on this machine; --device cpu always is") from None
+        remedy = "start fewer processes" if distributed.many else "--device cpu always is"
+        raise UserError(f"--device {name} is not on this machine; {remedy}") from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name}: give cpu, cuda, cuda:N or mps")
     if device.type == "mps" and dtype not in ("auto", "float32"):

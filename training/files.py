@@ -53,7 +53,7 @@ class Files:
                 if os.path.exists(path) and not os.access(path, os.W_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         except OSError as e:
-            why = f"cannot be written ({e.strerror}); give another path"
+            why = f"cannot be written ({e.strerror or e}); give another path"
             raise UserError(f"--out {out} {why}") from None
         remove_half_written(Path(os.path.realpath(out)))
 
@@ -65,8 +65,8 @@ class Files:
         if path and os.path.realpath(path) in map(os.path.realpath, written):
             words = f"--out {self.out} would overwrite {path}, which this run reads"
             raise UserError(f"{words}; give another path")
-        found = os.path.isfile(path) or os.path.isfile(os.path.join(path, "config.json"))
-        if found:
+        folder = path and os.path.isfile(os.path.join(path, "config.json"))
+        if folder or os.path.isfile(path):
             self.paths[part] = path
             self.digests[part] = known_by or (digest(path) if distributed.is_first else "")
             distributed.wait()  # so that all meet a mistake in it at once
@@ -102,7 +102,7 @@ class Files:
         except OSError as e:
             kept = f"; {self.state_path} is complete, and --resume goes on from it"
             kept = kept if self.interrupted() else ""
-            raise Stopped(f"{path} cannot be written ({e.strerror}){kept}") from None
+            raise Stopped(f"{path} cannot be written ({e.strerror or e}){kept}") from None
 
     # ---- the state
 
@@ -118,10 +118,10 @@ class Files:
         try:
             state = torch.load(self.state_path, weights_only=True, **where)
             differ = self._differs(state, method, options)
-        except Exception as e:  # torch raises a zoo of types for a broken file
+        except Exception as e:  # torch raises many types of error for a broken file
             why = f"is not a complete training state ({type(e).__name__}); start without --resume"
             raise UserError(f"{self.state_path} {why}") from None
-        self._refuse(f"{self.state_path} is of an interrupted run", differ)
+        self._refuse(f"{self.state_path} belongs to an interrupted run", differ)
         self.lines = state["lines"]
         return state
 
@@ -137,7 +137,7 @@ class Files:
             final = json.loads(Path(self.record_path).read_text().splitlines()[-1])["final"]
         except Exception:  # whatever stands at --out, it is no finished run
             return None
-        self._refuse(f"{self.out} is a finished run", differ)
+        self._refuse(f"{self.out} belongs to a finished run", differ)
         return final
 
     def _differs(self, saved, method, options):
@@ -191,14 +191,15 @@ def digest(path):
 
 def remove_half_written(out):
     """Removes the temporary files of earlier runs of this --out: its lock shows that they ended."""
-    ours = re.compile(re.escape(out.stem) + r"(\.pt|\.state|\.jsonl)?\.\d+\.tmp")
+    name = re.escape(out.name.removesuffix(".pt"))
+    ours = re.compile(name + r"(\.pt|\.state|\.jsonl)?\.\d+\.tmp")
     for path in out.parent.iterdir():
         if ours.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
 def from_checkpoint(out):
-    """-> the working folder as seen from the checkpoint's: its relative paths start from there"""
+    """-> the way from the checkpoint's folder to the working folder, where its paths start"""
     try:
         return os.path.relpath(os.getcwd(), os.path.dirname(os.path.realpath(out)))
     except ValueError:  # on another drive

@@ -177,7 +177,7 @@ class RewardEvaluator:
             ("  least", "min_reward"),
             ("  greatest", "max_reward"),
             ("correlation with the gold reward", "correlation"),
-            ("rms distance to r, weighed by d", "rms"),
+            ("rms distance to r, weighted by d", "rms"),
         ]
         print(f"\n{title}: {f['pairs']} held-out pairs")
         for name, key in rows:

@@ -3,7 +3,7 @@
 A part is some of the rows of a tensor, which torch calls a DTensor. Blocks are gathered one by one
 as they are needed, and freed again; what is outside the blocks is gathered around them. A model is
 laid out on "meta", where tensors have a shape and no numbers; then each process takes its own rows
-of one full tensor after the other, so that no process holds a whole model.
+of one full tensor after another, so that no process holds a whole model.
 """
 
 import gc
@@ -105,12 +105,14 @@ def cut(model, kind):
     # half a second to import, and not in every torch
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # none is written
+    warnings.filterwarnings(
+        "ignore", "FSDP2-wrapped module .* returned a view"
+    )  # nothing writes to it
     for unit in (*model.blocks, model):
         fully_shard(unit, mesh=distributed.mesh(kind), reshard_after_forward=True)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     scalar = "values", "values_before", "score"
     for method in scalar if isinstance(model, ScalarGPT) else ("logprobs",):
-        register_fsdp_forward_method(model, method)  # the outermost only: an inner one would free
+        register_fsdp_forward_method(model, method)  # an inner one would free too early
     return model
