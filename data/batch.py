@@ -1,5 +1,6 @@
 """From text to tensors: encode, choose a step's rows or prompts, pad."""
 
+import contextlib
 import random
 from array import array
 from functools import lru_cache, partial
@@ -88,14 +89,16 @@ def encode(rows, tokenizer, block_size, truncate=False, many=False):
     bar = tqdm(rows, "rows to tokens", delay=2, leave=False, disable=None) if many else rows
     for row in bar:
         prompt, *answers = row
-        x = prompt_ids(prompt, getattr(prompt, "messages", None))
-        ys = [answer_ids(y) if isinstance(y, str) else y for y in answers]
+        with _placed(prompt):
+            x = prompt_ids(prompt, getattr(prompt, "messages", None))
+            ys = [answer_ids(y) if isinstance(y, str) else y for y in answers]
         longest = max([len(y) for y in ys if isinstance(y, tuple)])
         if len(x) + longest > block_size:
             long.append(len(x) + longest)
             if truncate:
-                x = tuple(tokenizer.cut(prompt, max(1, block_size - longest)))
-                _room(len(x), block_size - 1)
+                with _placed(prompt):
+                    x = tuple(tokenizer.cut(prompt, max(1, block_size - longest)))
+                    _room(len(x), block_size - 1)
             ys = [y[: block_size - len(x)] if isinstance(y, tuple) else y for y in ys]
             if ys[0] in ys[1:]:
                 continue
@@ -115,6 +118,16 @@ def encode(rows, tokenizer, block_size, truncate=False, many=False):
     return out, _note(rows, note)
 
 
+@contextlib.contextmanager
+def _placed(prompt):
+    """Names the row of a file if its tokenizer, or the chat template there, refuses it."""
+    try:
+        yield
+    except UserError as e:
+        place = getattr(prompt, "place", "")
+        raise UserError(f"{place}: {e}" if place else str(e)) from None
+
+
 def _note(rows, cut):
     """-> the note on rows that were drawn: what became of the other rows of a file, and what was
     cut"""
@@ -129,12 +142,13 @@ def encode_prompts(rows, tokenizer, limit, truncate=False, what="test prompts"):
         raise UserError(f"{room}; it must be smaller than the context")
     out, long = Rows(), []
     for prompt, *rest in tqdm(rows, "prompts to tokens", delay=2, leave=False, disable=None):
-        ids = tokenizer.prompt(prompt)
-        if len(ids) > limit:
-            long.append(len(ids))
-            if truncate:
-                ids = tokenizer.cut(prompt, limit)
-                _room(len(ids), limit)
+        with _placed(prompt):
+            ids = tokenizer.prompt(prompt)
+            if len(ids) > limit:
+                long.append(len(ids))
+                if truncate:
+                    ids = tokenizer.cut(prompt, limit)
+                    _room(len(ids), limit)
         out.append((tuple(ids), prompt, *rest))
     if long and not truncate:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Chats: a prompt of several messages, and how these scripts write one as text."""
+"""Prompts of a file: their messages, how these scripts write them as text, and where they stand."""
 
 TEMPLATE = {
     "system": "System: {}\n\n",
@@ -10,10 +10,10 @@ TEMPLATE = {
 
 
 class Chat(str):
-    """A prompt of messages, ((role, text), …). As a string it is what TEMPLATE makes of them, for
-    tokenizers that have no template of their own."""
+    """A prompt of messages, ((role, text), …), or of none. As a string it is what TEMPLATE makes of
+    them, for tokenizers that have no template of their own. place: "path:number" of its row"""
 
-    def __new__(cls, text, messages=()):
+    def __new__(cls, text, messages=(), place=""):
         self = super().__new__(cls, text)
-        self.messages = tuple(messages)
+        self.messages, self.place = tuple(messages), place
         return self

@@ -107,7 +107,7 @@ def _strings(value):
 def prompt_of(place, row, template):
     """-> (the prompt as text, the row with answers that do not repeat it)"""
     row = _split_prompt(place, row)
-    prompt = row["prompt"]
+    prompt, chat = row["prompt"], ()
     if isinstance(prompt, list):
         chat = _messages(place, "prompt", prompt)
         prompt = chat[0][1]
@@ -117,12 +117,11 @@ def prompt_of(place, row, template):
         if _goes_on(row):
             opened = template["assistant"].partition("{}")[0]
             prompt = "".join(turns[:-1]) + opened + chat[-1][1]
-        prompt = Chat(prompt, chat)
     if not _text(place, "prompt", prompt).strip():
         raise UserError(
             f"{place}: the prompt is empty; a model needs at least one token to answer to"
         )
-    return prompt, row
+    return Chat(prompt, chat, place), row
 
 
 def answer_of(place, row, key, template):

@@ -32,7 +32,8 @@ class Template:
         rows = [{"role": role, "content": text} for role, text in messages]
         given = {"tools": None, "documents": None} | self.arguments
         given |= {"messages": rows, "add_generation_prompt": generation_prompt}
-        with user_errors(f"the chat template of {self.name} cannot render a conversation"):
+        what = f"the chat template of {self.name} cannot render a conversation"
+        with user_errors(what, "change it, or leave it out"):
             return self.template.render(given)
 
     def prompt(self, messages):

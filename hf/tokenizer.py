@@ -156,7 +156,7 @@ class HFTokenizer(Tokenizer):
         if not self.template:
             return None
         bare = (("user", str(prompt)),) if self.chat else None
-        return getattr(prompt, "messages", bare)
+        return getattr(prompt, "messages", ()) or bare
 
     def prompt(self, prompt):
         messages = self.messages(prompt)

@@ -1,6 +1,7 @@
 """Chats of a checkpoint's own template, with ids by hand: see folders.py for the 23 tokens."""
 
 import json
+import re
 
 import pytest
 from folders import CHATML, LETTERS, folder
@@ -157,6 +158,33 @@ def test_a_file_s_chats_are_split_by_our_template_and_rendered_by_theirs(tmp_pat
     encoded, _ = data.encode(drawn, tokenizer, 32)
     n = len(drawn[0][0].messages[1][1])
     assert encoded[0] == (tuple(ids("[s\na]\n[u\n" + "b" * n + "]\n[a\n")), tuple(ids("hi]")))
+
+
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "prompt, why",
+    [
+        ([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "(no system); ch"),
+        ("a\ufdd2", "a message has the code point"),
+        ("abcde" * 9, "the chat template alone takes 9 tokens"),
+    ],
+)
+def test_a_row_that_the_template_refuses_is_named(prompt, why, tmp_path):
+    """By its place in the file, whether its answer is trained or only its prompt is read."""
+    tokenizer = open_tokenizer(tmp_path, REFUSING + CHATML)
+    rows = [{"prompt": "a" * n, "completion": ""} for n in range(1, 18)]
+    rows.append({"prompt": prompt, "completion": "h"})
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*rows, {"prompt": "y", "completion": "h"}])))
+    task = data.task(str(path), str(path))
+    for read, texts in (
+        (data.encode, task.demonstrations(None, 0)),
+        (data.encode_prompts, task.prompts(None, 0)[17:]),
+    ):
+        with pytest.raises(UserError, match=f"x.jsonl:18: .*{re.escape(why)}"):
+            read(texts, tokenizer, 8, truncate=True)
 
 
 def test_a_dialogue_of_turns_is_a_chat(tokenizer):
