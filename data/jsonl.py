@@ -3,12 +3,13 @@
     {"prompt", "completion"}               {"prompt", "chosen", "rejected"}
     {"prompt", "completion", "label"}      {"prompt", …}               {"messages"}
 
-Each is a string or a message list [{"role", "content"}]. If chosen and rejected begin alike,
-"prompt" may be left out, or be repeated in both. The last of "messages" is the completion, the
-others are the prompt. A single user message is read as plain text, as a string is; a longer chat is
-rendered by TEMPLATE, or by the checkpoint's own template. A hash puts 5 % of the prompts into the
-test split. A bad line stops the run with file:line. Rows that are well formed but useless (an empty
-answer, chosen equal to rejected) are dropped and counted, or refused if `strict`.
+Each is a string or a message list [{"role", "content"}]; a content of text parts, [{"type": "text",
+"text"}], is their texts joined. If chosen and rejected begin alike, "prompt" may be left out, or be
+repeated in both. The last of "messages" is the completion, the others are the prompt. A single user
+message is read as plain text, as a string is; a longer chat is rendered by TEMPLATE, or by the
+checkpoint's own template. A hash puts 5 % of the prompts into the test split. A bad line stops the
+run with file:line. Rows that are well formed but useless (an empty answer, chosen equal to
+rejected) are dropped and counted, or refused if `strict`.
 """
 
 import random

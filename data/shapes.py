@@ -7,11 +7,13 @@ import json
 import math
 import os
 import zlib
+from functools import partial
 
 from data.chat import Chat
 from data.error import UserError
 
 KINDS = {dict: "an object", list: "a list", bool: "a boolean", str: "a string", type(None): "null"}
+ANSWERS = ("completion", "chosen", "rejected")
 TURN = "\n\nAssistant:"  # where an answer begins in a transcript, as in HH
 REMEDIES = {  # columns of other shapes, and what to do about them
     "text": 'split each text into "prompt" and "completion"',
@@ -52,10 +54,16 @@ def read(path):
 
 
 def _parse(place, line):
-    row = json.loads(line.decode(), parse_constant=_refuse, parse_float=_finite)
+    once = partial(_once, place)
+    row = json.loads(
+        line.decode(), parse_constant=_refuse, parse_float=_finite, object_pairs_hook=once
+    )
     json.dumps(row, ensure_ascii=False).encode()  # half an emoji, "\ud83d", is JSON but no text
     if not isinstance(row, dict):
         raise UserError(f"{place}: a row must be a JSON object, not {_kind(row)}")
+    for key in ("messages", "prompt", *ANSWERS):
+        for message in row[key] if isinstance(row.get(key), list) else ():
+            _join_parts(place, key, message)
     if "messages" in row and "prompt" not in row:
         row = _last_turn(place, row)
     if "label" in row and "completion" in row:  # elsewhere a column of the user's own
@@ -64,6 +72,30 @@ def _parse(place, line):
             raise UserError(f'{place}: "label" must be true or false, not {_short(json.dumps(x))}')
         row["label"] = bool(x)
     return place, row
+
+
+def _once(place, pairs):
+    """The pairs of a JSON object -> dict; a key that occurs twice would lose its first value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        words = f'the key "{_short(twice)}" occurs twice in one object'
+        raise UserError(f"{place}: {words}; rename one of them, or remove it")
+    return found
+
+
+def _join_parts(place, key, message):
+    """Joins the contents of a message that come as parts, [{"type": "text", "text"}, …]."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list):
+        return
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else _kind(part)
+        if kind != "text" or not isinstance(part.get("text"), str):
+            what = f'"{key}" has a part of the kind {_short(repr(kind))}'
+            raise UserError(f'{place}: {what}; a model here reads {{"type": "text", "text"}} only')
+    message["content"] = "".join(part["text"] for part in parts)
 
 
 def _refuse(name):
@@ -181,7 +213,7 @@ def _split_prompt(place, row):
     whole chats, beside a prompt (UltraFeedback) or without one (HH)"""
     if "prompt" not in row:
         row = _implicit(place, row)
-    answers = {key: row[key] for key in ("completion", "chosen", "rejected") if key in row}
+    answers = {key: row[key] for key in ANSWERS if key in row}
     with_prompt = {key: x for key, x in answers.items() if isinstance(x, list) and len(x) > 1}
     if not with_prompt:
         return row

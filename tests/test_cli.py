@@ -108,6 +108,11 @@ sft FILE monologue.jsonl | monologue.jsonl:1: "messages" begins with the answer
 sft FILE question.jsonl | question.jsonl:1: no column "completion" (it has prompt)
 dpo FILE otherchat.jsonl | otherchat.jsonl:1: "chosen" and "rejected" must be one message, or the
     whole chat with its prompt
+dpo FILE twice.jsonl | twice.jsonl:2: the key "chosen" occurs twice in one object; rename one
+dpo FILE twiceinside.jsonl | twiceinside.jsonl:1: the key "a" occurs twice in one object
+sft FILE picture.jsonl | picture.jsonl:1: "prompt" has a part of the kind 'image_url'; a model here
+    reads {"type": "text", "text"} only
+sft FILE bareparts.jsonl | bareparts.jsonl:1: "completion" has a part of the kind 'a string'
 kto FILE nocolumn.jsonl | no column "label" (it has prompt, chosen); dpo.py, simpo.py or orpo.py
     can read such rows
 kto --epochs 2 | --epochs
@@ -313,6 +318,10 @@ TABLES = {  # file -> rows of it, their columns, and more lines; {i} is the row'
     "oneprompt": (60, LABELLED | {"prompt": "1"}),
     "one": (1, PAIR),
     "long": (9, PAIR | {"prompt": "{i}" * 400}),
+    "twice": (1, PAIR, '{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}'),
+    "twiceinside": (0, {}, '{"prompt": "p", "completion": "c", "more": [{"a": 1, "a": 1}]}'),
+    "picture": (9, {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+    "bareparts": (9, {"prompt": "{i}", "completion": [{"role": "assistant", "content": ["a"]}]}),
     "ok": (50, PAIR),
 }
 FUNCTIONS = {

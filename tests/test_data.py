@@ -276,6 +276,11 @@ def said(role, text):
     return {"role": role, "content": text}
 
 
+def parts(role, *texts):
+    """A message as OpenAI's interface has it."""
+    return said(role, [{"type": "text", "text": text} for text in texts])
+
+
 USER, YES, NO = said("user", "Q?"), said("assistant", "yes"), said("assistant", "no")
 SYSTEM = said("system", "Be kind.")
 HUMAN = "\n\nHuman: Q?\n\nAssistant:"
@@ -302,6 +307,9 @@ SHAPES = [  # a row as public sets have it -> the pair, or the demonstration
     ({"messages": [USER, YES]}, ("Q?", "yes")),
     ({"messages": [USER, YES, USER, NO]}, (CHAT, " no")),
     ({"prompt": [USER, YES], "completion": [NO]}, ("User: Q?\n\nAssistant: yes", "no")),
+    ({"prompt": [parts("user", "Q", "?")], "chosen": [YES], "rejected": [NO]}, ("Q?", "yes", "no")),
+    ({"chosen": [parts("user", "Q?"), YES], "rejected": [USER, NO]}, ("Q?", "yes", "no")),
+    ({"messages": [parts("user", "Q?"), parts("assistant", "yes")]}, ("Q?", "yes")),
 ]
 
 
