@@ -9,6 +9,7 @@ the other.
 import hashlib
 import json
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def load(folder, mapped=False):
     tensors = Tensors(folder)
     if config.n_layer > len(tensors.files):
         raise refused(folder, f"names {config.n_layer} layers, more than its files have weights")
+    said_tied, config = config.tied, replace(config, tied=config.tied and tensors.tied(config))
     with torch.device("meta"):
         model = (ScalarGPT if scalar else GPT)(config)
     state = {}
@@ -113,7 +115,7 @@ def load(folder, mapped=False):
         if len(parts) > 1 and [len(part) for part in parts] != cuts(name, config):
             raise refused(folder, f"has parts of {name} whose sizes are not those of config.json")
         state[name] = partial(joined, parts)
-    if scalar or config.tied:
+    if scalar:
         tensors.left.discard("lm_head.weight")
     if left := sorted(x for x in tensors.left if not x.endswith(UNREAD)):
         raise refused(folder, f"has weights that no part of this model reads: {left[0]}")
@@ -124,8 +126,10 @@ def load(folder, mapped=False):
     name = os.path.basename(os.path.abspath(folder))
     tokenizer = {"name": name, "files": read_texts(folder), "chat": True, "args": {}}
     size = sum(p.numel() for p in model.parameters()) / 1e6
+    kept = "; lm_head.weight is kept, although config.json says that it is the embedding"
     return model, {
-        "method": f"{facts['model_type']}, {size:,.1f} M parameters",
+        "method": f"{facts['model_type']}, {size:,.1f} M parameters"
+        + kept * (said_tied and not config.tied and not scalar),
         "task": name,
         "tokenizer": tokenizer,
         "template": TEMPLATE,
@@ -157,17 +161,29 @@ class Tensors:
         for path in weight_files(folder):
             try:
                 file = safe_open(path, framework="pt")
-                for name in file.keys():
-                    self.files[bare(name)] = file, name
+                names = list(file.keys())
             except Exception as e:  # a SafetensorError, whatever is wrong with the file
                 why = str(e).partition("\n")[0] or type(e).__name__
                 raise UserError(f"{path} is not a complete safetensors file ({why})") from None
+            for name in names:
+                if bare(name) in self.files:
+                    raise refused(folder, f"has the weights {bare(name)} twice; save it again")
+                self.files[bare(name)] = file, name
         self.left = set(self.files)
+
+    def tied(self, config):
+        """Whether the head is the embedding: no file has another one"""
+        if "lm_head.weight" not in self.files:
+            return True
+        head, wte = self.take("lm_head.weight"), self.take(theirs("wte.weight", config)[0])
+        return head.dtype == wte.dtype and torch.equal(head, wte)
 
     def take(self, name):
         name = bare(name)
         if name not in self.files:
-            raise refused(self.folder, f"lacks the weights {name}")
+            tied = "; if it is the embedding, set tie_word_embeddings to true in config.json"
+            tied *= name == "lm_head.weight"
+            raise refused(self.folder, f"lacks the weights {name}{tied}")
         self.left.discard(name)
         file, full = self.files[name]
         try:
@@ -350,7 +366,7 @@ def write_config(model, facts, dtype):
         facts = {
             **dict(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd),
             **dict(n_layer=c.n_layer, n_head=c.n_head, activation_function="gelu_new"),
-            **dict(layer_norm_epsilon=c.norm_eps, tie_word_embeddings=c.tied),
+            **dict(layer_norm_epsilon=c.norm_eps),
             **dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
         }
     name = "GPT2" if kind == "gpt2" else kind.title()
@@ -359,7 +375,7 @@ def write_config(model, facts, dtype):
         model_class = f"{name}ForSequenceClassification"
     dtype = str(dtype).removeprefix("torch.")
     facts = facts | {"model_type": kind, "architectures": [model_class]}
-    facts |= {"dtype": dtype, "torch_dtype": dtype}
+    facts |= {"dtype": dtype, "torch_dtype": dtype, "tie_word_embeddings": c.tied}
     if scalar:
         labels = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         facts |= labels | {"score_bias": model.head.bias.item()}

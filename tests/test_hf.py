@@ -103,6 +103,21 @@ def test_shards_old_names_and_a_sliding_window(tmp_path):
     assert torch.equal(model(IDS), hf.load(folder(tmp_path / "c", "gpt2"))[0](IDS))
 
 
+def test_a_head_of_its_own_is_kept_whatever_config_json_says(tmp_path, monkeypatch):
+    """And goes out with a config.json that says so; one that equals the embedding is none."""
+    monkeypatch.chdir(tmp_path)
+    path = folder(tmp_path / "a", "llama-2", tie_word_embeddings=True)
+    state = load_file(path / W)
+    model, meta = hf.load(path)
+    assert torch.equal(model.head, state["lm_head.weight"]) and not model.config.tied
+    assert "lm_head.weight is kept, although config.json says" in meta["method"]
+    assert main("export", "a", "--to", "b") == 0
+    assert not hf.read_config("b").tied and torch.equal(hf.load("b")[0](IDS), model(IDS))
+    weights(path, **{"lm_head.weight": state["model.embed_tokens.weight"] + 0})
+    model, meta = hf.load(path)
+    assert model.config.tied and model.lm_head is None and "kept" not in meta["method"]
+
+
 def test_transformers_5_writes_rope_parameters(tmp_path):
     path = folder(tmp_path / "a", "llama-3.2")
     config = hf.read_config(path)
@@ -193,6 +208,14 @@ BROKEN = {
     "missing shard": (lambda p: shard(p, ["a.safetensors"]), "lacks a.safetensors"),
     "shard elsewhere": (lambda p: shard(p, ["../a.safetensors"]), "does not name the files"),
     "a weight is missing": (lambda p: weights(p, ["model.norm.weight"]), "lacks the weights norm"),
+    "no head": (
+        config(tie_word_embeddings=False, model_type="qwen2"),
+        "lacks the weights lm_head.weight; if it is the embedding, set tie_word_embeddings",
+    ),
+    "a weight twice": (
+        lambda p: weights(p, **{"norm.weight": torch.ones(24)}),
+        "has the weights norm.weight twice",
+    ),
     "a weight too many": (lambda p: weights(p, x=torch.ones(2)), "no part of this model reads: x"),
     "whole numbers": (
         lambda p: weights(p, **{"model.norm.weight": torch.ones(24, dtype=torch.int8)}),
