@@ -35,7 +35,10 @@ class Options:
 
 
 def merged(model, tokenizer, meta, dtype):
-    """-> (config.json, tensors, other files, what transformers cannot represent) of a model"""
+    """-> (config.json, tensors, other files, what transformers cannot represent) of a model.
+    dtype: None if the weights stay as they are"""
+    head = "head.weight" if isinstance(model, ScalarGPT) else "wte.weight"
+    dtype = dtype or model.state_dict()[head].dtype
     files = dict(tokenizer.meta.get("files", {}))
     known, unseen = json.loads(files.get("config.json", "{}")), []
     config = weights.write_config(model, known, dtype)
@@ -74,7 +77,7 @@ def pad_token(tokenizer):
     return pad if pad not in (None, tokenizer.end_id) else min(others, default=0)
 
 
-def adapters(model, meta, path):
+def adapters(model, meta, path, dtype):
     """-> (adapter_config.json, tensors, no other files, the weights they belong on) for PEFT"""
     if "lora" not in meta or isinstance(model, ScalarGPT):
         what = "holds no adapters of a policy, as --lora trains them; leave --adapter out"
@@ -88,8 +91,8 @@ def adapters(model, meta, path):
         else:
             cut = x.split(weights.cuts(f"{name}.weight", config))
         for part, y in zip(parts, cut):
-            full = part.removesuffix("weight") + f"lora_{letter}.weight"
-            tensors[f"base_model.model.{full}"] = y.clone().contiguous()
+            full = f"base_model.model.{part.removesuffix('weight')}lora_{letter}.weight"
+            tensors[full] = weights.cast(full, y, dtype or y.dtype).clone()
     modules = {full.split(".lora_")[0].rpartition(".")[2] for full in tensors}
     said = {
         **dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=facts["start"]),
@@ -120,10 +123,9 @@ def main(argv=None):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to {folder} exists already; give a new folder, or an empty one")
     model, tokenizer, meta = checkpoint.load_any(o.checkpoint)
-    own = model.state_dict()["head.weight" if isinstance(model, ScalarGPT) else "wte.weight"].dtype
-    dtype = own if o.dtype == "auto" else getattr(torch, o.dtype)
+    dtype = None if o.dtype == "auto" else getattr(torch, o.dtype)
     if o.adapter:
-        config, tensors, files, unseen = adapters(model, meta, o.checkpoint)
+        config, tensors, files, unseen = adapters(model, meta, o.checkpoint, dtype)
         names = "adapter_config.json", "adapter_model.safetensors"
     else:
         config, tensors, files, unseen = merged(model, tokenizer, meta, dtype)

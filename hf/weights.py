@@ -391,12 +391,23 @@ def tensors_of(model, dtype):
     for name, x in model.state_dict().items():
         if name == "head.bias":
             continue
-        x = x.detach().to("cpu", dtype)
+        x = x.detach().to("cpu")
         x = x.T if transposed(name, config) else x
         names = theirs(name, config)
         parts = x.split(cuts(name, config)) if len(names) > 1 else [x]
-        out |= {part: y.contiguous() for part, y in zip(names, parts)}
+        out |= {part: cast(part, y, dtype) for part, y in zip(names, parts)}
     return out
+
+
+def cast(name, x, dtype):
+    """-> a tensor in another precision. Raises UserError if a number of it overflows there."""
+    y = x.to(dtype).contiguous()
+    over = x[y.isinf() & x.isfinite()]
+    if len(over):
+        most, kind = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
+        words = f"{name} holds {over[0]:.6g}, and {kind} ends at {most:.6g}"
+        raise UserError(f"{words}; give a --dtype with more room, such as bfloat16 or float32")
+    return y
 
 
 def save_tensors(tensors, path):

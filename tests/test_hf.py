@@ -325,6 +325,17 @@ def test_a_folder_goes_out_to_the_bit(family, tmp_path, monkeypatch):
     assert main("export", "a", "--to", "b") == 2  # nothing on disk is lost
 
 
+def test_what_overflows_does_not_go_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    large = torch.ones(24) * 0.5
+    large[3] = -70_000
+    weights(folder(tmp_path / "a"), **{"model.norm.weight": large})
+    assert main("export", "a", "--to", "b", "--dtype", "float16") == 2
+    words = "model.norm.weight holds -70000, and float16 ends at 65504; give a --dtype with more"
+    assert words in capsys.readouterr().err and sorted(os.listdir()) == ["a"]
+    assert main("export", "a", "--to", "b", "--dtype", "bfloat16") == 0
+
+
 def test_a_reward_model_goes_out_and_in(tmp_path, monkeypatch, capsys):
     """With its bias, and with a padding token that ends no response."""
     monkeypatch.chdir(tmp_path)

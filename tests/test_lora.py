@@ -332,6 +332,10 @@ def test_adapters_go_out_under_their_own_names(family, tmp_path, monkeypatch, ca
         found = after[full] - before[full]
         torch.testing.assert_close(found.T if family == "gpt2" else found, change)
     assert checkpoint.load("whole")[0].config.n_embd == 24
+    assert main("export", "y.pt", "--adapter", "--dtype", "bfloat16", "--to", "half") == 0
+    half = load_file("half/adapter_model.safetensors")
+    assert half.keys() == adapter.keys()
+    assert all(torch.equal(half[name], x.bfloat16()) for name, x in adapter.items())
 
 
 def test_what_has_no_adapters_has_none_to_write(capsys):
