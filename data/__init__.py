@@ -12,7 +12,7 @@ from data.batch import (
     pad_pairs,
 )
 from data.chat import TEMPLATE
-from data.error import Stopped, UserError, printable, say, user_errors
+from data.error import Stopped, UserError, printable, refuse_pointer, say, user_errors
 from data.tasks import BUILT_IN, kind, task
 from data.tokenizer import Tokenizer, tokenizer
 from data.toy import Graded
@@ -35,6 +35,7 @@ __all__ = [
     "pad",
     "pad_pairs",
     "printable",
+    "refuse_pointer",
     "say",
     "task",
     "tokenizer",

@@ -35,6 +35,16 @@ class Stopped(UserError):
     code = 1
 
 
+def refuse_pointer(path):
+    """Raises UserError if Git LFS has left a pointer in the place of a large file."""
+    begin, found = b"version https://git-lfs", b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        found = file.read(len(begin))
+    if found == begin:
+        remedy = "run git lfs pull in its repository"
+        raise UserError(f"{path} is a pointer of Git LFS, and not the file itself; {remedy}")
+
+
 @contextlib.contextmanager
 def user_errors(what, remedy=""):
     """Turns whatever a stranger's code raises within it into a UserError: what, why and the remedy.

@@ -10,7 +10,7 @@ import zlib
 from functools import partial
 
 from data.chat import Chat
-from data.error import UserError
+from data.error import UserError, refuse_pointer
 
 KINDS = {dict: "an object", list: "a list", bool: "a boolean", str: "a string", type(None): "null"}
 ANSWERS = ("completion", "chosen", "rejected")
@@ -30,6 +30,7 @@ def read(path):
     object"""
     if os.path.isdir(path):
         raise UserError(f"{path} is a directory; give the JSONL file in it")
+    refuse_pointer(path)
     rows = []
     number = 0
     try:

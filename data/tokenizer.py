@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tiktoken
 
-from data.error import UserError, user_errors
+from data.error import UserError, refuse_pointer, user_errors
 
 END = "<|endoftext|>"
 BLANK = 500_000  # characters of white space in a row; at twice as many tiktoken panics
@@ -117,6 +117,7 @@ def tokenizer(name="", own=None):
     path = Path(name or DEFAULT)
     if not path.exists():
         return Tokenizer({"name": name})
+    refuse_pointer(path)
     try:
         return Tokenizer({"name": path.name, "vocab": path.read_text("ascii")})
     except (UnicodeDecodeError, IsADirectoryError):

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from data import TEMPLATE, UserError
+from data import TEMPLATE, UserError, refuse_pointer
 from gpt import GPT, GPTConfig, ScalarGPT
+from hf import remedies
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 TEXTS = (  # the files that a checkpoint of ours keeps
@@ -159,12 +160,15 @@ class Tensors:
             raise UserError(f"{folder} needs the package safetensors: {INSTALL}") from None
         self.folder, self.files = folder, {}
         for path in weight_files(folder):
+            refuse_pointer(path)
             try:
                 file = safe_open(path, framework="pt")
                 names = list(file.keys())
             except Exception as e:  # a SafetensorError, whatever is wrong with the file
                 why = str(e).partition("\n")[0] or type(e).__name__
                 raise UserError(f"{path} is not a complete safetensors file ({why})") from None
+            if found := remedies.wrapped(names):
+                raise refused(folder, found)
             for name in names:
                 if bare(name) in self.files:
                     raise refused(folder, f"has the weights {bare(name)} twice; save it again")
@@ -207,9 +211,7 @@ def weight_files(folder):
     if single.is_file():
         return [single]
     if not index.is_file():
-        pickled = [*Path(folder).glob("*.bin"), *Path(folder).glob("*.pt*")]
-        why = ": pickled weights are never loaded, as they can run code" if pickled else ""
-        raise refused(folder, f"has no model.safetensors{why}; save it as safetensors")
+        raise refused(folder, f"has no model.safetensors; {remedies.no_weights(folder)}")
     named = read_json(folder, index.name).get("weight_map")
     names = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
     if not names or any(name != os.path.basename(name) for name in names):
@@ -223,12 +225,14 @@ def weight_files(folder):
 def read_json(folder, name):
     """-> the JSON object in a file of the folder"""
     path = os.path.join(folder, name)
+    refuse_pointer(path)
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
     except FileNotFoundError:
         needed = "config.json, model.safetensors and tokenizer.json"
-        words = f"is a directory without {name}; give the .pt file in it, or a folder with {needed}"
+        give = f"give {remedies.inner(folder)}the .pt file in it, or a folder with {needed}"
+        words = f"is a directory without {name}; {give}"
         raise refused(folder, words) from None
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path} cannot be read ({str(e).splitlines()[0]})") from None
@@ -243,6 +247,7 @@ def read_texts(folder):
     for name in TEXTS:
         path = Path(folder, name)
         if path.is_file():
+            refuse_pointer(path)
             try:
                 texts[name] = path.read_text("utf-8")
             except (OSError, ValueError) as e:
@@ -254,9 +259,16 @@ def read_texts(folder):
     return texts
 
 
+def facts_of(folder):
+    """-> config.json of a folder with a model; one with adapters is refused"""
+    if found := remedies.adapters(folder):
+        raise refused(folder, found)
+    return read_json(folder, "config.json")
+
+
 def read_config(folder):
     """config.json -> GPTConfig. Raises UserError if it names something that gpt.py lacks."""
-    facts = read_json(folder, "config.json")
+    facts = facts_of(folder)
     kind, known = facts.get("model_type"), "GPT-2, Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3"
     if kind not in FAMILIES:
         raise refused(folder, f"is of the type {str(kind)[:40]!r}; known are {known}")

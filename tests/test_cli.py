@@ -71,6 +71,9 @@ dpo FILE one.jsonl | --eval-file
 dpo FILE long.jsonl | do not fit in 256 tokens
 dpo FILE junk.jsonl | junk.jsonl:1: not
 dpo FILE junk.jsonl.gz | junk.jsonl.gz: cannot be read
+dpo FILE pointer.jsonl | pointer.jsonl is a pointer of Git LFS, and not the file itself; run git
+    lfs pull
+sft --tokenizer pointer.jsonl | pointer.jsonl is a pointer of Git LFS
 dpo FILE data.jsonl | data.jsonl is a directory
 dpo FILE ok.jsonl --eval-file none.jsonl | none.jsonl: no such file
 sft --pairs 3 | --pairs
@@ -322,6 +325,7 @@ TABLES = {  # file -> rows of it, their columns, and more lines; {i} is the row'
     "twiceinside": (0, {}, '{"prompt": "p", "completion": "c", "more": [{"a": 1, "a": 1}]}'),
     "picture": (9, {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}),
     "bareparts": (9, {"prompt": "{i}", "completion": [{"role": "assistant", "content": ["a"]}]}),
+    "pointer": (0, {}, "version https://git-lfs.github.com/spec/v1", "oid sha256:4d7a", "size 9"),
     "ok": (50, PAIR),
 }
 FUNCTIONS = {

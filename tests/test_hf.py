@@ -170,6 +170,27 @@ def template(text):
     return lambda path: edit(path / "tokenizer_config.json", chat_template=text)
 
 
+def wrap(prefix):
+    def spoil(path):
+        state = load_file(path / W)
+        save_file({prefix + name: x for name, x in state.items()}, path / W)
+
+    return spoil
+
+
+def adapters(path):
+    """As PEFT leaves them, without a model."""
+    text = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "its base"})
+    (path / "adapter_config.json").write_text(text)
+    (path / W).rename(path / "adapter_model.safetensors")
+    (path / "config.json").unlink()
+
+
+def pointer(name):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    return lambda path: (path / name).write_text(text)
+
+
 W, Q = "model.safetensors", "model.layers.0.self_attn"
 BROKEN = {
     "no config": (lambda p: (p / "config.json").unlink(), "is a directory without config.json"),
@@ -197,6 +218,30 @@ BROKEN = {
         lambda p: (p / W).rename(p / "pytorch_model.bin"),
         "pickled weights are never loaded",
     ),
+    "shards without an index": (
+        lambda p: (p / W).rename(p / "model-00001-of-00002.safetensors"),
+        "it has shards; fetch their model.safetensors.index.json too",
+    ),
+    "weights of another name": (
+        lambda p: (p / W).rename(p / "consolidated.safetensors"),
+        "rename consolidated.safetensors to that, if it is the whole model",
+    ),
+    "llama.cpp's weights": (lambda p: (p / W).rename(p / "x.gguf"), "x.gguf is for llama.cpp"),
+    "DDP's names": (wrap("module."), "as DistributedDataParallel names weights; save model.module"),
+    "a compiler's names": (wrap("_orig_mod."), "as torch.compile names weights; save model._orig"),
+    "PEFT's names": (wrap("base_model.model."), "as PEFT names weights; save model.merge_and"),
+    "adapters": (
+        adapters,
+        "x holds adapters of PEFT; merge them into its base with merge_and_unload(), and give the",
+    ),
+    "a folder around it": (
+        lambda p: (p.rename("y"), p.mkdir(), os.rename("y", "x/checkpoint-9")),
+        "is a directory without config.json; give x/checkpoint-9, the .pt file in it",
+    ),
+    **{
+        f"{name} is a pointer": (pointer(name), f"x/{name} is a pointer of Git LFS, and not the f")
+        for name in ("model.safetensors", "tokenizer.json", "config.json")
+    },
     "a pickle with the name": (lambda p: (p / W).write_bytes(pickle.dumps({"a": 1})), "complete"),
     "cut weights": (lambda p: cut(p / W), "is not a complete safetensors file"),
     "empty weights": (lambda p: (p / W).write_bytes(b""), "is not a complete safetensors file"),
@@ -275,6 +320,24 @@ def test_the_command_ends_with_2_and_has_written_nothing(tmp_path, monkeypatch, 
         assert main(script, *args, "--task" if script == "evaluate" else "--to", "y") == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert sorted(os.listdir()) in (before, [*before, "out"])
+
+
+def test_a_path_that_is_no_folder_of_a_checkpoint_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "x")
+    pointer("y.pt")(tmp_path)
+    for path, words in (
+        ("x/model.safetensors", "x/model.safetensors is one file of a checkpoint; give its folder"),
+        ("x/config.json", "x/config.json is one file of a checkpoint; give its folder, x"),
+        ("y.pt", "y.pt is a pointer of Git LFS"),
+        (
+            "Qwen/Qwen3-0.6B",
+            "nothing is downloaded; hf download Qwen/Qwen3-0.6B --local-dir FOLDER",
+        ),
+        ("z/none.pt", "z/none.pt: no such file"),
+    ):
+        with pytest.raises(UserError, match=words):
+            checkpoint.load(path)
 
 
 def test_a_folder_of_another_kind_is_named(tmp_path):

@@ -81,11 +81,19 @@ def _open(path, task, wanted, otherwise, mapped=False):
 
 
 def _load(path, mapped):
-    if not os.path.isdir(path):
-        return gpt.load(path, mapped=mapped)
-    from hf import weights
+    if os.path.isdir(path):
+        from hf import weights
 
-    return weights.load(path, mapped)
+        return weights.load(path, mapped)
+    data.refuse_pointer(path)
+    folder, name = os.path.split(path)
+    if name.endswith((".safetensors", ".json", ".bin", ".gguf")) and os.path.isfile(path):
+        raise UserError(f"{path} is one file of a checkpoint; give its folder, {folder or '.'}")
+    on_a_hub = folder and "/" not in folder and folder[0] not in ".~" and not name.endswith(".pt")
+    if on_a_hub and not os.path.exists(path):
+        fetch = f"hf download {path} --local-dir FOLDER fetches one of that name"
+        raise UserError(f"{path}: no such file or folder, and nothing is downloaded; {fetch}")
+    return gpt.load(path, mapped=mapped)
 
 
 def tokenizer_of(meta):

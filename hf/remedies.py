@@ -1,0 +1,54 @@
+"""What a folder may hold in place of a model that these scripts read, and how to mend it."""
+
+import json
+from pathlib import Path
+
+OTHERS = {  # files in place of model.safetensors -> what to do about them
+    "*-of-*.safetensors": "it has shards; fetch their model.safetensors.index.json too",
+    "*.safetensors": "rename {} to that, if it is the whole model",
+    "*.bin": "pickled weights are never loaded, as they can run code; save it as safetensors",
+    "*.pt*": "pickled weights are never loaded, as they can run code; save it as safetensors",
+    "*.gguf": "{} is for llama.cpp; fetch the original model",
+}
+PREFIXES = {  # of the names of weights -> who puts them there, and the model within
+    "module.": ("DistributedDataParallel", "model.module"),
+    "_orig_mod.": ("torch.compile", "model._orig_mod"),
+    "_fsdp_wrapped_module.": ("FSDP", "its full state_dict()"),
+    "base_model.model.": ("PEFT", "model.merge_and_unload()"),
+}
+
+
+def no_weights(folder):
+    """-> what to do about a folder without model.safetensors"""
+    for pattern, remedy in OTHERS.items():
+        if found := sorted(Path(folder).glob(pattern)):
+            return remedy.format(found[0].name)
+    return "save it as safetensors"
+
+
+def wrapped(names):
+    """-> what to do about weights whose names begin with that of a wrapper; "" if none does"""
+    for name in names:
+        for prefix, (wrapper, model) in PREFIXES.items():
+            if name.startswith(prefix):
+                return f"has {name}, as {wrapper} names weights; save {model} in its place"
+    return ""
+
+
+def adapters(folder):
+    """-> what to do about a folder with PEFT's adapters; "" if it has none"""
+    path = Path(folder, "adapter_config.json")
+    if not path.is_file():
+        return ""
+    try:
+        base = str(json.loads(path.read_text("utf-8"))["base_model_name_or_path"])[:80]
+    except (OSError, ValueError, LookupError, TypeError):
+        base = "their model"
+    merge = f"merge them into {base} with merge_and_unload()"
+    return f"holds adapters of PEFT; {merge}, and give the folder that save_pretrained() writes"
+
+
+def inner(folder):
+    """-> the first folder in it with a config.json, in a few words; "" if there is none"""
+    found = [x for way in ("*", "snapshots/*") for x in Path(folder).glob(f"{way}/config.json")]
+    return f"{min(found).parent}, " if found else ""
