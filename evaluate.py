@@ -218,7 +218,7 @@ def log_ratio_and_entropy(policy, ref, rollout):
 @dataclass
 class Options:
     checkpoint: str = opt(..., "the .pt file of a language model")
-    prompt: str = opt("", "only answer this prompt (\\n stands for a new line)")
+    prompt: str = opt("", "only answer this prompt (\\n stands for a new line)", text=True)
     task: str = opt("", "task to evaluate on (default: the one it was trained on)")
     eval_file: str = opt("", "JSONL file to evaluate on (default: the task's test split)")
     reference: str = opt("", "checkpoint to compare with (default: the one it started from)")

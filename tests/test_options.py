@@ -264,6 +264,17 @@ def test_the_help_names_defaults_and_those_of_variants(script, words, capsys, mo
     assert words in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_home_in_a_path_is_found_even_if_no_shell_has_read_it(monkeypatch):
+    """As in --init=~/x, and in what a program starts; a prompt is no path."""
+    monkeypatch.setenv("HOME", "/home/me")
+    o = parse(import_module("dpo").Options, ["--init=~/a.pt", "--task", "~/b.jsonl", "--out=c~/d"])
+    assert (o.init, o.task, o.out) == ("/home/me/a.pt", "/home/me/b.jsonl", "c~/d")
+    o = parse(import_module("evaluate").Options, ["~/a.pt", "--prompt", "~/b"])
+    assert (o.checkpoint, o.prompt) == ("/home/me/a.pt", "~/b")
+    with pytest.raises(UserError, match="--records /home/me/c is no record"):
+        parse(import_module("compare").Options, ["--records", "~/c"])
+
+
 def refused(script, *argv):
     """-> what the command line's mistake is called"""
     module = import_module(script)

@@ -32,6 +32,7 @@ def opt(default, help, **rules):
     only="loss=ipo", "loss=dpo|ipo"     it is read with --loss ipo only, and refused otherwise
     clips=True                          it bounds a ratio that is 1 at a rollout's first step
     file=True                           it names a file that the run reads
+    text=True                           it names no path: a ~ at its beginning stays
     """
     return field(default=default, metadata={"help": help, **rules})
 
@@ -199,14 +200,16 @@ def parse(cls, argv=None, presets=None):
     )
     for f in fields(cls):
         how = {"help": _help(f, presets), "default": argparse.SUPPRESS}
+        text = str if f.metadata.get("text") else os.path.expanduser
         if f.default is ...:
-            parser.add_argument(f.name, help=f.metadata["help"])
+            parser.add_argument(f.name, help=f.metadata["help"], type=text)
         elif f.type is bool:
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **how)
         elif f.type is tuple:
-            parser.add_argument(flag(f.name), nargs="+", action="extend", metavar="S", **how)
+            how |= {"nargs": "+", "action": "extend", "metavar": "S"}
+            parser.add_argument(flag(f.name), type=text, **how)
         else:
-            read = _number(f) if f.type in (int, float) else str
+            read = _number(f) if f.type in (int, float) else text
             choices = f.metadata.get("choices")
             metavar = None if choices else f.type.__name__[0].upper()
             parser.add_argument(flag(f.name), type=read, choices=choices, metavar=metavar, **how)
