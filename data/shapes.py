@@ -15,6 +15,17 @@ from data.error import UserError, refuse_pointer
 KINDS = {dict: "an object", list: "a list", bool: "a boolean", str: "a string", type(None): "null"}
 ANSWERS = ("completion", "chosen", "rejected")
 TURN = "\n\nAssistant:"  # where an answer begins in a transcript, as in HH
+FRAME = ".to_json({out!r}, orient='records', lines=True)"
+PARQUET = "a Parquet file; write it as JSONL: pandas.read_parquet({path!r})" + FRAME
+OTHERS = {  # how a file of another kind begins, or how its name ends -> how to make JSONL of it
+    "PAR1": PARQUET,
+    ".parquet": PARQUET,
+    ".csv": "a CSV file; write it as JSONL: pandas.read_csv({path!r}, dtype=str)" + FRAME,
+    ".tsv": "a TSV file; write it as JSONL: pandas.read_table({path!r}, dtype=str)" + FRAME,
+    "[": "a JSON array; write one object per line: jq -c '.[]' {path} > {out}",
+    "{": "JSON, but not one object per line; write it so: jq -c . {path} > {out}",
+    "\x1f\x8b": "compressed; give it a name that ends with .jsonl.gz",
+}
 REMEDIES = {  # columns of other shapes, and what to do about them
     "text": 'split each text into "prompt" and "completion"',
     "conversations": 'write them as "messages", a list of {"role", "content"}',
@@ -38,6 +49,8 @@ def read(path):
             for number, line in enumerate(file, 1):
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
+                    if not rows:
+                        _refuse_other(path, line)
                     rows.append(_parse(f"{path}:{number}", line))
     except UnicodeError:
         remedy = "a task file is JSONL, one object per line"
@@ -52,6 +65,18 @@ def read(path):
     if not rows:
         raise UserError(f"{path} is empty")
     return rows
+
+
+def _refuse_other(path, line):
+    """Refuses a file whose first line shows that it is no JSONL, but of another kind."""
+    begin = line.strip().decode("latin-1")
+    if begin.startswith("{") and begin != "{":
+        return
+    stem = path.removesuffix(".gz")
+    for sign, words in OTHERS.items():
+        if begin.startswith(sign) or stem.lower().endswith(sign):
+            out = f"{os.path.splitext(stem)[0]}.new.jsonl"
+            raise UserError(f"{path} is {words.format(path=path, out=out)}")
 
 
 def _parse(place, line):

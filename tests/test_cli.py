@@ -1,5 +1,6 @@
 """Mistakes at the command line: each is one line, exit code 2, and nothing is written."""
 
+import gzip
 import json
 import shutil
 
@@ -71,6 +72,16 @@ dpo FILE one.jsonl | --eval-file
 dpo FILE long.jsonl | do not fit in 256 tokens
 dpo FILE junk.jsonl | junk.jsonl:1: not
 dpo FILE junk.jsonl.gz | junk.jsonl.gz: cannot be read
+dpo FILE list.json | list.json is a JSON array; write one object per line: jq -c '.[]' list.json >
+    list.new.jsonl
+dpo FILE ok.jsonl --eval-file list.json | list.json is a JSON array
+dpo FILE list.jsonl | jq -c '.[]' list.jsonl > list.new.jsonl
+dpo FILE wide.json | wide.json is JSON, but not one object per line; write it so: jq -c . wide.json
+dpo FILE table.csv | table.csv is a CSV file; write it as JSONL: pandas.read_csv('table.csv', dtype
+dpo FILE ./table.tsv.gz | is a TSV file
+dpo FILE a.parquet | a.parquet is a Parquet file; write it as JSONL: pandas.read_parquet(
+dpo FILE parquet.jsonl | parquet.jsonl is a Parquet file
+dpo FILE gzipped.jsonl | gzipped.jsonl is compressed; give it a name that ends with .jsonl.gz
 dpo FILE pointer.jsonl | pointer.jsonl is a pointer of Git LFS, and not the file itself; run git
     lfs pull
 sft --tokenizer pointer.jsonl | pointer.jsonl is a pointer of Git LFS
@@ -365,7 +376,13 @@ def files(folder):
             lines[1::2] = [line.replace("true", "false") for line in lines[1::2]]
         (folder / f"{name}.jsonl").write_text("\n".join(lines + more))
     (folder / "junk.jsonl").write_bytes(bytes(range(256)))
-    texts = {"junk.jsonl.gz": "no gzip", "a_file": "", "text.pt": "hello", "bad.tiktoken": "none"}
+    (folder / "gzipped.jsonl").write_bytes(gzip.compress(GOOD.encode()))
+    (folder / "table.tsv.gz").write_bytes(gzip.compress(b"prompt\tcompletion\n"))
+    for name in ("a.parquet", "parquet.jsonl"):
+        (folder / name).write_bytes(b"PAR1\x15\x04\xff")
+    texts = {"list.json": f"\n[{GOOD}]", "list.jsonl": "[\n", "table.csv": "prompt,completion\n"}
+    texts |= {"wide.json": json.dumps(PAIR, indent=1)}
+    texts |= {"junk.jsonl.gz": "no gzip", "a_file": "", "text.pt": "hello", "bad.tiktoken": "none"}
     texts |= {f"{name}.py": text for name, text in FUNCTIONS.items()}
     vocabulary = (ROOT / "data/vocab.tiktoken").read_text()
     texts["other.tiktoken"] = vocabulary.rsplit("\n", 2)[0] + "\n"
