@@ -60,21 +60,22 @@ def merged(model, tokenizer, meta, dtype):
         if not tokenizer.chat:
             unseen.append("plain prompts were not rendered by the chat template (--no-chat)")
     if isinstance(model, ScalarGPT):
-        config["pad_token_id"] = pad = pad_token(tokenizer)
+        config["pad_token_id"] = pad = pad_token(tokenizer, model.config.vocab_size)
         unseen.append(f"pad batches with token {pad}, which ends no response")
         if bias := model.head.bias.item():
             unseen.append(f"every score is {bias:.4f} higher here (score_bias in config.json)")
     return config, weights.tensors_of(model, dtype), files, unseen
 
 
-def pad_token(tokenizer):
-    """-> a token that ends no response. transformers reads a score at the last token that is not
-    pad_token_id; if that were the end token, it would read the score one token too early."""
+def pad_token(tokenizer, vocab_size):
+    """-> a token that the model has, and that ends no response. transformers reads a score at the
+    last token that is not pad_token_id; if that were the end token, it would read the score one
+    token too early."""
     if tokenizer.template is None and not tokenizer.meta.get("files"):
         return 0
     pad = tokenizer.controls.get(tokenizer.named.get("pad_token"))
-    others = [i for i in tokenizer.controls.values() if i != tokenizer.end_id]
-    return pad if pad not in (None, tokenizer.end_id) else min(others, default=0)
+    able = {i for i in tokenizer.controls.values() if i < vocab_size} - {tokenizer.end_id}
+    return pad if pad in able else min(able, default=0)
 
 
 def adapters(model, meta, path, dtype):

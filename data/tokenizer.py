@@ -31,6 +31,7 @@ class Tokenizer:
     """
 
     template = None  # of chats: only those of Hugging Face have one
+    remedy = "train it again"  # if a model's logits do not fit
 
     def __init__(self, meta):
         self.meta = meta

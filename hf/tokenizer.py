@@ -23,6 +23,7 @@ class HFTokenizer(Tokenizer):
     user message (`chat`), and the template's arguments (`args`)."""
 
     longest = None
+    remedy = "resize its embedding to that (resize_token_embeddings), or take the new tokens out"
 
     def __init__(self, meta):
         self.meta, self.name, files = meta, meta["name"], meta["files"]
@@ -139,7 +140,16 @@ class HFTokenizer(Tokenizer):
         return self.vocabulary, self.source, self.chat, self.meta["args"]
 
     def fits(self, vocab_size):
-        return self.size <= vocab_size  # the logits may be padded
+        """The logits may be padded. A token has none only if nothing writes it: a control token
+        that is not in the template, and neither begins nor ends a text."""
+        if self.size <= vocab_size:
+            return True
+        written = {self.hf.id_to_token(i) for i in (*self.begin, self.end_id)}
+        if self.template:
+            written |= {x for name, x in self.named.items() if name in self.template.reads}
+        beyond = {token for token, i in self.hf.get_vocab().items() if i >= vocab_size}
+        in_template = any(token in self.source for token in beyond)
+        return beyond <= self.controls.keys() - written and not in_template
 
     # ---- text to ids
 

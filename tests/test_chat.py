@@ -4,11 +4,12 @@ import json
 import re
 
 import pytest
-from folders import CHATML, LETTERS, folder
+from folders import CHATML, LETTERS, edit, folder
 
 import data
 from data import UserError
 from data.chat import Chat
+from export import pad_token
 from hf.template import Template
 from training import checkpoint
 
@@ -196,6 +197,36 @@ def test_padded_vocabularies_fit_and_decode(tmp_path):
     tokenizer = checkpoint.load(path)[1]
     assert tokenizer.fits(64) and tokenizer.fits(23) and not tokenizer.fits(22)
     assert tokenizer.decode([ID["a"], 60, ID["b"]]) == "ab"
+
+
+@pytest.mark.parametrize(
+    "special, template, loads",
+    [
+        (True, CHATML, True),
+        (True, "", True),
+        (False, CHATML, False),
+        (True, CHATML + "<pad>", False),
+        (True, CHATML + "{{ pad_token }}", False),
+    ],
+)
+def test_a_token_without_an_embedding_is_one_that_nothing_writes(
+    special, template, loads, tmp_path
+):
+    """A 24th token for 23 rows, as Alpaca's heirs have it. A reward model is not padded with it."""
+    path = folder(tmp_path, template=template)
+    token = {"id": 23, "content": "<pad>", "special": special, "normalized": False}
+    token |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    facts = json.loads((path / "tokenizer.json").read_text())
+    edit(path / "tokenizer.json", added_tokens=[*facts["added_tokens"], token])
+    edit(path / "tokenizer_config.json", pad_token="<pad>")
+    if not loads:
+        words = "has a vocabulary of 23, but its tokenizer 24; resize its embedding"
+        with pytest.raises(UserError, match=words):
+            checkpoint.load(path)
+        return
+    tokenizer = checkpoint.load(path)[1]
+    assert max(tokenizer.prompt("<pad>x</s>")) < 23 and tokenizer.size == 24
+    assert pad_token(tokenizer, 23) < 23 and pad_token(tokenizer, 24) == 23
 
 
 def test_a_template_sees_no_clock_and_its_generation_blocks_are_text():

@@ -74,7 +74,7 @@ def _open(path, task, wanted, otherwise, mapped=False):
     size = model.config.vocab_size
     if not tokenizer.fits(size):
         words = f"{path} has a vocabulary of {size}, but its tokenizer {tokenizer.size}"
-        raise UserError(f"{words}; train it again")
+        raise UserError(f"{words}; {tokenizer.remedy}")
     if task:
         same_world(path, tokenizer, meta, task)
     return model, tokenizer, meta
