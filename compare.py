@@ -38,6 +38,7 @@ import training
 from analysis import answers, plots, predict, processor, report, tables
 from analysis.rows import EVERY, ROWS, budget, plan
 from data import Stopped, UserError
+from data.ours import refuse_others
 from training import checkpoint, locks, opt, parse
 from training.files import digest
 from training.options import DTYPES, flag
@@ -45,6 +46,7 @@ from training.process import interrupts
 
 HERE = Path(__file__).parent
 LOCK = threading.Lock()
+PICTURES = ("frontier", "length", "memory", "time", "entropy", "course")
 
 
 @dataclass
@@ -159,7 +161,7 @@ def run(folder, done, threads, item):
             record.unlink(missing_ok=True)
             state.unlink(missing_ok=True)
             done[item.name] = made
-            write(folder / "commands.json", json.dumps(done, indent=1))
+            write(folder / "commands.json", json.dumps({"compare.py": done}, indent=1))
     if tables.read(folder, item.name) and weights.exists():
         return 0, ""
     start = time.time()
@@ -174,8 +176,10 @@ def run(folder, done, threads, item):
 def run_all(o, folder):
     """-> (name -> what went wrong, the stages and runs)"""
     stages, runs = plan(o, folder)
+    for item in stages + runs:
+        writes(folder, *(f"{item.name}{x}" for x in (".pt", ".jsonl", ".state")))
     try:
-        done = json.loads((folder / "commands.json").read_text())
+        done = json.loads((folder / "commands.json").read_text())["compare.py"]
     except (OSError, ValueError):
         done = {}
     threads = max(1, os.cpu_count() // o.jobs) if o.jobs > 1 else 0
@@ -195,10 +199,17 @@ def run_all(o, folder):
     return errors, stages + runs
 
 
+def writes(folder, *names):
+    """Refuses, before anything runs, to replace what these scripts did not write."""
+    for name in names:
+        refuse_others(f"--out {folder}", folder / name)
+
+
 def write(path, text):
     path = Path(os.path.realpath(path))  # if it is a link, its target is replaced
-    path.with_suffix(".tmp").write_text(text, "utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
 
 
 # ---- tables, pictures and reports
@@ -208,6 +219,8 @@ def compare(o, folder):
     """Runs what has not been run yet, prints the tables, and writes README.md, compare.json,
     report.html and the pictures. -> the names of the runs that failed"""
     start = time.time()
+    writes(folder, "README.md", "compare.json", "commands.json", "report.html")
+    writes(folder, *(f"{name}.png" for name in PICTURES))
     errors, items = run_all(o, folder)
 
     lines = tables.summary(o, folder, items, errors)
@@ -241,6 +254,7 @@ def side_by_side(o, folder, items):
 
 def draw_records(o, folder):
     """Draws the curves of --records into curves.png, and into curves.html with a table"""
+    writes(folder, "curves.html", "curves.png")
     rows = tables.records(o.runs)
     steps = {name: steps for name, (_, steps, _) in o.runs.items()}
     pictures = plots.draw_records(steps, folder)
@@ -252,6 +266,7 @@ def draw_records(o, folder):
 
 def predict_all(o, folder):
     """Prints the table of --predict, and writes README.md, compare.json and a picture"""
+    writes(folder, "README.md", "compare.json", "memory.png")
     found, (task, config) = [], predict.settings(o)
     how = o.batch_size, o.micro_batch, o.lora, o.ranks, o.shard
     for row in o.methods:

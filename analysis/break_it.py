@@ -25,6 +25,7 @@ from unittest.mock import patch
 import training
 from analysis import plots, tables
 from data import UserError, say
+from data.ours import refuse_others
 from packing import before, last_token, pack
 from training import opt, parse
 
@@ -272,6 +273,8 @@ class Options:
         path = Path(self.plot)
         if self.plot and not (path.suffix == ".png" and path.parent.is_dir()):
             raise UserError(f"--plot {path}: give FILE.png, in a folder that exists")
+        if self.plot:
+            refuse_others("--plot", path)
 
 
 def main(argv=None):
@@ -297,7 +300,8 @@ def draw(bug, healthy, broken, path):
     """Draws the shown figures over the steps of both records."""
     if plt := plots.pyplot():
         runs = {"healthy": healthy, "broken": broken}
-        plots.curves(plt, runs, bug.shown.split()).savefig(path, bbox_inches="tight")
+        figure = plots.curves(plt, runs, bug.shown.split())
+        figure.savefig(path, bbox_inches="tight", metadata=plots.OURS)
         print(f"curves {path}")
 
 

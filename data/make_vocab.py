@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from data.error import UserError
+from data.ours import refuse_others
 from data.shapes import texts
 from data.tasks import task
 from data.tokenizer import DEFAULT, PATTERN
@@ -96,6 +97,7 @@ def main(argv=None):
     if out.is_dir():
         parser.error(f"--out {args.out} is a directory; give a file in it")
     try:
+        refuse_others("--out", out, ".tiktoken")
         ranks = train(texts(args.file) if args.file else toy_texts(), args.size)
     except UserError as e:
         parser.error(str(e))

@@ -24,9 +24,10 @@ steps = int(options.get("--steps", 100))
 final = {"models": models, "forward_passes": 1, "backward_passes": 1, "flops_per_token": 60,
          "trained_tokens": 100 * steps, "reward": 1.0 + int(options["--seed"]), "wall_s": 1,
          "step_ms": 5.0 if name == "simpo.py" else 10.0, "kl": 2.0}
-open(out, "w").write(" ".join(sys.argv))
+open(out, "w").write("PK nanopo " + " ".join(sys.argv))
 made = {"steps": steps, "beta": float(options.get("--beta", 0.1)), "batch_size": 32}
-first = {"options": made | {"out": out, "task": "exact", "dtype": "auto"}, "dtype": "float32"}
+made |= {"out": out, "task": "exact", "dtype": "auto"}
+first = {"method": "x", "task": "exact", "options": made, "dtype": "float32"}
 with open(out[:-3] + ".jsonl", "w") as f:
     f.write(json.dumps(first) + "\\n" + json.dumps({"final": final}) + "\\n")
 """
@@ -90,6 +91,24 @@ def test_another_start_runs_anew_and_a_failure_is_not_taken_for_the_run_before(s
     for _ in range(2):
         assert main("compare", "--methods", "dpo", "--task", "exact", "--budget", "512") == 1
         assert f"| dpo    | failed: {KILLED}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name",
+    "README.md compare.json commands.json report.html time.png sft-0.jsonl dpo-0.state dpo-0.pt"
+    " curves.html curves.png memory.png".split(),
+)
+def test_what_no_script_wrote_is_not_replaced(name, stubs, tiny, capsys):
+    """It is refused before anything runs, and for its name alone."""
+    how = ["--methods", "dpo", "--task", "exact"]
+    how = ["--records", tiny / "out/reviews/sft.jsonl"] if name[:6] == "curves" else how
+    how = ["--predict", "own"] if name == "memory.png" else how
+    (stubs / "c").mkdir()
+    (stubs / "c" / name).write_text("mine")
+    assert main("compare", *how, "--out", "c") == 2
+    assert f"--out c would overwrite c/{name}, which" in capsys.readouterr().err
+    assert (stubs / "c" / name).read_text() == "mine"
+    assert {x.name for x in (stubs / "c").iterdir()} == {name, "compare.lock"}
 
 
 def test_other_options_run_anew(stubs):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from conftest import TINY, killed, lines, main
 
+from data import UserError
 from training import distributed, files, loggers
 from training.files import Files
 
@@ -33,6 +34,19 @@ def test_a_missing_package_is_told_before_anything_is_written(how, tmp_path, mon
     error = capsys.readouterr().err
     assert f"needs the package {how}" in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_other_files_is_no_place_for_curves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.tb", "y.tb/notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+        with pytest.raises(UserError, match=f"--out {name[0]}.pt would overwrite {name[:4]}, "):
+            loggers.TensorBoard("dpo", f"{name[0]}.pt")
+    (tmp_path / "z.tb").mkdir()
+    (tmp_path / "z.tb/events.out.tfevents.1").write_text("")
+    loggers.TensorBoard("dpo", "z.pt")
 
 
 def test_a_logger_takes_every_line_of_the_record(tiny, tmp_path, monkeypatch):

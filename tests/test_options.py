@@ -13,8 +13,8 @@ from data import UserError
 from training import distributed, parse
 from training.options import flag
 
-COMMON = """init= reference= out= eval_file= steps=300 epochs=0 batch_size=32 micro_batch=0 lr=0.001
-warmup=20
+COMMON = """init= reference= out= name= eval_file= steps=300 epochs=0 batch_size=32 micro_batch=0
+lr=0.001 warmup=20
 lr_schedule=cosine weight_decay=0.0 grad_clip=1.0 max_new_tokens=0 block_size=0 truncate=False
 lora=0 lora_alpha=0 chat=True template_args=() eval_prompts=512
 strict=False seed=0 device=auto dtype=auto checkpoint_activations=False compile=False
@@ -305,6 +305,7 @@ def test_numbers_have_bounds(script):
 
 
 READ_ONLY = """
+dpo --name a | --out x.pt | without --out only
 sft --n-layer 2 | --init x.pt | without --init only
 sft --tokenizer a.tiktoken | --init x.pt | without --init only
 orpo --n-head 2 --tokenizer a.tiktoken | --init x.pt | without --init only
@@ -341,7 +342,8 @@ def test_every_option_of_a_variant_is_tried(script):
     rows = " ".join(command for command, *_ in READ_ONLY if command.startswith(f"{script} "))
     for f in fields(import_module(script).Options):
         shape = f.name in ("n_layer", "n_head", "n_embd")  # one of them will do
-        assert "only" not in f.metadata or flag(f.name) in rows or shape and rows
+        tried = flag(f.name) in rows or shape and rows or f.name == "name"  # which all have
+        assert "only" not in f.metadata or tried
 
 
 def test_every_torchrun_of_the_docs_parses(monkeypatch):

@@ -166,6 +166,40 @@ def test_two_runs_do_not_write_one_checkpoint(shop, other, capsys):
     assert locks.path_of("x/dpo.pt") not in locks.HELD
 
 
+@pytest.mark.parametrize("name", ["x.pt", "x.jsonl", "x.state", "x.lock"])
+def test_what_no_script_wrote_is_not_replaced(name, shop, capsys):
+    """Not even if nothing says that the run reads it. An empty file is nobody's."""
+    mine = shop / "a" / name
+    mine.parent.mkdir()
+    mine.write_text('{"method": "mine", "prompt": "p", "completion": "nanopo"}\n')
+    before = mine.read_bytes()
+    args = [*INIT, *TINY, "--out", "a/x.pt"]
+    assert main("dpo", *args) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dpo.py: --out a/x.pt would overwrite ") and f"a/{name}, which" in said
+    assert mine.read_bytes() == before and os.listdir("a") == [name]
+    mine.write_text("")
+    assert main("dpo", *args) == 0
+
+
+def test_a_run_says_which_checkpoint_it_replaces(shop, capsys):
+    args = [*INIT, *TINY, "--out", "a/x.pt"]
+    for more, said in {"0.3": "", "0.4": "a run with --beta 0.3, of 20", "0.40": ""}.items():
+        assert main("dpo", *args, "--beta", more) == 0
+        out, _, training = capsys.readouterr().out.partition("dpo step")
+        assert training and ("replaces a/x.pt: " + said in out if said else "replaces" not in out)
+    assert main("simpo", *args) == 0
+    assert "replaces a/x.pt: a run of dpo.py, of 20" in capsys.readouterr().out
+
+
+def test_a_name_keeps_two_runs_of_a_method(shop, capsys):
+    for name in ("a", "b"):
+        assert main("dpo", *INIT, *TINY, "--name", name) == 0
+    assert "replaces" not in capsys.readouterr().out
+    both = {f"dpo-{name}.{end}" for name in "ab" for end in ("pt", "jsonl")}
+    assert both <= set(files_in(shop / "out/reviews"))
+
+
 def test_torch_brings_along_what_is_not_in_requirements():
     names = {re.split(r"[^\w-]", line)[0] for line in metadata.requires("torch")}
     assert {"filelock", "jinja2"} <= names
@@ -260,6 +294,9 @@ def test_every_output_path_is_checked_before_the_work(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit, match="2"):
         make_vocab(["rows.jsonl", "--out", "a_file/v.tiktoken"])
     assert "cannot be written (Not a directory)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        make_vocab(["rows.jsonl", "--out", "rows.jsonl"])
+    assert "would overwrite" in capsys.readouterr().err
     assert main("compare", "--out", "a_file/x", "--methods", "dpo") == 2
     assert "--out a_file/x cannot be written (Not a directory)" in capsys.readouterr().err
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a_file", "rows.jsonl"]

@@ -7,12 +7,14 @@ import json
 import os
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import torch
 
 import gpt
 from data import Stopped, UserError
+from data.ours import refuse_others
 from training import distributed, locks
 from training.logger import Logger
 from training.options import flag
@@ -43,6 +45,9 @@ class Files:
             raise UserError(f"--out {out} is no place for a checkpoint; give a path like {stem}.pt")
         if not distributed.is_first:
             return
+        refuse_others(f"--out {out}", out, ".pt")
+        for path in (self.record_path, self.state_path):
+            refuse_others(f"--out {out}", path)
         try:
             os.makedirs(os.path.dirname(os.path.realpath(out)), exist_ok=True)
             locks.take_or_refuse(out)
@@ -109,7 +114,8 @@ class Files:
     def save(self, state):
         with self.writes(self.state_path):
             if distributed.is_first:
-                gpt.write(state | {"files": self.digests, "lines": self.lines}, self.state_path)
+                state = {"nanopo": "state"} | state | {"files": self.digests, "lines": self.lines}
+                gpt.write(state, self.state_path)
 
     def load(self, method, options):
         """-> the saved state. Raises UserError if it is of a run with other options, or if a file
@@ -139,6 +145,17 @@ class Files:
             return None
         self._refuse(f"{self.out} belongs to a finished run", differ)
         return final
+
+    def replaces(self, method, options):
+        """-> in a few words the checkpoint of another run that this one replaces, or "" """
+        try:
+            file = torch.load(self.out, map_location="cpu", weights_only=True, mmap=True)
+            differ = self._differs(file["meta"], method, options)
+            made = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.path.getmtime(self.out)))
+        except Exception:  # there is none, or it is not complete
+            return ""
+        words = f"replaces {self.out}: a run {differ}, of {made}"
+        return differ and f"{words}; --name or --out keeps both"
 
     def _differs(self, saved, method, options):
         """-> how a saved run differs from this one, or "". If both have read a file for an option,

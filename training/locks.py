@@ -5,6 +5,7 @@ import os
 import time
 
 from data import UserError, say
+from data.ours import refuse_others
 
 HELD = {}  # path of a lock -> the lock, if this process holds it
 
@@ -24,6 +25,7 @@ def take(out):
     path = path_of(out)
     if path in HELD:
         return True
+    refuse_others(f"--out {out}", path)  # a lock is empty
     open(path, "a").close()  # raises an error of its own if the folder cannot be written
     lock = FileLock(path, thread_local=False)
     try:

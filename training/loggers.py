@@ -8,6 +8,7 @@ import os
 import uuid
 
 from data import UserError
+from data.ours import refuse
 from training.logger import Logger
 
 NAMES = {  # in the record -> in TRL
@@ -35,6 +36,13 @@ def scalars(method, line):
 
 class TensorBoard(Logger):
     """Into the folder out/<task>/<method>.tb; `tensorboard --logdir out` shows all of them."""
+
+    def __init__(self, method, out):
+        super().__init__(method, out)
+        folder = f"{self.stem}.tb"
+        inside = os.listdir(folder) if os.path.isdir(folder) else [folder] * os.path.exists(folder)
+        if not all(name.startswith("events.out.tfevents.") for name in inside):
+            refuse(f"--out {out}", folder)
 
     def begin(self, options, lines):
         from torch.utils.tensorboard import SummaryWriter

@@ -47,6 +47,7 @@ class Options:
         "", "checkpoint of π_ref and of comparisons (default: the start)", file=True
     )
     out: str = opt("", "checkpoint to write (default: out/<task>/<method>.pt)")
+    name: str = opt("", "write out/<task>/<method>-NAME.pt, beside other runs", only="out=")
     eval_file: str = opt("", ".jsonl file to evaluate on (default: 5 % of the prompts)", file=True)
     steps: int = opt(300, "optimizer steps; with a file: one epoch", low=1)
     epochs: int = opt(0, "passes over a file or a fixed set, in place of --steps", low=0)
@@ -96,6 +97,8 @@ class Options:
             missing = f"needs the package {self.log_to}, which is not installed"
             remedy = f"pip install {self.log_to}, or leave it out"
             raise UserError(f"--log-to {self.log_to} {missing}; {remedy}")
+        if os.path.basename(self.name) != self.name:
+            raise UserError(f"--name {self.name} is a part of a file's name; --out takes a path")
         if self.epochs and self.endless():
             fresh = f"{self.task} makes fresh rows every step; give --steps"
             raise UserError(f"--epochs counts passes over a fixed set, but {fresh}")

@@ -46,7 +46,8 @@ class Run(Compute):
         self.method = method  # the script's name
         self.compile = o.compile  # whether models are compiled
         self.placement = choose_placement(o.shard, self.device, self.weights)
-        o.out = o.out or checkpoint.default_path(o.task, method)
+        name = f"{method}-{o.name}" if o.name else method
+        o.out = o.out or checkpoint.default_path(o.task, name)
         self.files = Files(o.out, logger(o.log_to, method, o.out))  # record, state, what is read
         self.generator = torch.Generator().manual_seed(o.seed)  # of samples and minibatches
         self.figures = Figures(self.device)  # what is logged, timed and counted

@@ -18,7 +18,7 @@ from training.placement import local, put
 from training.process import interrupts
 
 # options that do not change a run's bits; --shard changes them by rounding alone
-FREE = ("resume", "log_every", "log_to", "save_every", "out", "shard")
+FREE = ("resume", "log_every", "log_to", "save_every", "out", "name", "shard")
 LARGE = 1e6  # if the loss is not finite, a reward above this is said
 
 
@@ -57,6 +57,7 @@ class State:
             say(f"--warmup {o.warmup} outlasts the {o.steps} steps: the learning rate {last}")
         if run.files.interrupted():
             say(f"the state that an interrupted run left in {run.files.state_path} is replaced")
+        say(run.files.replaces(run.method, self.options))
         run.files.begin(asdict(o))
         run.files.drop_state()
         head = {"method": run.method, "task": o.task, "options": asdict(o), "commit": commit()}

@@ -1,0 +1,38 @@
+"""Nothing of the user's is replaced: what lies at a path of ours must be ours, or empty."""
+
+import os
+import re
+
+from data.error import UserError
+
+HEADS = {  # the end of a path -> how the files begin that these scripts write there
+    ".pt": rb"PK.*nanopo",
+    ".state": rb"PK.*nanopo",
+    ".jsonl": rb'\{"method": "[\w-]+", "task": ".*?", "options": \{',
+    ".md": rb"# python compare\.py",
+    ".json": rb'\{\s*"(command": "python )?compare\.py',
+    ".html": rb".*compare\.py",
+    ".png": rb".*nanopo",
+    ".tiktoken": rb"[\w+/]+=* \d+\n",
+}
+
+
+def refuse_others(option, path, kind=""):
+    """Raises UserError if a file lies at a path that these scripts did not write; an empty file is
+    nobody's. option: where the path comes from. kind: the end that it could have, if not its own"""
+    path = str(path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1000)
+    except FileNotFoundError:
+        return
+    except OSError:  # a folder, or what may not be read
+        head = b"?"
+    wanted = HEADS.get(kind or os.path.splitext(path)[1], rb"(?!)")  # no lock has content
+    if head and not re.match(wanted, head, re.DOTALL):
+        refuse(option, path)
+
+
+def refuse(option, path):
+    why = f"would overwrite {path}, which these scripts did not write"
+    raise UserError(f"{option} {why}; move it, or give another path")
