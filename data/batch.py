@@ -204,6 +204,9 @@ class Shuffled:
     def __init__(self, rows, batch_size, seed):
         self.n, self.seed = len(rows), seed
         self.batch_size = min(batch_size, self.n)
+        if batch_size > self.n:
+            set_of = f"the {self.n} rows of the set: every step takes all of them"
+            say(f"--batch-size {batch_size} is more than {set_of}")
         rest = self.n % self.batch_size  # a single last row joins the batch before it
         self.per_epoch = self.n // self.batch_size + (rest > 1)
         self.epoch = self.order = None

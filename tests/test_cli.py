@@ -19,6 +19,9 @@ dpo --steps many | --steps: must be a whole number, not 'many'
 dpo --steps 1.5 | --steps
 dpo --steps | --steps
 dpo --beta 0 | --beta: must be more than 0, not 0
+dpo --epochs 0 | --epochs: must be at least 1, not 0
+dpo --init= | --init is empty; give a value, or leave it out
+evaluate out/reviews/sft.pt --prompt= | --prompt is empty
 dpo --beta nan | --beta
 dpo --lr -1 | --lr
 dpo --lr inf | --lr

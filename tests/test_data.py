@@ -525,6 +525,14 @@ def test_the_last_batch_never_holds_one_row(n, sizes):
     assert [len(batches[i]) for i in range(batches.per_epoch)] == sizes
 
 
+def test_a_batch_that_is_larger_than_the_set_is_said(capsys):
+    for n in (8, 7):
+        batches = data.Batches(data.task("reviews").preferences, n, TOKENIZER, 128, options())
+        assert len(batches[0]) == n
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said == "--batch-size 8 is more than the 7 rows of the set: every step takes all of them"
+
+
 def test_prompts_pass_over_the_training_split():
     """Every training prompt once a pass, in another order the next. The state goes on where it
     stood. Test prompts never."""

@@ -192,6 +192,13 @@ def test_a_run_says_which_checkpoint_it_replaces(shop, capsys):
     assert "replaces a/x.pt: a run of dpo.py, of 20" in capsys.readouterr().out
 
 
+def test_an_evaluation_that_never_comes_is_said(shop, capsys):
+    for every, said in ((3, False), (4, True)):
+        assert main("dpo", *INIT, *TINY, "--out", "a/x.pt", "--eval-every", every) == 0
+        words = "--eval-every 4 is more than the 3 steps: only their end is evaluated"
+        assert (words in capsys.readouterr().out) == said
+
+
 def test_a_name_keeps_two_runs_of_a_method(shop, capsys):
     for name in ("a", "b"):
         assert main("dpo", *INIT, *TINY, "--name", name) == 0

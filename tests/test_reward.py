@@ -88,13 +88,17 @@ def reward(name, columns):
     return UserReward(name, task)
 
 
-def test_a_user_s_function_gets_the_columns_it_names(tmp_path):
+def test_a_user_s_function_gets_the_columns_it_names(tmp_path, capsys):
     (tmp_path / "r.py").write_text(NAMED)
     columns = {"answer": "4", "reference": "it is 4"}
     names = ("named", "every", "ended", "rest")
     named, every, ended, rest = (reward(f"{tmp_path}/r.py:{name}", columns) for name in names)
     assert named("p", "4", True, **columns) == 1.0 and named("p", "5", True, **columns) == 0.0
+    said = "named takes 'weight', which is no column of the rows: it is always 1\n"
+    assert capsys.readouterr().out == f"--reward {tmp_path}/r.py:{said}"
     assert named("p", "4", weight=3, **columns) == 3.0
+    reward(f"{tmp_path}/r.py:named", columns | {"weight": 3})
+    assert not capsys.readouterr().out
     assert every("p", "4", True, **columns) == 1.0 == rest("p", "c", True, **columns)
     assert (ended("p", "4", True), ended("p", "4", False)) == (1.0, 0.0)
 

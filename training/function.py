@@ -10,7 +10,7 @@ import traceback
 
 import torch
 
-from data import UserError
+from data import UserError, say
 
 
 class UserReward:
@@ -58,6 +58,8 @@ class UserReward:
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         for p in named:
             takes = f"--reward {self.name} takes {p.name!r}"
+            if p.default is not p.empty and p.name not in (*given, *columns):
+                say(f"{takes}, which is no column of the rows: it is always {_flat(p.default)}")
             if p.default is not p.empty or p.name in given:
                 continue
             if p.name not in columns:

@@ -50,7 +50,7 @@ class Options:
     name: str = opt("", "write out/<task>/<method>-NAME.pt, beside other runs", only="out=")
     eval_file: str = opt("", ".jsonl file to evaluate on (default: 5 % of the prompts)", file=True)
     steps: int = opt(300, "optimizer steps; with a file: one epoch", low=1)
-    epochs: int = opt(0, "passes over a file or a fixed set, in place of --steps", low=0)
+    epochs: int = opt(0, "passes over a file or a fixed set, in place of --steps", low=1)
     batch_size: int = opt(32, "examples per optimizer step", low=1)
     micro_batch: int = opt(0, "examples per forward pass; a few save memory (0: all)", low=0)
     lr: float = opt(1e-3, "AdamW learning rate at its peak", above=0)
@@ -217,6 +217,8 @@ def parse(cls, argv=None, presets=None):
             metavar = None if choices else f.type.__name__[0].upper()
             parser.add_argument(flag(f.name), type=read, choices=choices, metavar=metavar, **how)
     given = vars(parser.parse_args(argv))
+    for name in [name for name, x in given.items() if x == ""]:
+        raise UserError(f"{flag(name)} is empty; give a value, or leave it out")
 
     values = {f.name: f.default for f in fields(cls)} | presets.get("any", {}) | given
     for words, preset in presets.items():

@@ -55,6 +55,9 @@ class State:
         if o.warmup > o.steps:
             last = f"ends at {learning_rate(o.steps - 1, o):.3g}, not {o.lr:g}"
             say(f"--warmup {o.warmup} outlasts the {o.steps} steps: the learning rate {last}")
+        if o.eval_every > o.steps:
+            few = f"is more than the {o.steps} steps: only their end is evaluated"
+            say(f"--eval-every {o.eval_every} {few}")
         if run.files.interrupted():
             say(f"the state that an interrupted run left in {run.files.state_path} is replaced")
         say(run.files.replaces(run.method, self.options))
