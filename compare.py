@@ -18,7 +18,6 @@ tables, is one page with everything: pictures, curves, the answers of all method
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -141,20 +140,24 @@ def child(command, threads=0):
     return process.returncode, (errors or ["killed"])[-1]
 
 
-def inputs(command):
-    """-> a digest of the checkpoints that a command reads"""
-    given = zip(command, command[1:])
-    paths = [path for option, path in given if option in ("--init", "--reward")]
-    found = [digest(path) for path in paths if os.path.exists(path)]
-    return hashlib.sha256("".join(found).encode()).hexdigest()
+def identity(command):
+    """-> a command in which what it reads stands by its content, and --out by its name, so that a
+    folder may be moved"""
+    words = list(map(str, command))
+    for i, option in enumerate(words[:-1], 1):
+        if option in ("--task", "--init", "--reward"):
+            words[i] = digest(words[i]) or words[i]
+        elif option == "--out":
+            words[i] = os.path.basename(words[i])
+    return words
 
 
 def run(folder, done, threads, item):
-    """Runs an item, unless an earlier comparison has finished it. done: name -> the command that
-    made it and a digest of its inputs, as in commands.json. -> (exit code, what went wrong)"""
+    """Runs an item, unless an earlier comparison has finished it. done: name -> the identity of the
+    command that made it, as in commands.json. -> (exit code, what went wrong)"""
     why = "an earlier comparison was killed, but its run goes on; this one waits for that run"
     locks.wait_until_free(folder / f"{item.name}.pt", why)
-    made = {"command": item.command, "inputs": inputs(item.command)}
+    made = identity(item.command)
     weights, record, state = (folder / f"{item.name}{x}" for x in (".pt", ".jsonl", ".state"))
     with LOCK:
         if done.get(item.name) != made:  # the files there are another run's

@@ -13,6 +13,7 @@ HEADS = {  # the end of a path -> how the files begin that these scripts write t
     ".json": rb'\{\s*"(command": "python )?compare\.py',
     ".html": rb".*compare\.py",
     ".png": rb".*nanopo",
+    ".lock": rb"(?!)",  # it is empty
     ".tiktoken": rb"[\w+/]+=* \d+\n",
 }
 
@@ -28,7 +29,7 @@ def refuse_others(option, path, kind=""):
         return
     except OSError:  # a folder, or what may not be read
         head = b"?"
-    wanted = HEADS.get(kind or os.path.splitext(path)[1], rb"(?!)")  # no lock has content
+    wanted = HEADS.get(kind or os.path.splitext(path)[1], HEADS[".pt"])
     if head and not re.match(wanted, head, re.DOTALL):
         refuse(option, path)
 

@@ -6,6 +6,7 @@ by name, and so are pickled and quantised weights. The package transformers is n
 the other.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -352,18 +353,14 @@ def rope(folder, facts):
     return {"rope_theta": float(theta), "rope_scaling": tuple(map(float, scaling))}
 
 
-def digest(folder):
-    """-> what --resume compares: the texts, and header, size and time of each file of weights"""
-    found = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".json", ".jinja") and path.is_file():
-            found.update(path.name.encode() + b"\0" + path.read_bytes())
-        elif path.suffix == ".safetensors":
-            facts = path.stat()
-            with open(path, "rb") as file:
-                header = file.read(min(2**24, 8 + int.from_bytes(file.read(8), "little")))
-            found.update(f"{path.name} {facts.st_size} {facts.st_mtime_ns}".encode() + header)
-    return found.hexdigest()
+def digest(folder, of):
+    """-> the digest of what `load` reads, texts and weights; other files do not count. of: a
+    function that gives the digest of a file"""
+    paths = [path for name in TEXTS if (path := Path(folder, name)).is_file()]
+    with contextlib.suppress(UserError):  # `load` says what is wrong
+        paths += weight_files(folder)
+    text = "".join(f"{path.name} {of(path)}\n" for path in paths)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---- out

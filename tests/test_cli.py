@@ -43,7 +43,6 @@ dpo --out out | --out
 dpo --out out/reviews/sft.pt --init out/reviews/sft.pt | would overwrite out/reviews/sft.pt
 dpo --out out/reviews/sft.pt | would overwrite out/reviews/sft.pt
 sft --task ok.jsonl --out ok.pt | would overwrite ok.jsonl
-dpo --name a/b | --name a/b is a part of a file's name
 dpo --out /dev/null | --out /dev/null is no place for a checkpoint
 dpo --out new/ | --out new/ is no place for a checkpoint
 dpo --seed 99999999999999999999 | --seed

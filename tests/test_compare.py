@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import sys
 
 import pytest
@@ -109,6 +110,24 @@ def test_what_no_script_wrote_is_not_replaced(name, stubs, tiny, capsys):
     assert f"--out c would overwrite c/{name}, which" in capsys.readouterr().err
     assert (stubs / "c" / name).read_text() == "mine"
     assert {x.name for x in (stubs / "c").iterdir()} == {name, "compare.lock"}
+
+
+def test_a_moved_folder_is_kept_and_other_rows_run_anew(stubs):
+    """What a comparison reads counts by its content, and not by its place."""
+    (stubs / "rows.jsonl").write_text("{}")
+    (stubs / "s.pt").write_text("start")
+
+    def runs(task, init, out):
+        how = ["--methods", "simpo", "--task", task, "--init", init, "--out", out]
+        assert main("compare", *how) == 0
+        return len((stubs / out / "calls").read_text().split())
+
+    assert runs("rows.jsonl", "s.pt", "a") == 1
+    for name, moved in {"rows.jsonl": "other.jsonl", "s.pt": "t.pt", "a": "b"}.items():
+        os.rename(name, moved)
+    assert runs("other.jsonl", "t.pt", "b") == 1
+    (stubs / "other.jsonl").write_text("[]")
+    assert runs("other.jsonl", "t.pt", "b") == 2
 
 
 def test_other_options_run_anew(stubs):

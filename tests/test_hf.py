@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from data import UserError
 from gpt import ScalarGPT, save
 from hf import weights as hf
 from training import checkpoint, parse
+from training.files import digest
 from training.options import Options
 from training.sampling import sample
 
@@ -127,15 +129,24 @@ def test_transformers_5_writes_rope_parameters(tmp_path):
     assert hf.read_config(path) == config
 
 
-def test_the_digest_is_of_texts_and_of_the_weights_facts(tmp_path):
+def test_the_digest_is_of_the_content_that_is_read(tmp_path):
+    """A copy has the same, whatever its times and whatever else lies in it."""
     path = folder(tmp_path / "a")
-    before = hf.digest(path)
-    assert hf.digest(path) == before
-    os.utime(path / "model.safetensors", (1, 1))
-    changed = hf.digest(path)
+    before = digest(path)
+    copy = shutil.copytree(path, tmp_path / "b", copy_function=shutil.copy)
+    os.utime(copy / "model.safetensors", (1, 1))
+    for other in ("trainer_state.json", "consolidated.safetensors", "README.md", "old.jinja"):
+        (copy / other).write_text("{}")
+    assert digest(copy) == before
+    weights, facts = copy / "model.safetensors", os.stat(path / "model.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(weights, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    changed = digest(copy)
     assert changed != before
-    edit(path / "config.json", torch_dtype="float32")
-    assert hf.digest(path) not in (before, changed)
+    weights.write_bytes(content)
+    edit(copy / "config.json", torch_dtype="float32")
+    assert digest(copy) not in (before, changed)
 
 
 # ---- broken folders

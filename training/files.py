@@ -38,6 +38,7 @@ class Files:
         self.logger = logger  # takes the record's lines too
         self.out, stem = out, out.removesuffix(".pt")
         self.record_path, self.state_path = f"{stem}.jsonl", f"{stem}.state"
+        self.written = out, self.record_path, self.state_path
         self.lines = []  # of the record
         self.paths, self.digests = {}, {}  # of the files that the run reads, by their part in it
         taken = os.path.exists(out) and not os.path.isfile(out)  # a folder, /dev/null
@@ -45,18 +46,16 @@ class Files:
             raise UserError(f"--out {out} is no place for a checkpoint; give a path like {stem}.pt")
         if not distributed.is_first:
             return
-        refuse_others(f"--out {out}", out, ".pt")
-        for path in (self.record_path, self.state_path):
-            refuse_others(f"--out {out}", path)
         try:
             os.makedirs(os.path.dirname(os.path.realpath(out)), exist_ok=True)
-            locks.take_or_refuse(out)
-            for path in (out, self.record_path, self.state_path):
+            for path in self.written:
+                refuse_others(f"--out {out}", path)
                 path = os.path.realpath(path)
                 with open(f"{path}.{os.getpid()}.tmp", "w") as file:
                     os.unlink(file.name)
                 if os.path.exists(path) and not os.access(path, os.W_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+            locks.take_or_refuse(out)
         except OSError as e:
             why = f"cannot be written ({e.strerror or e}); give another path"
             raise UserError(f"--out {out} {why}") from None
@@ -66,8 +65,7 @@ class Files:
         """Notes a file that the run reads: the run must not overwrite it, and --resume needs it
         unchanged. part: its part in the run, such as "init"; its path does not matter. known_by:
         what --resume compares in place of its content, which the user may mend."""
-        written = (self.out, self.record_path, self.state_path)
-        if path and os.path.realpath(path) in map(os.path.realpath, written):
+        if path and os.path.realpath(path) in map(os.path.realpath, self.written):
             words = f"--out {self.out} would overwrite {path}, which this run reads"
             raise UserError(f"{words}; give another path")
         folder = path and os.path.isfile(os.path.join(path, "config.json"))
@@ -194,11 +192,14 @@ class Files:
 
 
 def digest(path):
-    """-> the digest of a file's content, or of a checkpoint's folder"""
-    if os.path.isdir(path):
+    """-> the digest of the content of a file, or of what is read of a checkpoint's folder; "" if
+    there is neither"""
+    if os.path.isfile(os.path.join(path, "config.json")):
         from hf import weights
 
-        return weights.digest(path)
+        return weights.digest(path, digest)
+    if not os.path.isfile(path):
+        return ""
     found = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):

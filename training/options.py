@@ -97,8 +97,6 @@ class Options:
             missing = f"needs the package {self.log_to}, which is not installed"
             remedy = f"pip install {self.log_to}, or leave it out"
             raise UserError(f"--log-to {self.log_to} {missing}; {remedy}")
-        if os.path.basename(self.name) != self.name:
-            raise UserError(f"--name {self.name} is a part of a file's name; --out takes a path")
         if self.epochs and self.endless():
             fresh = f"{self.task} makes fresh rows every step; give --steps"
             raise UserError(f"--epochs counts passes over a fixed set, but {fresh}")
