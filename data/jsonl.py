@@ -51,7 +51,7 @@ class Jsonl(Task):
         else:
             self._split(path)
         test = self.lines["test"][0][1]
-        self.unpaired = "label" in test and "chosen" not in test
+        self.unpaired = "label" in test and not self._has_pairs("test")
         self.has_reward = not self.lacks("answer", str, int, float)
 
     def _note_shared(self):

@@ -84,7 +84,11 @@ def _parse(place, line):
     row = json.loads(
         line.decode(), parse_constant=_refuse, parse_float=_finite, object_pairs_hook=once
     )
-    json.dumps(row, ensure_ascii=False).encode()  # half an emoji, "\ud83d", is JSON but no text
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        why = "half a character, such as \\ud83d, is not text"
+        raise UserError(f"{place}: {why}; write the whole character") from None
     if not isinstance(row, dict):
         raise UserError(f"{place}: a row must be a JSON object, not {_kind(row)}")
     for key in ("messages", "prompt", *ANSWERS):
@@ -125,7 +129,7 @@ def _join_parts(place, key, message):
 
 
 def _refuse(name):
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a finite number")
 
 
 def _finite(text):
@@ -139,6 +143,9 @@ def _last_turn(place, row):
     if not isinstance(chat, list):
         raise UserError(f'{place}: "messages" must be a list of messages, not {_kind(chat)}')
     roles = [role for role, _ in _messages(place, "messages", chat)]
+    if "completion" in row:
+        both = '"messages" and "completion" both hold an answer'
+        raise UserError(f"{place}: {both}; leave one of them out")
     if roles[-1] != "assistant":
         return row | {"prompt": chat}
     if len(roles) == 1:
@@ -290,14 +297,17 @@ def number_of(place, row, key, default):
     return float(x)
 
 
+READERS = [  # the columns that a script needs; those that say most come first
+    ({"prompt", "completion", "label"}, "kto.py"),
+    ({"chosen", "rejected"}, "dpo.py, simpo.py or orpo.py"),
+    ({"prompt", "completion"}, "sft.py"),
+    ({"prompt", "chosen"}, "sft.py"),
+    ({"prompt"}, "ppo.py, grpo.py or dapo.py"),
+]
+
+
 def missing(row, key):
-    scripts = {
-        "label": "kto.py",
-        "chosen": "dpo.py, simpo.py or orpo.py",
-        "completion": "sft.py",
-        "prompt": "ppo.py, grpo.py or dapo.py",
-    }
-    able = [script for column, script in scripts.items() if column in row and column != key]
+    able = [x for columns, x in READERS if columns <= row.keys() and key not in columns]
     half = key == "rejected" and "chosen" in row  # of a pair: no script reads that
     hint = f"; {able[0]} can read such rows" if able and not half else ""
     if not able:

@@ -47,7 +47,7 @@ dpo --out /dev/null | --out /dev/null is no place for a checkpoint
 dpo --out new/ | --out new/ is no place for a checkpoint
 dpo --seed 99999999999999999999 | --seed
 sft --block-size 1 | --block-size 1 leaves no room
-dpo FILE surrogate.jsonl | surrogate.jsonl:1: not UTF-8 text
+dpo FILE surrogate.jsonl | surrogate.jsonl:1: half a character
 dpo --init none.pt | none.pt: no such file
 dpo --init out | out is a directory
 dpo --init cut.pt | not a whole checkpoint
@@ -118,8 +118,8 @@ kto FILE badlabel.jsonl | badlabel.jsonl:1: "label" must be true or false, not "
 sft FILE badlabel.jsonl | badlabel.jsonl:1: "label" must be true or false, not "yes"
 sft FILE labelled.jsonl | labelled.jsonl:61: no column "label", which labelled.jsonl:1 has
 dpo FILE text.jsonl | text.jsonl:1: no column "prompt" (it has text); split each text into
-sft FILE nan.jsonl | nan.jsonl:1: not JSON (NaN is no number of JSON)
-sft FILE wide.jsonl | wide.jsonl:1: not JSON (1e999 is no number of JSON)
+sft FILE nan.jsonl | nan.jsonl:1: not JSON (NaN is not a finite number)
+sft FILE wide.jsonl | wide.jsonl:1: not JSON (1e999 is not a finite number)
 sft FILE talk.jsonl | talk.jsonl:1: "messages" must be a list of messages, not a string
 sft FILE monologue.jsonl | monologue.jsonl:1: "messages" begins with the answer
 sft FILE question.jsonl | question.jsonl:1: no column "completion" (it has prompt)
@@ -130,8 +130,7 @@ dpo FILE twiceinside.jsonl | twiceinside.jsonl:1: the key "a" occurs twice in on
 sft FILE picture.jsonl | picture.jsonl:1: "prompt" has a part of the kind 'image_url'; a model here
     reads {"type": "text", "text"} only
 sft FILE bareparts.jsonl | bareparts.jsonl:1: "completion" has a part of the kind 'a string'
-kto FILE nocolumn.jsonl | no column "label" (it has prompt, chosen); dpo.py, simpo.py or orpo.py
-    can read such rows
+kto FILE nocolumn.jsonl | no column "label" (it has prompt, chosen); sft.py can read such rows
 kto --epochs 2 | --epochs
 dpo FILE label.jsonl | no column "chosen" (it has prompt, completion, label); kto.py can read such
     rows
