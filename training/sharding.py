@@ -105,9 +105,8 @@ def cut(model, kind):
     # half a second to import, and not in every torch
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    warnings.filterwarnings(
-        "ignore", "FSDP2-wrapped module .* returned a view"
-    )  # nothing writes to it
+    # FSDP warns of a view, to which nothing is written
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     for unit in (*model.blocks, model):
         fully_shard(unit, mesh=distributed.mesh(kind), reshard_after_forward=True)
         unit.set_gradient_divide_factor(1.0)
