@@ -47,10 +47,7 @@ def merged(model, tokenizer, meta, dtype):
         config |= {"bos_token_id": tokenizer.end_id}
         unseen.append("no chat template: prompts and answers are plain text, one after the other")
     generation = json.loads(files.get("generation_config.json", "{}"))
-    named = generation.get("eos_token_id", config.get("eos_token_id"))
-    named = named if isinstance(named, list) else [named] * (named is not None)
-    ends = list(dict.fromkeys([tokenizer.end_id, *named]))
-    files["generation_config.json"] = json.dumps(generation | {"eos_token_id": ends})
+    files["generation_config.json"] = json.dumps(generation | {"eos_token_id": [*tokenizer.ends]})
     config.setdefault("eos_token_id", tokenizer.end_id)
     if tokenizer.longest:
         unseen.append(f"a response of {tokenizer.longest} tokens is complete without an end token")
@@ -74,7 +71,7 @@ def pad_token(tokenizer, vocab_size):
     if tokenizer.template is None and not tokenizer.meta.get("files"):
         return 0
     pad = tokenizer.controls.get(tokenizer.named.get("pad_token"))
-    able = {i for i in tokenizer.controls.values() if i < vocab_size} - {tokenizer.end_id}
+    able = {i for i in tokenizer.controls.values() if i < vocab_size} - {*tokenizer.ends}
     return pad if pad in able else min(able, default=0)
 
 

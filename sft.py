@@ -17,6 +17,7 @@ response that was not cut.
     python sft.py                               reviews, from random weights, half a minute
     python sft.py --task arithmetic:2           sums of two digits; --task exact: 40 outcomes
     python sft.py --task my.jsonl --block-size 1024 --truncate
+    python sft.py --task chats.jsonl --turns all    every answer of a conversation, not the last one
     python sft.py --task my.jsonl --init out/reviews/sft.pt
 """
 
@@ -27,7 +28,7 @@ import data
 import training
 from evaluate import Evaluator
 from gpt import token_logprobs
-from training import Run, ScratchOptions, parse
+from training import Run, ScratchOptions, opt, parse
 from training.checkpoint import find_reference
 from training.held_out import nll_per_token
 
@@ -40,7 +41,7 @@ def nll(logp):
 
 @dataclass
 class Options(ScratchOptions):
-    pass
+    turns: str = opt("last", 'the answers of "messages" that are trained', choices=("last", "all"))
 
 
 SMALL = dict(n_layer=2, n_embd=64, block_size=8)
@@ -64,7 +65,7 @@ def held_out(task, o):
 def main(argv=None):
     o = parse(Options, argv, PRESETS)
     run = Run("sft", o)
-    task = data.task(o.task, o.eval_file, o.strict)
+    task = data.task(o.task, o.eval_file, o.strict, o.turns)
     policy = run.load(o.init, task) if o.init else run.create(task)
     run.hold(policy=policy)
 

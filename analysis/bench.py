@@ -135,7 +135,7 @@ def generator(config, job):
     prompts = torch.randint(2, config.vocab_size, (job["prompts"], job["prompt"])).tolist()
     how = dict(group=job["group"], generator=torch.Generator().manual_seed(0))
     end = 1 if job["ends"] else -1
-    return lambda: sampling.sample(model, prompts, job["response"], end, **how).mask.sum()
+    return lambda: sampling.sample(model, prompts, job["response"], (end,), **how).mask.sum()
 
 
 def tokens_per_second(draw, runs=5):

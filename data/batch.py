@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.chat import facts
 from data.error import UserError, say
 from packing import Packed, before, pack
 
@@ -84,14 +85,13 @@ def encode(rows, tokenizer, block_size, truncate=False, many=False):
     behind block_size. A pair whose answers are equal after that is dropped.
     """
     out, long = Rows() if many else [], []
-    prompt_ids = lru_cache(4096)(lambda text, messages: tuple(tokenizer.prompt(text)))
-    answer_ids = lru_cache(4096)(lambda text: tuple(tokenizer.answer(text)))
+    prompt_ids = lru_cache(4096)(lambda prompt, facts: tuple(tokenizer.prompt(prompt)))
     bar = tqdm(rows, "rows to tokens", delay=2, leave=False, disable=None) if many else rows
     for row in bar:
         prompt, *answers = row
         with _placed(prompt):
-            x = prompt_ids(prompt, getattr(prompt, "messages", None))
-            ys = [answer_ids(y) if isinstance(y, str) else y for y in answers]
+            x = prompt_ids(prompt, facts(prompt))
+            ys = [tuple(tokenizer.answer(y, prompt)) if isinstance(y, str) else y for y in answers]
         longest = max([len(y) for y in ys if isinstance(y, tuple)])
         if len(x) + longest > block_size:
             long.append(len(x) + longest)
@@ -115,7 +115,7 @@ def encode(rows, tokenizer, block_size, truncate=False, many=False):
     if equal := len(rows) - len(out):
         dropped = f"{equal} of them dropped because their answers became equal"
         note += f", {dropped}: {len(out)} rows are left"
-    return out, _note(rows, note)
+    return out, _note(rows, tokenizer.notes(), note)
 
 
 @contextlib.contextmanager
@@ -128,10 +128,10 @@ def _placed(prompt):
         raise UserError(f"{place}: {e}" if place else str(e)) from None
 
 
-def _note(rows, cut):
-    """-> the note on rows that were drawn: what became of the other rows of a file, and what was
-    cut"""
-    return "\n".join(filter(None, (getattr(rows, "account", ""), cut)))
+def _note(rows, *more):
+    """-> the note on rows that were drawn: what became of the other rows of a file, and what more
+    there is to say"""
+    return "\n".join(filter(None, (getattr(rows, "account", ""), *more)))
 
 
 def encode_prompts(rows, tokenizer, limit, truncate=False, what="test prompts"):

@@ -5,20 +5,22 @@
 
 Each is a string or a message list [{"role", "content"}]; a content of text parts, [{"type": "text",
 "text"}], is their texts joined. If chosen and rejected begin alike, "prompt" may be left out, or be
-repeated in both. The last of "messages" is the completion, the others are the prompt. A single user
-message is read as plain text, as a string is; a longer chat is rendered by TEMPLATE, or by the
-checkpoint's own template. A hash puts 5 % of the prompts into the test split. A bad line stops the
-run with file:line. Rows that are well formed but useless (an empty answer, chosen equal to
-rejected) are dropped and counted, or refused if `strict`.
+repeated in both. The last of "messages" is the completion, the others are the prompt; if `turns` is
+"all", every answer in it makes a row. A single user message is read as plain text, as a string is.
+A longer chat is rendered by TEMPLATE, or by the checkpoint's own template, which may read more
+columns and keys. A hash puts 5 % of the prompts into the test split. A bad line stops the run with
+file:line. Rows that are well formed but useless (an empty answer, chosen equal to rejected) are
+dropped and counted, or refused if `strict`.
 """
 
+import json
 import random
 from collections import Counter
 from decimal import Decimal
 
-from data.chat import TEMPLATE
+from data.chat import TEMPLATE, same
 from data.error import UserError, say
-from data.shapes import answer_of, missing, number_of, prompt_of, read
+from data.shapes import answer_of, for_template, missing, number_of, prompt_of, read, turns
 from data.toy import Graded, Labelled, Task, hash_share
 
 TEST_SHARE = 0.05
@@ -41,7 +43,7 @@ class Jsonl(Task):
     bound = None
     template = TEMPLATE
 
-    def __init__(self, path, eval_file="", strict=False):
+    def __init__(self, path, eval_file="", strict=False, turns="last"):
         self.name, self.eval_file, self.strict = path, eval_file, strict
         self.notes = []  # what has been printed about the rows
         self.lines = {"train": read(path)}  # split -> [("path:number", row)]
@@ -50,9 +52,20 @@ class Jsonl(Task):
             self._note_shared()
         else:
             self._split(path)
+        if turns == "all":
+            self._take_all_turns()
         test = self.lines["test"][0][1]
         self.unpaired = "label" in test and not self._has_pairs("test")
         self.has_reward = not self.lacks("answer", str, int, float)
+
+    def _take_all_turns(self):
+        """Makes a row of every answer of "messages". Those of a conversation stay in its split."""
+        for split, lines in self.lines.items():
+            rows = [(place, one) for place, row in lines for one in turns(row)]
+            if len(rows) > len(lines):
+                each = "each of which is a row (--turns all)"
+                self._note(f"{len(lines):,} {split} rows have {len(rows):,} answers, {each}")
+            self.lines[split] = rows
 
     def _note_shared(self):
         train, test = ({self._prompt(*x)[0] for x in self.lines[k]} for k in ("train", "test"))
@@ -201,6 +214,7 @@ class Jsonl(Task):
 
     def _draw(self, rows_of, n, seed, split):
         """-> n of the useful rows of rows_of(split), all of them if n is None"""
+        self._note_template()
         rows, lost = self._useful(rows_of, split)
         if n is not None and n < len(rows):
             lost["not drawn"] = len(rows) - n
@@ -210,14 +224,32 @@ class Jsonl(Task):
             drawn.account = self._account(len(rows), lost, *self._useful(rows_of, "test"))
         return drawn
 
+    def _note_template(self):
+        """Says what a chat template reads beside roles and contents, and what it does not."""
+        reads, found = self.template.get("reads", ()), {}
+        for place, row in self.lines["train"]:
+            for name, what in for_template(row).items():
+                found.setdefault(name, (place, what))
+        for name, (place, what) in found.items():
+            done = "the chat template reads it"
+            lost = "no chat template here reads it, and it does not reach the model"
+            self._note(f"{place}: {what}: {done if name in reads else lost}")
+
+    def _teaches(self, answer):
+        """Whether an answer says anything: a text, or what a chat template reads beside it"""
+        reads = self.template.get("reads", ())
+        more = [json.loads(x.more or "{}") for x in getattr(answer, "messages", ())]
+        return answer.strip() or any(key in reads for keys in more for key in keys)
+
     def _useful(self, rows_of, split):
         """-> the rows that teach something, {reason: how many others are left out for it}"""
         rows, kept = rows_of(split), []
         lost = Counter({"undesirable": len(self.lines[split]) - len(rows)})
         for row in rows:
-            if not all(x.strip() for x in row[:3] if isinstance(x, str)):
+            prompt, *answers = (x for x in row[:3] if isinstance(x, str))
+            if not all(map(self._teaches, answers)):
                 lost["empty"] += 1
-            elif len(row) > 2 and row[1] == row[2]:
+            elif len(answers) == 2 and same(*answers):
                 lost["equal"] += 1
             else:
                 kept.append(row)

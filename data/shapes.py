@@ -2,6 +2,7 @@
 prompt, and answers that do not repeat it."""
 
 import codecs
+import contextlib
 import gzip
 import json
 import math
@@ -9,11 +10,13 @@ import os
 import zlib
 from functools import partial
 
-from data.chat import Chat
+from data.chat import Chat, Message
 from data.error import UserError, refuse_pointer
 
 KINDS = {dict: "an object", list: "a list", bool: "a boolean", str: "a string", type(None): "null"}
 ANSWERS = ("completion", "chosen", "rejected")
+ROLES = ("system", "user", "assistant", "tool")
+COLUMNS = ("tools", "documents", "chat_template_kwargs")  # that a chat template reads
 TURN = "\n\nAssistant:"  # where an answer begins in a transcript, as in HH
 FRAME = ".to_json({out!r}, orient='records', lines=True)"
 PARQUET = "a Parquet file; write it as JSONL: pandas.read_parquet({path!r})" + FRAME
@@ -142,7 +145,7 @@ def _last_turn(place, row):
     chat = row.pop("messages")
     if not isinstance(chat, list):
         raise UserError(f'{place}: "messages" must be a list of messages, not {_kind(chat)}')
-    roles = [role for role, _ in _messages(place, "messages", chat)]
+    roles = [message.role for message in _messages(place, "messages", chat)]
     if "completion" in row:
         both = '"messages" and "completion" both hold an answer'
         raise UserError(f"{place}: {both}; leave one of them out")
@@ -150,7 +153,27 @@ def _last_turn(place, row):
         return row | {"prompt": chat}
     if len(roles) == 1:
         raise UserError(f'{place}: "messages" begins with the answer; a prompt must come first')
-    return row | {"prompt": chat[:-1], "completion": chat[-1:]}
+    return row | {"prompt": Turns(chat[:-1]), "completion": chat[-1:]}
+
+
+class Turns(list):
+    """The messages of "messages" before an answer"""
+
+    conversation = ()  # all of "messages", if each of its answers is trained
+
+
+def turns(row):
+    """-> a row per answer of "messages", the first answer first; [row] if it had none"""
+    prompt = row["prompt"]
+    if not isinstance(prompt, Turns):
+        return [row]
+    chat, rows = [*prompt, *row["completion"]], []
+    for i, message in enumerate(chat):
+        if i and message["role"] == "assistant":
+            before = Turns(chat[:i])
+            before.conversation = chat
+            rows.append(row | {"prompt": before, "completion": [message]})
+    return rows
 
 
 def texts(path):
@@ -173,20 +196,51 @@ def prompt_of(place, row, template):
     """-> (the prompt as text, the row with answers that do not repeat it)"""
     row = _split_prompt(place, row)
     prompt, chat = row["prompt"], ()
+    conversation = getattr(prompt, "conversation", ())
     if isinstance(prompt, list):
         chat = _messages(place, "prompt", prompt)
-        prompt = chat[0][1]
+        prompt = chat[0].text
         if _is_dialogue(row):
-            turns = [template[role].format(text) for role, text in chat]
+            turns = [template[message.role].format(message.text) for message in chat]
             prompt = "".join(turns) + template["answer"]
         if _goes_on(row):
             opened = template["assistant"].partition("{}")[0]
-            prompt = "".join(turns[:-1]) + opened + chat[-1][1]
+            prompt = "".join(turns[:-1]) + opened + chat[-1].text
     if not _text(place, "prompt", prompt).strip():
         raise UserError(
             f"{place}: the prompt is empty; a model needs at least one token to answer to"
         )
-    return Chat(prompt, chat, place), row
+    prompt = Chat(prompt, chat, place)
+    if columns := {name: _column(place, name, row[name]) for name in COLUMNS if row.get(name)}:
+        prompt.columns = json.dumps(columns)
+    if conversation:
+        prompt.conversation = tuple(_messages(place, "messages", conversation))
+    return prompt, row
+
+
+def _column(place, name, x):
+    """-> what a chat template reads of a column; it may be written as a text of JSON, as `datasets`
+    needs it if the rows have different tools"""
+    kind = dict if name == "chat_template_kwargs" else list
+    with contextlib.suppress(ValueError):
+        x = json.loads(x) if isinstance(x, str) else x
+    if not isinstance(x, kind):
+        raise UserError(f'{place}: "{name}" must be {KINDS[kind]}, not {_kind(x)}')
+    return x
+
+
+def for_template(row):
+    """-> {name: how a message names it} of what only a chat template reads: columns, the names of
+    chat_template_kwargs, keys of messages"""
+    found = {name: f'the column "{name}"' for name in COLUMNS[:2] if row.get(name)}
+    if isinstance(names := row.get("chat_template_kwargs"), dict):
+        found |= {name: f'the argument "{name}"' for name in names}
+    for column in ("prompt", *ANSWERS):
+        messages = row[column] if isinstance(row.get(column), list) else ()
+        for message in messages:
+            if isinstance(message, dict):
+                found |= {key: f'the key "{key}" of a message' for key in _more(message)}
+    return found
 
 
 def answer_of(place, row, key, template):
@@ -196,15 +250,16 @@ def answer_of(place, row, key, template):
     if not isinstance(row[key], list):
         return _text(place, key, row[key])
     chat = _messages(place, key, row[key])
-    roles = [role for role, _ in chat]
+    roles = [message.role for message in chat]
     if roles != ["assistant"]:
         raise UserError(
             f'{place}: "{key}" must be one assistant message, or the prompt\'s messages and '
             f"then one, not {len(chat)} of {_short(', '.join(roles))}"
         )
-    text = chat[0][1]
+    text = chat[0].text
     joined = text and _is_dialogue(row) and not _goes_on(row)
-    return template.get("before", " ") + text if joined else text
+    text = template.get("before", " ") + text if joined else text
+    return Chat(text, chat) if chat[0].more else text
 
 
 def _text(place, key, value):
@@ -215,19 +270,29 @@ def _text(place, key, value):
 
 
 def _messages(place, key, value):
-    """A message list -> [(role, content)]"""
+    """A message list -> [Message]. A message that calls tools needs no content."""
+    out = []
     for message in value:
+        calls = isinstance(message, dict) and message.get("tool_calls")
+        if calls and message.get("content") is None:
+            message = message | {"content": ""}
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             shape = 'a list of {"role", "content"} with string contents'
             raise UserError(f'{place}: "{key}" must be {shape}')
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise UserError(
-                f'{place}: "{key}" has the role {_short(repr(message.get("role")))}; '
-                "known are system, user, assistant"
-            )
+        more = _more(message)
+        role = message.get("role")
+        if role not in ROLES:
+            what = f'"{key}" has the role {_short(repr(role))}'
+            raise UserError(f"{place}: {what}; known are {', '.join(ROLES)}")
+        out.append(Message(role, message["content"], json.dumps(more) if more else ""))
     if not value:
         raise UserError(f'{place}: "{key}" has no message')
-    return [(message["role"], message["content"]) for message in value]
+    return out
+
+
+def _more(message):
+    """-> what a message has beside role and content; null says that it has none"""
+    return {k: x for k, x in message.items() if k not in ("role", "content") and x is not None}
 
 
 def _is_dialogue(row):
@@ -256,7 +321,7 @@ def _split_prompt(place, row):
     if isinstance(prompt, list):
         begins = head[: len(prompt)] == _messages(place, "prompt", prompt)
     else:
-        begins = ("user", prompt) in head
+        begins = ("user", prompt) in [message[:2] for message in head]
     if not begins or len(with_prompt) < len(answers) or any(x != head for x in heads):
         keys = " and ".join(f'"{key}"' for key in answers)
         raise UserError(f"{place}: {keys} must be one message, or the whole chat with its prompt")

@@ -13,7 +13,7 @@ def kind(name):
     return "file" if is_file else name.partition(":")[0]
 
 
-def task(name, eval_file="", strict=False):
+def task(name, eval_file="", strict=False, turns="last"):
     """-> the task of that name: "reviews", "arithmetic:2" (digits), "exact", "exact:1",
     "tokens:32+96" (random prompts and responses of so many tokens), or the path of a JSONL file.
     The other arguments are for a file only.
@@ -32,7 +32,9 @@ def task(name, eval_file="", strict=False):
     if kind(name) == "file":
         from data.jsonl import Jsonl
 
-        return Jsonl(name, eval_file, strict)
+        return Jsonl(name, eval_file, strict, turns)
+    if turns != "last":
+        raise UserError(f"--turns goes with a JSONL file of messages; {name} has none")
     if eval_file:
         raise UserError(f"--eval-file goes with a JSONL file; {name} has test prompts of its own")
     if name == "reviews":

@@ -23,7 +23,7 @@ PATTERN = r" ?[^\W\d_]+|\d| ?[^\s\w]+|_+|\s+(?!\S)|\s+"
 
 class Tokenizer:
     """encode: text -> ids, without an end token. decode: ids -> text, the end token left out.
-    `end_id` ends a response.
+    `end_id` ends a response that is trained; any of `ends` ends one that is sampled.
 
     `meta` is what a checkpoint keeps: the vocabulary itself, or the name by which tiktoken knows
     it. A world of few symbols (`exact`) has its own, with `longest`: a response of so many tokens
@@ -41,6 +41,7 @@ class Tokenizer:
         else:
             self.encoding = _named(meta["name"])
         self.end_id = self.encoding.encode_single_token(END)
+        self.ends = (self.end_id,)
         self.size = self.encoding.n_vocab
 
     def encode(self, text):
@@ -65,8 +66,8 @@ class Tokenizer:
         """-> the last n ids of a prompt"""
         return self.encode(text)[-n:]
 
-    def answer(self, text):
-        """-> the ids of a response, with its end token"""
+    def answer(self, text, prompt=""):
+        """-> the ids of a response to a prompt, with its end token"""
         return [*self.encode(text), self.end_id][: self.longest]
 
     def dialogue(self, turns, n=0):
@@ -77,6 +78,10 @@ class Tokenizer:
 
     def decode(self, ids):
         return self.encoding.decode([i for i in ids if i != self.end_id])
+
+    def notes(self):
+        """-> what is to be said of the answers that were encoded"""
+        return ""
 
     @property
     def vocabulary(self):

@@ -5,13 +5,18 @@ code, and cannot change its messages. Its time and memory are not limited. Jinja
 """
 
 import json
+import re
 from datetime import datetime
+from functools import lru_cache
+from itertools import starmap
 
 from data import UserError, user_errors
+from data.chat import Message
 
 GIVEN = {"messages", "add_generation_prompt", "tools", "documents"}  # not by --template-args
 DAY = datetime(2024, 7, 26)  # Llama's default, for every run: none depends on the day
-MARK = "\ufdd1"  # a code point that is no character: no text has it
+MARK, OPEN, CLOSE = "\ufdd1\ufdd3\ufdd4"  # code points that are no characters: no text has them
+MARKED = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 class Template:
@@ -23,42 +28,79 @@ class Template:
         with user_errors(f"the chat template of {name} cannot be read"):
             from jinja2.meta import find_undeclared_variables
 
-            environment = _environment()
-            self.template = environment.from_string(source)
-            self.reads = find_undeclared_variables(environment.parse(source)) - GIVEN
+            self.environment = _environment()
+            self.template = self.environment.from_string(source)
+            tree = self.environment.parse(source)
+            self.reads = find_undeclared_variables(tree) - GIVEN
+            self.names = names(tree)
+        self.marks = MARKED.search(source) is not None
+        self.prompt = lru_cache(64)(self.prompt)
 
-    def render(self, messages, generation_prompt):
-        """-> the text of a conversation. generation_prompt: with an opened answer"""
-        rows = [{"role": role, "content": text} for role, text in messages]
+    def render(self, messages, generation_prompt, columns=""):
+        """-> the text of a conversation. generation_prompt: with an opened answer; columns: what
+        else the row has for the template, as JSON"""
+        rows = [json.loads(x.more or "{}") | x._asdict() for x in starmap(Message, messages)]
+        for row in rows:
+            row["content"] = row.pop("text")
+            row.pop("more")
+        columns = json.loads(columns or "{}")
         given = {"tools": None, "documents": None} | self.arguments
+        given |= columns.pop("chat_template_kwargs", {}) | columns
         given |= {"messages": rows, "add_generation_prompt": generation_prompt}
         what = f"the chat template of {self.name} cannot render a conversation"
         with user_errors(what, "change it, or leave it out"):
             return self.template.render(given)
 
-    def prompt(self, messages):
+    def prompt(self, messages, columns=""):
         """-> the text that an answer follows. An answer in the last message stays open."""
         if messages[-1][0] != "assistant":
-            return self.render(messages, True)
-        *before, (role, text) = messages
-        before, mark, _ = self.render([*before, (role, text + MARK)], False).rpartition(MARK)
+            return self.render(messages, True, columns)
+        *before, (role, text, *more) = messages
+        opened = [*before, (role, text + MARK, *more)]
+        before, mark, _ = self.render(opened, False, columns).rpartition(MARK)
         if not mark:
             raise UserError(f"the chat template of {self.name} drops an answer that goes on")
         return before
 
+    def marked(self, messages, columns=""):
+        """-> the text of a conversation in parts; every second one is in {% generation %}"""
+        self.environment.marks = OPEN, CLOSE
+        try:
+            return re.split(f"[{OPEN}{CLOSE}]", self.render(messages, False, columns))
+        finally:
+            self.environment.marks = "", ""
+
+
+def names(tree):
+    """-> all names, of variables, attributes and keys, that a template has"""
+    from jinja2 import nodes
+
+    found = {x.name for x in tree.find_all(nodes.Name)} | {
+        x.attr for x in tree.find_all(nodes.Getattr)
+    }
+    texts = [x.value for x in tree.find_all(nodes.Const) if isinstance(x.value, str)]
+    return sorted(found.union(texts))
+
 
 def _environment():
+    from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} … {% endgeneration %} marks the answer; nothing here reads the mark."""
+        """{% generation %} … {% endgeneration %} is what the model says."""
 
         tags = {"generation"}
 
         def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            call = self.call_method("said")
+            return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def said(self, caller):
+            opening, closing = self.environment.marks
+            return f"{opening}{caller()}{closing}"
 
     def raise_exception(message):
         raise ValueError(message)
@@ -70,6 +112,7 @@ def _environment():
     extensions = [Generation, "jinja2.ext.loopcontrols"]
     blocks = {"trim_blocks": True, "lstrip_blocks": True}
     environment = ImmutableSandboxedEnvironment(extensions=extensions, **blocks)
+    environment.marks = "", ""
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": DAY.strftime}
     return environment

@@ -1,8 +1,9 @@
 """The tokenizer of a Hugging Face checkpoint, by the package `tokenizers`, and how its chat
 template joins a prompt and an answer.
 
-The template renders a prompt of messages. Control tokens that the template writes are read as such;
-one that a message spells stays text. A plain string is one user message if `chat` is on.
+The template renders a prompt of messages, and the same messages with their answer; what stands
+behind the prompt there is the answer. Control tokens that the template writes are read as such; one
+that a message spells stays text. A plain string is one user message if `chat` is on.
 """
 
 import json
@@ -10,12 +11,13 @@ import re
 from functools import cached_property
 
 from data import Tokenizer, UserError, user_errors
-from data.chat import Chat
+from data.chat import Chat, Message
 from data.tokenizer import beginning
+from hf import added
 from hf.template import MARK, Template
 
-NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 GUARD, PRIVATE = "\ufdd2", 0xF0000  # no character, and the first for private use
+SYSTEM, ANSWERED = ("system", "1"), [("user", "1"), ("assistant", MARK)]
 
 
 class HFTokenizer(Tokenizer):
@@ -28,12 +30,13 @@ class HFTokenizer(Tokenizer):
     def __init__(self, meta):
         self.meta, self.name, files = meta, meta["name"], meta["files"]
         self.settings = self._json("tokenizer_config.json")
-        self.named = {name: x for name in NAMED if (x := self._named(name))}
+        facts = [self.settings, self._json("special_tokens_map.json")]
+        self.named = added.roles(facts)
         self.source = files.get("chat_template.jinja") or self._template()
-        self.template, opens = None, ""
+        self.template, self.reads = None, []
         if self.source:
             self.template = Template(self.source, self.name, self.named)
-            opens = self._try([("user", "1")], True)
+            self.reads = self.template.names
             known = self.template.reads
             if unknown := sorted(set(meta["args"]) - known):
                 has = ", ".join(sorted(known - set(self.named))) or "none"
@@ -41,48 +44,57 @@ class HFTokenizer(Tokenizer):
                 raise UserError(f"{words}; it has {has}")
             self.template.arguments |= meta["args"]
         self.chat = bool(self.source) and meta["chat"]
-        self.hf, self.controls = self._read(files["tokenizer.json"], opens)
+        self._read(files["tokenizer.json"], added.named(facts))
         self.size = max(self.hf.get_vocab().values(), default=-1) + 1
-        self.end_id = self._end()
+        self.ends = self._ends()
+        self.end_id, self.silent = self.ends[0], {*self.ends, *self.controls.values()}
+        self.answers = self.apart = 0  # how many were encoded, and do not go on from their prompts
 
-    def _read(self, text, opens):
-        """-> (the tokenizer, {control token: id}). A token that opens a chat is one of them even if
-        the file does not call it special, so that no message can spell it."""
+    def _read(self, text, special):
+        """Sets hf, the tokenizer; controls, {control token: id}; written and tail, the token that
+        the template writes behind an answer, or None, and the text behind that; word, the same
+        token if any text can spell it. special: the control tokens that other files name"""
         try:
             import tokenizers
         except ImportError:
             needs = "needs the package tokenizers: pip install -r requirements-hf.txt"
             raise UserError(f"the vocabulary of {self.name} {needs}") from None
+        answered = self._try(ANSWERED, False)
+        said = [answered, self._try(ANSWERED[:1], True), self._try([SYSTEM, *ANSWERED], False)]
         with user_errors(f"tokenizer.json of {self.name} cannot be read", "save it again"):
+            ids = added.ids(self.settings, self._json("added_tokens.json"))
             facts = json.loads(text)
-            controls = {}
-            for token in facts.get("added_tokens") or []:
-                if token["special"] or token["content"] in opens:
-                    token |= {"special": True, "normalized": False}
-                    controls[token["content"]] = token["id"]
-            made = tokenizers.Tokenizer.from_str(json.dumps(facts))
-            made.no_padding()
-            made.no_truncation()
-            made.encode("1")
-        return made, controls
+            tokens = added.complete(facts, special, ids)
+            written, self.tail = first_of(tokens, answered.rpartition(MARK)[2])
+            if written:
+                tokens[written] |= {"special": True, "normalized": False}
+            self.hf = tokenizers.Tokenizer.from_str(json.dumps(facts))
+            self.hf.no_padding()
+            self.hf.no_truncation()
+            self.hf.encode_special_tokens = True
+            self.controls = {
+                x: token["id"]
+                for x, token in tokens.items()
+                if token["special"] and (x == written or not self._is_word(x, token["id"]))
+            }
+        added.refuse_others(self.hf, facts, ids, self.name)
+        added.refuse_unknown(self.hf, "".join(said), special | tokens.keys(), self.name)
+        self.written = self.controls.get(written)
+        self.word = self.written if written and self._is_word(written, self.written) else None
+
+    def _is_word(self, token, i):
+        """Whether any text that has a token in it is read so, as if "!" were the padding"""
+        return self.hf.encode(token, add_special_tokens=False).ids == [i]
 
     def _try(self, messages, generation_prompt):
         """-> what the template writes; "" if it fails, as it may still work on a user's prompts"""
         try:
-            return self.template.render(messages, generation_prompt)
+            return self.template.render(messages, generation_prompt) if self.template else ""
         except UserError:
             return ""
 
     def _json(self, name):
         return json.loads(self.meta["files"].get(name, "{}"))  # an object: see hf/weights.py
-
-    def _named(self, name):
-        for found in (self.settings, self._json("special_tokens_map.json")):
-            token = found.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                return token
-        return ""
 
     def _template(self):
         found = self.settings.get("chat_template") or ""
@@ -91,21 +103,20 @@ class HFTokenizer(Tokenizer):
             found = found[0].get("template") or "" if found else ""
         return found
 
-    def _end(self):
-        """-> the id that ends an answer: what the template writes after one, else eos_token"""
-        if self.template:
-            said = self._try([("user", "1"), ("assistant", MARK)], False)
-            _, found, after = said.rpartition(MARK)
-            if found and (token := self._split.search(after)):
-                return self.controls[token[0]]
-        end = self.hf.token_to_id(self.named.get("eos_token", ""))
+    def _ends(self):
+        """-> the ids that end an answer. The first one ends those that are trained: what the
+        template writes behind an answer or, if prompts stay bare, what the checkpoint's own files
+        say."""
+        own = []
         for name in ("generation_config.json", "config.json"):
-            named = self._json(name).get("eos_token_id")
-            named = named[0] if isinstance(named, list) and named else named
-            end = named if end is None else end
-        if type(end) is not int or not 0 <= end < self.size:
+            said = self._json(name).get("eos_token_id")
+            own += said if isinstance(said, list) else [said]
+        own.append(self.hf.token_to_id(self.named.get("eos_token", "")))
+        ends = [self.written, *own] if self.chat else [*own, self.written]
+        ends = [i for i in dict.fromkeys(ends) if type(i) is int and 0 <= i < self.size]
+        if not ends:
             raise UserError(f"{self.name} names no end token: give its config.json an eos_token_id")
-        return end
+        return tuple(ends)
 
     @cached_property
     def _split(self):
@@ -159,22 +170,78 @@ class HFTokenizer(Tokenizer):
             return self.hf.encode(text, add_special_tokens=False).ids
 
     def encode(self, text):
-        return self._ids(str(text))
+        ids = self._ids(str(text))
+        if self.word in ids:
+            words = f"{beginning(text)} spells {self.hf.id_to_token(self.word)}, which this"
+            raise UserError(f"{words} vocabulary cannot tell from its control token; leave it out")
+        return ids
 
     def messages(self, prompt):
-        """-> ((role, text), …), or None if the prompt stays a bare string"""
+        """-> [Message], or None if the prompt stays a bare string"""
         if not self.template:
             return None
-        bare = (("user", str(prompt)),) if self.chat else None
-        return getattr(prompt, "messages", ()) or bare
+        bare = [Message("user", str(prompt))] if self.chat else None
+        return list(getattr(prompt, "messages", ())) or bare
 
     def prompt(self, prompt):
         messages = self.messages(prompt)
-        return self.begin + self.encode(prompt) if messages is None else self._render(messages)
+        if messages is None:
+            return self.begin + self.encode(prompt)
+        turn = self._turn(prompt)
+        return self._spell(*turn[0]) if turn else self._rendered(messages, prompt)
 
-    def _render(self, messages):
-        """-> the ids of a conversation. While the template runs, a private code point stands for
-        each control token that a message spells; it is text again when its piece is encoded."""
+    def _rendered(self, messages, prompt=""):
+        messages, hidden = self._hide(messages)
+        return self._spell(self.template.prompt(tuple(messages), columns_of(prompt)), hidden)
+
+    def answer(self, text, prompt=""):
+        """-> what the template makes of an answer, as it stands behind its prompt. If the rendering
+        does not begin with the prompt, the answer's content follows the prompt as it is. A bare
+        prompt, or none, is followed by the bare answer."""
+        messages = self.messages(prompt) if prompt else None
+        if messages is None:
+            return [*self.encode(text), self.end_id]
+        self.answers += 1
+        if turn := self._turn(prompt):
+            return self._spell(*turn[1])
+        (answer,) = getattr(text, "messages", ()) or [Message("assistant", str(text))]
+        (*messages, answer), hidden = self._hide([*messages, answer])
+        columns = columns_of(prompt)
+        before = self.template.prompt(tuple(messages), columns)
+        if messages[-1].role == "assistant":
+            opened = messages.pop()
+            answer = answer._replace(text=opened.text + answer.text)
+        said = self.template.render([*messages, answer], False, columns)
+        if said.startswith(before):
+            said = said[len(before) :].removesuffix(self.tail)
+        else:
+            self.apart += 1
+            said = answer.text
+        ids = self._spell(said, hidden)
+        return ids if ids and ids[-1] == self.written else [*ids, self.end_id]
+
+    def _turn(self, prompt):
+        """-> what stands before an answer, and the answer, each with what is hidden in it, of a
+        conversation whose answers are all trained, if the template marks them, else None"""
+        conversation = getattr(prompt, "conversation", ())
+        if not conversation or not self.template.marks:
+            return None
+        messages, hidden = self._hide(conversation)
+        parts = self.template.marked(tuple(messages), columns_of(prompt))
+        if len(parts) // 2 != sum(message.role == "assistant" for message in conversation):
+            return None
+        n = 2 * sum(message.role == "assistant" for message in prompt.messages) + 1
+        return ("".join(parts[:n]), hidden), (parts[n], hidden)
+
+    def notes(self):
+        apart, answers, self.apart, self.answers = self.apart, self.answers, 0, 0
+        words = f"the chat template of {self.name} writes {apart} of {answers} conversations so"
+        how = "that they do not begin with the prompt: the answer's content alone follows it there"
+        return f"warning: {words} {how}" if apart else ""
+
+    def _hide(self, messages):
+        """-> (messages in which a private code point stands for each control token that they spell,
+        {code: the token's text}), while the template runs"""
         hidden = {}
 
         def hide(token):
@@ -182,10 +249,13 @@ class HFTokenizer(Tokenizer):
             hidden[GUARD + code] = token[0]
             return GUARD + code
 
-        if GUARD in "".join(text for _, text in messages):
+        if GUARD in "".join(message.text for message in messages):
             raise UserError(f"a message has the code point {GUARD!r}, which is no character")
-        messages = [(role, self._split.sub(hide, text)) for role, text in messages]
-        said = self.template.prompt(messages)
+        return [x._replace(text=self._split.sub(hide, x.text)) for x in messages], hidden
+
+    def _spell(self, said, hidden):
+        """-> the ids of what the template wrote. What is hidden is text again when its piece is
+        encoded."""
         if not hidden:
             return self._ids(said, control=True)
         ids, before = [], ""
@@ -210,13 +280,13 @@ class HFTokenizer(Tokenizer):
         messages, ids = self.messages(prompt), self.prompt(prompt)
         if messages is None:
             return self.begin + self.encode(prompt)[-max(1, n - len(self.begin)) :]
-        messages = list(messages)
-        for i, (role, text) in enumerate(messages):
-            tokens, drop = self.encode(text), 0
+        for i, message in enumerate(messages):
+            tokens, drop = self.encode(message.text), 0
             while len(ids) > n and drop < len(tokens) - 1:
                 drop = min(len(tokens) - 1, drop + len(ids) - n)
-                messages[i] = role, self.decode(tokens[drop:]).lstrip("\ufffd")
-                ids = self._render(messages)
+                kept = self.hf.decode(tokens[drop:], skip_special_tokens=False)
+                messages[i] = message._replace(text=kept.lstrip("\ufffd"))
+                ids = self._rendered(messages, prompt)
         return ids
 
     def dialogue(self, turns, n=0):
@@ -229,4 +299,17 @@ class HFTokenizer(Tokenizer):
     # ---- ids to text
 
     def decode(self, ids):
-        return self.hf.decode([i for i in ids if i != self.end_id], skip_special_tokens=False)
+        """Without control tokens"""
+        ids = [i for i in ids if i not in self.silent]
+        return self.hf.decode(ids, skip_special_tokens=False)
+
+
+def first_of(tokens, text):
+    """-> the token that comes first in a text, or None, and what stands behind it"""
+    names = sorted(tokens, key=len, reverse=True)
+    found = names and re.search("|".join(map(re.escape, names)), text)
+    return (found[0], text[found.end() :]) if found else (None, text)
+
+
+def columns_of(prompt):
+    return getattr(prompt, "columns", "")

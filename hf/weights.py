@@ -23,7 +23,7 @@ from hf import remedies
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 TEXTS = (  # the files that a checkpoint of ours keeps
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "chat_template.jinja"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 UNREAD = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # buffers of old files

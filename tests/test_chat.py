@@ -11,6 +11,7 @@ from data import UserError
 from data.chat import Chat
 from export import pad_token
 from hf.template import Template
+from hf.weights import read_texts
 from training import checkpoint
 
 ID = {x: i for i, x in enumerate(LETTERS)} | {"he": 18, "th": 19, "<s>": 20, "[": 21, "]": 22}
@@ -218,7 +219,7 @@ def test_a_token_without_an_embedding_is_one_that_nothing_writes(
     token |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
     facts = json.loads((path / "tokenizer.json").read_text())
     edit(path / "tokenizer.json", added_tokens=[*facts["added_tokens"], token])
-    edit(path / "tokenizer_config.json", pad_token="<pad>")
+    edit(path / "tokenizer_config.json", pad_token="<pad>" if special else None)
     if not loads:
         words = "has a vocabulary of 23, but its tokenizer 24; resize its embedding"
         with pytest.raises(UserError, match=words):
@@ -234,3 +235,245 @@ def test_a_template_sees_no_clock_and_its_generation_blocks_are_text():
     assert said == "26 Jul 2024"
     blocks = "{% generation %}{{ messages[0].content | tojson }}{% endgeneration %}"
     assert Template(blocks, "x", {}).render([("user", "é<")], True) == '"é<"'
+
+
+# ---- which tokens are control tokens, and which end an answer
+
+
+def token(i, content, special=False):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": content, "special": special, **flags}
+
+
+def add(path, *tokens):
+    facts = json.loads((path / "tokenizer.json").read_text())
+    edit(path / "tokenizer.json", added_tokens=[*facts["added_tokens"], *tokens])
+
+
+SAYS = {  # how a file says that <x> is a control token
+    "tokenizer.json": lambda path: add(path, token(23, "<x>", special=True)),
+    "added_tokens_decoder": lambda path: edit(
+        path / "tokenizer_config.json", added_tokens_decoder={"23": token(23, "<x>", special=True)}
+    ),
+    "a role": lambda path: edit(path / "tokenizer_config.json", pad_token="<x>"),
+    "additional": lambda path: edit(
+        path / "tokenizer_config.json", additional_special_tokens=["<x>"]
+    ),
+    "extra": lambda path: edit(path / "tokenizer_config.json", extra_special_tokens={"q": "<x>"}),
+    "the map": lambda path: (path / "special_tokens_map.json").write_text(
+        json.dumps({"additional_special_tokens": [{"content": "<x>"}]})
+    ),
+}
+
+
+@pytest.mark.parametrize("says", SAYS)
+def test_a_token_is_a_control_token_if_any_file_says_so(says, tmp_path):
+    """No text spells it, and no reward reads it."""
+    path = folder(tmp_path, vocab_size=24)
+    if says not in ("tokenizer.json", "added_tokens_decoder"):
+        add(path, token(23, "<x>"))
+    SAYS[says](path)
+    tokenizer = checkpoint.tokenizer_of({"tokenizer": files_of(path)})
+    assert tokenizer.controls["<x>"] == 23 and tokenizer.size == 24
+    assert 23 not in tokenizer.encode("a<x>") + tokenizer.prompt("a<x>b")
+    assert tokenizer.decode([ID["a"], 23, ID["b"]]) == "ab"
+
+
+def files_of(path):
+    return {"name": "x", "files": read_texts(path), "chat": True, "args": {}}
+
+
+def test_an_added_word_is_read_in_every_text(tmp_path):
+    """The template writes it too, and some file names another token of that name."""
+    path = folder(tmp_path, template=CHATML.replace("{{ m.role[0] }}", "{{ m.role }}"))
+    add(path, token(23, "user"))
+    tokenizer = checkpoint.tokenizer_of({"tokenizer": files_of(path)})
+    assert "user" not in tokenizer.controls
+    assert tokenizer.prompt("a user").count(23) == 2 and 23 in tokenizer.answer("the user")
+    assert tokenizer.decode([23]) == "user"
+
+
+def test_padding_with_an_ordinary_letter_takes_no_letter_away(tmp_path):
+    path = folder(tmp_path)
+    add(path, token(ID["x"], "x", special=True))
+    tokenizer = checkpoint.tokenizer_of({"tokenizer": files_of(path)})
+    assert tokenizer.encode("ax") == ids("ax") and tokenizer.decode(ids("ax]")) == "ax"
+
+
+LACKING = [
+    ({"added_tokens_decoder": {"30": token(30, "<x>")}}, "", "gives <x> the id 30, but"),
+    ({"added_tokens_decoder": {"22": token(22, "<s>")}}, "", "gives <s> the id 22, but"),
+    ({"eos_token": "<x>"}, "{{ eos_token }}", "writes <x>, which its vocabulary lacks"),
+    ({"eos_token": "<x>"}, "<x>", "writes <x>, which its vocabulary lacks"),
+    ({}, "<|im_sep|>", r"writes <\|im_sep\|>, which its vocabulary lacks"),
+]
+
+
+@pytest.mark.parametrize("settings, more, why", LACKING)
+def test_a_token_that_the_vocabulary_lacks_is_not_spelled_out(settings, more, why, tmp_path):
+    path = folder(tmp_path, template=CHATML + more)
+    edit(path / "tokenizer_config.json", **settings)
+    with pytest.raises(UserError, match=why):
+        checkpoint.load(path)
+
+
+def test_marks_are_words_if_the_vocabulary_has_none_of_their_shape(tmp_path):
+    """As Zephyr's template writes <|user|>, which is no token there."""
+    path = folder(tmp_path, template="<|user|>{{ messages[0].content }}{{ eos_token }}")
+    facts = json.loads((path / "tokenizer.json").read_text())
+    tokens = [x | {"content": x["content"].replace("|", "")} for x in facts["added_tokens"]]
+    edit(path / "tokenizer.json", added_tokens=tokens)
+    assert checkpoint.load(path)[1].prompt("a")[-2:] == [ID["a"], ID["<s>"]]
+
+
+@pytest.mark.parametrize(
+    "chat, generation, config, ends",
+    [
+        (None, None, None, [22, 20]),  # the template's, and eos_token for want of an id
+        (None, [21, 22], 20, [22, 21, 20]),
+        (False, [21, 22], 21, [21, 22, 20]),
+        (False, None, 21, [21, 20, 22]),
+        (False, -1, [99, 2**70, "x", True], [20, 22]),
+    ],
+)
+def test_end_tokens_are_a_set(chat, generation, config, ends, tmp_path):
+    """The first ends what is trained: the template's or, if prompts stay bare, the folder's own."""
+    path = folder(tmp_path)
+    edit(path / "config.json", eos_token_id=config)
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    tokenizer = checkpoint.load(path)[1].with_chat(chat, {})
+    assert [*tokenizer.ends] == ends
+    assert tokenizer.answer("a") == [ID["a"], ends[0]]
+    assert tokenizer.decode([ID["a"], *ends]) == "a"
+
+
+# ---- an answer is what the template makes of it
+
+
+TEMPLATES = {  # what the template does to an answer -> the answer, and its ids
+    "trims": (CHATML.replace("m.content", "m.content | trim"), " hi ", "hi]"),
+    "thinks": (
+        CHATML.replace(
+            "{{ m.content }}", "{% if m.role == 'assistant' %}12{% endif %}{{ m.content }}"
+        ),
+        "hi",
+        "12hi]",
+    ),
+    "ends otherwise": (CHATML.replace("<|im_end|>", "x"), "hi", "hi<"),
+    "opens": (CHATML.replace("{% if think %}1{% endif %}", "12"), "12hi", "hi]"),
+    "opens what is missing": (CHATML.replace("{% if think %}1{% endif %}", "12"), "hi", "hi]"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_is_what_the_template_writes_behind_the_prompt(name, tmp_path):
+    template, answer, expected = TEMPLATES[name]
+    tokenizer = open_tokenizer(tmp_path, template)
+    rows = [("the", answer), (Chat("b", [("user", "b")]), answer)]
+    encoded, note = data.encode(rows, tokenizer, 64)
+    ends = ids(expected[:-1]) + [ID["<s>" if expected[-1] == "<" else "]"]]
+    assert [y for _, y in encoded] == [tuple(ends)] * 2
+    assert ("2 of 2 conversations" in note) == ("missing" in name), note
+    assert not tokenizer.notes()
+
+
+TOOLS = (
+    "{% if tools %}{{ tools[0].x }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role[0] }}"
+    "{% if m.reasoning_content is defined %}1{{ m.reasoning_content }}1{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}2{{ call.x }}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>a{% if tone %}{{ tone }}{% endif %}{% endif %}"
+)
+
+
+def write(path, *rows):
+    """Rows, and others so that some can be held out. -> a task whose test rows are all its rows"""
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return data.task(str(path), str(path))
+
+
+def test_columns_and_keys_that_a_template_reads_reach_it(tmp_path, capsys):
+    tokenizer = open_tokenizer(tmp_path, TOOLS)
+    user = {"role": "user", "content": "b", "weight": 1, "name": None}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"x": "s"}]}
+    said = {"role": "tool", "content": "y"}
+    thought = {"role": "assistant", "content": "hi", "reasoning_content": "e"}
+    row = {"prompt": [user, call, said], "completion": [thought], "tools": [{"x": "c"}]}
+    text = {"prompt": [user], "completion": [call], "tools": json.dumps([{"x": "d"}])}
+    more = {"prompt": "b", "completion": "hi", "chat_template_kwargs": {"tone": "n", "q": 1}}
+    task = write(tmp_path / "x.jsonl", row, text, more)
+    task.template = data.TEMPLATE | {"before": "", "reads": tokenizer.reads}
+    encoded, note = data.encode(task.demonstrations(None, 0), tokenizer, 64)
+    assert "writes 1 of 3 conversations so" in note
+    assert [*encoded] == [
+        (tuple(ids("c[ub][a2s][ty][a")), tuple(ids("1e1hi]"))),
+        (tuple(ids("d[ub][a")), tuple(ids("2s]"))),
+        (tuple(ids("[ub][an")), tuple(ids("hi]"))),
+    ]
+    noted = capsys.readouterr().out.splitlines()
+    read = "the chat template reads it"
+    lost = "no chat template here reads it, and it does not reach the model"
+    assert noted[1:] == [
+        f'{task.name}:1: the column "tools": {read}',
+        f'{task.name}:1: the key "weight" of a message: {lost}',
+        f'{task.name}:1: the key "tool_calls" of a message: {read}',
+        f'{task.name}:1: the key "reasoning_content" of a message: {read}',
+        f'{task.name}:3: the argument "tone": {read}',
+        f'{task.name}:3: the argument "q": {lost}',
+    ]
+
+
+def test_answers_that_differ_in_what_a_template_reads_are_two(tmp_path):
+    """Without a template the two are one text, and an answer of no text is useless."""
+    calls = [{"role": "assistant", "content": "", "tool_calls": [{"x": x}]} for x in "ab"]
+    row = {"prompt": [{"role": "user", "content": "b"}], "chosen": calls[:1], "rejected": calls[1:]}
+    task = write(tmp_path / "x.jsonl", row)
+    with pytest.raises(UserError, match="no usable row"):
+        task.preferences(None, 0)
+    task.template = data.TEMPLATE | {"reads": ["tool_calls"]}
+    tokenizer = open_tokenizer(tmp_path / "m", TOOLS)
+    (pair,), _ = data.encode(task.preferences(None, 0), tokenizer, 64)
+    assert pair[1:] == (tuple(ids("2a]")), tuple(ids("2b]")))
+
+
+@pytest.mark.parametrize("column, x", [("tools", "no"), ("chat_template_kwargs", [1])])
+def test_a_column_for_the_template_has_its_kind(column, x, tmp_path):
+    with pytest.raises(UserError, match=f'x.jsonl:1: "{column}" must be'):
+        write(tmp_path / "x.jsonl", {"prompt": "a", "completion": "b", column: x})
+
+
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>{% generation %}"
+    "{% if not loop.last %}1{% endif %}{{ m.content }}<|im_end|>\n{% endgeneration %}{% else %}"
+    "<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+
+
+def test_every_answer_of_a_conversation_can_be_trained(tmp_path, capsys):
+    """As a row of its own: what the template would write if the conversation ended there or, if it
+    marks its answers, what stands in the marks of the rendered conversation."""
+    talk = [("system", "s"), ("user", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "e")]
+    messages = [{"role": role, "content": text} for role, text in talk]
+    path = tmp_path / "x.jsonl"
+    path.write_text(
+        json.dumps({"messages": messages}) + "\n" + json.dumps({"prompt": "a", "completion": "b"})
+    )
+    task = data.task(str(path), str(path), turns="all")
+    rows = task.demonstrations(None, 0)
+    assert "2 train rows have 3 answers" in capsys.readouterr().out
+    assert [(str(x), y) for x, y in rows] == [
+        ("System: s\n\nUser: b\n\nAssistant:", " c"),
+        ("System: s\n\nUser: b\n\nAssistant: c\n\nUser: d\n\nAssistant:", " e"),
+        ("a", "b"),
+    ]
+    task.template = data.TEMPLATE | {"before": "", "reads": []}
+    rows = task.demonstrations(None, 0)
+    plain, _ = data.encode(rows, open_tokenizer(tmp_path / "a"), 64)
+    assert plain[0] == (tuple(ids("[s\ns]\n[u\nb]\n[a\n")), tuple(ids("c]")))
+    assert plain[1][1] == tuple(ids("e]"))
+    marked, _ = data.encode(rows, open_tokenizer(tmp_path / "b", MARKED), 64)
+    assert marked[0] == (tuple(ids("[s][b][")), tuple(ids("1c]\n")))
+    assert marked[1] == (tuple(ids("[s][b][1c]\n[d][")), tuple(ids("e]\n")))
+    assert marked[2] == (tuple(ids("[a][")), tuple(ids("b]")))
+    assert len(data.task(str(path), str(path)).demonstrations(None, 0)) == 2

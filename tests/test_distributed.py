@@ -102,8 +102,8 @@ def write_pairs(path, n):
 def store_rollout(folder):
     model, meta = load(folder / "ends.pt")
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [3]]
-    end, uniform = model.config.vocab_size - 1, uniforms(16, 6)
-    rollout = sample(model, prompts, 6, end, group=4, uniform=uniform)
+    ends, uniform = (model.config.vocab_size - 1,), uniforms(16, 6)
+    rollout = sample(model, prompts, 6, ends, group=4, uniform=uniform)
     torch.save(vars(rollout), folder / "rollout.pt")
 
 

@@ -144,7 +144,7 @@ def test_log_ratios_and_entropies_are_sums_over_a_response():
     token's log-prob is at most from the one that it was drawn with."""
     policy, ref = model(0), model(1)
     draws = torch.Generator().manual_seed(0)
-    rollout = sample(policy, [[1, 2, 3], [4, 5]], 6, TOKENIZER.end_id, generator=draws, group=2)
+    rollout = sample(policy, [[1, 2, 3], [4, 5]], 6, TOKENIZER.ends, generator=draws, group=2)
     rollout.logp[1, 4] += 0.5
     found = log_ratio_and_entropy(policy, ref, rollout).tolist()
     alone = log_ratio_and_entropy(policy, None, rollout)[:, 0]

@@ -71,7 +71,7 @@ def drawn():
     under a reference; and by enumeration E[r] and the log-probs of both, with gradient."""
     policy, ref = small(0), small(1)
     prompts, generator = [TOKENIZER.encode(x) for x in WORLD.contexts], torch.Generator()
-    s = sample(policy, prompts, 3, TOKENIZER.end_id, 1.0, generator.manual_seed(0), 5120)
+    s = sample(policy, prompts, 3, TOKENIZER.ends, 1.0, generator.manual_seed(0), 5120)
     texts = [TOKENIZER.decode(ids[mask].tolist()) for ids, mask in zip(s.ids, s.mask)]
     outcome = torch.tensor([WORLD.outcomes.index(text) for text in texts]).view(4, -1)
     r = R.gather(1, outcome).view(-1, 8).float()  # (2560, 8)

@@ -54,7 +54,7 @@ def test_groups_of_ragged_prompts_are_drawn_with_their_own_probabilities(golden,
     model = copy.deepcopy(golden[0]).double()
     prompts = [IDS[0, :4].tolist(), IDS[1, :9].tolist(), IDS[0, :2].tolist()]
     generator = torch.Generator().manual_seed(0)
-    rollout = sample(model, prompts, 7, 22, generator=generator, group=3)
+    rollout = sample(model, prompts, 7, (22,), generator=generator, group=3)
     logp = model.logprobs(rollout.ids, rollout.mask).detach()
     torch.testing.assert_close(rollout.logp, logp, rtol=0, atol=1e-12)
 

@@ -45,12 +45,12 @@ def test_how_rows_are_read_and_dropped_changes_no_sample(way, prompts, group, mo
         m = GPT(GPTConfig(11, 32, 2, 4, 16, **config), 3).double()
         with torch.no_grad():
             m.wte.weight *= 20
-        s = sample(m, prompts, 18, END, 0.8, group=group, uniform=uniform, static=static)
+        s = sample(m, prompts, 18, (END,), 0.8, group=group, uniform=uniform, static=static)
         logp = m.logprobs(s.ids, s.mask, 0.8).detach()
         torch.testing.assert_close(s.logp, logp, rtol=0, atol=1e-10)
         for i, (ids, mask) in enumerate(zip(s.ids, s.mask)):
             row = slice(i, i + 1)
-            alone = sample(m, [prompts[i // group]], 18, END, 0.8, uniform=uniform[row])
+            alone = sample(m, [prompts[i // group]], 18, (END,), 0.8, uniform=uniform[row])
             assert ids[mask].tolist() == alone.ids[alone.mask].tolist()
         assert len(prompts) * group < 8 or s.finished.any()
 
@@ -69,7 +69,7 @@ def test_weights_are_taken_anew_for_each_rollout(name):
     """Two rollouts, with an update between them: each is drawn with the probabilities of the
     weights that are there, to 1e-4 in float32; in bfloat16 to what its rounding makes."""
     run = Compute(parse(RolloutOptions, ["--device", "cpu", *MORE[name]]))
-    run.compile, run.tokenizer = name == "compiled", SimpleNamespace(end_id=END)
+    run.compile, run.tokenizer = name == "compiled", SimpleNamespace(ends=(END,))
     m = run.adapt(run.place(model(torch.float32)))
     near, found = 0.05 if "bfloat16" in name else 1e-4, []
     for _ in range(2):
@@ -91,10 +91,10 @@ def seeded():
     return torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize("group", [1, 3])
-def test_sampled_logprobs_are_the_recomputed_ones(group):
+@pytest.mark.parametrize("group, ends", [(1, (END,)), (3, (END,)), (3, (4, END))])
+def test_sampled_logprobs_are_the_recomputed_ones(group, ends):
     m, prompts = model(torch.float32), [[1, 2, 3, 4, 5, 6], [7], [3, 9, 4]]
-    s = sample(m, prompts, 20, END, 0.8, torch.Generator().manual_seed(0), group)
+    s = sample(m, prompts, 20, ends, 0.8, torch.Generator().manual_seed(0), group)
     assert s.ids.shape == s.mask.shape == s.logp.shape == (3 * group, s.ids.size(1))
     assert s.logp.dtype == torch.float32
     torch.testing.assert_close(s.logp, m.logprobs(s.ids, s.mask, 0.8).detach(), rtol=0, atol=1e-4)
@@ -104,7 +104,7 @@ def test_sampled_logprobs_are_the_recomputed_ones(group):
         place = range(len(prompt), len(prompt) + n)  # the response, without a gap
         assert mask.nonzero()[:, 0].tolist() == list(place)
         response = ids[mask].tolist()
-        assert END not in response[:-1] and finished == (response[-1] == END)
+        assert not {*ends} & {*response[:-1]} and finished == (response[-1] in ends)
         assert finished or n == 20
         assert (ids[len(prompt) + n :] == 0).all()
     assert s.finished.any() and not s.finished.all()  # so that both cases were seen
@@ -115,10 +115,10 @@ def test_a_prompt_alone_is_sampled_as_in_a_batch():
     ended rows changes a sample."""
     m, prompts = model(), [[1, 2, 3, 4, 5, 6], [7], [3, 9, 4], [1]]
     generator = torch.Generator().manual_seed(5)
-    together = sample(m, prompts, 20, END, generator=generator)
+    together = sample(m, prompts, 20, (END,), generator=generator)
     generator.manual_seed(5)
     for i, prompt in enumerate(prompts):
-        alone = sample(m, [prompt], 20, END, generator=generator)
+        alone = sample(m, [prompt], 20, (END,), generator=generator)
         assert alone.ids[alone.mask].tolist() == together.ids[i][together.mask[i]].tolist()
 
 
@@ -127,21 +127,21 @@ def test_samples_follow_the_distribution():
     standard errors (p < 1e-5)."""
     m, n = model(), 20_000
     p = (m(torch.tensor([[3, 4]]))[0, -1] / 0.9).softmax(-1)
-    s = sample(m, [[3, 4]], 1, END, 0.9, torch.Generator().manual_seed(0), group=n)
+    s = sample(m, [[3, 4]], 1, (END,), 0.9, torch.Generator().manual_seed(0), group=n)
     share = torch.bincount(s.ids[:, 2], minlength=11) / n
     assert ((share - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
 
 
 def test_samples_can_be_trained_on():
     m = model(torch.float32)
-    s = sample(m, [[1, 2], [3]], 4, END, generator=torch.Generator().manual_seed(0))
+    s = sample(m, [[1, 2], [3]], 4, (END,), generator=torch.Generator().manual_seed(0))
     m.logprobs(s.ids, s.mask).sum().backward()
     assert m.wte.weight.grad.abs().sum() > 0
 
 
 def test_too_long_a_prompt_is_refused_with_the_numbers():
     with pytest.raises(AssertionError, match="30 .* 29"):
-        sample(model(), [[1] * 30], 3, END)
+        sample(model(), [[1] * 30], 3, (END,))
 
 
 def test_nothing_of_a_rollout_stays():
@@ -152,7 +152,7 @@ def test_nothing_of_a_rollout_stays():
         for config in (dict(), dict(llama=True)):
             m = GPT(GPTConfig(11, 32, 2, 2, 8, **config))
             held = weakref.ref(m.blocks[0].up.weight)
-            sample(m, [[1, 2], [3]], 6, END, group=2)
+            sample(m, [[1, 2], [3]], 6, (END,), group=2)
             del m
             assert held() is None
     finally:

@@ -180,7 +180,7 @@ def test_logits_of_real_weights():
     torch.testing.assert_close(ours(ids), logits(theirs, ids), rtol=0, atol=2e-4)
     assert (ours(ids).argmax(-1) == logits(theirs, ids).argmax(-1)).all()
     prompts = [row[: 20 + 9 * i].tolist() for i, row in enumerate(ids)]
-    rollout = sample(ours, prompts, 8, tokenizer.end_id, group=2)
+    rollout = sample(ours, prompts, 8, tokenizer.ends, group=2)
     logp = ours.logprobs(rollout.ids, rollout.mask)
     torch.testing.assert_close(logp, rollout.logp, rtol=0, atol=1e-4)
 

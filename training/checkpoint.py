@@ -70,7 +70,7 @@ def _open(path, task, wanted, otherwise, mapped=False):
         raise UserError(f"{path} does not say which tokenizer it was trained with; train it again")
     tokenizer = tokenizer_of(meta)
     if tokenizer.template:
-        meta["template"] = meta["template"] | {"before": ""}
+        meta["template"] = meta["template"] | {"before": "", "reads": tokenizer.reads}
     size = model.config.vocab_size
     if not tokenizer.fits(size):
         words = f"{path} has a vocabulary of {size}, but its tokenizer {tokenizer.size}"

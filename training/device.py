@@ -110,18 +110,18 @@ class Compute:
 
     def sample(self, model, questions, longest, group=1, temperature=1.0, generator=None):
         """-> a Rollout of `group` responses to each question. questions: rows (ids, …)"""
-        ids, end = [row[0] for row in questions], self.tokenizer.end_id
+        ids, ends = [row[0] for row in questions], self.tokenizer.ends
         draw = partial(sampling.sample, temperature=temperature, group=group, static=self.compile)
         if not distributed.many:
             with self.autocast():
-                return draw(self.to_sample(model), ids, longest, end, generator=generator)
+                return draw(self.to_sample(model), ids, longest, ends, generator=generator)
         uniform = sampling.uniforms(len(ids) * group, longest, generator)  # alike in all processes
         part, rollout = distributed.mine(len(ids)), None
         rows = slice(part.start * group, part.stop * group)
         with self.autocast():
             model = self.to_sample(model)
             if ids[part]:
-                rollout = draw(model, ids[part], longest, end, uniform=uniform[rows])
+                rollout = draw(model, ids[part], longest, ends, uniform=uniform[rows])
         drawn = {name: x.cpu() for name, x in vars(rollout).items()} if rollout else {}
         parts = [sampling.Rollout(**x) for x in distributed.gathered(drawn) if x]
         columns = vars(sampling.Rollout.cat(parts))

@@ -113,7 +113,7 @@ def sample(
     model,
     prompts,
     max_new_tokens,
-    end_id,
+    ends,
     temperature=1.0,
     generator=None,
     group=1,
@@ -124,10 +124,10 @@ def sample(
     top-p. -> a Rollout
 
     prompts: B non-empty lists of token ids, of mixed length. Row i·group + j answers prompt i. Each
-    prompt is read once. uniform: (B·group, max_new_tokens), the random numbers; if there are none,
-    `generator` draws them all at the start. Each belongs to a row, so that no sample depends on how
-    rows are batched or dropped. static: every step runs on buffers of one size, and on CUDA it is
-    captured once and replayed.
+    prompt is read once. ends: the tokens that end a response. uniform: (B·group, max_new_tokens),
+    the random numbers; if there are none, `generator` draws them all at the start. Each belongs to
+    a row, so that no sample depends on how rows are batched or dropped. static: every step runs on
+    buffers of one size, and on CUDA it is captured once and replayed.
     """
     lengths = [len(prompt) for prompt in prompts]
     longest, R, device = max(lengths), len(prompts) * group, model.head.device
@@ -146,7 +146,7 @@ def sample(
         step, graph = rows.step, None
         for t in range(1, max_new_tokens):
             if t % CHECK_ENDS_EVERY == 0:
-                alive = (rows.drawn[:, :t] != end_id).all(1)
+                alive = ~is_any(rows.drawn[:, :t], ends).any(1)
                 n = rows.alive_rows(alive)
                 if n == 0:
                     break
@@ -158,14 +158,13 @@ def sample(
             if static and graph is None and device.type == "cuda":
                 step = graph = captured(rows.step)
         drawn[place], p_drawn[place] = rows.drawn, rows.p
-    return _rollout(ids, lengths, group, drawn, p_drawn, end_id)
+    return _rollout(ids, lengths, group, drawn, p_drawn, is_any(drawn, ends))
 
 
-def _rollout(ids, lengths, group, drawn, p_drawn, end_id):
+def _rollout(ids, lengths, group, drawn, p_drawn, is_end):
     """Prompts ids (P, L), drawn tokens and their probabilities, (P·group, max_new_tokens) each -> a
     Rollout, in which each response follows its prompt, and stops after its end token"""
     most, device = drawn.size(1), drawn.device
-    is_end = drawn == end_id
     finished = is_end.any(1)
     first_end = is_end.int().argmax(1) + 1
     n = torch.where(finished, first_end, most)[:, None]  # response tokens, the end included
@@ -179,6 +178,11 @@ def _rollout(ids, lengths, group, drawn, p_drawn, end_id):
     logp = torch.zeros(mask.shape, dtype=p_drawn.dtype, device=device)
     logp[mask] = p_drawn[kept].log()
     return Rollout(ids=ids, mask=mask, logp=logp, finished=finished)
+
+
+def is_any(ids, some):
+    """-> which of the ids (N, T) are one of some tokens, (N, T) bool"""
+    return torch.stack([ids == one for one in some]).any(0)
 
 
 def wide(model):
