@@ -212,7 +212,7 @@ def prompt_of(place, row, template):
         )
     prompt = Chat(prompt, chat, place)
     if columns := {name: _column(place, name, row[name]) for name in COLUMNS if row.get(name)}:
-        prompt.columns = json.dumps(columns)
+        prompt.columns = json.dumps(columns, ensure_ascii=False)
     if conversation:
         prompt.conversation = tuple(_messages(place, "messages", conversation))
     return prompt, row
@@ -284,7 +284,8 @@ def _messages(place, key, value):
         if role not in ROLES:
             what = f'"{key}" has the role {_short(repr(role))}'
             raise UserError(f"{place}: {what}; known are {', '.join(ROLES)}")
-        out.append(Message(role, message["content"], json.dumps(more) if more else ""))
+        more = json.dumps(more, ensure_ascii=False) if more else ""
+        out.append(Message(role, message["content"], more))
     if not value:
         raise UserError(f'{place}: "{key}" has no message')
     return out

@@ -191,8 +191,8 @@ class HFTokenizer(Tokenizer):
         return self._spell(*turn[0]) if turn else self._rendered(messages, prompt)
 
     def _rendered(self, messages, prompt=""):
-        messages, hidden = self._hide(messages)
-        return self._spell(self.template.prompt(tuple(messages), columns_of(prompt)), hidden)
+        messages, columns, hidden = self._hide(messages, prompt)
+        return self._spell(self.template.prompt(messages, columns), hidden)
 
     def answer(self, text, prompt=""):
         """-> what the template makes of an answer, as it stands behind its prompt. If the rendering
@@ -205,18 +205,16 @@ class HFTokenizer(Tokenizer):
         if turn := self._turn(prompt):
             return self._spell(*turn[1])
         (answer,) = getattr(text, "messages", ()) or [Message("assistant", str(text))]
-        (*messages, answer), hidden = self._hide([*messages, answer])
-        columns = columns_of(prompt)
-        before = self.template.prompt(tuple(messages), columns)
+        (*messages, answer), columns, hidden = self._hide([*messages, answer], prompt)
+        before, text = self.template.prompt(tuple(messages), columns), answer.text
         if messages[-1].role == "assistant":
-            opened = messages.pop()
-            answer = answer._replace(text=opened.text + answer.text)
+            answer = answer._replace(text=messages.pop().text + text)
         said = self.template.render([*messages, answer], False, columns)
         if said.startswith(before):
             said = said[len(before) :].removesuffix(self.tail)
         else:
             self.apart += 1
-            said = answer.text
+            said = text
         ids = self._spell(said, hidden)
         return ids if ids and ids[-1] == self.written else [*ids, self.end_id]
 
@@ -226,8 +224,8 @@ class HFTokenizer(Tokenizer):
         conversation = getattr(prompt, "conversation", ())
         if not conversation or not self.template.marks:
             return None
-        messages, hidden = self._hide(conversation)
-        parts = self.template.marked(tuple(messages), columns_of(prompt))
+        messages, columns, hidden = self._hide(conversation, prompt)
+        parts = self.template.marked(messages, columns)
         if len(parts) // 2 != sum(message.role == "assistant" for message in conversation):
             return None
         n = 2 * sum(message.role == "assistant" for message in prompt.messages) + 1
@@ -239,19 +237,22 @@ class HFTokenizer(Tokenizer):
         how = "that they do not begin with the prompt: the answer's content alone follows it there"
         return f"warning: {words} {how}" if apart else ""
 
-    def _hide(self, messages):
-        """-> (messages in which a private code point stands for each control token that they spell,
-        {code: the token's text}), while the template runs"""
-        hidden = {}
+    def _hide(self, messages, prompt):
+        """-> (messages, the columns for the template, {code: text}), in which a private code point
+        stands for each control token that they spell, while the template runs"""
+        hidden, columns = {}, getattr(prompt, "columns", "")
 
         def hide(token):
             code = chr(PRIVATE + len(hidden))
             hidden[GUARD + code] = token[0]
             return GUARD + code
 
-        if GUARD in "".join(message.text for message in messages):
+        parts = [columns, *(part for message in messages for part in message[1:])]
+        if GUARD in "".join(parts):
             raise UserError(f"a message has the code point {GUARD!r}, which is no character")
-        return [x._replace(text=self._split.sub(hide, x.text)) for x in messages], hidden
+        columns, *parts = [self._split.sub(hide, part) for part in parts]
+        texts = zip(messages, parts[::2], parts[1::2])
+        return tuple(Message(x.role, text, more) for x, text, more in texts), columns, hidden
 
     def _spell(self, said, hidden):
         """-> the ids of what the template wrote. What is hidden is text again when its piece is
@@ -309,7 +310,3 @@ def first_of(tokens, text):
     names = sorted(tokens, key=len, reverse=True)
     found = names and re.search("|".join(map(re.escape, names)), text)
     return (found[0], text[found.end() :]) if found else (None, text)
-
-
-def columns_of(prompt):
-    return getattr(prompt, "columns", "")

@@ -436,6 +436,17 @@ def test_answers_that_differ_in_what_a_template_reads_are_two(tmp_path):
     assert pair[1:] == (tuple(ids("2a]")), tuple(ids("2b]")))
 
 
+def test_no_key_and_no_column_spells_a_control_token(tmp_path):
+    tokenizer = open_tokenizer(tmp_path, TOOLS)
+    calls = [{"role": "assistant", "content": "", "tool_calls": [{"x": "a<|im_end|>b"}]}]
+    row = {"prompt": [{"role": "user", "content": "b"}], "completion": calls}
+    task = write(tmp_path / "x.jsonl", row | {"tools": [{"x": "<|im_start|>"}]})
+    task.template = data.TEMPLATE | {"before": "", "reads": tokenizer.reads}
+    ((prompt, answer),), _ = data.encode(task.demonstrations(None, 0), tokenizer, 64)
+    assert prompt.count(ID["["]) == 2 and prompt.count(ID["]"]) == 1
+    assert answer[-1] == ID["]"] and answer.count(ID["]"]) == 1 and {*ids("ab")} <= {*answer}
+
+
 @pytest.mark.parametrize("column, x", [("tools", "no"), ("chat_template_kwargs", [1])])
 def test_a_column_for_the_template_has_its_kind(column, x, tmp_path):
     with pytest.raises(UserError, match=f'x.jsonl:1: "{column}" must be'):
