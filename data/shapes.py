@@ -132,7 +132,7 @@ def _join_parts(place, key, message):
 
 
 def _refuse(name):
-    raise ValueError(f"{name} is not a finite number")
+    raise ValueError(f"{_short(name)} is not a finite number")
 
 
 def _finite(text):
@@ -164,7 +164,7 @@ class Turns(list):
 
 def turns(row):
     """-> a row per answer of "messages", the first answer first; [row] if it had none"""
-    prompt = row["prompt"]
+    prompt = row.get("prompt")
     if not isinstance(prompt, Turns):
         return [row]
     chat, rows = [*prompt, *row["completion"]], []

@@ -22,6 +22,8 @@ from training.options import flag
 pytestmark = pytest.mark.slow
 
 USER, ANSWER = {"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+TOOL = {"role": "tool", "content": "4"}
 ROWS = [
     {"prompt": "p", "completion": "c"},
     {"prompt": "p", "completion": "c", "label": True},
@@ -29,6 +31,8 @@ ROWS = [
     {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, ANSWER | {"content": "B"}]},
     {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"},
     {"messages": [USER, ANSWER]},
+    {"messages": [USER, ANSWER, CALL, TOOL, USER, ANSWER], "tools": [{"name": "f"}]},
+    {"prompt": [USER], "completion": [CALL], "chat_template_kwargs": {"x": 1}, "documents": [1]},
     {"prompt": "p", "answer": 5, "keys": ["a", {"b": None}]},
 ]
 VALUES = [
@@ -47,7 +51,17 @@ VALUES = [
     "\u2028\x1b[31m",
     "é" * 99,
 ]
-VALUES += [[], {}, [[]], [None], [{}], [USER], [ANSWER, USER], [{"role": "tool", "content": "x"}]]
+VALUES += [
+    [],
+    {},
+    [[]],
+    [None],
+    [{}],
+    [USER],
+    [ANSWER, USER],
+    [{"role": "tool", "content": "x"}],
+    [CALL],
+]
 VALUES += ["a " * 500, " " * 5000, "a" * 5000, "\n" * 3000, "💥", [USER, ANSWER, ANSWER], "\ufeff"]
 BYTES = [b"", b"\xff", b"\xef\xbb\xbf", b"\x00", b"\n", b"{", b"}", b'"', b"\\", b"\\ud83d", b"NaN"]
 BYTES += [b"-Infinity", b"1e999", b"[" * 3000, b"\r", b",", b":", b"\xe2\x80", b"1" * 5000]
@@ -84,7 +98,8 @@ def test_ten_thousand_broken_lines(tmp_path):
         others.insert(rng.randrange(7), line)
         path.write_bytes(b"\n".join(others))
         try:
-            task = data.task(str(path))
+            task = data.task(str(path), turns=rng.choice(("last", "all")))
+            task.template = data.TEMPLATE | {"reads": rng.choice(([], ["tool_calls", "x"]))}
             for draw in ("demonstrations", "preferences", "graded", "feedback", "prompts"):
                 try:
                     rows = getattr(task, draw)(None, 0)
