@@ -135,7 +135,8 @@ def outlines(held, o, config, compute):
                 model = (GPT if role in ("policy", "ref") else ScalarGPT)(config)
             model.checkpoint_activations = o.checkpoint_activations
             model.to(compute.weights)
-            models[role] = compute.adapt(model) if name.endswith("*") else compute.freeze(model)
+            model = compute.adapt(model) if name.endswith("*") else compute.freeze(model)
+            models[role] = model.to("meta")  # the adapters too
     return models
 
 

@@ -16,6 +16,7 @@ import training
 from analysis import predict
 from analysis.rows import EVERY
 from gpt import GPT, GPTConfig, ScalarGPT, load, save
+from training import Compute
 
 SAMPLES = {
     "ppo": ["--group", 1, "--minibatches", 2],
@@ -176,6 +177,15 @@ def test_predicted_is_measured_at_three_sizes(i, row, sizes, monkeypatch, capsys
     ran, predicted = both(row, sizes[i], monkeypatch, capsys, *more)
     near = 0.03 if row in SAMPLES else 0.005
     assert predicted["predicted_bytes"] == pytest.approx(ran["peak_bytes"], rel=near)
+
+
+@pytest.mark.parametrize("row", ["dpo", "ppo"])
+def test_nothing_that_is_predicted_has_numbers(row):
+    """Adapters neither: a tensor on the CPU could not become a fake one with torch 2.6."""
+    o = predict.options(row, "--lora", 2, "--task", "tokens:6+10", "--batch-size", 8)
+    held = EVERY[row].models.split()
+    models = predict.outlines(held, o, GPTConfig(64, 64, 1, 1, 16), Compute(o))
+    assert all(p.is_meta for model in models.values() for p in model.parameters())
 
 
 def test_prediction_of_rounds_samples_too():
