@@ -38,7 +38,7 @@ from analysis import answers, plots, predict, processor, report, tables
 from analysis.rows import EVERY, ROWS, budget, plan
 from data import Stopped, UserError
 from data.ours import refuse_others
-from training import checkpoint, locks, opt, parse
+from training import checkpoint, locks, opt, parse, sharding
 from training.files import digest
 from training.options import DTYPES, flag
 from training.process import interrupts
@@ -91,6 +91,8 @@ class Options:
                 raise UserError(f"--methods {row}: no such row; there are {', '.join(EVERY)}")
         if self.shard and self.ranks == 1:
             raise UserError("--shard splits models over processes; give --ranks N too")
+        if self.shard:
+            sharding.check(self.ranks)
         if "rlaif" in self.methods and self.task != "reviews" and not self.predict:
             words = f"rlaif learns its skills on reviews only, not on {self.task}"
             raise UserError(f"--methods {words}; leave it out")

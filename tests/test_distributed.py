@@ -18,6 +18,7 @@ from conftest import ROOT, killed, lines, main
 from test_methods import SCRIPTS, arguments
 from test_predict import write as write_endless
 
+import compare
 import data
 import dpo
 import training
@@ -263,7 +264,7 @@ def test_float16_is_close_to_float32(shop):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["--shard"], "start it with torchrun --nproc-per-node N"),
+        (["--shard"], "and this is one; start it with torchrun --nproc-per-node N, N ≥ 2"),
         (["--compile"], "--compile needs a C++ compiler"),
     ],
 )
@@ -274,10 +275,11 @@ def test_refused(args, words, shop, capsys, monkeypatch):
 
 
 def test_shard_asks_for_torch_2_8(shop, capsys, monkeypatch):
-    monkeypatch.setattr(distributed, "many", True)
+    monkeypatch.setattr(distributed, "size", 2)
     monkeypatch.setattr(torch, "__version__", "2.7.1+cu126")
-    with pytest.raises(UserError, match="needs torch 2.8 or later"):
-        training.parse(dpo.Options, ["--shard"])
+    for options, argv in ((dpo.Options, []), (compare.Options, "--predict 7b --ranks 2".split())):
+        with pytest.raises(UserError, match="needs torch 2.8 or later"):
+            training.parse(options, [*argv, "--shard"])
 
 
 @pytest.mark.parametrize("row", ["dpo", "grpo"])

@@ -108,9 +108,9 @@ class Options:
         if self.micro_batch and rows % self.micro_batch:
             raise UserError(f"--micro-batch {self.micro_batch} does not divide {words}")
         if self.shard:
-            from training import sharding
+            from training import distributed, sharding
 
-            sharding.check()
+            sharding.check(distributed.size)
         if self.compile and not any(map(shutil.which, COMPILERS)):
             remedy = "install one, such as g++, or leave it out"
             raise UserError(f"--compile needs a C++ compiler; {remedy}")

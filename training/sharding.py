@@ -78,11 +78,11 @@ class Parts(Whole):
         gc.collect()
 
 
-def check():
-    """Refuses --shard in one process, and with a torch that has no FSDP2."""
-    if not distributed.many:
-        start = "torchrun --nproc-per-node N"
-        raise UserError(f"--shard cuts models for many processes; start it with {start}")
+def check(processes):
+    """Refuses --shard for one process, and with a torch that has no FSDP2 as it is used here."""
+    if processes == 1:
+        start = "start it with torchrun --nproc-per-node N, N ≥ 2"
+        raise UserError(f"--shard cuts models for many processes, and this is one; {start}")
     found = torch.__version__.partition("+")[0]
     if tuple(map(int, found.split(".")[:2])) < (2, 8):
         raise UserError(f"--shard needs torch 2.8 or later, and this is {found}; leave it out")
