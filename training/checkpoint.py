@@ -189,7 +189,8 @@ def _make(path, task, method, device, dtype):
         runpy.run_path(script, run_name="__main__")
     except SystemExit as e:
         if e.code == 130:
-            raise KeyboardInterrupt(f"where {method}.py stopped") from None
+            stopped = f"where {method}.py stopped" if os.path.exists(state) else ""
+            raise KeyboardInterrupt(stopped) from None
         if e.code:
             words = f"{method}.py, which makes {path}, failed with exit code {e.code}"
             raise Stopped(words) from None

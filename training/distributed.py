@@ -9,11 +9,10 @@ are summed once per optimizer step. A single process sends no message.
 import contextlib
 import os
 import sys
-import tempfile
 import time
 import warnings
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
@@ -21,12 +20,15 @@ import torch.distributed as dist
 import data
 from data import UserError
 
-started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-rank = int(os.environ["RANK"]) if started else 0
-size = int(os.environ["WORLD_SIZE"]) if started else 1
-local = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
+started = bool({"RANK", "WORLD_SIZE"} & os.environ.keys())  # by torchrun or a cluster
+rank, size, local, mistake = 0, 1, 0, ""  # local: its number on this machine
+if started:
+    from training import launch
+
+    rank, size, local, mistake = launch.place()
 is_first, many = rank == 0, size > 1
 store = None  # of short texts that all processes can read
+saved = ""  # the path of the state that was saved last
 PATIENCE = timedelta(hours=2)  # with a process that writes, or waits for another run
 SAID = 3.0  # seconds in which the first process prints a mistake that all of them have met
 
@@ -42,19 +44,15 @@ class Lost(Exception):
 def joined():
     """Within it the processes can reach each other. After success they disconnect at its end."""
     global store
+    if mistake:
+        raise UserError(mistake)
     if not many or store:  # one process, or an earlier stage inside a run
         yield
         return
     if not is_first:
         sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
-    serves = is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    plain = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False)
-    store = dist.PrefixStore(f"nanopo {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", plain)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    group = {"store": dist.PrefixStore("group", store), "rank": rank, "world_size": size}
-    dist.init_process_group(backend, timeout=PATIENCE, **group)
+    store = launch.connect(rank, size, PATIENCE)
     try:
         yield
     except SystemExit as e:
@@ -80,21 +78,22 @@ def to_say(message, alone=False, by_one=False):
     """The message of a failure -> what this process prints of it. The first process prints what all
     of them meet; what one meets alone, it prints itself, with its rank. by_one: whichever comes
     first prints it. message: "" if this process could not reach another one"""
-    if not many:
+    if not store:
         return message
     if by_one:
         store.set(f"failed {rank}", "")
         return message if store.add("once", 1) == 1 else ""
-    if not message:
-        said = [i for i in range(size) if store.check([f"failed {i}"])]
-        message = "another process has ended; --resume goes on from the last saved state"
-        return "" if said or store.add("lost", 1) > 1 else f"rank {rank}: {message}"
-    store.set(f"failed {rank}", "")
-    until = time.time() + SAID
-    while not (is_first or alone) and time.time() < until:
-        if store.check(["failed 0"]):
+    if message:
+        store.set(f"failed {rank}", "")
+    until, others = time.time() + SAID, [0] if message else range(size)
+    while not (message and (is_first or alone)) and time.time() < until:
+        if any(store.check([f"failed {i}"]) for i in others):
             return ""
         time.sleep(0.1)
+    if not message:
+        kept = f"--resume goes on from {saved}" if os.path.exists(saved) else "no state was saved"
+        message = f"rank {rank}: another process has ended; {kept}"
+        return message if store.add("lost", 1) == 1 else ""
     return message if is_first and not alone else f"rank {rank}: {message}"
 
 
@@ -111,13 +110,16 @@ def is_lost(e):
     return many and (isinstance(e, (Lost, dist.DistError)) or "gloo" in str(e))
 
 
-def launcher():
-    """-> how these processes were started, as words of a command"""
-    machines, here = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE")
-    if not many or not here:
-        return ["python"]
-    nodes = ["--nnodes", machines] if machines != "1" else []
-    return ["torchrun", *nodes, "--nproc-per-node", here]
+def launches():
+    """-> the names of this launch, one for each machine; none if torchrun has not started it"""
+    return {x for x in gathered(launch.name()) if x} if started else set()
+
+
+def goes_on(record):
+    """Whether torchrun has started a run again whose record this launch has begun"""
+    if not started or not total(launch.restarts(), "MAX"):
+        return False
+    return of_first(partial(launch.has_begun, record, launches()))
 
 
 @contextlib.contextmanager
@@ -177,23 +179,22 @@ def in_one_process(make):
     the others map it, and it is deleted."""
     if not many:
         return make()
-    made = path = None
+    made = note = own = None
     try:
         with agreed():
             if local == 0:
-                made = make()
-                with tempfile.NamedTemporaryFile(suffix=".rows", delete=False) as file:
-                    made[0].save(file)
-                path = file.name, made[1]
+                made, note = make()
+                own = launch.stored(made)
+        path, note = [x for x in gathered((own, note))[: rank + 1] if x[0]][-1]  # of this machine
+        rows = made if own else data.Rows.mapped(path)
+        wait()
+        return rows, note
     except UserError as e:
         e.alone = False  # all have met it, and one prints it
         raise
-    path, note = [x for x in gathered(path)[: rank + 1] if x][-1]  # of this machine
-    rows = made[0] if made else data.Rows.mapped(path)
-    wait()
-    if made:
-        os.unlink(path)
-    return rows, note
+    finally:
+        if own:
+            os.unlink(own)
 
 
 def total(x, op="SUM"):
@@ -230,6 +231,8 @@ def total_gradients(parameters):
 
 def gathered(x):
     """-> x of every process, in the order of their ranks. Tensors in it must be on the CPU."""
+    if not many:
+        return [x]
     found = [None] * size
     dist.all_gather_object(found, x)
     return found

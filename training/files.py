@@ -110,6 +110,7 @@ class Files:
     # ---- the state
 
     def save(self, state):
+        distributed.saved = self.state_path
         with self.writes(self.state_path):
             if distributed.is_first:
                 state = {"nanopo": "state"} | state | {"files": self.digests, "lines": self.lines}
@@ -127,6 +128,7 @@ class Files:
             raise UserError(f"{self.state_path} {why}") from None
         self._refuse(f"{self.state_path} belongs to an interrupted run", differ)
         self.lines = state["lines"]
+        distributed.saved = self.state_path
         return state
 
     def past(self, method, options):

@@ -49,6 +49,7 @@ class Run(Compute):
         name = f"{method}-{o.name}" if o.name else method
         o.out = o.out or checkpoint.default_path(o.task, name)
         self.files = Files(o.out, logger(o.log_to, method, o.out))  # record, state, what is read
+        o.resume = o.resume or distributed.goes_on(self.files.record_path)
         self.generator = torch.Generator().manual_seed(o.seed)  # of samples and minibatches
         self.figures = Figures(self.device)  # what is logged, timed and counted
         self.state = State(self)  # what --resume goes on from

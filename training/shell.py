@@ -52,7 +52,8 @@ def ending(e, argv):
         case OSError():
             return 1, f"{e.filename or 'a file'}: {e.strerror or e}"
         case KeyboardInterrupt() if str(e):  # where the state is
-            words = [*distributed.launcher(), sys.argv[0], *argv]
+            launcher = distributed.launch.words() if distributed.started else ["python"]
+            words = [*launcher, sys.argv[0], *argv]
             again = shlex.join([x for x in words if x != "--resume"])
             return 130, f"interrupted; this goes on from {e}: {again} --resume"
         case KeyboardInterrupt():

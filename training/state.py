@@ -66,6 +66,7 @@ class State:
         head = {"method": run.method, "task": o.task, "options": asdict(o), "commit": commit()}
         head |= {"device": str(run.device), "dtype": str(run.dtype)[6:], "models": run.ledger}
         head |= {"processes": distributed.size} | run.files.logger.facts()
+        head |= {"launch": sorted(launches)} if (launches := distributed.launches()) else {}
         head["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
         run.files.record(head)
 
