@@ -384,6 +384,25 @@ def test_a_rank_is_killed(shard, shop):
     assert distance("cut.pt", "whole.pt") < 1e-2
 
 
+@pytest.mark.slow
+def test_torchrun_starts_again(shop):
+    """A restart goes on from what this launch has saved: to the bits of a run left alone."""
+    (shop / "mine.py").write_text(
+        "import os\n"
+        "def one(prompt, completion):\n"
+        "    if os.environ['RANK'] == '1' and os.path.exists('cut.state'):\n"
+        "        if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "            os._exit(9)\n"
+        "    return len(completion) % 3\n"
+    )
+    args = [ROOT / "grpo.py", *LAST, "--steps", 5, "--save-every", 2, "--batch-size", 2]
+    args += ["--group", 2, "--max-new-tokens", 3, "--reward", "mine.py:one"]
+    torchrun(shop, *args, "--out", "whole.pt")
+    said = torchrun(shop, "--max-restarts", 1, *args, "--out", "cut.pt")
+    assert "resumed after step 2 of 5" in said and "begins anew" not in said
+    assert digest(shop / "cut.pt") == digest(shop / "whole.pt")
+
+
 def many_to_one(folder, *args):
     command = [sys.executable, *map(str, LONG), *args]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
