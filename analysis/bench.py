@@ -167,9 +167,9 @@ def jobs(o):
             found["sampling", row] = job
     both = {}
     for key, job in found.items():
-        both[*key, False] = job | {"peer": False}
+        both[(*key, False)] = job | {"peer": False}
         if o.peers and job["name"] in peers.SHAPES:
-            both[*key, True] = job | {"peer": True}
+            both[(*key, True)] = job | {"peer": True}
     return both
 
 

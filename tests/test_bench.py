@@ -55,7 +55,7 @@ def test_the_tables(job):
     theirs = [{"ms": x, "bytes": 4e6, "tokens": 5 * x} for x in (30.0, 60.0, 50.0)]
     todo, found = {}, {"rate": [{"rate": 1e9}]}
     for key in (("steps", "dpo"), ("sampling", "1 row")):
-        todo[*key, False] = job
+        todo[(*key, False)] = job
         found |= {(*key, False): ours, (*key, True): theirs}
     text = "\n".join(bench.report(o, todo, found))
     least = bench.floor(job, 1e9)
