@@ -47,7 +47,10 @@ CLOSE = {  # in float64, beside the cases of test_methods.py
     "file": ["dpo", *WIDE, "--task", "pairs.jsonl"],
     "uneven": ["dpo", *WIDE, *UNEVEN],
 }
-SHARDED = ("uneven", "ppo", "lora")  # which run once more with --shard
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8)
+has_shard = pytest.mark.skipif(OLD, reason="--shard needs torch 2.8")
+SHARDED = () if OLD else ("uneven", "ppo", "lora")  # which run once more with --shard
+WAYS = [[], pytest.param(["--shard"], marks=has_shard)]
 
 
 def start(folder, *args, n=2, **more):
@@ -165,6 +168,7 @@ def test_a_stand_in_counts_for_nothing(shop):
     assert x.grad == 6 and figures.tokens == 12 and figures.sums["loss"] == 3.0
 
 
+@has_shard
 def test_a_rank_holds_half(both):
     """The ledger and the measured peak of --shard are those of one process of two: of every tensor
     it has the half, the larger one where a number is odd, and a gathered block is there too."""
@@ -282,6 +286,7 @@ def test_shard_asks_for_torch_2_8(shop, capsys, monkeypatch):
             training.parse(options, [*argv, "--shard"])
 
 
+@has_shard
 @pytest.mark.parametrize("row", ["dpo", "grpo"])
 def test_a_prediction_of_ranks(row, shop):
     """What a rank holds of each model falls with their number; without --shard nothing does, and
@@ -315,7 +320,7 @@ RLAIF = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
-@pytest.mark.parametrize("shard", [[], ["--shard"]])
+@pytest.mark.parametrize("shard", WAYS)
 def test_every_script(n, shard, shop):
     assert main("rlaif", *SKILLS, *RLAIF, "--out", "skilled.pt") == 0
     cases = MORE | {"rlaif": ["rlaif", *RLAIF, "--init", "skilled-skills.pt"]}
@@ -358,7 +363,7 @@ def until(path, process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", [[], ["--shard"]])
+@pytest.mark.parametrize("shard", WAYS)
 def test_a_rank_is_killed(shard, shop):
     """All end within seconds; the state is whole. Two processes go on to the bits of a run left
     alone, one to its weights but for rounding."""
@@ -471,6 +476,7 @@ training.command(script.main)
 """
 
 
+@has_shard
 @pytest.mark.slow
 @pytest.mark.parametrize("args", [["simpo", "--eval-every", 1], ["dpo", "--precompute-ref"]])
 def test_no_model_stays_that_nobody_holds(args, shop):
@@ -494,12 +500,13 @@ def test_a_mistake_is_said_once(shop):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", [[], ["--shard"]])
+@pytest.mark.parametrize("shard", WAYS)
 def test_fifteen_clean_exits(shard, shop):
     for _ in range(15):
         torchrun(shop, ROOT / "dpo.py", *LAST, "--steps", 2, "--batch-size", 4, *shard)
 
 
+@has_shard
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ["dpo", "ppo"])
 def test_the_predicted_bytes_of_a_rank_are_measured(row, shop):
@@ -535,7 +542,7 @@ def recompiled(said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*COMPILED, "dpo-shard"])
+@pytest.mark.parametrize("name", [*COMPILED, pytest.param("dpo-shard", marks=has_shard)])
 def test_compiled_blocks(name, shop):
     """The losses are those of eager; nothing is compiled anew after the third step."""
     script, *args = COMPILED[name.removesuffix("-shard")]

@@ -389,6 +389,8 @@ def test_missing_checkpoints_are_made_first(script, stages, tmp_path, monkeypatc
 def test_a_stage_that_fails_ends_the_run(code, mine, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoint.runpy, "run_path", lambda *_, **more: sys.exit(code))
+    (tmp_path / "out/reviews").mkdir(parents=True)
+    (tmp_path / "out/reviews/sft.state").touch()  # without one there is nothing to go on from
     assert main("dpo", *TINY) == mine
     words = {2: "sft.py, which makes out/reviews/sft.pt, failed with exit code 2"}
     assert words.get(code, "this goes on from where sft.py stopped: ") in capsys.readouterr().err
