@@ -238,8 +238,8 @@ class Again(Compute):
 
     def __init__(self, o):
         super().__init__(o)
-        policy, self.tokenizer, self.meta = checkpoint.load(o.checkpoint)
-        self.policy = self.freeze(self.place(policy))
+        policy, self.tokenizer, self.meta = checkpoint.load(o.checkpoint, mapped=True)
+        self.policy = self.freeze(self.place(policy, frozen=True))
         self.models = {"policy": self.policy}
         self.trained = SimpleNamespace(**FOLDER | self.meta["options"])
         self.block_size = self.trained.block_size or policy.config.block_size

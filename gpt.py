@@ -366,7 +366,7 @@ def save(model, path, **meta):
     write({"nanopo": kind, "config": config, "model": model.state_dict(), "meta": meta}, path)
 
 
-def load(path, device="cpu", mapped=False):
+def load(path, mapped=False):
     """-> (model, meta), with the weights as saved. Raises ValueError, of one line, if the file is
     no complete checkpoint of ours. mapped: weights stay in the file until they are read."""
     try:
@@ -385,7 +385,7 @@ def load(path, device="cpu", mapped=False):
         with torch.device("meta"):  # so that no weights are drawn
             model = kind(GPTConfig(**file["config"]))
         model.load_state_dict(file["model"], assign=True)
-        return model.to(device), file["meta"]
+        return model, file["meta"]
     except (
         RuntimeError,
         LookupError,

@@ -166,8 +166,8 @@ def new_critic(judge, run):
     or its context does not fit, the policy's trunk with a head of zeros: V = 0 at first."""
     same_vocabulary = judge.model and judge.reads_tokens
     if same_vocabulary and judge.model.config.block_size >= run.block_size:
-        return run.prepare(load_scalar(judge.path, mapped=run.placement.mapped)[0])
-    trunk, _, _ = load(run.start, mapped=run.placement.mapped)
+        return run.prepare(load_scalar(judge.path, mapped=True)[0])
+    trunk, _, _ = load(run.start, mapped=True)
     critic = ScalarGPT(trunk.config, trunk=trunk)
     torch.nn.init.zeros_(critic.head.weight)
     return run.prepare(critic)

@@ -153,8 +153,8 @@ class Pipeline:
         self.start = o.init or self.runs["skills"].o.out
         self.judge = None
         if o.judge:
-            model, tokenizer, _ = checkpoint.load(o.judge, mapped=self.run.placement.mapped)
-            model = self.run.freeze(self.run.place(model))
+            model, tokenizer, _ = checkpoint.load(o.judge, mapped=True)
+            model = self.run.freeze(self.run.place(model, frozen=True))
             self.judge = feedback.AIJudge(model, tokenizer, self.run)
 
     def writer(self, run, path):

@@ -22,7 +22,9 @@ def answers(path, task, o, n=PROMPTS):
     rows = list(data.encode_prompts(prompts, run.tokenizer, limit, truncate=True)[0])
 
     generator = torch.Generator().manual_seed(o.seed)
-    rollout = run.sample(run.freeze(run.place(model)), rows, longest, generator=generator)
+    rollout = run.sample(
+        run.freeze(run.place(model, frozen=True)), rows, longest, generator=generator
+    )
     rewards = [None] * len(rows)
     if task.has_reward:
         rewards = Judge(run, task, task.reward)(rows, rollout).tolist()

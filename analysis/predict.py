@@ -28,6 +28,7 @@ from packing import last_token, pack
 from training import Compute, Rollout, distributed, lora, memory, parse, sampling, sharding
 from training.checkpoint import is_checkpoint
 from training.options import flag
+from training.placement import Whole
 from training.reward import ROWS
 
 SIZES = {
@@ -134,8 +135,10 @@ def outlines(held, o, config, compute):
             with torch.device("meta"):
                 model = (GPT if role in ("policy", "ref") else ScalarGPT)(config)
             model.checkpoint_activations = o.checkpoint_activations
-            model.to(compute.weights)
-            model = compute.adapt(model) if name.endswith("*") else compute.freeze(model)
+            trained = name.endswith("*")
+            with patch.object(compute, "placement", Whole("meta", compute.weights)):
+                model = compute.place(model, frozen=bool(o.lora) or not trained)
+                model = compute.adapt(model) if trained else compute.freeze(model)
             models[role] = model.to("meta")  # the adapters too
     return models
 

@@ -85,7 +85,7 @@ def cuts(name, config):
 def load(folder, mapped=False):
     """-> (GPT or ScalarGPT, meta). The model takes the tensors of the files: no weight is drawn
     first, and only those that are joined are copied. Raises UserError. mapped: the model stays on
-    "meta", and its `unread` has {name: a function that gives the tensor}."""
+    "meta", and each parameter has `read`, a function that gives its tensor."""
     config = read_config(folder)
     facts = read_json(folder, "config.json")
     scalar = str(facts.get("architectures")).count("ForSequenceClassification")
@@ -122,7 +122,8 @@ def load(folder, mapped=False):
     if left := sorted(x for x in tensors.left if not x.endswith(UNREAD)):
         raise refused(folder, f"has weights that no part of this model reads: {left[0]}")
     if mapped:
-        model.unread = state
+        for name, p in model.named_parameters():
+            p.read = state[name]
     else:
         model.load_state_dict({name: f() for name, f in state.items()}, assign=True)
     name = os.path.basename(os.path.abspath(folder))

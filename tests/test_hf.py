@@ -18,11 +18,13 @@ from house import METHODS
 from safetensors.torch import load_file, save_file
 
 import data
+import dpo
 from data import UserError
 from gpt import ScalarGPT, save
 from hf import weights as hf
-from training import checkpoint, parse
+from training import Compute, checkpoint, parse
 from training.files import digest
+from training.memory import Tracker
 from training.options import Options
 from training.sampling import sample
 
@@ -86,6 +88,21 @@ def test_nothing_is_drawn_or_copied_but_what_is_joined(tmp_path, monkeypatch):
 
 
 # ---- the forms that a folder may have
+
+
+@pytest.mark.parametrize("more", [["--lora", "2"], []])
+def test_what_is_frozen_is_never_held_in_a_wider_precision(more, tmp_path):
+    """While it is loaded there is one tensor of the file beside what stays."""
+    path = folder(tmp_path)
+    run = Compute(parse(dpo.Options, ["--device", "cpu", "--dtype", "bfloat16", *more]))
+    model = checkpoint.load(path, mapped=True)[0]
+    largest = max(4 * p.numel() for p in model.parameters())
+    with Tracker() as tracker:
+        model = run.place(model, frozen=True)
+        model = run.adapt(model) if more else run.freeze(model)
+    kept = sum(p.nbytes for p in model.parameters())
+    assert 0 < tracker.peak <= kept + largest
+    assert model.blocks[0].up.weight.dtype == torch.bfloat16
 
 
 def test_shards_old_names_and_a_sliding_window(tmp_path):

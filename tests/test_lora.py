@@ -156,7 +156,7 @@ def compute(dtype, **more):
 @pytest.mark.parametrize("dtype", ["bfloat16", "bfloat16-pure"])
 def test_the_base_has_the_run_s_precision_and_the_adapters_float32(dtype):
     model = compute(dtype, lora=2, lora_alpha=2.0)
-    model = model.adapt(model.place(GPT(CONFIG)))
+    model = model.adapt(model.place(GPT(CONFIG), frozen=True))
     layer = model.blocks[0].up
     assert layer.weight.dtype == torch.bfloat16 and layer.A.dtype == torch.float32
     assert model.wte.weight.dtype == (torch.bfloat16 if "pure" in dtype else torch.float32)

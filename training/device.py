@@ -9,7 +9,7 @@ import data
 import gpt
 from data import UserError
 from training import checkpoint, distributed, lora, sampling
-from training.placement import Whole, full
+from training.placement import Whole, full, linear
 
 
 class Compute:
@@ -24,19 +24,20 @@ class Compute:
         self.pure = o.dtype == "bfloat16-pure"  # the weights themselves are bfloat16
         wide = torch.promote_types(self.dtype, torch.float32)
         self.weights = torch.bfloat16 if self.pure else wide
-        self.mixed = self.dtype.itemsize == 2 and not self.pure  # autocast
+        # autocast's, in which linear layers compute; None: in that of the weights
+        self.low = self.dtype if self.dtype.itemsize == 2 and not self.pure else None
         self.placement = Whole(self.device, self.weights)  # of the models
 
-    def place(self, model):
-        """The one place where a model is moved, and cast to the precision of its master weights."""
-        return self.placement.place(model)
+    def place(self, model, frozen=False):
+        """The one place where a model is moved, and cast to the precision of its master weights;
+        the linear layers of a frozen one have the compute precision at once."""
+        return self.placement.place(model.requires_grad_(not frozen), self.low if frozen else None)
 
     def adapt(self, model):
         """-> the model; with --lora it is frozen, and has adapters that are trained"""
         o = self.o
         if o.lora:
-            low = self.dtype if self.mixed else None
-            lora.adapt(model, o.lora, o.lora_alpha, o.seed, low)
+            lora.adapt(model, o.lora, o.lora_alpha, o.seed)
         return model
 
     def complete(self, model, source=None):
@@ -48,9 +49,10 @@ class Compute:
         return self.placement.complete(model, source or model)
 
     def autocast(self):
-        low = self.dtype if self.mixed else None
         kept = self.placement.keeps_casts
-        return torch.autocast(self.device.type, low, enabled=self.mixed, cache_enabled=kept)
+        return torch.autocast(
+            self.device.type, self.low, enabled=self.low is not None, cache_enabled=kept
+        )
 
     def freeze(self, model):
         """-> a frozen copy. Its linear weights have the compute precision, so that it agrees with
@@ -61,14 +63,12 @@ class Compute:
     def _copy(self, model, take):
         """-> a frozen copy with the weights take(p); those that `take` leaves as they are, and no
         cast changes, are shared"""
-        copy = lora.like(model)
-        for name, module in model.named_modules():
-            low = self.mixed and isinstance(module, torch.nn.Linear) and name != "head"
-            for key, p in module.named_parameters(name, recurse=False):
-                x = take(p)
-                x = x.to(self.dtype) if low else x
-                x = x if x is p else torch.nn.Parameter(x, requires_grad=False)
-                lora.put(copy, key, x)
+        copy, low = lora.like(model), linear(model) if self.low else ()
+        for name, p in model.named_parameters():
+            x = take(p)
+            x = x.to(self.low) if name in low else x
+            x = x if x is p else torch.nn.Parameter(x, requires_grad=False)
+            lora.put(copy, name, x)
         return copy.eval()
 
     def gathered(self, model):
@@ -79,7 +79,7 @@ class Compute:
         """-> the model in the compute precision, with all its weights. In float32 its adapters are
         merged, which bfloat16 would round. Under autocast it is a copy that is cast once, and not
         again at every token: the embedding stays in float32, linear layers and head are cast."""
-        if not self.mixed:
+        if not self.low:
             model = self.gathered(model)
             return model if self.pure else lora.merged(model)
         model = self._copy(model, full)
@@ -92,13 +92,13 @@ class Compute:
         """-> π_ref, frozen: a copy of the policy as it starts, without adapters, or the checkpoint
         of --reference. With --lora no weight of the policy is held twice."""
         if self.o.reference:
-            return self.freeze(self.place(self.other_reference()))
+            return self.freeze(self.place(self.other_reference(), frozen=True))
         return self.freeze(lora.base(policy))
 
     def other_reference(self):
         """-> the model that --reference names. Raises UserError if it does not fit the policy"""
         path = self.o.reference
-        ref, tokenizer, _ = checkpoint.load(path, mapped=self.placement.mapped)
+        ref, tokenizer, _ = checkpoint.load(path, mapped=True)
         if tokenizer.vocabulary != self.tokenizer.vocabulary:
             raise UserError(
                 f"--reference {path} has another vocabulary than the policy; give one with the same"
@@ -158,7 +158,7 @@ class Compute:
 
     def open(self, path):
         """-> a frozen language model, for an evaluation"""
-        return self.freeze(self.place(checkpoint.load(path, mapped=self.placement.mapped)[0]))
+        return self.freeze(self.place(checkpoint.load(path, mapped=True)[0], frozen=True))
 
 
 def choose_placement(shard, device, dtype):

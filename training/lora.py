@@ -44,24 +44,22 @@ def adapters(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
 
 
-def adapt(model, rank, alpha, seed, dtype=None):
+def adapt(model, rank, alpha, seed):
     """Freezes all of a model but a scalar head, and gives every linear layer of its blocks an
-    adapter, unless it has adapters. dtype: that of the frozen linear layers (None: the model's)"""
+    adapter, unless it has adapters."""
     if adapters(model):
         return
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith("head."))
     generator = torch.Generator().manual_seed(seed)
     for name, module in list(model.named_modules()):
-        if isinstance(module, Linear):
-            module.to(dtype or module.weight.dtype)
-            if "blocks." in name:
-                wide = torch.promote_types(module.weight.dtype, torch.float32)
-                bound = 1 / math.sqrt(module.in_features)
-                A = torch.empty(rank, module.in_features, dtype=wide)
-                A.uniform_(-bound, bound, generator=generator)
-                A = A if module.weight.is_meta else A.to(module.weight.device)
-                put(model, name, LoRA(module, A, alpha / rank))
+        if isinstance(module, Linear) and "blocks." in name:
+            wide = torch.promote_types(module.weight.dtype, torch.float32)
+            bound = 1 / math.sqrt(module.in_features)
+            A = torch.empty(rank, module.in_features, dtype=wide)
+            A.uniform_(-bound, bound, generator=generator)
+            A = A if module.weight.is_meta else A.to(module.weight.device)
+            put(model, name, LoRA(module, A, alpha / rank))
 
 
 def base(model):

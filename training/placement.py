@@ -3,24 +3,31 @@ with --shard it holds a part of each (sharding.py). A run calls its placement
 without asking which of the two it is.
 """
 
+from functools import partial
+
 import torch
 
-from training import distributed
+from training import distributed, lora
 
 
 class Whole:
     """Every process holds whole models, and gradients are summed over the processes."""
 
-    mapped = False  # whether a checkpoint's weights stay in its file until they are read
     keeps_casts = True  # whether autocast may keep a weight's cast until its next use
     words = ""  # what follows the number of processes in a saved state
 
     def __init__(self, device, dtype):
         self.device, self.dtype = device, dtype  # of the weights that are trained
 
-    def place(self, model):
-        """Moves a new model to the device, and casts it to the precision of master weights."""
-        return model.to(self.device, self.dtype)
+    def place(self, model, low=None):
+        """Moves a new model to the device, one tensor after the other, and casts it to the
+        precision of master weights. low: that of its linear layers, if they are never trained"""
+        found, cast = values(model), linear(model)
+        for name, p in model.named_parameters():
+            dtype = low if low and name in cast else self.dtype
+            x = found.pop(name)().to(self.device, dtype)
+            lora.put(model, name, torch.nn.Parameter(x, p.requires_grad))
+        return model
 
     def complete(self, model, source):
         """-> a model that gets no more layers or adapters, with its weights. source: the model that
@@ -50,6 +57,21 @@ class Whole:
 
     def collect_garbage(self):
         """Frees what nobody holds any more, if Python does not do so at once."""
+
+
+def linear(model):
+    """-> the names of all weights of a model's linear layers but a scalar head, which computes in
+    float32"""
+    layers = [(name, x) for name, x in model.named_modules() if isinstance(x, torch.nn.Linear)]
+    return {key for name, x in layers if name != "head" for key, _ in x.named_parameters(name)}
+
+
+def values(model):
+    """-> {name: a function that gives the full tensor} of a model that is in memory, still in its
+    files, or in parts, which all processes must then call"""
+    return {
+        name: getattr(p, "read", partial(full, p.detach())) for name, p in model.named_parameters()
+    }
 
 
 def is_part(x):

@@ -117,9 +117,9 @@ class ModelJudge(Judge):
     def __init__(self, run, task, path, missing_eos_penalty=0.0):
         run.reads(path, "reward")
         self.missing_eos_penalty = missing_eos_penalty
-        model, self.tokenizer, meta = checkpoint.load_scalar(path, task, run.placement.mapped)
+        model, self.tokenizer, meta = checkpoint.load_scalar(path, task, True)
         self.run, self.task, self.path, self.bound = run, task, path, task.bound
-        self.model = run.freeze(run.place(model))
+        self.model = run.freeze(run.place(model, frozen=True))
         data.say(f"{path} judges the responses: {checkpoint.describe(meta)}")
 
     @property

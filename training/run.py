@@ -82,7 +82,7 @@ class Run(Compute):
         """-> the policy of a checkpoint; the task gets its chat template. scalar: the policy's
         trunk with a new head that gives one number"""
         self.reads(path, "init")
-        model, tokenizer, meta = checkpoint.load(path, task, self.placement.mapped)
+        model, tokenizer, meta = checkpoint.load(path, task, True)
         model = gpt.ScalarGPT(model.config, self.o.seed, trunk=model) if scalar else model
         self.start, self.baseline = path, self.o.reference or path
         say(f"starts from {path}: {checkpoint.describe(meta)}")
@@ -116,7 +116,7 @@ class Run(Compute):
     def prepare(self, model):
         """-> the model, ready to be trained"""
         model.checkpoint_activations = self.o.checkpoint_activations
-        return self.complete(self.adapt(self.place(model)))
+        return self.complete(self.adapt(self.place(model, frozen=bool(self.o.lora))))
 
     def hold(self, **models):
         """Names the models in memory by their roles; a model that is None is not held."""

@@ -8,7 +8,6 @@ of one full tensor after another, so that no process holds a whole model.
 
 import gc
 import warnings
-from functools import partial
 
 import torch
 from torch.utils._pytree import tree_map
@@ -16,23 +15,20 @@ from torch.utils._pytree import tree_map
 from data import UserError
 from gpt import ScalarGPT
 from training import distributed, lora
-from training.placement import Whole, full, is_part, put
+from training.placement import Whole, full, is_part, put, values
 
 
 class Parts(Whole):
     """Every process holds a part of each model, and the backward pass sums gradients over them."""
 
-    mapped = True
     keeps_casts = False  # a cast would outlive the weights that were gathered for it
     words = " --shard"
 
-    def place(self, model):
-        """Moves a model to "meta"; `unread` keeps functions that give its weights."""
+    def place(self, model, low=None):
+        """Moves a model to "meta"; `read` of each parameter gives its tensor."""
         found = values(model)
-        for module in model.children():
-            vars(module).pop("unread", None)
-        model.to("meta", self.dtype)
-        model.unread = found
+        for name, p in model.to("meta", self.dtype).named_parameters():
+            p.read = found[name]
         return model
 
     def complete(self, model, source):
@@ -42,7 +38,6 @@ class Parts(Whole):
         cut(model.to("meta"), self.device.type).to_empty(device=self.device)
         for name, p in model.named_parameters():
             put(p, found.pop(name)())
-        vars(model).pop("unread", None)
         return model
 
     def frozen(self, p):
@@ -86,18 +81,6 @@ def check(processes):
     found = torch.__version__.partition("+")[0]
     if tuple(map(int, found.split(".")[:2])) < (2, 8):
         raise UserError(f"--shard needs torch 2.8 or later, and this is {found}; leave it out")
-
-
-def values(model):
-    """-> {name: a function that gives the full tensor} of a model that is in memory, still in its
-    files, or in parts, which all processes must then call"""
-    found = dict(getattr(model, "unread", {}))
-    for name, p in model.named_parameters():
-        if not p.is_meta:
-            found[name] = partial(full, p.detach())
-    for name, module in model.named_children():
-        found |= {f"{name}.{key}": f for key, f in getattr(module, "unread", {}).items()}
-    return found
 
 
 def cut(model, kind):
