@@ -62,9 +62,8 @@ class Jsonl(Task):
         """Makes a row of every answer of "messages". Those of a conversation stay in its split."""
         for split, lines in self.lines.items():
             rows = [(place, one) for place, row in lines for one in turns(row)]
-            if len(rows) > len(lines):
-                each = "each of which is a row (--turns all)"
-                self._note(f"{len(lines):,} {split} rows have {len(rows):,} answers, {each}")
+            found = f"{len(lines):,} {split} rows have {len(rows):,} answers"
+            self._note(f"{found}, each of which is a row (--turns all)")
             self.lines[split] = rows
 
     def _note_shared(self):

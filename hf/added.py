@@ -1,9 +1,10 @@
 """The tokens that a checkpoint's files add to its vocabulary.
 
 A token is a control token if any file says so: tokenizer.json, tokenizer_config.json (in its
-`added_tokens_decoder`, or by the name of a role, such as eos_token), or special_tokens_map.json. A
-token that tokenizer.json lacks is added if another file gives the id that comes next. Every other
-added token is an ordinary word, which any text may hold.
+`added_tokens_decoder`, or by the name of a role, such as eos_token), or special_tokens_map.json;
+added_tokens.json says it of a token that no other file describes. A token that tokenizer.json lacks
+is added if another file gives the id that comes next. Every other added token is an ordinary word,
+which any text may hold.
 """
 
 import re
@@ -13,6 +14,7 @@ from data import UserError
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 MORE = ("additional_special_tokens", "extra_special_tokens")  # lists, or {name: token}
 PLAIN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+ADDED = "added_tokens.json"
 SHAPED = re.compile(r"<\|[^\s|<>]+\|>")  # how most vocabularies spell a control token
 
 
@@ -48,7 +50,7 @@ def ids(settings, added):
     decoder = settings.get("added_tokens_decoder")
     decoder = decoder.items() if isinstance(decoder, dict) else ()
     found = {text_of(token): (int(i), "tokenizer_config.json") for i, token in decoder}
-    return {token: (i, "added_tokens.json") for token, i in added.items()} | found
+    return {token: (i, ADDED) for token, i in added.items()} | found
 
 
 def complete(facts, special, ids):
@@ -58,8 +60,9 @@ def complete(facts, special, ids):
     vocabulary = facts["model"].get("vocab") or {}
     if isinstance(vocabulary, list):
         vocabulary = {piece: i for i, (piece, *_) in enumerate(vocabulary)}
-    for token, (i, _) in sorted(ids.items(), key=lambda one: one[1][0]):
-        known.setdefault(token, PLAIN | {"id": vocabulary.get(token, i), "content": token})
+    for token, (i, file) in sorted(ids.items(), key=lambda one: one[1][0]):
+        facts_of = {"id": vocabulary.get(token, i), "special": file == ADDED, "content": token}
+        known.setdefault(token, PLAIN | facts_of)
     for token in special - known.keys():
         if token in vocabulary:
             known[token] = PLAIN | {"id": vocabulary[token], "content": token}
@@ -74,7 +77,7 @@ def complete(facts, special, ids):
 def refuse_others(made, facts, ids, name):
     """Refuses a vocabulary whose files disagree about a token. made: the tokenizer of `facts`"""
     said = [(x["content"], x["id"], "tokenizer.json") for x in facts["added_tokens"]]
-    for token, i, file in said + [(token, *there) for token, there in ids.items()]:
+    for token, i, file in [(token, *there) for token, there in ids.items()] + said:
         if (found := made.token_to_id(token)) != i:
             words = f"{file} of {name} gives {token} the id {i}, but its vocabulary"
             raise UserError(f"{words} {found}; save the tokenizer again")

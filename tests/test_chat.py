@@ -255,6 +255,7 @@ SAYS = {  # how a file says that <x> is a control token
     "added_tokens_decoder": lambda path: edit(
         path / "tokenizer_config.json", added_tokens_decoder={"23": token(23, "<x>", special=True)}
     ),
+    "added_tokens.json": lambda path: (path / "added_tokens.json").write_text('{"<x>": 23}'),
     "a role": lambda path: edit(path / "tokenizer_config.json", pad_token="<x>"),
     "additional": lambda path: edit(
         path / "tokenizer_config.json", additional_special_tokens=["<x>"]
@@ -270,7 +271,7 @@ SAYS = {  # how a file says that <x> is a control token
 def test_a_token_is_a_control_token_if_any_file_says_so(says, tmp_path):
     """No text spells it, and no reward reads it."""
     path = folder(tmp_path, vocab_size=24)
-    if says not in ("tokenizer.json", "added_tokens_decoder"):
+    if says not in ("tokenizer.json", "added_tokens_decoder", "added_tokens.json"):
         add(path, token(23, "<x>"))
     SAYS[says](path)
     tokenizer = checkpoint.tokenizer_of({"tokenizer": files_of(path)})
@@ -302,7 +303,11 @@ def test_padding_with_an_ordinary_letter_takes_no_letter_away(tmp_path):
 
 LACKING = [
     ({"added_tokens_decoder": {"30": token(30, "<x>")}}, "", "gives <x> the id 30, but"),
-    ({"added_tokens_decoder": {"22": token(22, "<s>")}}, "", "gives <s> the id 22, but"),
+    (
+        {"added_tokens_decoder": {"22": token(22, "<s>")}},
+        "",
+        "tokenizer_config.json of .* gives <s> the id 22, but",
+    ),
     ({"eos_token": "<x>"}, "{{ eos_token }}", "writes <x>, which its vocabulary lacks"),
     ({"eos_token": "<x>"}, "<x>", "writes <x>, which its vocabulary lacks"),
     ({}, "<|im_sep|>", r"writes <\|im_sep\|>, which its vocabulary lacks"),
