@@ -25,6 +25,8 @@ import sft
 from data import Stopped
 from gpt import GPT, GPTConfig, ScalarGPT, load, response_scores
 from training import Compute, Run, checkpoint, lora, parse
+from training.device import choose_device
+from training.figures import Figures
 from training.state import State
 
 CPU = SimpleNamespace(device="cpu", dtype="float32")
@@ -660,3 +662,28 @@ def test_ten_kills(script, shop):
     run(f"{script}.py", *cut, cwd=shop)
     same_run(shop / "cut/x.pt", shop / "whole/x.pt")
     assert files_in(shop / "cut") == ["x.jsonl", "x.pt"]
+
+
+# ---- a device that is not here
+
+
+def test_a_device_becomes_the_current_one(monkeypatch):
+    """Streams and graphs are those of the current device, and not of cuda:0."""
+    chosen = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [choose_device(name, "float32")[0].index for name in ("cuda:1", "cuda")] == [1, None]
+    assert chosen == [1, 0]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_no_clock_is_read_before_the_device_is_done(kind, monkeypatch):
+    waits, now = [], []
+    monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda: waits.append(len(now)))
+    monkeypatch.setattr("time.perf_counter", lambda: now.append(0) or float(len(now)))
+    figures = Figures(torch.device(kind))
+    figures.begin_step()
+    with figures.clock("sample_ms"):
+        pass
+    figures.end_update()
+    assert waits == [0, 1, 2, 3] and figures.seconds == 3.0

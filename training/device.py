@@ -183,8 +183,8 @@ def choose_device(name, dtype):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-        if distributed.many and device.type == "cuda":
-            torch.cuda.set_device(device)
+        if device.type == "cuda":  # streams and graphs are those of the current device
+            torch.cuda.set_device(device.index or 0)
     except (RuntimeError, AssertionError, NotImplementedError):
         remedy = "start fewer processes" if distributed.many else "--device cpu always is"
         raise UserError(f"--device {name} is not on this machine; {remedy}") from None

@@ -45,7 +45,7 @@ class Figures:
     def begin_step(self):
         self.sums, self.logged_in, self.clocks, self.updates = {}, {}, {}, 0
         self.in_step, self.read = True, set()
-        self.step_began = time.perf_counter()
+        self.step_began = self._now()
 
     @torch.no_grad()
     def log(self, metrics, weight):
@@ -60,7 +60,7 @@ class Figures:
 
     def end_update(self):
         self.updates += 1
-        self.seconds = time.perf_counter() - self.step_began
+        self.seconds = self._now() - self.step_began
 
     def end_step(self, timed):
         """timed: whether its time counts; counting bytes slows a step down"""
@@ -94,8 +94,7 @@ class Figures:
         self.clocks[part] = self.clocks.get(part, 0.0) + self._now() - start
 
     def _now(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        getattr(torch, self.device.type).synchronize()  # on a CPU nothing is waited for
         return time.perf_counter()
 
     # ---- passes through models
