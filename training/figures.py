@@ -166,12 +166,15 @@ class Figures:
 
     def medians(self, steps, updates):
         """-> the median times of a step and of its parts, and the tokens per second, over the steps
-        of this process"""
+        of this process. A first step does not count if there are more: it also loads kernels."""
         if not self.times:
             return {}
         tokens_per_step = (self.tokens - self.tokens_before) / updates / steps
-        figures = {"step_ms": 1000 * statistics.median(self.times)}
-        figures["tokens_per_s"] = tokens_per_step / statistics.fmean(self.times)
+        times = self.times[1:] or self.times
+        figures = {
+            "step_ms": 1000 * statistics.median(times),
+            "tokens_per_s": tokens_per_step / statistics.fmean(times),
+        }
         parts = self.parts.items()
         return figures | {f"{part}_ms": 1000 * statistics.median(x) for part, x in parts}
 
