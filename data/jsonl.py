@@ -20,7 +20,8 @@ from decimal import Decimal
 
 from data.chat import TEMPLATE, same
 from data.error import UserError, say
-from data.shapes import answer_of, for_template, missing, number_of, prompt_of, read, turns
+from data.messages import for_template, turns
+from data.shapes import answer_of, missing, number_of, prompt_of, read
 from data.toy import Graded, Labelled, Task, hash_share
 
 TEST_SHARE = 0.05

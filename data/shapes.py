@@ -2,7 +2,6 @@
 prompt, and answers that do not repeat it."""
 
 import codecs
-import contextlib
 import gzip
 import json
 import math
@@ -10,13 +9,19 @@ import os
 import zlib
 from functools import partial
 
-from data.chat import Chat, Message
+from data.chat import Chat
 from data.error import UserError, refuse_pointer
+from data.messages import (
+    ANSWERS,
+    COLUMNS,
+    Turns,
+    column_of,
+    join_parts,
+    kind_of,
+    messages_of,
+    shorten,
+)
 
-KINDS = {dict: "an object", list: "a list", bool: "a boolean", str: "a string", type(None): "null"}
-ANSWERS = ("completion", "chosen", "rejected")
-ROLES = ("system", "user", "assistant", "tool")
-COLUMNS = ("tools", "documents", "chat_template_kwargs")  # that a chat template reads
 TURN = "\n\nAssistant:"  # where an answer begins in a transcript, as in HH
 FRAME = ".to_json({out!r}, orient='records', lines=True)"
 PARQUET = "a Parquet file; write it as JSONL: pandas.read_parquet({path!r})" + FRAME
@@ -93,16 +98,16 @@ def _parse(place, line):
         why = "half a character, such as \\ud83d, is not text"
         raise UserError(f"{place}: {why}; write the whole character") from None
     if not isinstance(row, dict):
-        raise UserError(f"{place}: a row must be a JSON object, not {_kind(row)}")
+        raise UserError(f"{place}: a row must be a JSON object, not {kind_of(row)}")
     for key in ("messages", "prompt", *ANSWERS):
         for message in row[key] if isinstance(row.get(key), list) else ():
-            _join_parts(place, key, message)
+            join_parts(place, key, message)
     if "messages" in row and "prompt" not in row:
         row = _last_turn(place, row)
     if "label" in row and "completion" in row:  # elsewhere a column of the user's own
         x = row["label"]
         if type(x) not in (bool, int, float) or x not in (0, 1):
-            raise UserError(f'{place}: "label" must be true or false, not {_short(json.dumps(x))}')
+            raise UserError(f'{place}: "label" must be true or false, not {shorten(json.dumps(x))}')
         row["label"] = bool(x)
     return place, row
 
@@ -113,26 +118,13 @@ def _once(place, pairs):
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        words = f'the key "{_short(twice)}" occurs twice in one object'
+        words = f'the key "{shorten(twice)}" occurs twice in one object'
         raise UserError(f"{place}: {words}; rename one of them, or remove it")
     return found
 
 
-def _join_parts(place, key, message):
-    """Joins the contents of a message that come as parts, [{"type": "text", "text"}, …]."""
-    parts = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(parts, list):
-        return
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else _kind(part)
-        if kind != "text" or not isinstance(part.get("text"), str):
-            what = f'"{key}" has a part of the kind {_short(repr(kind))}'
-            raise UserError(f'{place}: {what}; a model here reads {{"type": "text", "text"}} only')
-    message["content"] = "".join(part["text"] for part in parts)
-
-
 def _refuse(name):
-    raise ValueError(f"{_short(name)} is not a finite number")
+    raise ValueError(f"{shorten(name)} is not a finite number")
 
 
 def _finite(text):
@@ -144,8 +136,8 @@ def _last_turn(place, row):
     """{"messages"} -> {"prompt", "completion"}: the last turn, if it is the assistant's"""
     chat = row.pop("messages")
     if not isinstance(chat, list):
-        raise UserError(f'{place}: "messages" must be a list of messages, not {_kind(chat)}')
-    roles = [message.role for message in _messages(place, "messages", chat)]
+        raise UserError(f'{place}: "messages" must be a list of messages, not {kind_of(chat)}')
+    roles = [message.role for message in messages_of(place, "messages", chat)]
     if "completion" in row:
         both = '"messages" and "completion" both hold an answer'
         raise UserError(f"{place}: {both}; leave one of them out")
@@ -154,26 +146,6 @@ def _last_turn(place, row):
     if len(roles) == 1:
         raise UserError(f'{place}: "messages" begins with the answer; a prompt must come first')
     return row | {"prompt": Turns(chat[:-1]), "completion": chat[-1:]}
-
-
-class Turns(list):
-    """The messages of "messages" before an answer"""
-
-    conversation = ()  # all of "messages", if each of its answers is trained
-
-
-def turns(row):
-    """-> a row per answer of "messages", the first answer first; [row] if it had none"""
-    prompt = row.get("prompt")
-    if not isinstance(prompt, Turns):
-        return [row]
-    chat, rows = [*prompt, *row["completion"]], []
-    for i, message in enumerate(chat):
-        if i and message["role"] == "assistant":
-            before = Turns(chat[:i])
-            before.conversation = chat
-            rows.append(row | {"prompt": before, "completion": [message]})
-    return rows
 
 
 def texts(path):
@@ -198,7 +170,7 @@ def prompt_of(place, row, template):
     prompt, chat = row["prompt"], ()
     conversation = getattr(prompt, "conversation", ())
     if isinstance(prompt, list):
-        chat = _messages(place, "prompt", prompt)
+        chat = messages_of(place, "prompt", prompt)
         prompt = chat[0].text
         if _is_dialogue(row):
             turns = [template[message.role].format(message.text) for message in chat]
@@ -211,36 +183,11 @@ def prompt_of(place, row, template):
             f"{place}: the prompt is empty; a model needs at least one token to answer to"
         )
     prompt = Chat(prompt, chat, place)
-    if columns := {name: _column(place, name, row[name]) for name in COLUMNS if row.get(name)}:
+    if columns := {name: column_of(place, name, row[name]) for name in COLUMNS if row.get(name)}:
         prompt.columns = json.dumps(columns, ensure_ascii=False)
     if conversation:
-        prompt.conversation = tuple(_messages(place, "messages", conversation))
+        prompt.conversation = tuple(messages_of(place, "messages", conversation))
     return prompt, row
-
-
-def _column(place, name, x):
-    """-> what a chat template reads of a column; it may be written as a text of JSON, as `datasets`
-    needs it if the rows have different tools"""
-    kind = dict if name == "chat_template_kwargs" else list
-    with contextlib.suppress(ValueError):
-        x = json.loads(x) if isinstance(x, str) else x
-    if not isinstance(x, kind):
-        raise UserError(f'{place}: "{name}" must be {KINDS[kind]}, not {_kind(x)}')
-    return x
-
-
-def for_template(row):
-    """-> {name: how a message names it} of what only a chat template reads: columns, the names of
-    chat_template_kwargs, keys of messages"""
-    found = {name: f'the column "{name}"' for name in COLUMNS[:2] if row.get(name)}
-    if isinstance(names := row.get("chat_template_kwargs"), dict):
-        found |= {name: f'the argument "{name}"' for name in names}
-    for column in ("prompt", *ANSWERS):
-        messages = row[column] if isinstance(row.get(column), list) else ()
-        for message in messages:
-            if isinstance(message, dict):
-                found |= {key: f'the key "{key}" of a message' for key in _more(message)}
-    return found
 
 
 def answer_of(place, row, key, template):
@@ -249,12 +196,12 @@ def answer_of(place, row, key, template):
         raise UserError(f"{place}: {missing(row, key)}")
     if not isinstance(row[key], list):
         return _text(place, key, row[key])
-    chat = _messages(place, key, row[key])
+    chat = messages_of(place, key, row[key])
     roles = [message.role for message in chat]
     if roles != ["assistant"]:
         raise UserError(
             f'{place}: "{key}" must be one assistant message, or the prompt\'s messages and '
-            f"then one, not {len(chat)} of {_short(', '.join(roles))}"
+            f"then one, not {len(chat)} of {shorten(', '.join(roles))}"
         )
     text = chat[0].text
     joined = text and _is_dialogue(row) and not _goes_on(row)
@@ -265,35 +212,8 @@ def answer_of(place, row, key, template):
 def _text(place, key, value):
     if not isinstance(value, str):
         kinds = "a string or a list of messages"
-        raise UserError(f'{place}: "{key}" must be {kinds}, not {_kind(value)}')
+        raise UserError(f'{place}: "{key}" must be {kinds}, not {kind_of(value)}')
     return value
-
-
-def _messages(place, key, value):
-    """A message list -> [Message]. A message that calls tools needs no content."""
-    out = []
-    for message in value:
-        calls = isinstance(message, dict) and message.get("tool_calls")
-        if calls and message.get("content") is None:
-            message = message | {"content": ""}
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            shape = 'a list of {"role", "content"} with string contents'
-            raise UserError(f'{place}: "{key}" must be {shape}')
-        more = _more(message)
-        role = message.get("role")
-        if role not in ROLES:
-            what = f'"{key}" has the role {_short(repr(role))}'
-            raise UserError(f"{place}: {what}; known are {', '.join(ROLES)}")
-        more = json.dumps(more, ensure_ascii=False) if more else ""
-        out.append(Message(role, message["content"], more))
-    if not value:
-        raise UserError(f'{place}: "{key}" has no message')
-    return out
-
-
-def _more(message):
-    """-> what a message has beside role and content; null says that it has none"""
-    return {k: x for k, x in message.items() if k not in ("role", "content") and x is not None}
 
 
 def _is_dialogue(row):
@@ -316,11 +236,11 @@ def _split_prompt(place, row):
     with_prompt = {key: x for key, x in answers.items() if isinstance(x, list) and len(x) > 1}
     if not with_prompt:
         return row
-    chats = {key: _messages(place, key, x) for key, x in with_prompt.items()}
+    chats = {key: messages_of(place, key, x) for key, x in with_prompt.items()}
     heads = [chat[:-1] for chat in chats.values()]
     prompt, head = row["prompt"], heads[0]
     if isinstance(prompt, list):
-        begins = head[: len(prompt)] == _messages(place, "prompt", prompt)
+        begins = head[: len(prompt)] == messages_of(place, "prompt", prompt)
     else:
         begins = ("user", prompt) in [message[:2] for message in head]
     if not begins or len(with_prompt) < len(answers) or any(x != head for x in heads):
@@ -359,7 +279,7 @@ def number_of(place, row, key, default):
     known = type(x) in (int, float) and -1e30 < x < 1e30
     if not known or key == "p" and not 0 <= x <= 1:
         bounds = " in [0, 1]" if key == "p" else ""
-        raise UserError(f'{place}: "{key}" must be a number{bounds}, not {_short(json.dumps(x))}')
+        raise UserError(f'{place}: "{key}" must be a number{bounds}, not {shorten(json.dumps(x))}')
     return float(x)
 
 
@@ -378,12 +298,4 @@ def missing(row, key):
     hint = f"; {able[0]} can read such rows" if able and not half else ""
     if not able:
         hint = next((f"; {REMEDIES[name]}" for name in row if name in REMEDIES), "")
-    return f'no column "{key}" (it has {_short(", ".join(row)) or "none"}){hint}'
-
-
-def _kind(value):
-    return KINDS.get(type(value), "a number")
-
-
-def _short(text):
-    return text if len(text) < 80 else text[:80] + " …"
+    return f'no column "{key}" (it has {shorten(", ".join(row)) or "none"}){hint}'
