@@ -93,7 +93,7 @@ def test_online_dpo_ends_near_the_optimum(world, monkeypatch):
 
 @pytest.mark.slow
 def test_few_pairs_many_epochs_overfit(world):
-    """300 pairs, 200 epochs: the loss falls to the end; KL(π‖π*) falls by 0.2, then rises by 0.3
+    """300 pairs, 200 epochs: the loss falls to the end; KL(π‖π*) falls by 0.1, then rises by 0.3
     and more."""
     args = "--task exact --pairs 300 --epochs 200 --out few.pt --device cpu".split()
     done = run("dpo.py", *args, cwd=world)
@@ -101,7 +101,7 @@ def test_few_pairs_many_epochs_overfit(world):
     distance = [line["eval"]["kl_star"] for line in record if "eval" in line]
     loss = [line["loss"] for line in record if "loss" in line]
     start, least = final(world, "out/exact/sft")["kl_star"], min(distance)
-    assert least < start - 0.2 and distance[-1] > least + 0.3
+    assert least < start - 0.1 and distance[-1] > least + 0.3
     assert distance.index(least) < len(distance) / 2
     assert loss[-1] < loss[len(loss) // 2] < loss[len(loss) // 4] < loss[0]
     printed = [line for line in done.stdout.splitlines() if "kl_star" in line]
