@@ -687,11 +687,3 @@ def test_no_clock_is_read_before_the_device_is_done(kind, monkeypatch):
         pass
     figures.end_update()
     assert waits == [0, 1, 2, 3] and figures.seconds == 3.0
-
-
-def test_a_first_step_is_not_timed_if_there_are_more():
-    figures = Figures(torch.device("cpu"))
-    figures.times, figures.tokens = [100.0, 1.0, 3.0], 30
-    assert figures.medians(3, 1) == {"step_ms": 2000.0, "tokens_per_s": 5.0}
-    figures.times = [100.0]
-    assert figures.medians(1, 1)["step_ms"] == 100_000.0

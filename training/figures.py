@@ -166,15 +166,12 @@ class Figures:
 
     def medians(self, steps, updates):
         """-> the median times of a step and of its parts, and the tokens per second, over the steps
-        of this process. A first step does not count if there are more: it also loads kernels."""
+        of this process"""
         if not self.times:
             return {}
         tokens_per_step = (self.tokens - self.tokens_before) / updates / steps
-        times = self.times[1:] or self.times
-        figures = {
-            "step_ms": 1000 * statistics.median(times),
-            "tokens_per_s": tokens_per_step / statistics.fmean(times),
-        }
+        figures = {"step_ms": 1000 * statistics.median(self.times)}
+        figures["tokens_per_s"] = tokens_per_step / statistics.fmean(self.times)
         parts = self.parts.items()
         return figures | {f"{part}_ms": 1000 * statistics.median(x) for part, x in parts}
 
