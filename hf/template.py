@@ -35,6 +35,7 @@ class Template:
             self.names = names(tree)
         self.marks = MARKED.search(source) is not None
         self.prompt = lru_cache(64)(self.prompt)
+        self.marked = lru_cache(64)(self.marked)
 
     def render(self, messages, generation_prompt, columns=""):
         """-> the text of a conversation. generation_prompt: with an opened answer; columns: what

@@ -120,8 +120,7 @@ class HFTokenizer(Tokenizer):
 
     @cached_property
     def _split(self):
-        names = sorted(self.controls, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)) or "(?!)")
+        return any_of(self.controls)
 
     @cached_property
     def begin(self):
@@ -305,8 +304,13 @@ class HFTokenizer(Tokenizer):
         return self.hf.decode(ids, skip_special_tokens=False)
 
 
+def any_of(tokens):
+    """-> a pattern that finds each of them, the longest if several begin alike"""
+    names = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
 def first_of(tokens, text):
     """-> the token that comes first in a text, or None, and what stands behind it"""
-    names = sorted(tokens, key=len, reverse=True)
-    found = names and re.search("|".join(map(re.escape, names)), text)
+    found = any_of(tokens).search(text)
     return (found[0], text[found.end() :]) if found else (None, text)
