@@ -33,7 +33,8 @@ import data
 import training
 from evaluate import Evaluator
 from gpt import token_logprobs
-from training import RolloutOptions, Run, load_judge, opt, parse
+from training import RolloutOptions, Run, opt, parse
+from training.reward import load_judge
 
 AGGREGATIONS = ("seq_mean", "token_mean", "const", "sum")
 
@@ -196,7 +197,7 @@ def main(argv=None):
         run.log(group_figures(reward) | rollout.summary())
         run.log(figures)
         if o.overlong_filter:  # responses, even minibatches, may be left without tokens
-            rollout.mask = rollout.mask & rollout.finished[:, None]
+            rollout.leave_out_unfinished()
 
         with run.clock("update"):
             for minibatch in rollout.minibatches(o.updates, o.minibatches, run.generator):

@@ -38,9 +38,9 @@ from tqdm import tqdm
 import data
 import training
 from data import UserError, printable, say
-from training import Compute, checkpoint, load_judge, opt, parse
+from training import Compute, checkpoint, opt, parse
+from training.judge import Judge, completions
 from training.options import flag
-from training.reward import Judge, completions
 
 ROWS = 128  # sequences per forward pass
 # options for a Hugging Face folder, which none of these scripts has trained
@@ -323,6 +323,8 @@ def main(argv=None):
     checkpoint.same_world(o.checkpoint, run.tokenizer, run.meta, task)
     task.template = run.meta["template"]
     judge = None
+    if o.reward or own_task and "reward" in run.meta["options"]:
+        from training.reward import load_judge
     if o.reward:
         judge = load_judge(o.reward, run, task)
     elif own_task and "reward" in run.meta["options"]:

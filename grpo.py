@@ -35,7 +35,8 @@ import data
 import training
 from evaluate import Evaluator
 from gpt import token_logprobs
-from training import RolloutOptions, Run, load_judge, opt, parse
+from training import RolloutOptions, Run, opt, parse
+from training.reward import load_judge
 
 AGGREGATIONS = ("seq_mean", "token_mean", "const", "sum")
 

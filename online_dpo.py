@@ -42,7 +42,8 @@ import training
 from data import UserError
 from evaluate import Evaluator
 from gpt import response_logprobs
-from training import JudgedOptions, Rollout, Run, Weights, load_judge, opt, parse
+from training import JudgedOptions, Rollout, Run, Weights, opt, parse
+from training.reward import load_judge
 
 
 def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1):

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
 SPLIT_BELOW = 0.7  # prefixes are attended separately if that leaves a smaller share of B·T² pairs
 SHARE_ABOVE = 0.04  # rows without padding share tokens if that spares a larger share of them
@@ -44,7 +45,6 @@ class Packed(NamedTuple):
     wanted: torch.Tensor  # (M,) int64: which of the N tokens these are
     rows: torch.Tensor  # (B, T') int64: each row's tokens, as indices of the list; 0 in padding
     prefixes: torch.Tensor | None  # (U, p) int64: the U different beginnings, attended separately
-    visible: torch.Tensor | None  # (T' - p, T') bool: what the columns after a prefix attend to
     gather: (
         torch.Tensor | None
     )  # (N,) int64: each token's index in attention's output; None: its own
@@ -60,13 +60,13 @@ class Packed(NamedTuple):
         H, K, D = sizes
         if self.prefixes is None:
             qkv = qkv if self.gather is None else qkv.index_select(0, self.rows.flatten())
-            y = _causal(qkv.view(*self.rows.shape, -1, D), H, K)
+            y = _attention(*qkv.view(*self.rows.shape, -1, D).split((H, K, K), 2))
         else:
             q, kv = qkv.split((H * D, 2 * K * D), 1)
             p = self.prefixes.size(1)
             q, kv = _table(q, self.rows[:, p:], D), _table(kv, self.rows, D)
-            tails = _attention(q, *kv.chunk(2, 2), attn_mask=self.visible)
-            y = torch.cat([_causal(_table(qkv, self.prefixes, D), H, K), tails])
+            tails = _attention(q, *kv.chunk(2, 2))
+            y = torch.cat([_attention(*_table(qkv, self.prefixes, D).split((H, K, K), 2)), tails])
         index = self.gather_wanted if final else self.gather
         return y if index is None else y.index_select(0, index)
 
@@ -76,17 +76,22 @@ def _table(x, rows, D):
     return x.index_select(0, rows.flatten()).view(*rows.shape, -1, D)
 
 
-def _causal(qkv, H, K):
-    """qkv (R, T, H + 2K, D) -> (R·T, H D)"""
-    return _attention(*qkv.split((H, K, K), 2), is_causal=True)
-
-
-def _attention(q, k, v, **mask):
-    """q (R, Tq, H, D), k and v (R, Tk, K, D) -> (R·Tq, H D)"""
-    grouped = k.size(2) < q.size(2)
+def _attention(q, k, v):
+    """Causal attention of the last Tq of Tk tokens. q (R, Tq, H, D), k and v (R, Tk, K, D) ->
+    (R·Tq, H D)"""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    y = F.scaled_dot_product_attention(q, k, v, **mask, enable_gqa=grouped)
-    return y.transpose(1, 2).flatten(2).flatten(0, 1)
+    attend = _causal
+    if q.is_cuda:
+        from gpu import attention as attend
+    return attend(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _causal(q, k, v):
+    Tq, Tk, visible = q.size(2), k.size(2), None
+    if Tq < Tk:
+        visible = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
+    how = {"is_causal": visible is None, "enable_gqa": k.size(1) < q.size(1)}
+    return F.scaled_dot_product_attention(q, k, v, visible, **how)
 
 
 def pack(ids, wanted, device=None):
@@ -110,15 +115,27 @@ def pack(ids, wanted, device=None):
     n_shared = shared.sum(1)
     p = _prefix_length(n_shared, T)
     row, column = new.nonzero(as_tuple=True)
-    prefixes, visible, gather = _gathers(row, column, rows, n_shared < p, p)
+    prefixes, gather = _gathers(row, column, rows, n_shared < p, p)
     tokens = rows[wanted[:, :T]]
     gather_wanted = gather[tokens]
     if not p and len(gather) == B * T:
         gather = None  # nothing is padded or shared: the list is the table
     places = wanted.flatten().nonzero()[:, 0]
-    found = ids[:, :T][new], column.clone(), places, tokens, rows, prefixes, visible, gather
-    found = *found, gather_wanted
-    return Packed(*(x if x is None else x.to(device) for x in found))
+    found = ids[:, :T][new], column.clone(), places, tokens, rows, prefixes, gather, gather_wanted
+    return on_device(Packed(*found), device)
+
+
+def on_device(tree, device):
+    """A tree of tensors on the CPU -> the same on a device; to CUDA in one copy, for which nobody
+    waits. MPS has no float64: such numbers stay where they are until they are cast."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        from gpu import upload
+
+        return upload(tree, device)
+    if kind == "mps":
+        return tree_map(lambda x: x if x is None or x.dtype == torch.float64 else x.to(kind), tree)
+    return tree
 
 
 def _order(ids):
@@ -145,7 +162,7 @@ def _owners(order, same):
 
 
 def _gathers(row, column, rows, has_prefix, p):
-    """-> (prefixes, visible, gather) of a Packed. row, column (N,): where the tokens of the list
+    """-> (prefixes, gather) of a Packed. row, column (N,): where the tokens of the list
     are in the table; has_prefix (B,): True at the rows that contribute the U different prefixes.
     Attention's output has these prefixes first, then the rest of each row.
 
@@ -153,12 +170,11 @@ def _gathers(row, column, rows, has_prefix, p):
     0 1 2 3. With p = 0 it holds 0 1 2 | 0 1 3, and gather is 0 1 2 5."""
     T = rows.size(1)
     if not p:
-        return None, None, row * T + column
+        return None, row * T + column
     prefixes = rows[has_prefix, :p]
     in_prefix = (has_prefix.cumsum(0) - 1)[row] * p + column
     in_rest = prefixes.numel() + row * (T - p) + column - p
-    visible = torch.ones(T - p, T, dtype=torch.bool).tril(p)
-    return prefixes, visible, torch.where(column < p, in_prefix, in_rest)
+    return prefixes, torch.where(column < p, in_prefix, in_rest)
 
 
 def _prefix_length(n_shared, T):

@@ -42,8 +42,9 @@ import training
 from evaluate import Evaluator
 from gpt import ScalarGPT, token_logprobs
 from packing import last_token
-from training import RolloutOptions, Run, load_judge, opt, parse
+from training import RolloutOptions, Run, opt, parse
 from training.checkpoint import load, load_scalar
+from training.reward import load_judge
 
 
 def token_rewards(score, logp, ref_logp, mask, kl_coef):

@@ -43,7 +43,8 @@ from data.constitution import Dialogues, constitution, pad_dialogues
 from data.skills import demonstrate
 from evaluate import Evaluator
 from gpt import response_scores, token_logprobs
-from training import Rollout, Run, ScratchOptions, checkpoint, feedback, load_judge, opt, parse
+from training import Rollout, Run, ScratchOptions, checkpoint, feedback, opt, parse
+from training.reward import load_judge
 
 KEPT = "reward win_rate kl length accuracy gold_accuracy revisions labels".split()
 KEPT += "models models_asked wall_s step_ms".split()  # of each phase, in RL-CAI's record

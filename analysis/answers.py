@@ -4,7 +4,7 @@ import torch
 
 import data
 from training import Compute, checkpoint
-from training.reward import Judge, completions
+from training.judge import Judge, completions
 
 PROMPTS = 10
 

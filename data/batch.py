@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data.chat import facts
 from data.error import UserError, say
-from packing import Packed, before, pack
+from packing import Packed, before, on_device, pack
 
 
 class Rows:
@@ -274,7 +274,7 @@ class Batch(NamedTuple):
     mask: torch.Tensor  # (B, T) bool, True = a response token, its end token included
     text: torch.Tensor  # (B, T) bool, True = a token of prompt or response, False = padding
     inverse: torch.Tensor  # int64, for each row that was handed in: its place among the B
-    columns: dict  # what the rows hold beside their texts: name -> CPU tensor, one entry per row
+    columns: dict  # what the rows hold beside their texts: name -> tensor, one entry per row
     packed: Packed  # which tokens are computed
 
     def unfold(self, x):
@@ -292,9 +292,9 @@ class Batch(NamedTuple):
         return len(self.packed.ids)
 
 
-def pad(rows, device="cpu", ends=False):
+def pad(rows, device="cpu", ends=False, columns=None):
     """Rows of (prompt ids, response ids, *columns) -> Batch, for the log-probs of the responses or,
-    with `ends`, for what is read at each row's last token"""
+    with `ends`, for what is read at each row's last token. columns: others in their place"""
     unique = {}
     texts = rows if len(rows[0]) == 2 else [row[:2] for row in rows]
     inverse = torch.tensor([unique.setdefault(text, len(unique)) for text in texts])
@@ -306,17 +306,16 @@ def pad(rows, device="cpu", ends=False):
     mask = text & (column >= start)
     ids = torch.zeros(text.shape, dtype=torch.int64)
     ids[text] = torch.tensor([token for x, y in texts for part in (x, y) for token in part])
-    packed = pack(ids, column == stop - 1 if ends else before(mask), device)
-    tensors = [x.to(device) for x in (ids, mask, text, inverse)]
-    return Batch(*tensors, _columns(rows, 2), packed)
+    packed = pack(ids, column == stop - 1 if ends else before(mask))
+    columns = _columns(rows, 2) if columns is None else columns
+    return on_device(Batch(ids, mask, text, inverse, columns, packed), device)
 
 
 def pad_pairs(pairs, device="cpu", ends=False):
     """B pairs (prompt, chosen, rejected, *columns) -> Batch of 2B rows, the chosen ones first: one
     forward pass for both. The columns have one entry per pair. ends: as for `pad`"""
     rows = [pair[:2] for pair in pairs] + [(pair[0], pair[2]) for pair in pairs]
-    batch = pad(rows, device, ends)
-    return batch._replace(columns=_columns(pairs, 3))
+    return pad(rows, device, ends, _columns(pairs, 3))
 
 
 def _columns(rows, first):

@@ -7,7 +7,7 @@ import torch
 from conftest import lines, main, run
 
 from training import Run
-from training.reward import Judge
+from training.judge import Judge
 
 RLOO = "--task exact --adv-norm loo --agg const --kl reward --lr 1e-3 --group 32 --device cpu"
 

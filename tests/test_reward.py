@@ -16,8 +16,9 @@ import online_dpo
 import ppo
 from data.make_vocab import main as make_vocab
 from gpt import GPTConfig, ScalarGPT, load, save
-from training import Rollout, Run, checkpoint, load_judge, parse
+from training import Rollout, Run, checkpoint, parse
 from training.function import UserReward
+from training.reward import load_judge
 
 WORDS = data.tokenizer()
 RM = [*ENDS, "--reward", "judge.pt"]

@@ -10,7 +10,6 @@ from training.options import (
     opt,
     parse,
 )
-from training.reward import load_judge
 from training.run import Run
 from training.sampling import Rollout
 from training.shell import command
@@ -27,7 +26,6 @@ __all__ = [
     "Weights",
     "ScratchOptions",
     "command",
-    "load_judge",
     "opt",
     "parse",
 ]

@@ -8,6 +8,7 @@ import torch
 import data
 import gpt
 from data import UserError
+from packing import on_device
 from training import checkpoint, distributed, lora, sampling
 from training.placement import Whole, full, linear
 
@@ -111,7 +112,7 @@ class Compute:
     def sample(self, model, questions, longest, group=1, temperature=1.0, generator=None):
         """-> a Rollout of `group` responses to each question. questions: rows (ids, …)"""
         ids, ends = [row[0] for row in questions], self.tokenizer.ends
-        draw = partial(sampling.sample, temperature=temperature, group=group, static=self.compile)
+        draw = partial(sampling.sample, temperature=temperature, group=group)
         if not distributed.many:
             with self.autocast():
                 return draw(self.to_sample(model), ids, longest, ends, generator=generator)
@@ -124,8 +125,8 @@ class Compute:
                 rollout = draw(model, ids[part], longest, ends, uniform=uniform[rows])
         drawn = {name: x.cpu() for name, x in vars(rollout).items()} if rollout else {}
         parts = [sampling.Rollout(**x) for x in distributed.gathered(drawn) if x]
-        columns = vars(sampling.Rollout.cat(parts))
-        return sampling.Rollout(**{name: x.to(self.device) for name, x in columns.items()})
+        host = sampling.Rollout.cat(parts)
+        return sampling.Rollout(host, **on_device(vars(host), self.device))
 
     @torch.no_grad()
     def scores(self, rows, f, size=0):
@@ -183,8 +184,10 @@ def choose_device(name, dtype):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-        if device.type == "cuda":  # streams and graphs are those of the current device
-            torch.cuda.set_device(device.index or 0)
+        if device.type == "cuda":
+            import gpu
+
+            gpu.prepare(device)
     except (RuntimeError, AssertionError, NotImplementedError):
         remedy = "start fewer processes" if distributed.many else "--device cpu always is"
         raise UserError(f"--device {name} is not on this machine; {remedy}") from None

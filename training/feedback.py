@@ -13,7 +13,7 @@ from data import UserError
 from data.constitution import ask_choice, ask_critique, ask_revision
 from gpt import response_scores
 from training import memory
-from training.reward import completions
+from training.judge import completions
 
 ROWS = 128  # questions per forward pass
 # Two answers to a prompt, and the principle that the judge compares them by; or an answer, its

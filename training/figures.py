@@ -22,13 +22,15 @@ class Figures:
 
     def __init__(self, device):
         self.device = device
+        self.now = clock_of(device)
         self.run_began = time.time()  # without the time between an interruption and --resume
         # of this step
-        self.step_began = self.seconds = 0.0  # and its length, up to its last update
+        self.step_began = self.updated = self.now()  # `updated`: its last update has ended
+        self.seconds = 0.0  # from one to the other
         self.sums = {}  # name -> Σ weight · metric
         self.updates = 0  # optimizer steps
         self.logged_in = {}  # name -> the optimizer steps in which it was logged
-        self.clocks = {}  # part -> seconds
+        self.clocks = []  # (part, when it began, when it ended)
         self.counts = True  # False: a repeated share of rows (distributed.shares) is not counted
         # of the run so far
         self.tokens = self.sampled = 0  # tokens computed in training, and tokens sampled
@@ -38,14 +40,14 @@ class Figures:
         self.read = set()  # the roles that were read in this step so far
         self.in_step = False  # what models read before, after and between steps does not count
         self.times, self.parts = [], {}  # seconds of each step, and {part: seconds of each step}
-        self.line = {}  # the last step's, as the record has it
+        self.line = ()  # of what the last step's line in the record is made
 
     # ---- a step
 
     def begin_step(self):
-        self.sums, self.logged_in, self.clocks, self.updates = {}, {}, {}, 0
+        self.sums, self.logged_in, self.clocks, self.updates = {}, {}, [], 0
         self.in_step, self.read = True, set()
-        self.step_began = self._now()
+        self.step_began = self.now()
 
     @torch.no_grad()
     def log(self, metrics, weight):
@@ -60,19 +62,23 @@ class Figures:
 
     def end_update(self):
         self.updates += 1
-        self.seconds = self._now() - self.step_began
+        self.updated = self.now()
 
     def end_step(self, timed):
         """timed: whether its time counts; counting bytes slows a step down"""
         self.in_step = False
+        self.seconds = self.updated - self.step_began
         if timed:
             self.times.append(self.seconds)
-            for part, seconds in self.clocks.items():
-                self.parts.setdefault(part, []).append(seconds)
+            seconds = Counter()
+            for part, began, ended in self.clocks:
+                seconds[part] += ended - began
+            for part, x in seconds.items():
+                self.parts.setdefault(part, []).append(x)
 
     def means(self):
         """-> the step's figures, as numbers"""
-        return {name: float(x) / len(self.logged_in[name]) for name, x in self.sums.items()}
+        return means(self.sums, self.logged_in)
 
     @contextlib.contextmanager
     def shared(self):
@@ -89,13 +95,9 @@ class Figures:
 
     @contextlib.contextmanager
     def clock(self, part):
-        start = self._now()
+        began = self.now()
         yield
-        self.clocks[part] = self.clocks.get(part, 0.0) + self._now() - start
-
-    def _now(self):
-        getattr(torch, self.device.type).synchronize()  # on a CPU nothing is waited for
-        return time.perf_counter()
+        self.clocks.append((part, began, self.now()))
 
     # ---- passes through models
 
@@ -186,6 +188,28 @@ class Figures:
         if peak:
             lines.append(f"memory at a step's peak: {memory.peak_text(*peak)}")
         return "\n".join(lines)
+
+
+def clock_of(device):
+    """-> a function that gives the time: seconds, or on CUDA a point in the device's queue"""
+    if device.type == "cuda":
+        from gpu import Moment
+
+        return Moment
+    return partial(_now, getattr(torch, device.type).synchronize)  # a CPU waits for nothing
+
+
+def _now(synchronize):
+    synchronize()
+    return time.perf_counter()
+
+
+def means(sums, logged_in):
+    """-> a step's figures, as numbers, of which a device is asked once"""
+    tensors = {name: x for name, x in sums.items() if torch.is_tensor(x) and not x.is_cpu}
+    read = torch.stack([x.float() for x in tensors.values()]).tolist() if tensors else []
+    numbers = sums | dict(zip(tensors, read))
+    return {name: float(x) / len(logged_in[name]) for name, x in numbers.items()}
 
 
 def bar_text(line):

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from training.placement import is_part
+
 
 def adamw(models, o, device):
     """AdamW with betas (0.9, 0.95), weight decay on the matrices only."""
@@ -16,6 +18,18 @@ def adamw(models, o, device):
     ]
     fused = device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.95), fused=fused)
+
+
+def step_if(finite, optimizer):
+    """Makes an optimizer step if `finite`, a bool tensor, is True. -> whether it is. On CUDA the
+    fused step itself looks, so that it need not wait for the answer to reach the CPU."""
+    (p, *_), *_ = [group["params"] for group in optimizer.param_groups]
+    if finite.is_cuda and not is_part(p):
+        optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None
+        optimizer.step()
+    elif finite:
+        optimizer.step()
+    return bool(finite)
 
 
 def learning_rate(step, o):

@@ -1,15 +1,15 @@
-"""The judge of sampled responses: the task's own reward, a reward model, or a user's function."""
+"""Which judge a run has: the task's own reward, a reward model, or a user's function."""
 
 import os
 from functools import partial
 
-import torch
-
 import data
 from data import UserError
 from gpt import response_scores
-from training import checkpoint, distributed
+from packing import last_token
+from training import checkpoint
 from training.checkpoint import is_checkpoint
+from training.judge import Judge
 
 ROWS = 128  # sequences per forward pass of a reward model
 
@@ -48,64 +48,6 @@ def load_judge(how, run, task, missing_eos_penalty=0.0):
     return Judge(run, task, earn, user=True)
 
 
-class Judge:
-    """judge(questions, rollout) -> (N,) rewards, float64, so that large rewards keep their small
-    differences. questions: P rows (ids, prompt, columns), each with N / P responses in the rollout,
-    in order."""
-
-    model = None  # a reward model, if it is one that judges
-    name = "reward"  # its key in the figures
-
-    def __init__(self, run, task, earn, bound=None, user=False):
-        self.run, self.task, self.earn, self.bound, self.user = run, task, earn, bound, user
-
-    def __call__(self, questions, rollout):
-        try:
-            rewards = self._judged(questions, rollout, self.earn)
-        except (UserError, distributed.Lost):
-            self.run.keep()  # what was done before this step is saved
-            raise
-        self.run.largest_reward = max(self.run.largest_reward, rewards.abs().max().item())
-        return rewards.to(rollout.ids.device)
-
-    def reward(self, questions, rollout):
-        """-> (N,) what is trained on"""
-        return self(questions, rollout)
-
-    def correct(self, questions, rollout):
-        """-> (N,) bool: what the task calls correct; with another reward, what is above 0"""
-        if self.user:
-            return self(questions, rollout) > 0
-        verdicts = self._judged(questions, rollout, self.task.correct)
-        return verdicts.to(rollout.ids.device) > 0
-
-    def _judged(self, questions, rollout, judge):
-        """-> (N,) judge(prompt, completion, ended, **columns) of each response, on the CPU. Each
-        process judges its share."""
-        part = distributed.mine(len(rollout))
-        wide = torch.float32 if rollout.ids.device.type == "mps" else torch.float64
-        said = torch.zeros(len(rollout), dtype=wide)
-        with distributed.agreed():
-            rows = self.each(questions, rollout, part)
-            said[part] = torch.tensor([judge(*one, **row) for one, row in rows], dtype=wide)
-        return distributed.total(said)
-
-    def each(self, questions, rollout, part=slice(None)):
-        """-> ((prompt, completion, ended), columns) of each response, or of a part of them"""
-        rows = [row for row in questions for _ in range(len(rollout) // len(questions))]
-        rollout = rollout[part]
-        texts = completions(self.run.tokenizer, rollout)
-        judged = zip(rows[part], texts, rollout.finished.tolist())
-        return [((x, text, end), columns) for (_, x, columns), text, end in judged]
-
-    def try_out(self, policy, prompts):
-        """Judges one response to each of four prompts, so that a function that does not work stops
-        the run before anything is written."""
-        questions = prompts.rows[:4]
-        generator = torch.Generator().manual_seed(0)
-        self(questions, self.run.sample(policy, questions, prompts.longest, generator=generator))
-
-
 class ModelJudge(Judge):
     """The judge is a reward model. One with the policy's vocabulary reads its tokens; one that was
     trained elsewhere reads text. A row that is longer than its context loses the prompt's
@@ -129,10 +71,13 @@ class ModelJudge(Judge):
 
     def __call__(self, questions, rollout):
         if self.reads_tokens and rollout.ids.size(1) <= self.model.config.block_size:
-            return self.run.scores(rollout, lambda x: self.model.score(x.ids, x.mask), ROWS)
+            return self.run.scores(rollout, self._score, ROWS)
         pad = partial(data.pad, device=rollout.ids.device, ends=True)
         rows = self.encode(questions, rollout)
         return self.run.scores(rows, lambda x: response_scores(self.model, pad(x)), ROWS)
+
+    def _score(self, rollout):
+        return self.model.score(rollout.ids, rollout.mask, rollout.pack(last_token))
 
     def reward(self, questions, rollout):
         scores = self(questions, rollout)
@@ -148,9 +93,3 @@ class ModelJudge(Judge):
 
     def correct(self, questions, rollout):
         return self(questions, rollout) > 0
-
-
-def completions(tokenizer, rollout):
-    """-> the responses of a rollout as text"""
-    rows = zip(rollout.ids.cpu(), rollout.mask.cpu())
-    return [tokenizer.decode(ids[mask].tolist()) for ids, mask in rows]

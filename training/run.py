@@ -16,9 +16,9 @@ import gpt
 from data import Stopped, UserError, say
 from training import checkpoint, distributed, memory
 from training.device import Compute, choose_placement
-from training.figures import Figures, bar_text, evaluated_text
+from training.figures import Figures, bar_text, evaluated_text, means
 from training.files import Files, logger
-from training.optimizer import Scaler, adamw, learning_rate
+from training.optimizer import Scaler, adamw, learning_rate, step_if
 from training.placement import full
 from training.process import interrupts
 from training.state import State
@@ -227,15 +227,19 @@ class Run(Compute):
     def _record(self, bar):
         """Records and shows the step's figures."""
         o, figures, done = self.o, self.figures, self.step + 1
-        figures.line = {"step": done} | figures.means() | self.scaler.figures()
-        figures.line |= figures.sampled_tokens() | {"step_ms": 1000 * figures.seconds}
+        facts = figures.sampled_tokens() | {"step_ms": 1000 * figures.seconds}
+        figures.line = done, figures.sums, figures.logged_in, facts
         if done % o.log_every == 0 or done == o.steps:
-            self.files.record(figures.line)
-            bar.set_postfix_str(text := bar_text(figures.line))
+            self.files.record(line := self._line(*figures.line))
+            bar.set_postfix_str(text := bar_text(line))
             crossed_a_tenth = done * 10 // o.steps > (done - o.log_every) * 10 // o.steps
             if bar.disable and not o.eval_every and (crossed_a_tenth or done == o.steps):
                 say(f"{self.method} step {done}/{o.steps}: {text}")
         bar.update()
+
+    def _line(self, done, sums, logged_in, facts):
+        """-> the line of a step in the record. Made only if it is recorded: it asks the device."""
+        return {"step": done} | means(sums, logged_in) | self.scaler.figures() | facts
 
     def backward(self, loss, tokens):
         """tokens: how many tokens the loss was computed on, those of prompts too, but no padding"""
@@ -263,8 +267,7 @@ class Run(Compute):
         self.scaler.unscale_(optimizer)
         norm = full(torch.nn.utils.clip_grad_norm_(parameters, self.o.grad_clip))
         loss = self.figures.sums["loss"]
-        if torch.isfinite(norm + loss):
-            self.scaler.step(optimizer)
+        if step_if(torch.isfinite(norm + loss), optimizer):
             self.scaler.update()
             self.log({"grad_norm": norm})
         elif not self.scaler.skips(loss):
@@ -284,7 +287,7 @@ class Run(Compute):
             raise Stopped(why)
         say(f"{why}. The run ends after step {step} of {self.o.steps}, with what it has learned")
         if step > self.first_step and step % self.o.log_every:
-            self.files.record(self.figures.line)
+            self.files.record(self._line(*self.figures.line))
         self.o.steps = step
 
     def evaluate(self, evaluator, policy):

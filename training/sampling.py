@@ -8,11 +8,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import gpt
-from packing import before, pack, row_lengths
+from packing import before, on_device, pack, row_lengths
 
 CHECK_ENDS_EVERY = 4  # tokens
+CHECK_ENDS_SELDOM = 8  # tokens: on CUDA, where the question waits for all work under way
 DROP_AT = 0.9  # finished rows are dropped once at most this share of all rows is alive
-DROP_AT_STATIC = 0.5  # the same with `static`: each new number of rows is captured anew
+DROP_AT_STATIC = 0.5  # the same with `static`: each new number of rows is captured anew,
+DROP_STATIC_FOR = 128  # which is worth it if so many tokens may follow
 SHARE_PROMPT_FROM = 64  # tokens: the rows of a group share one copy of a prompt as long as this
 
 
@@ -27,9 +29,10 @@ class Rollout:
     finished  (N,) bool       the end token was drawn
     """
 
-    __slots__ = ("__dict__", "_packed")
+    __slots__ = ("__dict__", "_packed", "_host")
 
-    def __init__(self, **columns):
+    def __init__(self, host=None, /, **columns):
+        self._host = host
         self.__dict__.update(columns)
 
     def __len__(self):
@@ -37,17 +40,21 @@ class Rollout:
 
     def __getitem__(self, rows):
         """-> these rows, in this order, without the columns that are padding in all of them"""
-        width = self.ids.size(1)
+        width, host = self.ids.size(1), None
+        if self.host is not self:
+            rows = torch.arange(len(self))[rows if isinstance(rows, slice) else rows.cpu()]
+            host, rows = self.host[rows], on_device(rows, self.ids.device)
         part = {name: x if x is None else x[rows] for name, x in vars(self).items()}
-        longest = int(row_lengths(part["mask"]).max()) if len(part["mask"]) else 0
+        mask = part["mask"] if host is None else host.mask
+        longest = int(row_lengths(mask).max()) if len(mask) else 0
         for name, x in part.items():
             if x is not None and x.dim() == 2 and x.size(1) == width:
                 part[name] = x[:, : max(1, longest)]
-        return Rollout(**part)
+        return Rollout(host, **part)
 
     def __or__(self, columns):
         """-> the same rows, with more columns or other ones"""
-        return Rollout(**(vars(self) | columns))
+        return Rollout(self._host, **(vars(self) | columns))
 
     @staticmethod
     def cat(parts):
@@ -62,6 +69,17 @@ class Rollout:
         return Rollout(**columns)
 
     @property
+    def host(self):
+        """ids, mask and finished on the CPU, so that nobody waits for the device to read them; on a
+        CPU the rollout itself"""
+        if self.ids.is_cpu:
+            return self
+        if self._host is None:
+            names = [name for name in ("ids", "mask", "finished") if name in vars(self)]
+            self._host = Rollout(**{name: getattr(self, name).cpu() for name in names})
+        return self._host
+
+    @property
     def length(self):
         """(N, 1) int64: response tokens, end token included"""
         return self.mask.sum(1, keepdim=True)
@@ -70,8 +88,17 @@ class Rollout:
     def packed(self):
         """which tokens are computed for the log-probs of the responses"""
         if not hasattr(self, "_packed"):
-            self._packed = pack(self.ids, before(self.mask))
+            self._packed = self.pack(before)
         return self._packed
+
+    def pack(self, select):
+        """-> the Packed in which select(mask) says whose states are wanted"""
+        return pack(self.host.ids, select(self.host.mask), self.ids.device)
+
+    def leave_out_unfinished(self):
+        """Responses that did not end keep their rows, but no token of them counts any more."""
+        for rows in {self, self.host}:
+            rows.mask = rows.mask & rows.finished[:, None]
 
     @property
     def tokens(self):
@@ -118,7 +145,7 @@ def sample(
     generator=None,
     group=1,
     uniform=None,
-    static=False,
+    static=None,
 ):
     """Draws `group` responses to each prompt from softmax(logits / temperature), without top-k or
     top-p. -> a Rollout
@@ -127,13 +154,14 @@ def sample(
     prompt is read once. ends: the tokens that end a response. uniform: (B·group, max_new_tokens),
     the random numbers; if there are none, `generator` draws them all at the start. Each belongs to
     a row, so that no sample depends on how rows are batched or dropped. static: every step runs on
-    buffers of one size, and on CUDA it is captured once and replayed.
+    buffers of one size, and CUDA captures one step and replays it (None: if it can).
     """
     lengths = [len(prompt) for prompt in prompts]
     longest, R, device = max(lengths), len(prompts) * group, model.head.device
     assert min(lengths) > 0, "a prompt needs at least one token"
     room = model.config.block_size - max_new_tokens
     assert longest <= room, f"a prompt of {longest} tokens, but there is room for {room}"
+    static = device.type == "cuda" if static is None else static
     uniform = uniforms(R, max_new_tokens, generator) if uniform is None else uniform
     ids, packed = encode_prompts(prompts, device)
     drawn = torch.zeros(R, max_new_tokens, dtype=torch.int64, device=device)
@@ -141,43 +169,51 @@ def sample(
     place = torch.arange(R, device=device)  # of the rows that are still drawn
 
     with torch.inference_mode():
-        uniform = uniform.to(device)
+        uniform = on_device(uniform, device)
         rows = Drawing(model, packed, lengths, group, uniform, temperature, static)
-        step, graph = rows.step, None
+        on_cuda = device.type == "cuda"
+        every = CHECK_ENDS_SELDOM if on_cuda else CHECK_ENDS_EVERY
+        drop_at = DROP_AT_STATIC if static else DROP_AT
+        step, capture = rows.step, static and on_cuda
         for t in range(1, max_new_tokens):
-            if t % CHECK_ENDS_EVERY == 0:
-                alive = ~is_any(rows.drawn[:, :t], ends).any(1)
+            if t % every == 0:
+                alive = ~is_any(rows.drawn[:, :t], ends).any(1).cpu()
                 n = rows.alive_rows(alive)
                 if n == 0:
                     break
-                if n <= (DROP_AT_STATIC if static else DROP_AT) * len(alive):
+                worth = not static or max_new_tokens - t >= DROP_STATIC_FOR
+                if worth and n <= drop_at * len(alive):
                     drawn[place], p_drawn[place] = rows.drawn, rows.p
                     place = place[rows.drop_finished(alive)]
-                    step, graph = rows.step, None
-            step()
-            if static and graph is None and device.type == "cuda":
-                step = graph = captured(rows.step)
+                    step, capture = rows.step, static and on_cuda
+            step()  # the first one of its shape also loads what a capture must find loaded
+            if capture and t + 1 < max_new_tokens:
+                from gpu import captured
+
+                step, capture = captured(rows.step), False
         drawn[place], p_drawn[place] = rows.drawn, rows.p
-    return _rollout(ids, lengths, group, drawn, p_drawn, is_any(drawn, ends))
+    return _rollout(ids, lengths, group, drawn, p_drawn, ends)
 
 
-def _rollout(ids, lengths, group, drawn, p_drawn, is_end):
-    """Prompts ids (P, L), drawn tokens and their probabilities, (P·group, max_new_tokens) each -> a
-    Rollout, in which each response follows its prompt, and stops after its end token"""
-    most, device = drawn.size(1), drawn.device
+def _rollout(ids, lengths, group, drawn, p_drawn, ends):
+    """Prompts ids (P, L) on the CPU, drawn tokens and their probabilities, (P·group,
+    max_new_tokens) each -> a Rollout, in which each response follows its prompt, and stops after
+    its end token. On a GPU only what was drawn is waited for."""
+    device, drawn, most = p_drawn.device, drawn.cpu(), drawn.size(1)
+    is_end = is_any(drawn, ends)
     finished = is_end.any(1)
     first_end = is_end.int().argmax(1) + 1
     n = torch.where(finished, first_end, most)[:, None]  # response tokens, the end included
-    start = torch.tensor(lengths, device=device).repeat_interleave(group)[:, None]
-    T = int((start + n).max())
-    column = torch.arange(T, device=device)
+    start = torch.tensor(lengths).repeat_interleave(group)[:, None]
+    column = torch.arange(int((start + n).max()))
     mask = (column >= start) & (column < start + n)
-    kept = torch.arange(most, device=device) < n
-    ids = F.pad(ids.repeat_interleave(group, 0), (0, T - ids.size(1)))
-    ids[mask] = drawn[kept]
-    logp = torch.zeros(mask.shape, dtype=p_drawn.dtype, device=device)
-    logp[mask] = p_drawn[kept].log()
-    return Rollout(ids=ids, mask=mask, logp=logp, finished=finished)
+    ids = F.pad(ids.repeat_interleave(group, 0), (0, len(column) - ids.size(1)))
+    ids[mask] = drawn[torch.arange(most) < n]
+    columns = {"ids": ids, "mask": mask, "finished": finished}
+    token = (column - start).clamp(0, most - 1)  # which of the drawn ones stands in each column
+    there, token = on_device((columns, token), device)
+    logp = p_drawn.gather(1, token).log().where(there["mask"], 0.0)
+    return Rollout(Rollout(**columns), logp=logp, **there)
 
 
 def is_any(ids, some):
@@ -197,13 +233,13 @@ def uniforms(rows, tokens, generator=None):
 
 
 def encode_prompts(prompts, device):
-    """-> ids (P, L) of the prompts, padded on the right, and their Packed, in which the state at
-    the end of each is wanted"""
+    """-> ids (P, L) of the prompts on the CPU, padded on the right, and their Packed, in which the
+    state at the end of each is wanted"""
     lengths = torch.tensor([len(prompt) for prompt in prompts])[:, None]
     column = torch.arange(int(lengths.max()))
     ids = torch.zeros(len(prompts), len(column), dtype=torch.int64)
     ids[column < lengths] = torch.tensor([token for prompt in prompts for token in prompt])
-    return ids.to(device), pack(ids, column == lengths - 1, device)
+    return ids, pack(ids, column == lengths - 1, device)
 
 
 class Drawing:
@@ -223,7 +259,7 @@ class Drawing:
         self.p = torch.ones_like(uniform, dtype=wide(model))
         self.t = torch.zeros(1, dtype=torch.int64, device=device)
 
-        start = torch.tensor(lengths, device=device)
+        start = on_device(torch.tensor(lengths), device)
         L, K, n = packed.rows.size(1), model.config.heads()[1], uniform.size(1)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else model.head.dtype
@@ -269,7 +305,7 @@ class Drawing:
         self.cache.column += 1
 
     def alive_rows(self, alive):
-        """alive (P·G,) bool -> how many rows `drop_finished` would leave"""
+        """alive (P·G,) bool, on the CPU -> how many rows `drop_finished` would leave"""
         return self.cache.alive_rows(alive)
 
     def drop_finished(self, alive):
@@ -309,7 +345,7 @@ class Cache:
         self.P, self.G, self.K, self.n, self.static = P, G, K, n, static
         self.own = []
         self.start(prompt_mask)
-        self.column = torch.tensor([self.width], device=prompt_mask.device)
+        self.column = torch.full((1,), self.width, device=prompt_mask.device)
 
     def show_column(self):
         """The rows see one column more, the one that is written now."""
@@ -339,14 +375,15 @@ class Cache:
         alive = alive.view(self.P, self.G)
         prompts, most = alive.any(1).nonzero()[:, 0], int(alive.sum(1).max())
         rows = alive[prompts].sort(dim=1, descending=True, stable=True).indices[:, :most]
-        head = torch.arange(self.K, device=alive.device)
+        head = torch.arange(self.K)
         heads = (prompts[:, None] * self.K + head).flatten()
         own = (heads.view(-1, self.K, 1) * self.G + rows[:, None]).flatten()
+        rows = (prompts[:, None] * self.G + rows).flatten()
+        self.P, self.G = len(prompts), most
+        heads, own, rows = on_device((heads, own, rows), self.column.device)
         for layer, kv in enumerate(self.own):  # one at a time: never two whole caches
             self.own[layer] = kv.index_select(1, own)
         self.keep(heads, own)
-        rows = (prompts[:, None] * self.G + rows).flatten()
-        self.P, self.G = len(prompts), most
         return rows
 
 
@@ -410,14 +447,6 @@ class SharedPromptCache(Cache):
             self.prompt[layer] = kv.index_select(1, heads)
         if len(self.prompt_mask) > 1:
             self.prompt_mask = self.prompt_mask[heads]
-
-
-def captured(step):
-    """-> a step as one CUDA graph, replayed on the same buffers"""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def plain(module):
