@@ -35,7 +35,7 @@ import data
 import training
 from gpt import response_scores
 from training import PairOptions, Run, opt, parse
-from training.distributed import greatest, least
+from training.distributed import total
 from training.held_out import RewardEvaluator
 
 
@@ -99,7 +99,8 @@ def main(argv=None):
             run.backward((weight * losses).sum(), tokens=batch.tokens)
             extremes += [metrics.pop("min_reward").min(), metrics.pop("max_reward").max()]
             run.log(metrics | {"loss": losses}, weight)
-        run.log({"min_reward": least(extremes), "max_reward": greatest(extremes)})
+        found = torch.stack(extremes)
+        run.log({"min_reward": total(found.min(), "MIN"), "max_reward": total(found.max(), "MAX")})
         run.update(optimizer)
         run.evaluate(evaluator, reward)
 

@@ -16,7 +16,8 @@ from conftest import ROOT
 from house import METHODS, loops, nodes
 
 FLOORS = {  # a folder or a file -> what of ours it may import, and what else
-    "packing.py": ("", "torch"),
+    "gpu.py": ("", "torch"),
+    "packing.py": ("gpu", "torch"),
     "gpt.py": ("packing", "torch"),
     "data": ("data", "torch numpy tiktoken"),
     "data/batch.py": ("data packing", "torch numpy tqdm"),  # a bar, if a file is large
@@ -27,7 +28,7 @@ FLOORS = {  # a folder or a file -> what of ours it may import, and what else
     "hf/tokenizer.py": ("data hf", "tokenizers"),
     "hf/template.py": ("data", "jinja2"),  # which comes with torch
     "hf/vocabulary.py": ("data", "tokenizers"),
-    "training": ("packing gpt data hf training", "torch tqdm"),
+    "training": ("gpu packing gpt data hf training", "torch tqdm"),
     "training/locks.py": ("data", "filelock"),  # which comes with torch
     "training/loggers.py": ("data training", "torch wandb"),
     "export.py": ("gpt data hf training", "torch"),

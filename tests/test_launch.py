@@ -5,6 +5,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import TINY, killed, main, run
 
@@ -191,3 +192,15 @@ def test_no_folder_for_temporary_files(monkeypatch):
     monkeypatch.setattr(launch.tempfile, "NamedTemporaryFile", nowhere)
     with pytest.raises(UserError, match="a temporary file cannot be written .* set TMPDIR"):
         launch.stored(Full(False))
+
+
+def test_gradients_travel_in_buckets(monkeypatch):
+    """Neighbours of one dtype, up to the limit; what is larger travels alone. Each is summed."""
+    monkeypatch.setattr(launch, "BUCKET", 40)
+    monkeypatch.setattr(dist, "all_reduce", lambda x: sent.append(x.numel()) or x.mul_(2))
+    sizes, sent = [(2, 2), (5,), (3,), (7, 2), (1,)], []
+    gradients = [torch.full(size, i + 1.0) for i, size in enumerate(sizes)]
+    gradients.append(torch.ones(1, dtype=torch.float64))
+    launch.total_gradients(gradients)
+    assert sent == [9, 3, 14, 1, 1]
+    assert [x.unique().item() for x in gradients] == [2.0, 4.0, 6.0, 8.0, 10.0, 2.0]

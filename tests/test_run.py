@@ -687,4 +687,19 @@ def test_no_clock_is_read_before_the_device_is_done(monkeypatch):
         pass
     figures.end_update()
     figures.end_step(timed=True)
-    assert waits == [0, 1, 2, 3] and figures.seconds == 3.0 and figures.parts == {"sample": [1.0]}
+    assert (
+        waits == [0, 1, 2, 3]
+        and figures.seconds == 3.0
+        and figures.times == [{"step": 3.0, "sample": 1.0}]
+    )
+
+
+def test_a_first_step_is_not_timed_if_a_later_one_is():
+    figures = Figures(torch.device("cpu"))
+    figures.times = [{"step": 100.0, "sample": 50.0, "update": 9.0}, {"step": 1.0, "update": 0.5}]
+    figures.times.append({"step": 3.0, "update": 1.5})
+    figures.tokens = 30
+    expected = {"step_ms": 2e3, "update_ms": 1e3, "sample_ms": 5e4, "tokens_per_s": 5.0}
+    assert figures.medians(3, 1) == expected
+    del figures.times[1:]
+    assert figures.medians(1, 1)["step_ms"] == 1e5

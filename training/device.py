@@ -1,14 +1,12 @@
 """The device and the precision in which a script computes: --device and --dtype."""
 
 import json
-from functools import partial
 
 import torch
 
 import data
 import gpt
 from data import UserError
-from packing import on_device
 from training import checkpoint, distributed, lora, sampling
 from training.placement import Whole, full, linear
 
@@ -112,21 +110,18 @@ class Compute:
     def sample(self, model, questions, longest, group=1, temperature=1.0, generator=None):
         """-> a Rollout of `group` responses to each question. questions: rows (ids, …)"""
         ids, ends = [row[0] for row in questions], self.tokenizer.ends
-        draw = partial(sampling.sample, temperature=temperature, group=group)
-        if not distributed.many:
-            with self.autocast():
-                return draw(self.to_sample(model), ids, longest, ends, generator=generator)
-        uniform = sampling.uniforms(len(ids) * group, longest, generator)  # alike in all processes
-        part, rollout = distributed.mine(len(ids)), None
-        rows = slice(part.start * group, part.stop * group)
         with self.autocast():
             model = self.to_sample(model)
-            if ids[part]:
-                rollout = draw(model, ids[part], longest, ends, uniform=uniform[rows])
-        drawn = {name: x.cpu() for name, x in vars(rollout).items()} if rollout else {}
-        parts = [sampling.Rollout(**x) for x in distributed.gathered(drawn) if x]
-        host = sampling.Rollout.cat(parts)
-        return sampling.Rollout(host, **on_device(vars(host), self.device))
+
+            def draw(part, uniform=None):
+                how = temperature, generator, group, uniform
+                return sampling.sample(model, ids[part], longest, ends, *how)
+
+            if distributed.many:
+                from training import ranks
+
+                return ranks.sample(draw, len(ids), group, longest, generator, self.device)
+            return draw(slice(None))
 
     @torch.no_grad()
     def scores(self, rows, f, size=0):

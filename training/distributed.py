@@ -206,15 +206,6 @@ def total(x, op="SUM"):
     return found if torch.is_tensor(x) else found.item()
 
 
-def least(tensors):
-    """-> the least of some numbers, over all processes"""
-    return total(min(tensors), "MIN")
-
-
-def greatest(tensors):
-    return total(max(tensors), "MAX")
-
-
 def total_all(named, device):
     """{name: a number or a tensor of one} in each process -> their sums, in one message"""
     values = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in named.values()]
@@ -224,9 +215,7 @@ def total_all(named, device):
 def total_gradients(parameters):
     """Sums each gradient over the processes, in place."""
     if many:
-        messages = [dist.all_reduce(p.grad, async_op=True) for p in parameters]
-        for message in messages:
-            message.wait()
+        launch.total_gradients([p.grad for p in parameters])
 
 
 def gathered(x):

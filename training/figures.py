@@ -39,7 +39,7 @@ class Figures:
         self.reading = set()  # (role, whether with a graph) of the pass under way
         self.read = set()  # the roles that were read in this step so far
         self.in_step = False  # what models read before, after and between steps does not count
-        self.times, self.parts = [], {}  # seconds of each step, and {part: seconds of each step}
+        self.times = []  # {part: seconds} of each step that is timed; "step" is the whole
         self.line = ()  # of what the last step's line in the record is made
 
     # ---- a step
@@ -69,12 +69,10 @@ class Figures:
         self.in_step = False
         self.seconds = self.updated - self.step_began
         if timed:
-            self.times.append(self.seconds)
-            seconds = Counter()
+            parts = Counter(step=self.seconds)
             for part, began, ended in self.clocks:
-                seconds[part] += ended - began
-            for part, x in seconds.items():
-                self.parts.setdefault(part, []).append(x)
+                parts[part] += ended - began
+            self.times.append(parts)
 
     def means(self):
         """-> the step's figures, as numbers"""
@@ -103,7 +101,7 @@ class Figures:
 
     def drew(self, rollout, model, models):
         """A rollout was sampled from a model, one pass over each response."""
-        self.sampled += int(rollout.mask.sum())
+        self.sampled += int(rollout.host.mask.sum())
         role = next(role for role, held in models.items() if held is model)
         self._pass(role, len(rollout))
 
@@ -168,20 +166,26 @@ class Figures:
 
     def medians(self, steps, updates):
         """-> the median times of a step and of its parts, and the tokens per second, over the steps
-        of this process"""
-        if not self.times:
+        of this process. The first one, which loads kernels or compiles them, counts only for what
+        no later step has."""
+        seconds = {}
+        for parts in reversed(self.times):
+            for part, x in parts.items():
+                if parts is not self.times[0] or part not in seconds:
+                    seconds.setdefault(part, []).append(x)
+        if not seconds:
             return {}
         tokens_per_step = (self.tokens - self.tokens_before) / updates / steps
-        figures = {"step_ms": 1000 * statistics.median(self.times)}
-        figures["tokens_per_s"] = tokens_per_step / statistics.fmean(self.times)
-        parts = self.parts.items()
-        return figures | {f"{part}_ms": 1000 * statistics.median(x) for part, x in parts}
+        speed = tokens_per_step / statistics.fmean(seconds["step"])
+        medians = {f"{part}_ms": 1000 * statistics.median(x) for part, x in seconds.items()}
+        return medians | {"tokens_per_s": speed}
 
     def summary(self, final, ledger, peak):
         """-> the last lines of a run. peak: that of the Meter, or None"""
         lines, speed = [memory.ledger(ledger)], ""
         if self.times:
-            parts = ", ".join(f"{part} {final[f'{part}_ms']:.0f}" for part in self.parts)
+            _, *parts = self.times[0]
+            parts = ", ".join(f"{part} {final[f'{part}_ms']:.0f}" for part in parts)
             speed = f", {final['step_ms']:.0f} ms per step" + (f" ({parts})" if parts else "")
             speed += f", {final['tokens_per_s']:,.0f} tokens/s"
         lines.append(f"time: {final['wall_s']:.0f} s{speed}")

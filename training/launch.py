@@ -1,5 +1,5 @@
-"""How these processes were started: by torchrun, or by a cluster that sets the same environment.
-Only a process with RANK or WORLD_SIZE in its environment reads this file.
+"""How these processes were started, by torchrun or by a cluster that sets the same environment,
+and how they send gradients. Only one with RANK or WORLD_SIZE in its environment reads this file.
 """
 
 import json
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from data import UserError, say
 
 ARGV = sys.argv[1:]  # of the script that torchrun has started, and not of an earlier stage
+BUCKET = 2**25  # bytes of gradients in one message; a larger one travels alone
 NEEDED = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 
 
@@ -131,3 +132,27 @@ def stored(rows):
         whose = "the encoded rows, which the processes of this machine share"
         remedy = "set TMPDIR to a folder with room for them"
     raise UserError(f"{what}: it holds {whose}; {remedy}")
+
+
+def total_gradients(gradients):
+    """Sums each gradient over the processes, in place. Hundreds of small messages would take longer
+    than their bytes, so neighbours travel together."""
+    for bucket in buckets(gradients):
+        flat = torch.cat([x.flatten() for x in bucket]) if len(bucket) > 1 else bucket[0]
+        dist.all_reduce(flat)
+        if len(bucket) > 1:
+            parts = flat.split([x.numel() for x in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(x) for part, x in zip(parts, bucket)])
+
+
+def buckets(tensors):
+    """Yields lists of neighbours that have one dtype, and at most BUCKET bytes together."""
+    bucket, size = [], 0
+    for x in tensors:
+        if bucket and (size + x.nbytes > BUCKET or x.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(x)
+        size += x.nbytes
+    if bucket:
+        yield bucket

@@ -237,8 +237,7 @@ class Run(Compute):
                 say(f"{self.method} step {done}/{o.steps}: {text}")
         bar.update()
 
-    def _line(self, done, sums, logged_in, facts):
-        """-> the line of a step in the record. Made only if it is recorded: it asks the device."""
+    def _line(self, done, sums, logged_in, facts):  # made only if it is recorded: the device waits
         return {"step": done} | means(sums, logged_in) | self.scaler.figures() | facts
 
     def backward(self, loss, tokens):

@@ -45,7 +45,8 @@ def ending(e, argv):
         case UserError():
             return e.code, str(e)
         case torch.OutOfMemoryError():
-            remedy = "try a smaller --micro-batch, or --checkpoint-activations"
+            remedy = "try a smaller --micro-batch, or --checkpoint-activations; or, with a CUDA"
+            remedy += " device, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment"
             return 1, f"out of memory ({str(e).splitlines()[0]}): {remedy}"
         case BrokenPipeError():  # a reader has left
             return 1, None
