@@ -16,18 +16,14 @@ import contextlib
 import math
 import os
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from head import target_logprobs
 from packing import before, last_token, pack
-
-# the most that logits, their softmax and their gradient may take together; if they need more, the
-# states are scored in chunks, which the backward pass computes again
-LOGITS_BYTES = 2**28
 
 
 @dataclass
@@ -199,33 +195,15 @@ class GPT(nn.Module):
         (B, T), 0 off the mask, float32 (float64 for a float64 model). With `entropy=True` also the
         entropies of these distributions, (B, T), nats, without gradient. packed: `pack(ids,
         before(mask))`, if it has been made already.
-        The head runs on the M marked positions alone. If (M, V) logits do not fit LOGITS_BYTES, it
-        runs in chunks, which the backward pass computes again.
+        The head runs on the M marked positions alone.
         """
         assert mask.shape == ids.shape and mask.dtype == torch.bool, "a bool mask for every id"
         packed = packed or pack(ids, before(mask))
         h = self.hidden(packed)  # (M, C)
         target = ids.flatten().index_select(0, packed.places + 1)  # (M,)
-        rows = max(1, LOGITS_BYTES // (12 * self.config.vocab_size))  # 3 tables of 4-byte numbers
-        chunks = list(zip(h.split(rows), target.split(rows)))
-        recompute = len(chunks) > 1 and torch.is_grad_enabled()
-        score = partial(checkpoint, self._score, use_reentrant=False) if recompute else self._score
-        scored = [score(*chunk, temperature, entropy) for chunk in chunks]
-        tables = [_scatter(torch.cat(x), packed, ids.shape) for x in zip(*scored)]
-        return tuple(tables) if entropy else tables[0]
-
-    def _score(self, h, target, temperature, entropy):
-        """h (M, C), target (M,) -> log-probs (M,), and with `entropy` the entropies (M,). The
-        softmax is computed in float32 or float64."""
-        logits = F.linear(h, self.head)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        logits = logits if temperature == 1.0 else logits / temperature
-        logp = -F.cross_entropy(logits, target, reduction="none")
-        if not entropy:
-            return (logp,)
-        with torch.no_grad():
-            log_p = logits.log_softmax(-1)
-            return logp, -(log_p.exp() * log_p).sum(-1)
+        logp, H = target_logprobs(h, self.head, target, temperature, entropy)
+        logp = _scatter(logp, packed, ids.shape)
+        return (logp, _scatter(H, packed, ids.shape)) if entropy else logp
 
 
 def rotations(config, position, dtype):

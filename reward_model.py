@@ -36,7 +36,7 @@ import training
 from gpt import response_scores
 from training import PairOptions, Run, opt, parse
 from training.distributed import total
-from training.held_out import RewardEvaluator
+from training.order import RewardEvaluator
 
 
 def bradley_terry_loss(reward_w, reward_l, margin=0.0, p=1.0):

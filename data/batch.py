@@ -292,9 +292,9 @@ class Batch(NamedTuple):
         return len(self.packed.ids)
 
 
-def pad(rows, device="cpu", ends=False, columns=None):
+def pad(rows, device="cpu", ends=False):
     """Rows of (prompt ids, response ids, *columns) -> Batch, for the log-probs of the responses or,
-    with `ends`, for what is read at each row's last token. columns: others in their place"""
+    with `ends`, for what is read at each row's last token"""
     unique = {}
     texts = rows if len(rows[0]) == 2 else [row[:2] for row in rows]
     inverse = torch.tensor([unique.setdefault(text, len(unique)) for text in texts])
@@ -307,15 +307,15 @@ def pad(rows, device="cpu", ends=False, columns=None):
     ids = torch.zeros(text.shape, dtype=torch.int64)
     ids[text] = torch.tensor([token for x, y in texts for part in (x, y) for token in part])
     packed = pack(ids, column == stop - 1 if ends else before(mask))
-    columns = _columns(rows, 2) if columns is None else columns
-    return on_device(Batch(ids, mask, text, inverse, columns, packed), device)
+    return on_device(Batch(ids, mask, text, inverse, _columns(rows, 2), packed), device)
 
 
 def pad_pairs(pairs, device="cpu", ends=False):
     """B pairs (prompt, chosen, rejected, *columns) -> Batch of 2B rows, the chosen ones first: one
     forward pass for both. The columns have one entry per pair. ends: as for `pad`"""
     rows = [pair[:2] for pair in pairs] + [(pair[0], pair[2]) for pair in pairs]
-    return pad(rows, device, ends, _columns(pairs, 3))
+    batch = pad(rows, device, ends)
+    return batch._replace(columns=on_device(_columns(pairs, 3), device))
 
 
 def _columns(rows, first):

@@ -20,7 +20,7 @@ from data import printable
 from evaluate import Evaluator, log_ratio_and_entropy
 from gpt import GPT, GPTConfig
 from training import Compute
-from training.held_out import RewardEvaluator
+from training.order import RewardEvaluator
 from training.sampling import sample
 
 TOKENIZER = data.tokenizer()

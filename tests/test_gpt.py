@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import gpt
+import head
 import packing
 from gpt import GPT, GPTConfig, ScalarGPT, load, save
 from packing import before, last_token, pack
@@ -105,8 +106,9 @@ def test_a_token_sees_nothing_after_it():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_the_full_logits_formula(chunked, temperature, monkeypatch):
     """In value and gradient."""
-    if chunked:  # two rows of logits a chunk, computed again in the backward pass
-        monkeypatch.setattr(gpt, "LOGITS_BYTES", 2 * 12 * SMALL.vocab_size)
+    if chunked:  # two rows of logits per chunk, computed again in the backward pass
+        monkeypatch.setattr(head, "TABLE", {"cpu": 0})
+        monkeypatch.setattr(head, "CHUNK", {"cpu": 2 * 8 * SMALL.vocab_size})
     m, (ids, mask) = model(), ragged()
     weight = torch.randn(3, 7, dtype=torch.float64)
     grads = []
@@ -214,8 +216,9 @@ def test_logprobs_take_a_packing_and_run_under_fake_tensors():
 
 def test_logprobs_never_hold_logits_of_prompt_positions(monkeypatch):
     m, (ids, mask) = model(), ragged()
-    seen, score = [], m._score
-    monkeypatch.setattr(m, "_score", lambda h, *rest: (seen.append(len(h)), score(h, *rest))[1])
+    seen, score = [], gpt.target_logprobs
+    counted = lambda h, *rest: (seen.append(len(h)), score(h, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(gpt, "target_logprobs", counted)
     m.logprobs(ids, mask)
     assert seen == [mask.sum().item()]
 

@@ -1,7 +1,10 @@
 """training/memory.py: bytes counted by hand, the ledger and FLOPs."""
 
+import gc
+
 import pytest
 import torch
+from conftest import ENDS, TRAIN, main
 
 from gpt import GPT, GPTConfig, ScalarGPT
 from training import memory
@@ -118,3 +121,16 @@ def test_ledger_and_flops_by_hand():
     rest = 2 * N + 2 * R
     assert memory.flops(held, forward, backward) == (2 * 3 + 4 * 2) * N + rest
     assert memory.flops(held, forward, backward, recompute=True) == (2 * 3 + 6 * 2) * N + rest
+
+
+def test_no_model_outlives_its_run(ends, monkeypatch):
+    """Two runs in this process, as an earlier stage and the run that needs it."""
+    monkeypatch.chdir(ends)
+    gc.collect()
+    before = [x for x in gc.get_objects() if isinstance(x, GPT)]
+    for script in ("sft", "grpo"):
+        more = [*ENDS, "--reward", "judge.py:odd", "--group", 4] if script == "grpo" else ENDS[:2]
+        assert main(script, *TRAIN, *more, "--eval-prompts", 6, "--out", "alive/x.pt") == 0
+    gc.collect()
+    after = [x for x in gc.get_objects() if isinstance(x, GPT)]
+    assert len(after) <= len(before)

@@ -182,7 +182,7 @@ class Tracker(TorchDispatchMode):
             self.now[self.live[key][1]] -= size
         else:
             self.total += size
-            weakref.finalize(storage, self._end, key)
+            weakref.finalize(storage, _end, weakref.ref(self), key)
         self.live[key] = [size, category, weakref.ref(storage)]
         self.now[category] += size
         if head:
@@ -251,6 +251,12 @@ class Tracker(TorchDispatchMode):
         for (x, _), kind in zip(given, kinds):
             logits = logits or kind == "logits" and x.shape == out.shape
         return self.phase or ("logits" if logits else "activations"), False
+
+
+def _end(tracker, key):
+    """A storage has ended. Its finalizer keeps no tracker alive, and so none of the models."""
+    if tracker():
+        tracker()._end(key)
 
 
 class Meter:
