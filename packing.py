@@ -12,8 +12,8 @@ that rows share is in it once. An example: the log-probs of two responses, 7 8 a
     ids     5 6 7 8      wanted  - 6 7 -      the tokens that predict 7 and 8
             5 6 9 0              - 6 - -      the token that predicts 9
     list    5 6 7        N = 3 tokens; no prediction needs the states of 8 and 9
-    rows    0 1 2        where the tokens of each row are in the list; 0 also stands for padding
-            0 1 0
+    rows    0 1 2        where the tokens of each row are in the list; padding repeats the last
+            0 1 1
 
 Embeddings, norms and linear layers run on the list. Attention alone needs rows: it gathers the
 tokens into rows, and its output back into the list.
@@ -27,6 +27,8 @@ from torch.utils._pytree import tree_map
 
 SPLIT_BELOW = 0.7  # prefixes are attended separately if that leaves a smaller share of B·T² pairs
 SHARE_ABOVE = 0.04  # rows without padding share tokens if that spares a larger share of them
+CALL = 2**14  # what one more call of attention costs, in pairs of a query and a key
+MOST_CALLS = 4  # for the rows of a batch
 
 
 class Packed(NamedTuple):
@@ -43,11 +45,12 @@ class Packed(NamedTuple):
     position: torch.Tensor  # (N,) int64: the column of each token in its row
     places: torch.Tensor  # (M,) int64: where the wanted ones are in the flattened ids (B, T)
     wanted: torch.Tensor  # (M,) int64: which of the N tokens these are
-    rows: torch.Tensor  # (B, T') int64: each row's tokens, as indices of the list; 0 in padding
+    # (B, T') int64: each row's tokens, as indices of the list; in padding its last one
+    rows: torch.Tensor
+    tables: tuple  # these rows in groups of like length, each as wide as its longest
     prefixes: torch.Tensor | None  # (U, p) int64: the U different beginnings, attended separately
-    gather: (
-        torch.Tensor | None
-    )  # (N,) int64: each token's index in attention's output; None: its own
+    # (N,) int64: each token's index in attention's output; None: its own
+    gather: torch.Tensor | None
     gather_wanted: torch.Tensor  # (M,) int64: the same for the wanted tokens
 
     def select(self, x):
@@ -58,15 +61,19 @@ class Packed(NamedTuple):
         """qkv (N, (H + 2K) D) -> (N, H D); in the final block (M, H D). sizes: (H, K, D). layer
         is not needed here; a sampling cache needs it"""
         H, K, D = sizes
-        if self.prefixes is None:
-            qkv = qkv if self.gather is None else qkv.index_select(0, self.rows.flatten())
-            y = _attention(*qkv.view(*self.rows.shape, -1, D).split((H, K, K), 2))
+        q, kv = qkv.split((H * D, 2 * K * D), 1)
+        starts, tails = self.tables, ()
+        if self.prefixes is not None:
+            starts, tails = (self.prefixes,), self.tables
+        if self.gather is None:
+            tables = [qkv.view(*self.rows.shape, -1, D)]
         else:
-            q, kv = qkv.split((H * D, 2 * K * D), 1)
-            p = self.prefixes.size(1)
-            q, kv = _table(q, self.rows[:, p:], D), _table(kv, self.rows, D)
-            tails = _attention(q, *kv.chunk(2, 2))
-            y = torch.cat([_attention(*_table(qkv, self.prefixes, D).split((H, K, K), 2)), tails])
+            tables = [_table(qkv, rows, D) for rows in starts]
+        found = [_attention(*x.split((H, K, K), 2)) for x in tables]
+        for rows in tails:
+            k, v = _table(kv, rows, D).chunk(2, 2)
+            found.append(_attention(_table(q, rows[:, self.prefixes.size(1) :], D), k, v))
+        y = torch.cat(found) if len(found) > 1 else found[0]
         index = self.gather_wanted if final else self.gather
         return y if index is None else y.index_select(0, index)
 
@@ -110,19 +117,21 @@ def pack(ids, wanted, device=None):
     owner = _owners(order, same)
     shared = owner != torch.arange(B)[:, None]  # another row computes this token
     new = real & ~shared
-    rows = (new.flatten().cumsum(0).view(B, T) - 1).gather(0, owner) * real
+    rows = (new.flatten().cumsum(0).view(B, T) - 1).gather(0, owner)
+    # padding repeats the row's own last token: a GPU would add all gradients of one token in turn
+    rows = rows.gather(1, torch.arange(T).minimum((length[:, None] - 1).clamp(min=0)))
 
     n_shared = shared.sum(1)
     p = _prefix_length(n_shared, T)
     row, column = new.nonzero(as_tuple=True)
-    prefixes, gather = _gathers(row, column, rows, n_shared < p, p)
+    tables, prefixes, gather = _tables(row, column, rows, length, n_shared < p, p)
     tokens = rows[wanted[:, :T]]
     gather_wanted = gather[tokens]
     if not p and len(gather) == B * T:
         gather = None  # nothing is padded or shared: the list is the table
     places = wanted.flatten().nonzero()[:, 0]
-    found = ids[:, :T][new], column.clone(), places, tokens, rows, prefixes, gather, gather_wanted
-    return on_device(Packed(*found), device)
+    found = ids[:, :T][new], column.clone(), places, tokens, rows, tables, prefixes
+    return on_device(Packed(*found, gather, gather_wanted), device)
 
 
 def on_device(tree, device):
@@ -161,20 +170,51 @@ def _owners(order, same):
     return order[source][order.argsort()]
 
 
-def _gathers(row, column, rows, has_prefix, p):
-    """-> (prefixes, gather) of a Packed. row, column (N,): where the tokens of the list
-    are in the table; has_prefix (B,): True at the rows that contribute the U different prefixes.
-    Attention's output has these prefixes first, then the rest of each row.
+def _tables(row, column, rows, length, has_prefix, p):
+    """-> (tables, prefixes, gather) of a Packed. row, column (N,): where the tokens of the list are
+    in the table; length (B,): how many columns of each row are computed; has_prefix (B,): True at
+    the rows that contribute the U different prefixes. Attention's output has these prefixes first,
+    then the rest of each row, group by group.
 
     rows [0 1 2], [0 1 3], p = 2 -> prefixes [0 1]; the output holds tokens 0 1 | 2 | 3, gather is
     0 1 2 3. With p = 0 it holds 0 1 2 | 0 1 3, and gather is 0 1 2 5."""
-    T = rows.size(1)
-    if not p:
-        return None, row * T + column
-    prefixes = rows[has_prefix, :p]
-    in_prefix = (has_prefix.cumsum(0) - 1)[row] * p + column
-    in_rest = prefixes.numel() + row * (T - p) + column - p
-    return prefixes, torch.where(column < p, in_prefix, in_rest)
+    prefixes = rows[has_prefix, :p] if p else None
+    order = length.argsort(stable=True)
+    cuts = _cuts(length[order], p)
+    order = order if len(cuts) > 2 else torch.arange(len(rows))
+    tables, start, n = [], torch.zeros_like(length), prefixes.numel() if p else 0
+    for a, b in zip(cuts, cuts[1:]):
+        group = order[a:b]
+        width = int(length[group].max())
+        if width > p:
+            start[group] = n + torch.arange(b - a) * (width - p)
+            n += (b - a) * (width - p)
+            tables.append(rows[group, :width])
+    gather = start[row] + column - p
+    if p:
+        in_prefix = (has_prefix.cumsum(0) - 1)[row] * p + column
+        gather = torch.where(column < p, in_prefix, gather)
+    return tuple(tables), prefixes, gather
+
+
+def _cuts(length, p):
+    """length (B,), sorted; p: how many columns are attended separately -> where the rows are cut
+    into groups, each of which is attended in one call, as wide as its longest row. The cost is
+    counted in pairs of a query and a key, and does not depend on any clock.
+
+    length 1 … 1 (99 times) and 1000, p = 0: 100 · 1000² pairs in one call, 1000² + 99 in two
+    -> 0 99 100"""
+    pairs, cuts = (length - p).clamp(min=0) * length, [0, len(length)]
+    while len(cuts) <= MOST_CALLS:
+        found = []
+        for a, b in zip(cuts, cuts[1:]):  # the first rows of a group become as wide as they are
+            saved = torch.arange(1, b - a) * (pairs[b - 1] - pairs[a : b - 1])
+            found += [(int(saved.max()), a + 1 + int(saved.argmax()))] if b - a > 1 else []
+        saved, where = max(found, default=(0, 0))
+        if saved <= CALL:
+            break
+        cuts = sorted([*cuts, where])
+    return cuts
 
 
 def _prefix_length(n_shared, T):

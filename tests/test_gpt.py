@@ -142,13 +142,16 @@ def table(rows):
     return ids, mask
 
 
+@pytest.mark.parametrize("call", [0, 2**14])
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_what_is_skipped_and_shared_changes_nothing(name, apart, dtype, near, monkeypatch):
+def test_what_is_skipped_and_shared_changes_nothing(name, apart, call, dtype, near, monkeypatch):
     """Log-probs, values and scores, and all gradients, of the plain padded formula; with columns
-    that are attended on their own wherever rows begin alike, and nowhere."""
+    that are attended on their own wherever rows begin alike, and nowhere; with rows in as many
+    calls of attention as there may be, and in one."""
     monkeypatch.setattr(packing, "SPLIT_BELOW", 2.0 if apart else 0.0)
+    monkeypatch.setattr(packing, "CALL", call)
     (ids, mask), m = table(ROWS[name]), model(dtype)
     judge = ScalarGPT(SMALL, trunk=model(dtype)).to(dtype)
     packed, ends = pack(ids, before(mask)), last_token(mask)
@@ -172,6 +175,26 @@ def test_what_is_skipped_and_shared_changes_nothing(name, apart, dtype, near, mo
         torch.testing.assert_close(x, y, rtol=near, atol=near)
     for x, y in zip(*(torch.autograd.grad(x, weights) for x in sums)):
         torch.testing.assert_close(x, y, rtol=10 * near, atol=10 * near * y.abs().max().item())
+
+
+def test_rows_of_like_length_are_attended_together(monkeypatch):
+    """By hand, in pairs of a query and a key. 99 rows of one token and one of 1,000: alone the 99
+    cost 99 pairs, with the other 99 · 1000². Rows of 100, 200 and 400 tokens, after 100 columns
+    that are attended apart, need 0, 100 · 200 and 300 · 400 pairs."""
+    assert packing._cuts(torch.tensor([1] * 99 + [1000]), 0) == [0, 99, 100]
+    assert packing._cuts(torch.tensor([64] * 50), 0) == [0, 50]
+    for call, cuts in ((2 * 100_000, [0, 3]), (2 * 100_000 - 1, [0, 2, 3]), (0, [0, 1, 2, 3])):
+        monkeypatch.setattr(packing, "CALL", call)
+        assert packing._cuts(torch.tensor([100, 200, 400]), 100) == cuts
+    monkeypatch.setattr(packing, "CALL", 0)
+    assert len(packing._cuts(torch.arange(1, 99), 0)) == 5  # four calls at most
+
+
+def test_padding_repeats_the_last_token_of_its_row():
+    ids, mask = table(ROWS["ragged"])
+    packed = pack(ids, mask | (torch.arange(ids.size(1)) == 0))
+    for row, real in zip(packed.rows, packing.row_lengths(mask)):
+        assert (row[real:] == row[max(0, int(real) - 1)]).all()
 
 
 def test_tokens_are_computed_once_and_no_padding():
