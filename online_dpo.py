@@ -42,6 +42,7 @@ import training
 from data import UserError
 from evaluate import Evaluator
 from gpt import response_logprobs
+from packing import row_lengths
 from training import JudgedOptions, Rollout, Run, Weights, opt, parse
 from training.reward import load_judge
 
@@ -232,10 +233,11 @@ def main(argv=None):
                 labelled.fill(step, steps)
 
         pairs, figures = labelled[step]
-        P = len(pairs) // 2
+        P, length = len(pairs) // 2, row_lengths(pairs.host.mask)
         counted = pairs.counts[:P].sum().clamp(min=1)
         with run.clock("update"):
-            for rows in run.micro_batches(torch.arange(P), responses=2):
+            lengths = length[:P] + length[P:]
+            for rows in run.micro_batches(torch.arange(P), responses=2, lengths=lengths):
                 batch = pairs[torch.cat([rows, rows + P])]
                 with run.autocast():
                     losses, metrics = compute_loss(policy, ref, batch, o)

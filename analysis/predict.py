@@ -27,6 +27,7 @@ from hf import weights
 from packing import last_token, pack
 from training import Compute, Rollout, distributed, lora, memory, parse, sampling, sharding
 from training.checkpoint import is_checkpoint
+from training.cut import by_tokens, lengths
 from training.options import flag
 from training.placement import Whole
 from training.reward import ROWS
@@ -168,7 +169,7 @@ class Sampled:
         self.group = o.samples_per_prompt if pairs else o.group
         self.prompts, self.response = [row[0] for row in prompts], response
         drawn = self.rollout(2 if pairs else self.group)
-        self.drawn = list(cut(drawn, o.micro_batch))
+        self.drawn = list(cut(drawn, o.micro_batch, o.micro_tokens))
         self.rollout_of_all = Rollout.cat([drawn] * ranks)
         self.on_policy = parts * getattr(o, "updates", 1) == 1
         minibatch = drawn
@@ -176,7 +177,8 @@ class Sampled:
             generator = torch.Generator().manual_seed(o.seed)
             minibatch = next(iter(self.rollout_of_all.minibatches(2, parts, generator)))
         share = next(cut(minibatch, len(drawn) // parts))
-        self.share = list(cut(share, 2 * o.micro_batch if pairs else o.micro_batch))
+        size = 2 * o.micro_batch if pairs else o.micro_batch
+        self.share = list(cut(share, size, o.micro_tokens))
         self.packed_prompts = sampling.encode_prompts(self.prompts, "cpu")[1]
         self.judged = list(cut(self.rollout(self.group), ROWS))
         self.packed_judged = [pack(x.ids, last_token(x.mask)) for x in self.judged]
@@ -249,10 +251,14 @@ def fake(x):
     return found
 
 
-def cut(rollout, size):
-    """Yields `size` rows at a time; 0: all."""
-    for i in range(0, len(rollout), size or len(rollout)):
-        yield rollout[i : i + (size or len(rollout))]
+def cut(rollout, size, tokens=0):
+    """Yields `size` rows at a time (0: all), as many as have at most so many tokens (0: any)."""
+    n, length = len(rollout), lengths(rollout)
+    parts = [slice(i, i + (size or n)) for i in range(0, n, size or n)]
+    if tokens and any(length[part].sum() > tokens for part in parts):
+        parts = by_tokens(length, size or n, tokens)
+    for part in parts:
+        yield rollout[part]
 
 
 # ---- what to predict

@@ -26,6 +26,7 @@ from analysis import predict
 from data import UserError
 from gpt import GPTConfig, load
 from training import Run, distributed
+from training.cut import by_tokens
 from training.optimizer import Scaler
 from training.sampling import sample, uniforms
 
@@ -156,6 +157,22 @@ def test_the_uneven_batch_has_a_stand_in(monkeypatch):
     for most in (0, 64):  # no process takes the rows of another
         assert [(x.start, x.stop) for x, _ in distributed.shares(5, most)] == [(3, 5)]
     assert distributed.mine(5) == slice(2, 5) and distributed.mine(1) == slice(0, 1)
+
+
+def test_rows_of_like_length_are_cut_by_their_tokens(monkeypatch):
+    """By hand. A row longer than the limit is alone; two processes make equally many passes."""
+    length = torch.tensor([5, 9, 4, 30, 8])
+    parts = [part.tolist() for part in by_tokens(length, 9, 17)]
+    assert parts == [[0, 2, 4], [1], [3]]
+    assert [part.tolist() for part in by_tokens(length, 2, 17)] == [[0, 2], [1, 4], [3]]
+    monkeypatch.setattr(distributed, "size", 2)
+    dealt = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", rank)
+        shares = distributed.shares(5, 0, length, 17)
+        dealt.append([(part.tolist(), own) for part, own in shares])
+    assert dealt == [[([0, 2, 4], True), ([3], True)], [([1], True), ([0, 2, 4], False)]]
+    assert next(distributed.shares(5, 0, length, 99))[0] == slice(3, 5)  # no part has more
 
 
 def test_a_stand_in_counts_for_nothing(shop):

@@ -17,6 +17,7 @@ from house import METHODS
 
 from analysis import rows
 from data import Stopped
+from training import cut
 
 SCRIPTS = [script for script in METHODS if script != "rlaif"]  # four stages: see test_rlaif.py
 SPECIAL = {  # what a method is given besides
@@ -117,14 +118,18 @@ def test_the_gradient_of_the_loss_is_its_slope(script, ends, monkeypatch):
     assert abs(expected) > 1e-3 and slope == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("more", [("--micro-batch", 2), ("--micro-tokens", 40)])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_micro_batches_do_not_change_the_gradient(script, ends, monkeypatch):
+def test_micro_batches_do_not_change_the_gradient(script, more, ends, monkeypatch):
     """Nor the figures of the first step."""
     monkeypatch.chdir(ends)
     uncut, figures = first_gradient(script, arguments(script), monkeypatch)
-    cut, other = first_gradient(script, [*arguments(script), "--micro-batch", 2], monkeypatch)
-    assert uncut.abs().max() > 1e-6
-    torch.testing.assert_close(cut, uncut, rtol=1e-9, atol=1e-12)
+    parts, taken = [], cut.taken
+    monkeypatch.setattr(cut, "taken", lambda rows, part: parts.append(part) or taken(rows, part))
+    micro, other = first_gradient(script, [*arguments(script), *more], monkeypatch)
+    by_tokens = any(torch.is_tensor(part) for part in parts)
+    assert uncut.abs().max() > 1e-6 and by_tokens == (more[0] == "--micro-tokens")
+    torch.testing.assert_close(micro, uncut, rtol=1e-9, atol=1e-12)
     assert other.keys() == figures.keys()
     for name, x in figures.items():
         assert other[name] == pytest.approx(x, rel=1e-9, abs=1e-9), name

@@ -127,12 +127,18 @@ class Compute:
     def scores(self, rows, f, size=0):
         """-> f of all rows, (len(rows), …), without a graph. Each process computes its share,
         `size` rows at a time (0: all). f(n of the rows) -> (n, …)"""
+        take, limits = self.cutter(rows, size)
 
         def score(part):
             with self.autocast():
-                return f(rows[part])
+                return f(take(part))
 
-        return distributed.shared(len(rows), score, size)
+        return distributed.shared(len(rows), score, *limits)
+
+    def cutter(self, rows, size=0):
+        """-> a function that takes a part of the rows, and what limits the parts, as
+        `distributed.shares` takes it"""
+        return rows.__getitem__, (size,)
 
     def with_chat(self, tokenizer):
         """-> the tokenizer, whose chat template has the settings of --chat and --template-args"""

@@ -152,21 +152,28 @@ def mine(n):
     return slice(n * rank // size, n * (rank + 1) // size)
 
 
-def shares(n, rows=0):
+def shares(n, rows=0, lengths=None, tokens=0):
     """Yields this process's parts of n rows, at most `rows` at a time (0: its share at once), as
     (slice, whether it counts). All processes make equally many passes: one that has a part less
-    than others gets the first part in its place, which does not count."""
+    than others gets the first part in its place, which does not count. If a part would have more
+    than `tokens` tokens (0: any), it is cut by the rows' lengths, (n,), and rows are numbers, not a
+    slice."""
     share = max(1, -(-n // size))
     rows = min(rows or share, share)
     parts = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+    if tokens and any(lengths[part].sum() > tokens for part in parts):
+        from training.cut import by_tokens
+
+        parts = by_tokens(lengths, rows, min(tokens, -(-int(lengths.sum()) // size)))
     for i in range(rank, -(-len(parts) // size) * size, size):
         yield (parts[i], True) if i < len(parts) else (parts[0], False)
 
 
-def shared(n, f, rows=0):
-    """-> f of all n rows, (n, …); each process computes its share. f(slice) -> those rows"""
+def shared(n, f, *limits):
+    """-> f of all n rows, (n, …); each process computes its share, cut as `shares` does. f(rows)
+    -> of those rows"""
     found = torch.zeros(0)
-    for part, counts in shares(n, rows):
+    for part, counts in shares(n, *limits):
         x = f(part)
         found = found if len(found) else x.new_zeros(n, *x.shape[1:])
         if counts:

@@ -53,6 +53,7 @@ class Options:
     epochs: int = opt(0, "passes over a file or a fixed set, in place of --steps", low=1)
     batch_size: int = opt(32, "examples per optimizer step", low=1)
     micro_batch: int = opt(0, "examples per forward pass; a few save memory (0: all)", low=0)
+    micro_tokens: int = opt(0, "tokens per forward pass, rows of like length (0: all)", low=0)
     lr: float = opt(1e-3, "AdamW learning rate at its peak", above=0)
     lr_schedule: str = opt("cosine", "constant, linear to 0, or cosine to 10 %", choices=SCHEDULES)
     warmup: int = opt(20, "steps over which the learning rate rises from 0", low=0)
@@ -150,6 +151,7 @@ class JudgedOptions(Options):
 
     reward: str = opt("task", "the judge: task, rm, the X.pt of a reward model, FILE.py:function")
     temperature: float = opt(1.0, "of the samples, and of the log-probs that are trained", above=0)
+    micro_tokens: int = opt(2**14, "tokens per forward pass, rows of like length (0: all)", low=0)
 
     def endless(self):
         return False

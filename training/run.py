@@ -175,13 +175,24 @@ class Run(Compute):
 
     # ---- the loop
 
-    def micro_batches(self, rows, responses=1):
+    def cutter(self, rows, size=0, lengths=None):
+        tokens = self.o.micro_tokens
+        if not tokens:
+            return super().cutter(rows, size)
+        from training import cut
+
+        lengths = cut.lengths(rows) if lengths is None else lengths
+        return partial(cut.taken, rows), (size, lengths, tokens)
+
+    def micro_batches(self, rows, responses=1, lengths=None):
         """Yields the micro-batches of an optimizer step, shared out among the processes. What each
-        logs inside the loop is summed when it ends. responses: how many a row stands for"""
+        logs inside the loop is summed when it ends. responses: how many a row stands for; lengths:
+        the rows' tokens, if they are not rows of ids"""
+        take, limits = self.cutter(rows, self.o.micro_batch, lengths)
         with self.figures.shared(), self.figures.passing(responses * len(rows)):
-            for part, counts in distributed.shares(len(rows), self.o.micro_batch):
+            for part, counts in distributed.shares(len(rows), *limits):
                 self.figures.counts = counts
-                yield rows[part]
+                yield take(part)
 
     def steps(self, batches, optimizer, **restored):
         """Yields the number of each step from 0; between two of them the step is recorded, shown
