@@ -47,13 +47,13 @@ class TargetLogProbs(torch.autograd.Function):
             for rows, x in blocks(z, first):
                 x = x.to(wide) / temperature if temperature != 1 else x.to(wide)
                 most[rows] = x.amax(1, keepdim=True)
-                x = x - most[rows]
-                e = x.exp()
+                e = (x - most[rows]).exp_()
                 total = e.sum(1, keepdim=True)
                 log_sum[rows] = total.log()
-                logp[rows] = x.gather(1, target[rows, None]) - log_sum[rows]
-                if entropy:  # log Σ exp x - Σ p x
-                    H[rows] = log_sum[rows] - (e.mul_(x).sum(1, keepdim=True) / total)
+                logp[rows] = x.gather(1, target[rows, None]) - most[rows] - log_sum[rows]
+                if entropy:  # log Σ exp x - Σ p x, with the largest x at 0
+                    mean = e.mul_(x - most[rows]).sum(1, keepdim=True) / total
+                    H[rows] = log_sum[rows] - mean
         ctx.save_for_backward(h, W, target, most, log_sum)
         ctx.z = z if kept else None
         H = H[:, 0] if entropy else None

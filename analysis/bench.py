@@ -2,6 +2,7 @@
 
     python -m analysis.bench                       every script, sampling, long prompts
     python -m analysis.bench --n-embd 256          the same with a wider model
+    python -m analysis.bench --only head           the head alone; or ragged, rollout, decode
     python -m analysis.bench --peers               TRL and transformers on the same shapes, in turn
 
 The floor is the time that the matrix products of a step would take at the rate of a large float32
@@ -17,6 +18,7 @@ import importlib
 import io
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -36,7 +39,8 @@ from analysis.against_trl import peers
 from analysis.tables import markdown
 from data import Stopped, UserError, say
 from gpt import GPT, GPTConfig, ScalarGPT
-from training import opt, parse, sampling
+from head import target_logprobs
+from training import memory, opt, parse, sampling
 
 HERE = Path(__file__).parent.parent
 TOGETHER = "--updates 1 --minibatches 1"
@@ -56,6 +60,23 @@ LONG = {  # row with a long prompt -> (script, prompt, response, sequences, argu
     "dpo 256+128": ("dpo", 256, 128, 16, "--batch-size 8"),
     "grpo 384+128": ("grpo", 384, 128, 16, f"--batch-size 2 --group 8 --kl none {TOGETHER}"),
 }
+ROLLOUTS = {  # row -> (script, prompt, response, sequences, arguments)
+    "grpo 16 × 8": ("grpo", 32, 96, 128, f"--batch-size 16 --group 8 --kl none {TOGETHER}"),
+    "grpo 64 × 16": ("grpo", 32, 96, 1024, f"--batch-size 64 --group 16 --kl none {TOGETHER}"),
+}
+RAGGED = "ragged.jsonl", 16, (40, 320)  # a file of pairs: tokens of a prompt, of a response
+HEADS = {  # row -> states, vocabulary, width
+    "768 states, V 50,257, C 768": (768, 50257, 768),
+    "512 states, V 151,936, C 1,024": (512, 151936, 1024),
+    "2,048 states, V 49,152, C 576": (2048, 49152, 576),
+}
+GPT2 = (50257, 128, 12, 12, 768)
+SMOLLM2 = (49152, 128, 30, 9, 576, True, 3, 0, 1536)
+DECODING = {  # row -> (sizes of the model, rows)
+    f"{name}, {rows} rows": (config, rows)
+    for name, config in (("GPT-2", GPT2), ("SmolLM2-135M", SMOLLM2))
+    for rows in (1, 8, 64)
+}
 SAMPLING = {  # row -> (prompts, group, whether responses end: then after 24 tokens on average)
     "1 row": (1, 1, False),
     "8 rows": (8, 1, False),
@@ -63,6 +84,9 @@ SAMPLING = {  # row -> (prompts, group, whether responses end: then after 24 tok
     "64 rows with ends": (64, 1, True),
     "8 prompts × 8, with ends": (8, 8, True),
 }
+
+
+TABLES = ("all", "steps", "long", "sampling", "ragged", "rollout", "head", "decode")
 
 
 @dataclass
@@ -74,7 +98,7 @@ class Options:
     steps: int = opt(8, "optimizer steps per process", low=3)
     repeats: int = opt(3, "processes per row", low=1)
     peers: bool = opt(False, "measure TRL and transformers too")
-    only: str = opt("all", "print one of the tables", choices=("all", "steps", "long", "sampling"))
+    only: str = opt("all", "print one of the tables (all: the first three)", choices=TABLES)
     worker: str = opt("", "one measurement, as JSON: the bench starts its processes with it")
 
     def check(self):
@@ -98,6 +122,8 @@ def measure(job):
     """job: the measurement that --worker gives -> its figures"""
     if job["what"] == "rate":
         return {"rate": rate()}
+    if job["what"] == "head":
+        return head(*job["sizes"])
     if job["what"] == "sample":
         how = peers.generator if job["peer"] else generator
         return {"tokens": tokens_per_second(how(GPTConfig(*job["config"]), job))}
@@ -113,6 +139,27 @@ def rate():
         a @ b
         seconds.append(time.process_time() - start)
     return 2 * n**3 / min(seconds)
+
+
+def head(M, V, C):
+    """The head alone, forward and backward pass. -> CPU ms and bytes at the peak, and those of the
+    formula by autograd"""
+    h, W = torch.randn(M, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+    target, found = torch.randint(V, (M,)), {}
+    ways = {
+        "": lambda: target_logprobs(h, W, target)[0],
+        "plain ": lambda: -F.cross_entropy(F.linear(h, W), target, reduction="none"),
+    }
+    for name, logprobs in ways.items():
+        with memory.Tracker() as tracker:
+            logprobs().sum().backward()
+        start = time.process_time()
+        h.grad = W.grad = None
+        logprobs().sum().backward()
+        found[name + "ms"] = 1000 * (time.process_time() - start)
+        found[name + "bytes"] = tracker.peak
+        h.grad = W.grad = None
+    return found
 
 
 def step(job):
@@ -165,18 +212,37 @@ def jobs(o):
             job = {"what": "sample", "name": "generate", "prompt": 32, "response": 96}
             job |= {"prompts": prompts, "group": group, "ends": ends, "config": o.config(256)}
             found["sampling", row] = job
+    if o.only == "ragged":
+        file, prompt, (least, most) = RAGGED
+        job = step_job(o, "dpo", prompt, most, 16, "--batch-size 8", file)
+        found["ragged", "dpo 16 + 40…320"] = job | {"response": (least + most) // 2}
+    if o.only == "rollout":
+        found |= {("rollout", row): step_job(o, *job) for row, job in ROLLOUTS.items()}
+    if o.only == "head":
+        for row, sizes in HEADS.items():
+            found["head", row] = {"what": "head", "name": "head", "sizes": sizes}
+    if o.only == "decode":
+        for row, (config, rows) in DECODING.items():
+            job = {"what": "sample", "name": "generate", "prompt": 32, "response": 32}
+            job |= {"prompts": rows, "group": 1, "ends": False, "config": config}
+            found["decode", row] = job
     both = {}
     for key, job in found.items():
         both[(*key, False)] = job | {"peer": False}
-        if o.peers and job["name"] in peers.SHAPES:
+        if (
+            o.peers
+            and job["name"] in peers.SHAPES
+            and o.only not in ("ragged", "rollout", "decode")
+        ):
             both[(*key, True)] = job | {"peer": True}
     return both
 
 
-def step_job(o, name, prompt, response, sequences, arguments):
+def step_job(o, name, prompt, response, sequences, arguments, task=""):
     """-> the measurement of a script's steps"""
     context = max(256, prompt + response)
-    command = f"{name} --task tokens:{prompt}+{response} --device cpu --dtype float32 {arguments}"
+    task = task or f"tokens:{prompt}+{response}"
+    command = f"{name} --task {task} --device cpu --dtype float32 {arguments}"
     command += f" --steps {o.steps} --warmup 1 --init {context}.pt --eval-prompts 4"
     job = {"what": "step", "name": name, "prompt": prompt, "response": response}
     job |= {"command": command.split(), "sequences": sequences, "steps": o.steps}
@@ -186,6 +252,8 @@ def step_job(o, name, prompt, response, sequences, arguments):
 def run_all(o, folder):
     """-> (the jobs, {key of a job, or "rate": its figures of each repeat})"""
     todo = jobs(o)
+    if o.only == "ragged":
+        write_ragged(folder)
     found = {"rate": []} | {key: [] for key in todo}
     for context in {job["config"][1] for job in todo.values() if job["what"] == "step"}:
         size = f"--n-layer {o.n_layer} --n-head {o.n_head} --n-embd {o.n_embd}"
@@ -199,6 +267,21 @@ def run_all(o, folder):
                 found[key].append(worker(job, folder))
                 bar.update()
     return todo, found
+
+
+def write_ragged(folder):
+    """Writes pairs whose responses have many lengths. A digit is a token."""
+    file, prompt, lengths = RAGGED
+    rng, rows = random.Random(0), []
+
+    def digits(n):
+        return "".join(rng.choices("0123456789", k=n))
+
+    for _ in range(64):
+        chosen, rejected = (digits(rng.randint(*lengths) - 1) for _ in range(2))
+        rows.append({"prompt": digits(prompt), "chosen": chosen, "rejected": rejected})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    Path(folder, file).write_text(text)
 
 
 def worker(job, folder):
@@ -263,16 +346,27 @@ def steps_table(o, todo, found, table, rate):
         yield cells
 
 
-def sampling_table(o, todo, found):
+def sampling_table(o, todo, found, table, title):
     """-> lines of cells"""
     peer = ["generate", "ours / generate"] if o.peers else []
-    yield ["32 + 96 tokens", "tokens per second", *peer]
-    for row, _, ours, theirs in measured("sampling", todo, found):
+    yield [title, "tokens per second", *peer]
+    for row, _, ours, theirs in measured(table, todo, found):
         cells = [row, f"{middle(ours, 'tokens'):,.0f}"]
         if theirs:
             cells.append(f"{middle(theirs, 'tokens'):,.0f}")
             cells.append(f"{ratio(theirs, ours, 'tokens'):.2f}")
         yield cells
+
+
+def head_table(o, todo, found, rate):
+    """-> lines of cells"""
+    yield ["", "ms", "plain, ms", "ours / plain", "floor / ours", "MB", "plain, MB"]
+    for row, job, ours, _ in measured("head", todo, found):
+        M, V, C = job["sizes"]
+        ms, plain = middle(ours, "ms"), middle(ours, "plain ms")
+        cells = [row, f"{ms:.0f}", f"{plain:.0f}", f"{ms / plain:.2f}"]
+        cells.append(f"{1000 * 6 * M * V * C / rate / ms:.2f}")
+        yield cells + [f"{middle(ours, name) / 1e6:.0f}" for name in ("bytes", "plain bytes")]
 
 
 def report(o, todo, found):
@@ -284,7 +378,11 @@ def report(o, todo, found):
     tables = {
         "32 + 96 tokens": steps_table(o, todo, found, "steps", rate),
         "Long prompts": steps_table(o, todo, found, "long", rate),
-        "Sampling": sampling_table(o, todo, found),
+        "Sampling": sampling_table(o, todo, found, "sampling", "32 + 96 tokens"),
+        "Rows of many lengths": steps_table(o, todo, found, "ragged", rate),
+        "Rollouts": steps_table(o, todo, found, "rollout", rate),
+        "The head alone": head_table(o, todo, found, rate),
+        "Decoding": sampling_table(o, todo, found, "decode", "32 + 32 tokens"),
     }
     for title, lines in tables.items():
         lines = list(lines)

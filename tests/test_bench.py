@@ -1,5 +1,6 @@
 """analysis/bench.py: what a floor counts, what a measurement gives, how the tables read."""
 
+import json
 import shutil
 
 import pytest
@@ -68,6 +69,28 @@ def test_wrong_options_are_told(capsys):
     for argv, words in ((["--methods", "rlaif"], "no such row"), (["--n-embd", "30"], "multiple")):
         assert main("analysis.bench", *argv) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_head_alone(monkeypatch):
+    found = bench.head(64, 40_000, 4)
+    table = 64 * 40_000 * 4
+    assert table < found["bytes"] < 1.6 * table < found["plain bytes"]
+    assert found["ms"] > 0 < found["plain ms"]
+
+
+def test_ragged_rows_have_the_lengths_that_are_said(tmp_path):
+    bench.write_ragged(tmp_path)
+    rows = [json.loads(x) for x in (tmp_path / "ragged.jsonl").read_text().splitlines()]
+    encode = data.tokenizer().encode
+    assert {len(encode(row["prompt"])) for row in rows} == {16}
+    lengths = [len(encode(row[name])) for row in rows for name in ("chosen", "rejected")]
+    assert min(lengths) >= 39 and 250 < max(lengths) <= 319
+
+
+@pytest.mark.parametrize("only, rows", [("ragged", 1), ("rollout", 2), ("head", 3), ("decode", 6)])
+def test_the_other_tables_have_jobs(only, rows):
+    o = bench.parse(bench.Options, ["--only", only])
+    assert len(bench.jobs(o)) == rows
 
 
 @pytest.mark.slow

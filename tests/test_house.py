@@ -39,7 +39,7 @@ FLOORS = {  # a folder or a file -> what of ours it may import, and what else
         f"packing gpt data hf training evaluate analysis {' '.join(METHODS)}",
         "torch numpy",
     ),
-    "analysis/bench.py": (f"gpt data training analysis {' '.join(METHODS)}", "torch tqdm"),
+    "analysis/bench.py": (f"head gpt data training analysis {' '.join(METHODS)}", "torch tqdm"),
     "analysis/report.py": ("data analysis", "torch jinja2"),  # which comes with torch
     "analysis/parity.py": ("data training analysis", "torch tqdm"),
     "analysis/against_trl": (
