@@ -32,6 +32,8 @@ def upload(tree, device):
     pinned memory, from which the device fetches it when it gets there."""
     leaves, shape = tree_flatten(tree)
     given = [x for x in leaves if x is not None]
+    if not given:
+        return tree
     raw = [x.contiguous().flatten().view(torch.uint8) for x in given]
     raw = [F.pad(x, (0, -len(x) % 8)) for x in raw]  # each begins at a multiple of 8 bytes
     there = torch.cat(raw).pin_memory().to(device, non_blocking=True)

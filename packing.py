@@ -117,7 +117,7 @@ def pack(ids, wanted, device=None):
     owner = _owners(order, same)
     shared = owner != torch.arange(B)[:, None]  # another row computes this token
     new = real & ~shared
-    rows = (new.flatten().cumsum(0).view(B, T) - 1).gather(0, owner)
+    rows = (new.flatten().cumsum(0).view(B, T) - 1).gather(0, owner).clamp(min=0)
     # padding repeats the row's own last token: a GPU would add all gradients of one token in turn
     rows = rows.gather(1, torch.arange(T).minimum((length[:, None] - 1).clamp(min=0)))
 

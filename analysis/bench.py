@@ -229,11 +229,7 @@ def jobs(o):
     both = {}
     for key, job in found.items():
         both[(*key, False)] = job | {"peer": False}
-        if (
-            o.peers
-            and job["name"] in peers.SHAPES
-            and o.only not in ("ragged", "rollout", "decode")
-        ):
+        if o.peers and key[0] in TABLES[:4] and job["name"] in peers.SHAPES:
             both[(*key, True)] = job | {"peer": True}
     return both
 

@@ -1,6 +1,7 @@
 """The device and the precision in which a script computes: --device and --dtype."""
 
 import json
+from functools import partial
 
 import torch
 
@@ -15,7 +16,8 @@ class Compute:
     """A device and a precision, and what they mean for a model."""
 
     largest_reward = 0.0  # the largest absolute value that a judge has given
-    compile = False
+    compile = False  # whether models are compiled
+    micro_tokens = 0  # the most tokens of a forward pass; 0: any
 
     def __init__(self, o):
         self.o = o
@@ -135,10 +137,15 @@ class Compute:
 
         return distributed.shared(len(rows), score, *limits)
 
-    def cutter(self, rows, size=0):
+    def cutter(self, rows, size=0, lengths=None):
         """-> a function that takes a part of the rows, and what limits the parts, as
-        `distributed.shares` takes it"""
-        return rows.__getitem__, (size,)
+        `distributed.shares` takes it. lengths: the rows' tokens, if they are not rows of ids"""
+        if not self.micro_tokens:
+            return rows.__getitem__, (size,)
+        from training import cut
+
+        lengths = cut.lengths(rows) if lengths is None else lengths
+        return partial(cut.taken, rows), (size, lengths, self.micro_tokens)
 
     def with_chat(self, tokenizer):
         """-> the tokenizer, whose chat template has the settings of --chat and --template-args"""

@@ -44,7 +44,7 @@ class Run(Compute):
     def __init__(self, method, o):
         super().__init__(o)
         self.method = method  # the script's name
-        self.compile = o.compile  # whether models are compiled
+        self.compile, self.micro_tokens = o.compile, o.micro_tokens
         self.placement = choose_placement(o.shard, self.device, self.weights)
         name = f"{method}-{o.name}" if o.name else method
         o.out = o.out or checkpoint.default_path(o.task, name)
@@ -175,15 +175,6 @@ class Run(Compute):
 
     # ---- the loop
 
-    def cutter(self, rows, size=0, lengths=None):
-        tokens = self.o.micro_tokens
-        if not tokens:
-            return super().cutter(rows, size)
-        from training import cut
-
-        lengths = cut.lengths(rows) if lengths is None else lengths
-        return partial(cut.taken, rows), (size, lengths, tokens)
-
     def micro_batches(self, rows, responses=1, lengths=None):
         """Yields the micro-batches of an optimizer step, shared out among the processes. What each
         logs inside the loop is summed when it ends. responses: how many a row stands for; lengths:
@@ -286,10 +277,6 @@ class Run(Compute):
         self.log({"lr": group["lr"]})
         self.meter.read()
         self.figures.end_update()
-
-    def keep(self):
-        """Saves what was done before this step, if no weight has moved in it."""
-        self.state.keep()
 
     def cut_short(self, why):
         """Ends the run with the step before this one; raises Stopped if there is none."""
