@@ -22,7 +22,7 @@ class Judge:
         try:
             rewards = self._judged(questions, rollout, self.earn)
         except (UserError, distributed.Lost):
-            self.run.state.keep()  # what was done before this step is saved
+            self.run.keep()  # what was done before this step is saved
             raise
         self.run.largest_reward = max(self.run.largest_reward, rewards.abs().max().item())
         return on_device(rewards, rollout.ids.device)

@@ -177,8 +177,7 @@ class Run(Compute):
 
     def micro_batches(self, rows, responses=1, lengths=None):
         """Yields the micro-batches of an optimizer step, shared out among the processes. What each
-        logs inside the loop is summed when it ends. responses: how many a row stands for; lengths:
-        the rows' tokens, if they are not rows of ids"""
+        logs inside the loop is summed when it ends. responses: how many a row stands for"""
         take, limits = self.cutter(rows, self.o.micro_batch, lengths)
         with self.figures.shared(), self.figures.passing(responses * len(rows)):
             for part, counts in distributed.shares(len(rows), *limits):
@@ -277,6 +276,9 @@ class Run(Compute):
         self.log({"lr": group["lr"]})
         self.meter.read()
         self.figures.end_update()
+
+    def keep(self):  # what was done before this step, if no weight has moved in it
+        self.state.keep()
 
     def cut_short(self, why):
         """Ends the run with the step before this one; raises Stopped if there is none."""
