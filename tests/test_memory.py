@@ -99,7 +99,8 @@ def test_logits_casts_and_sampling_are_told_apart():
         assert t.most["casts"] == 2 * read  # all that linear layers read, biases too
         t.during("sampling")
         model(ids)
-        assert t.most["sampling"] > 2 * 8 * 64 * 4 and t.most["logits"] == 2 * 14 * 64 * 4
+        assert t.most["sampling"] > 2 * 8 * 64 * 4
+        assert t.most["logits"] == 14 * 64 * (2 + 4 + 4)  # bfloat16's, float32, exponentials
 
 
 def test_ledger_and_flops_by_hand():
