@@ -27,7 +27,7 @@ from hf import weights
 from packing import last_token, pack
 from training import Compute, Rollout, distributed, lora, memory, parse, sampling, sharding
 from training.checkpoint import is_checkpoint
-from training.cut import by_tokens, lengths
+from training.cut import lengths
 from training.options import flag
 from training.placement import Whole
 from training.reward import ROWS
@@ -253,11 +253,7 @@ def fake(x):
 
 def cut(rollout, size, tokens=0):
     """Yields `size` rows at a time (0: all), as many as have at most so many tokens (0: any)."""
-    n, length = len(rollout), lengths(rollout)
-    parts = [slice(i, i + (size or n)) for i in range(0, n, size or n)]
-    if tokens and any(length[part].sum() > tokens for part in parts):
-        parts = by_tokens(length, size or n, tokens)
-    for part in parts:
+    for part in distributed.cut(len(rollout), size or len(rollout), lengths(rollout), tokens):
         yield rollout[part]
 
 

@@ -152,6 +152,16 @@ def mine(n):
     return slice(n * rank // size, n * (rank + 1) // size)
 
 
+def cut(n, rows, lengths=None, tokens=0, processes=1):
+    """-> which of n rows each part has, as `shares` deals them to so many processes"""
+    parts = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+    if tokens and any(lengths[part].sum() > tokens for part in parts):
+        from training.cut import by_tokens
+
+        parts = by_tokens(lengths, rows, min(tokens, -(-int(lengths.sum()) // processes)))
+    return parts
+
+
 def shares(n, rows=0, lengths=None, tokens=0):
     """Yields this process's parts of n rows, at most `rows` at a time (0: its share at once), as
     (slice, whether it counts). All processes make equally many passes: one that has a part less
@@ -159,12 +169,7 @@ def shares(n, rows=0, lengths=None, tokens=0):
     than `tokens` tokens (0: any), it is cut by the rows' lengths, (n,), and rows are numbers, not a
     slice."""
     share = max(1, -(-n // size))
-    rows = min(rows or share, share)
-    parts = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
-    if tokens and any(lengths[part].sum() > tokens for part in parts):
-        from training.cut import by_tokens
-
-        parts = by_tokens(lengths, rows, min(tokens, -(-int(lengths.sum()) // size)))
+    parts = cut(n, min(rows or share, share), lengths, tokens, size)
     for i in range(rank, -(-len(parts) // size) * size, size):
         yield (parts[i], True) if i < len(parts) else (parts[0], False)
 
