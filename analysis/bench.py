@@ -2,6 +2,7 @@
 
     python -m analysis.bench                       every script, sampling, long prompts
     python -m analysis.bench --n-embd 256          the same with a wider model
+    python -m analysis.bench --vocab-size 50257    the same with the vocabulary of GPT-2
     python -m analysis.bench --only head           the head alone; or ragged, rollout, decode
     python -m analysis.bench --peers               TRL and transformers on the same shapes, in turn
 
@@ -13,6 +14,7 @@ processes, which take turns so that a noisy machine disturbs all alike. --peers 
 transformers.
 """
 
+import base64
 import contextlib
 import importlib
 import io
@@ -95,6 +97,7 @@ class Options:
     n_layer: int = opt(4, "blocks of the model", low=1)
     n_head: int = opt(4, "its attention heads per block", low=1)
     n_embd: int = opt(128, "its width", low=1)
+    vocab_size: int = opt(0, "tokens of its vocabulary (0: the built-in one)", low=0)
     steps: int = opt(8, "optimizer steps per process", low=3)
     repeats: int = opt(3, "processes per row", low=1)
     peers: bool = opt(False, "measure TRL and transformers too")
@@ -105,6 +108,8 @@ class Options:
         for row in self.methods:
             if row not in ROWS:
                 raise UserError(f"--methods {row}: no such row; there are {', '.join(ROWS)}")
+        if 0 < self.vocab_size < 257:
+            raise UserError("--vocab-size counts the 256 bytes and an end token; give 257 or more")
         if self.n_embd % self.n_head:
             raise UserError(f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}")
         if self.peers:
@@ -112,7 +117,8 @@ class Options:
 
     def config(self, context):
         """-> the sizes of the model that has this context"""
-        return data.tokenizer().size, context, self.n_layer, self.n_head, self.n_embd
+        size = self.vocab_size or data.tokenizer().size
+        return size, context, self.n_layer, self.n_head, self.n_embd
 
 
 # ---- one measurement, in a process of its own
@@ -254,8 +260,10 @@ def run_all(o, folder):
     for context in {job["config"][1] for job in todo.values() if job["what"] == "step"}:
         size = f"--n-layer {o.n_layer} --n-head {o.n_head} --n-embd {o.n_embd}"
         task = f"--task tokens:{context // 2}+{context // 2} --block-size {context}"
-        how = f"{task} {size} --steps 1 --batch-size 2 --eval-prompts 4 --device cpu"
-        run([sys.executable, HERE / "sft.py", *how.split(), "--out", f"{context}.pt"], folder)
+        how = f"{task} {size} --steps 1 --batch-size 2 --eval-prompts 4 --device cpu".split()
+        if o.vocab_size:
+            how += ["--tokenizer", write_vocabulary(folder, o.vocab_size)]
+        run([sys.executable, HERE / "sft.py", *how, "--out", f"{context}.pt"], folder)
     with tqdm(total=o.repeats * len(todo), desc="bench", disable=None) as bar:
         for _ in range(o.repeats):
             found["rate"].append(worker({"what": "rate"}, folder))
@@ -263,6 +271,16 @@ def run_all(o, folder):
                 found[key].append(worker(job, folder))
                 bar.update()
     return todo, found
+
+
+def write_vocabulary(folder, size):
+    """Writes a vocabulary of that many tokens: the bytes, and strings that are in no text; the end
+    token is the last. -> the name of the file"""
+    words = [bytes([b]) for b in range(256)]
+    words += [b"\xff" + i.to_bytes(3, "big") for i in range(size - 257)]
+    lines = (f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words))
+    Path(folder, "words.tiktoken").write_text("".join(lines))
+    return "words.tiktoken"
 
 
 def write_ragged(folder):

@@ -66,9 +66,22 @@ def test_the_tables(job):
 
 
 def test_wrong_options_are_told(capsys):
-    for argv, words in ((["--methods", "rlaif"], "no such row"), (["--n-embd", "30"], "multiple")):
+    for argv, words in (
+        (["--methods", "rlaif"], "no such row"),
+        (["--n-embd", "30"], "multiple"),
+        (["--vocab-size", "256"], "257 or more"),
+    ):
         assert main("analysis.bench", *argv) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_vocabulary_of_any_size(tmp_path):
+    """Its texts have the tokens of bytes alone, so that a task of tokens keeps its lengths."""
+    name = bench.write_vocabulary(tmp_path, 70_000)
+    tokenizer = data.tokenizer(str(tmp_path / name))
+    assert tokenizer.size == 70_000 and tokenizer.encode("a é") == list("a é".encode())
+    o = bench.parse(bench.Options, ["--vocab-size", "70000"])
+    assert o.config(64)[0] == 70_000 and bench.parse(bench.Options, []).config(64)[0] < 1000
 
 
 def test_a_head_alone(monkeypatch):
