@@ -6,8 +6,8 @@
 
 Autograd would keep a softmax beside the logits, and make their gradient in a third table. Here the
 forward pass keeps the logits and the logsumexp, one number per state, and the backward pass turns
-the logits into their gradient in place. Logits that would take more than TABLE bytes are not kept:
-they are made in chunks, and the backward pass makes each chunk again. Under autocast states,
+the logits into their gradient in place. The table has at most TABLE bytes: the logits of the states
+beyond it are made in chunks, and the backward pass makes each chunk again. Under autocast states,
 weights and logits have 16 bits, and the softmax is computed in float32, a block of rows at a time.
 """
 
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-TABLE = {"cpu": 350_000_000, "cuda": 2**32}  # bytes of logits that are kept
-CHUNK = {"cpu": 2**26, "cuda": 2**30}  # bytes of the logits that are not
+TABLE = {"cpu": 3 * 2**26, "cuda": 3 * 2**30}  # bytes of logits that are kept, at most
+CHUNK = {"cpu": 2**26, "cuda": 2**30}  # bytes of logits that are made at once beyond them
 BLOCK = {"cpu": 2**19, "cuda": 2**27}  # logits that are read at once
 
 
@@ -38,13 +38,16 @@ class TargetLogProbs(torch.autograd.Function):
         h, W = (h, W) if low is None else (h.to(low), W.to(low))
         wide = torch.promote_types(h.dtype, torch.float32)
         M, size = len(h), len(W) * h.element_size()
-        kept = graph and M * size <= of_device(TABLE, h)
-        ctx.rows = max(1, M if kept else of_device(CHUNK, h) // size)
+        ctx.kept = min(M, of_device(TABLE, h) // size) if graph else 0
+        ctx.z, z = None, None
         logp, most, log_sum = (h.new_empty(M, 1, dtype=wide) for _ in range(3))
         H = torch.empty_like(logp) if entropy else None
-        for first in range(0, max(1, M), ctx.rows):  # once even if there are no states
-            z = F.linear(h[first : first + ctx.rows], W)
-            for rows, x in blocks(z, first):
+        for part in parts(M, ctx.kept, of_device(CHUNK, h) // size):
+            z = x = None  # a chunk ends before the next one is made
+            z = F.linear(h[part], W)
+            if part.stop <= ctx.kept:
+                ctx.z = z
+            for rows, x in blocks(z, part.start):
                 x = x.to(wide) / temperature if temperature != 1 else x.to(wide)
                 most[rows] = x.amax(1, keepdim=True)
                 e = (x - most[rows]).exp_()
@@ -55,7 +58,6 @@ class TargetLogProbs(torch.autograd.Function):
                     mean = e.mul_(x - most[rows]).sum(1, keepdim=True) / total
                     H[rows] = log_sum[rows] - mean
         ctx.save_for_backward(h, W, target, most, log_sum)
-        ctx.z = z if kept else None
         H = H[:, 0] if entropy else None
         if entropy:
             ctx.mark_non_differentiable(H)
@@ -69,10 +71,10 @@ class TargetLogProbs(torch.autograd.Function):
         g = (g / ctx.temperature)[:, None]
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dW = None
-        for first in range(0, max(1, len(h)), ctx.rows):
-            part = slice(first, first + ctx.rows)
-            z = F.linear(h[part], W) if kept is None else kept
-            for rows, block in blocks(z, first):
+        for part in parts(len(h), ctx.kept, of_device(CHUNK, h) // (len(W) * h.element_size())):
+            z = x = block = None
+            z, kept = F.linear(h[part], W) if kept is None else kept, None
+            for rows, block in blocks(z, part.start):
                 x = block.to(g.dtype)  # the block itself, unless it has 16 bits
                 if ctx.temperature != 1:
                     x.div_(ctx.temperature)
@@ -95,6 +97,15 @@ class TargetLogProbs(torch.autograd.Function):
 
 def of_device(limit, x):
     return limit["cpu" if x.is_cpu else "cuda"]
+
+
+def parts(M, kept, rows):
+    """Yields slices of M states: the first `kept` of them, whose logits are one table, and then as
+    many `rows` at a time; one slice even if there are no states."""
+    if kept or not M:
+        yield slice(0, kept)
+    for first in range(kept, M, max(1, rows)):
+        yield slice(first, min(first + max(1, rows), M))
 
 
 def blocks(z, first):

@@ -10,6 +10,7 @@ from head import target_logprobs
 LIMITS = {  # what is kept, made at once, and read at once
     "one table": (10**9, 10**9, 10**9),
     "one table, in blocks": (10**9, 10**9, 30),
+    "a table and chunks": (500, 200, 30),
     "chunks": (0, 200, 10**9),
     "chunks, in blocks": (0, 300, 20),
 }
@@ -107,9 +108,14 @@ def test_a_second_backward_pass_has_the_same_gradient(limits):
     torch.testing.assert_close(torch.autograd.grad(logp.sum(), (h, W)), first)
 
 
-@pytest.mark.parametrize("limit, tables", [(13 * 11 * 4, 1), (13 * 11 * 4 - 1, 0)])
-def test_logits_are_kept_if_they_fit(limit, tables, monkeypatch):
+@pytest.mark.parametrize("limit, kept", [(13 * 11 * 4, 13), (13 * 11 * 4 - 1, 12), (11 * 4, 1)])
+def test_as_many_logits_are_kept_as_fit(limit, kept, monkeypatch):
     h, W, target = numbers(torch.float32)
     monkeypatch.setattr(head, "TABLE", {"cpu": limit})
     table = target_logprobs(h, W, target)[0].grad_fn.z
-    assert table.shape == (13, 11) if tables else table is None
+    assert table.shape == (kept, 11)
+    monkeypatch.setattr(head, "TABLE", {"cpu": 11 * 4 - 1})
+    assert target_logprobs(h, W, target)[0].grad_fn.z is None
+    monkeypatch.undo()
+    with torch.no_grad():
+        assert target_logprobs(h, W, target)[0].grad_fn is None
