@@ -80,22 +80,28 @@ def adapters(model, meta, path, dtype):
     if "lora" not in meta or isinstance(model, ScalarGPT):
         what = "holds no adapters of a policy, as --lora trains them; leave --adapter out"
         raise UserError(f"{path} {what}")
-    facts, config, tensors = meta["lora"], model.config, {}
+    facts, config, tensors, ranks = meta["lora"], model.config, {}, {}
     for name, x in facts["tensors"].items():
         name, _, letter = name.rpartition(".")
+        rank = len(facts["tensors"][f"{name}.A"])
         parts = weights.theirs(f"{name}.weight", config)
         if letter == "A" or len(parts) == 1:
             cut = [x] * len(parts)
         else:
             cut = x.split(weights.cuts(f"{name}.weight", config))
         for part, y in zip(parts, cut):
-            full = f"base_model.model.{part.removesuffix('weight')}lora_{letter}.weight"
+            part = part.removesuffix(".weight")
+            full = f"base_model.model.{part}.lora_{letter}.weight"
             tensors[full] = weights.cast(full, y, dtype or y.dtype).clone()
-    modules = {full.split(".lora_")[0].rpartition(".")[2] for full in tensors}
+            ranks[part] = rank
+    others = {part: rank for part, rank in ranks.items() if rank != facts["rank"]}
+    scale = facts["alpha"] / facts["rank"]
     said = {
         **dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=facts["start"]),
         **dict(r=facts["rank"], lora_alpha=facts["alpha"], lora_dropout=0.0, bias="none"),
-        **dict(target_modules=sorted(modules), fan_in_fan_out=not config.llama),
+        **dict(target_modules=sorted({part.rpartition(".")[2] for part in ranks})),
+        **dict(rank_pattern=others, alpha_pattern={x: scale * r for x, r in others.items()}),
+        **dict(fan_in_fan_out=not config.llama),
         **dict(inference_mode=True, modules_to_save=None),
     }
     return said, tensors, {}, [f"the adapters fit {facts['start']} and no other weights"]

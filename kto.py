@@ -39,7 +39,7 @@ from data import UserError
 from evaluate import Evaluator
 from gpt import response_logprobs
 from training import PairOptions, Run, opt, parse
-from training.held_out import label_accuracy
+from training.labels import label_accuracy
 
 
 def kto_loss(logp, ref_logp, desirable, kl, beta=0.1, w_desirable=1.0, w_undesirable=1.0):

@@ -1,6 +1,5 @@
 """What a folder may hold in place of a model that these scripts read, and how to mend it."""
 
-import json
 from pathlib import Path
 
 OTHERS = {  # files in place of model.safetensors -> what to do about them
@@ -33,19 +32,6 @@ def wrapped(names):
             if name.startswith(prefix):
                 return f"has {name}, as {wrapper} names weights; save {model} in its place"
     return ""
-
-
-def adapters(folder):
-    """-> what to do about a folder with PEFT's adapters; "" if it has none"""
-    path = Path(folder, "adapter_config.json")
-    if not path.is_file():
-        return ""
-    try:
-        base = str(json.loads(path.read_text("utf-8"))["base_model_name_or_path"])[:80]
-    except (OSError, ValueError, LookupError, TypeError):
-        base = "their model"
-    merge = f"merge them into {base} with merge_and_unload()"
-    return f"holds adapters of PEFT; {merge}, and give the folder that save_pretrained() writes"
 
 
 def inner(folder):

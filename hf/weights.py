@@ -123,7 +123,8 @@ def load(folder, mapped=False):
         raise refused(folder, f"has weights that no part of this model reads: {left[0]}")
     if mapped:
         for name, p in model.named_parameters():
-            p.read = state[name]
+            p.read, (first, *_) = state[name], state[name].args[0]
+            p.data = p.to(first.dtype)  # on "meta"
     else:
         model.load_state_dict({name: f() for name, f in state.items()}, assign=True)
     name = os.path.basename(os.path.abspath(folder))
@@ -261,16 +262,9 @@ def read_texts(folder):
     return texts
 
 
-def facts_of(folder):
-    """-> config.json of a folder with a model; one with adapters is refused"""
-    if found := remedies.adapters(folder):
-        raise refused(folder, found)
-    return read_json(folder, "config.json")
-
-
 def read_config(folder):
     """config.json -> GPTConfig. Raises UserError if it names something that gpt.py lacks."""
-    facts = facts_of(folder)
+    facts = read_json(folder, "config.json")
     kind, known = facts.get("model_type"), "GPT-2, Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3"
     if kind not in FAMILIES:
         raise refused(folder, f"is of the type {str(kind)[:40]!r}; known are {known}")
@@ -356,7 +350,7 @@ def rope(folder, facts):
 
 def digest(folder, of):
     """-> the digest of what `load` reads, texts and weights; other files do not count. of: a
-    function that gives the digest of a file"""
+    function that gives the digest of a path"""
     paths = [path for name in TEXTS if (path := Path(folder, name)).is_file()]
     with contextlib.suppress(UserError):  # `load` says what is wrong
         paths += weight_files(folder)

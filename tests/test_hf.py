@@ -208,8 +208,8 @@ def wrap(prefix):
 
 def adapters(path):
     """As PEFT leaves them, without a model."""
-    text = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "its base"})
-    (path / "adapter_config.json").write_text(text)
+    text = {"r": 2, "lora_alpha": 4, "base_model_name_or_path": "its/base"}
+    (path / "adapter_config.json").write_text(json.dumps(text))
     (path / W).rename(path / "adapter_model.safetensors")
     (path / "config.json").unlink()
 
@@ -260,7 +260,7 @@ BROKEN = {
     "PEFT's names": (wrap("base_model.model."), "as PEFT names weights; save model.merge_and"),
     "adapters": (
         adapters,
-        "x holds adapters of PEFT; merge them into its base with merge_and_unload(), and give the",
+        "x holds adapters of its/base, which is no path here; fetch it: hf download its/base --loc",
     ),
     "a folder around it": (
         lambda p: (p.rename("y"), p.mkdir(), os.rename("y", "x/checkpoint-9")),

@@ -25,6 +25,7 @@ FLOORS = {  # a folder or a file -> what of ours it may import, and what else
     "data/error.py": ("data", "tqdm"),  # so that a note stands above a bar
     "hf": ("gpt data hf", "torch"),
     "hf/weights.py": ("gpt data hf", "torch safetensors"),
+    "hf/peft.py": ("gpt data hf", "torch safetensors"),
     "hf/remedies.py": ("", ""),
     "hf/tokenizer.py": ("data hf", "tokenizers"),
     "hf/template.py": ("data", "jinja2"),  # which comes with torch

@@ -1,19 +1,16 @@
 """Adapters: by hand, without a second copy of the reference, saved, merged and gone on with."""
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import BATCH, ENDS, TINY, TRAIN, few_prompts, killed, lines, main
-from folders import folder
 from house import METHODS
-from safetensors.torch import load_file
 
 from evaluate import Evaluator
 from gpt import GPT, GPTConfig, Linear, ScalarGPT, load
-from training import Compute, Run, checkpoint, lora, memory, parse
+from training import Compute, Run, lora, memory, parse
 from training.options import Options
 
 
@@ -114,13 +111,12 @@ def test_the_base_is_the_same_weights_without_adapters():
 def test_merged_is_unmerged():
     model = adapted()
     before, scalar = model(IDS), ScalarGPT(CONFIG, trunk=adapted())
-    kept = lora.merge(model)
-    torch.testing.assert_close(model(IDS), before, rtol=0, atol=1e-12)
-    assert not lora.adapters(model) and len(kept) == 2 * 4 * 2
-    assert type(model.blocks[0].up) is Linear and lora.merge(model) == {}
+    plain = lora.merged(model)
+    torch.testing.assert_close(plain(IDS), before, rtol=0, atol=1e-12)
+    assert not lora.adapters(plain) and type(plain.blocks[0].up) is Linear
+    assert len(lora.adapters(model)) == 2 * 4 and torch.equal(model(IDS), before)
     values = scalar.values(IDS)
-    lora.merge(scalar)
-    torch.testing.assert_close(scalar.values(IDS), values, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lora.merged(scalar).values(IDS), values, rtol=0, atol=1e-12)
 
 
 def test_merging_a_bfloat16_base_rounds_nothing_away():
@@ -128,12 +124,11 @@ def test_merging_a_bfloat16_base_rounds_nothing_away():
     lora.adapt(model, 2, 1e-3, 0)
     layer = model.blocks[0].up
     assert layer.A.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
-    before = layer.weight.clone()
     with torch.no_grad():
         layer.B += 1.0
     change = layer.scale * (layer.B @ layer.A).detach()
-    lora.merge(model)
-    torch.testing.assert_close(model.blocks[0].up.weight - before.float(), change)
+    found = lora.merged(model).blocks[0].up.weight
+    torch.testing.assert_close(found - layer.weight.float(), change)
 
 
 def test_flops_of_frozen_weights():
@@ -301,43 +296,3 @@ def test_the_critic_keeps_a_base_of_its_own(monkeypatch):
     assert main("ppo", *TINY, *ENDS, "--reward", "judge.py:odd", "--lora", 2, "--out", "c.pt") == 0
     critic, policy = held["critic"].trunk, held["policy"]
     assert lora.adapters(critic) and critic.wte.weight is not policy.wte.weight
-
-
-# ---- for PEFT
-
-
-@pytest.mark.parametrize("family", ["qwen2.5", "gpt2"])
-def test_adapters_go_out_under_their_own_names(family, tmp_path, monkeypatch, capsys):
-    """What PEFT adds, α/r B A of each of its layers, is what was merged here."""
-    monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": "a" * n, "chosen": "hi", "rejected": "the"} for n in range(1, 40)]
-    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    folder(tmp_path / "base", family)
-    args = ["--task", "x.jsonl", "--init", "base", "--lora", 2, "--lora-alpha", 3, "--steps", 2]
-    more = ["--block-size", 32, "--truncate", "--max-new-tokens", 4, "--lr", 0.1, "--warmup", 1]
-    assert main("dpo", *args, *more, "--out", "y.pt") == 0
-    assert main("export", "y.pt", "--adapter", "--to", "adapter") == 0
-    assert "the adapters fit base" in capsys.readouterr().out
-    assert main("export", "y.pt", "--to", "whole") == 0
-    facts = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert facts["base_model_name_or_path"] == "base" and facts["r"] == 2
-    assert facts["fan_in_fan_out"] == (family == "gpt2")
-    adapter = load_file("adapter/adapter_model.safetensors")
-    before, after = (load_file(f"{x}/model.safetensors") for x in ("base", "whole"))
-    names = {name.split(".lora_")[0] for name in adapter}
-    assert {name.rpartition(".")[2] for name in names} == set(facts["target_modules"])
-    for name in names:
-        change = 1.5 * adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]
-        full = name.removeprefix("base_model.model.") + ".weight"
-        found = after[full] - before[full]
-        torch.testing.assert_close(found.T if family == "gpt2" else found, change)
-    assert checkpoint.load("whole")[0].config.n_embd == 24
-    assert main("export", "y.pt", "--adapter", "--dtype", "bfloat16", "--to", "half") == 0
-    half = load_file("half/adapter_model.safetensors")
-    assert half.keys() == adapter.keys()
-    assert all(torch.equal(half[name], x.bfloat16()) for name, x in adapter.items())
-
-
-def test_what_has_no_adapters_has_none_to_write(capsys):
-    assert main("export", "ends.pt", "--adapter", "--to", "no") == 2
-    assert "holds no adapters of a policy" in capsys.readouterr().err

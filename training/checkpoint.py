@@ -10,7 +10,7 @@ from pathlib import Path
 import data
 import gpt
 from data import Stopped, UserError
-from training import distributed, locks, lora
+from training import distributed, locks
 from training.files import from_checkpoint
 
 
@@ -48,6 +48,16 @@ def load(path, task=None, mapped=False):
     return _open(path, task, gpt.GPT, kind, mapped)
 
 
+def start(path, task, o, scalar):
+    """-> (GPT, Tokenizer, meta), mapped, of the checkpoint that a policy starts from. With --lora
+    its adapters, if it has any, are left out of the weights, and trained."""
+    model, tokenizer, meta = load(path, task, True)
+    model.dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    if o.lora and hasattr(model, "given") and not scalar:
+        model.given.keep(model, o)
+    return model, tokenizer, meta
+
+
 def load_scalar(path, task=None, mapped=False):
     """-> (ScalarGPT, Tokenizer, meta), for a reward model"""
     kind = "a language model; give a reward model, such as reward_model.py writes"
@@ -81,6 +91,8 @@ def _open(path, task, wanted, otherwise, mapped=False):
 
 
 def _load(path, mapped):
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        return _adapted(path, mapped)
     if os.path.isdir(path):
         from hf import weights
 
@@ -93,7 +105,22 @@ def _load(path, mapped):
     if on_a_hub and not os.path.exists(path):
         fetch = f"hf download {path} --local-dir FOLDER fetches one of that name"
         raise UserError(f"{path}: no such file or folder, and nothing is downloaded; {fetch}")
-    return gpt.load(path, mapped=mapped)
+    try:
+        return gpt.load(path, mapped=mapped)
+    except ValueError:
+        if os.path.isfile(path):
+            from training import adapters
+
+            if adapters.holds(path):
+                return _adapted(path, mapped)
+        raise
+
+
+def _adapted(path, mapped):
+    from training import adapters
+
+    found = adapters.Adapters(path)
+    return found.on(*_load(found.base, mapped), mapped)
 
 
 def tokenizer_of(meta):
@@ -112,11 +139,16 @@ def facts(run):
     return meta | {"files": run.files.digests, "folder": from_checkpoint(run.o.out)}
 
 
-def adapters(run, policy):
-    """Merges a policy's adapters into its weights. -> what a checkpoint keeps of them"""
-    tensors, o = lora.merge(policy), run.o
-    facts = {"rank": o.lora, "alpha": o.lora_alpha, "start": run.start, "tensors": tensors}
-    return {"lora": facts} if tensors else {}
+def write(run, policy, path, meta):
+    """Writes a policy's checkpoint. meta: what it keeps beside the weights"""
+    if run.o.lora:
+        from training import adapters
+
+        adapters.write(run, policy, path, meta)
+        return
+    policy = run.placement.model_to_save(policy)
+    if distributed.is_first:
+        gpt.save(policy, path, **meta)
 
 
 def same_world(path, tokenizer, meta, task):

@@ -39,6 +39,8 @@ class Compute:
         o = self.o
         if o.lora:
             lora.adapt(model, o.lora, o.lora_alpha, o.seed)
+            if hasattr(model, "given"):
+                model.given.start(model)
         return model
 
     def complete(self, model, source=None):
@@ -91,10 +93,11 @@ class Compute:
 
     def reference(self, policy):
         """-> π_ref, frozen: a copy of the policy as it starts, without adapters, or the checkpoint
-        of --reference. With --lora no weight of the policy is held twice."""
+        of --reference. With --lora no weight of the policy is held twice. Adapters that it has
+        started from are part of π_ref."""
         if self.o.reference:
             return self.freeze(self.place(self.other_reference(), frozen=True))
-        return self.freeze(lora.base(policy))
+        return self.freeze(policy if hasattr(policy, "given") else lora.base(policy))
 
     def other_reference(self):
         """-> the model that --reference names. Raises UserError if it does not fit the policy"""

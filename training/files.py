@@ -68,8 +68,7 @@ class Files:
         if path and os.path.realpath(path) in map(os.path.realpath, self.written):
             words = f"--out {self.out} would overwrite {path}, which this run reads"
             raise UserError(f"{words}; give another path")
-        folder = path and os.path.isfile(os.path.join(path, "config.json"))
-        if folder or os.path.isfile(path):
+        if os.path.exists(path):
             self.paths[part] = path
             self.digests[part] = known_by or (digest(path) if distributed.is_first else "")
             distributed.wait()  # so that all meet a mistake in it at once
@@ -196,10 +195,10 @@ class Files:
 def digest(path):
     """-> the digest of the content of a file, or of what is read of a checkpoint's folder; "" if
     there is neither"""
-    if os.path.isfile(os.path.join(path, "config.json")):
-        from hf import weights
+    if os.path.isdir(path):
+        from hf import peft, weights
 
-        return weights.digest(path, digest)
+        return (peft if peft.holds(path) else weights).digest(path, digest)
     if not os.path.isfile(path):
         return ""
     found = hashlib.sha256()

@@ -1,14 +1,12 @@
 """Figures of held-out rows: what a method's own loss says of them, if no reward is known."""
 
-import torch
-
 import data
 from data import say
 
 
 class HeldOut:
-    """Held-out rows, and what a method's own loss says of them. A script picks one of
-    `nll_per_token`, `pair_accuracy` and `label_accuracy`."""
+    """Held-out rows, and what a method's own loss says of them. A script picks `nll_per_token`,
+    `pair_accuracy`, or `label_accuracy` of labels.py."""
 
     def __init__(self, draw, score, figures, pad=data.pad, with_ref=False):
         """draw: a task's function that gives rows; score(policy, ref, batch) -> a number per row or
@@ -56,32 +54,6 @@ def pair_accuracy(task, compute_loss, with_ref=False):
         return share(right > 0)
 
     return HeldOut(task.preferences, score, figures, data.pad_pairs, with_ref)
-
-
-def label_accuracy(task, compute_loss):
-    """Measures the share of pairs (a desirable answer, an undesirable one) whose desirable answer
-    has the higher implicit reward. A file of pairs has these pairs; of a file of single answers
-    each desirable one makes a pair with each undesirable one. compute_loss(policy, ref, batch)"""
-
-    def draw(n, seed, split):
-        rows = task.feedback(n, seed, split=split)
-        if task.unpaired and len({label for *_, label in rows}) < 2:
-            left_out = "accuracy is not reported; --eval-file names other rows"
-            say(f"the held-out rows all have the same label: {left_out}")
-        return rows
-
-    def score(policy, ref, batch):
-        return compute_loss(policy, ref, batch)[1]["rewards"]
-
-    def figures(rewards, rows):
-        desirable = torch.tensor([row[2] for row in rows], device=rewards.device)
-        chosen, rejected = rewards[desirable], rewards[~desirable]
-        if not task.unpaired:  # the rows of a pair follow one another
-            return share(chosen > rejected)
-        n = min(len(chosen), len(rejected))
-        return share(chosen[:, None] > rejected, n) if n else {}
-
-    return HeldOut(draw, score, figures, with_ref=True)
 
 
 def share(found, n=0):

@@ -92,22 +92,6 @@ def like(model, adapted=True):
     return new
 
 
-def merge(model):
-    """Merges a model's adapters into its weights, on the CPU. -> the adapters, {name: tensor},
-    or {} if there are none"""
-    found = adapters(model)
-    if not found:
-        return {}
-    model.to("cpu")
-    kept = {}
-    for name, adapter in found.items():
-        kept |= {f"{name}.A": adapter.A.detach(), f"{name}.B": adapter.B.detach()}
-        with torch.no_grad():
-            put(model, name, adapter.plain(nn.Parameter(adapter.merged())))
-    model.to(adapter.A.dtype)
-    return kept
-
-
 def put(model, name, x):
     """Puts a module or a parameter in its place."""
     parent, _, child = name.rpartition(".")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 import data
 from data import UserError
 
+SAVED = "whole", "adapters"
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
 DTYPES = ("auto", "float32", "float64", "float16", "bfloat16", "bfloat16-pure")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -63,6 +64,7 @@ class Options:
     block_size: int = opt(0, "longest sequence, in tokens (0: the checkpoint's)", low=0)
     lora: int = opt(0, "r: train adapters of this rank, and no other weights (0: none)", low=0)
     lora_alpha: float = opt(None, "α: adapters are scaled by α/r", above=0, like="lora")
+    save: str = opt("whole", "whole: adapters are merged in the checkpoint", choices=SAVED)
     chat: bool = opt(True, "read a plain prompt as a user message, if there is a chat template")
     template_args: tuple = opt((), "for the chat template, such as enable_thinking=false")
     truncate: bool = opt(False, "cut rows that do not fit: first the beginning of the prompt")
@@ -105,6 +107,8 @@ class Options:
             raise UserError(f"--eval-prompts: {self.task} counts every outcome; leave it out")
         if "lora_alpha" in self.given and not self.lora:
             raise UserError("--lora-alpha is read with --lora R only; leave it out, or give both")
+        if self.save == "adapters" and not self.lora:
+            raise UserError("--save adapters: there are none without --lora R; give both")
         rows, words = self.rows()
         if self.micro_batch and rows % self.micro_batch:
             raise UserError(f"--micro-batch {self.micro_batch} does not divide {words}")

@@ -82,7 +82,7 @@ class Run(Compute):
         """-> the policy of a checkpoint; the task gets its chat template. scalar: the policy's
         trunk with a new head that gives one number"""
         self.reads(path, "init")
-        model, tokenizer, meta = checkpoint.load(path, task, True)
+        model, tokenizer, meta = checkpoint.start(path, task, self.o, scalar)
         model = gpt.ScalarGPT(model.config, self.o.seed, trunk=model) if scalar else model
         self.start, self.baseline = path, self.o.reference or path
         say(f"starts from {path}: {checkpoint.describe(meta)}")
@@ -314,10 +314,8 @@ class Run(Compute):
         final |= self.meter.figures() | {"wall_s": round(time.time() - self.figures.run_began, 2)}
         with interrupts.held():
             with self.files.writes(o.out):
-                policy = self.placement.model_to_save(policy)
-                if distributed.is_first:
-                    meta = checkpoint.adapters(self, policy) | checkpoint.facts(self)
-                    gpt.save(policy, o.out, **meta, **evaluator.facts(final))
+                meta = checkpoint.facts(self) | evaluator.facts(final)
+                checkpoint.write(self, policy, o.out, meta)
             self.files.record({"final": final})
             self.files.drop_state()
         distributed.wait()  # a later stage reads it
