@@ -95,6 +95,14 @@ class Evaluator:
         self.run.placement.collect_garbage()
         return figures
 
+    def held_out_figures(self, policy):
+        """-> the figures of the held-out rows alone, for which nothing is sampled"""
+        self.rows = self.rows or self.held_out.encode(self.run)
+        ref = self.compared_with
+        if isinstance(ref, str):
+            ref = self.run.open(ref) if ref and self.held_out.with_ref else None
+        return self.held_out.measure(self.run, self.rows, policy, ref)
+
     def facts(self, figures):
         """-> what the checkpoint keeps, so that evaluate.py can measure it again"""
         named = isinstance(self.compared_with, str) and not self.is_reference
@@ -178,6 +186,7 @@ class Evaluator:
             ("win rate against the reference", "win_rate"),
             ("held-out preference accuracy", "accuracy"),
             ("held-out loss, nats per token", "nll"),
+            ("held-out loss, nats per pair", "held_out_loss"),
             ("KL(π‖π_ref), nats per response", "kl"),
             ("length, tokens", "length"),
             ("ended", "ended"),

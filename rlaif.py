@@ -81,6 +81,7 @@ class Options(ScratchOptions):
     constitution: str = opt("", "file of one principle per line (default: data's)", file=True)
     judge: str = opt("", "language model that judges (default: the one with skills)", file=True)
     save: str = opt("whole", "unused: phases read each other's checkpoints", choices=("whole",))
+    loss_every: int = opt(0, "unused: there is no held-out loss", high=0)
     clamp: float = opt(0.0, "keep labels in [clamp, 1 - clamp] (the paper: 0.4)", low=0, below=0.5)
     revisions: int = opt(2, "rounds of critique and revision, all trained on (paper: 4)", low=1)
     answers: int = opt(1024, "prompts whose answers are revised", low=1)

@@ -150,7 +150,7 @@ def rate():
 def head(M, V, C):
     """The head alone, forward and backward pass. -> CPU ms and bytes at the peak, and those of the
     formula by autograd"""
-    h, W = torch.randn(M, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+    h, W = torch.randn(M, C, requires_grad=True), (0.02 * torch.randn(V, C)).requires_grad_()
     target, found = torch.randint(V, (M,)), {}
     ways = {
         "": lambda: target_logprobs(h, W, target)[0],

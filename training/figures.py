@@ -14,7 +14,7 @@ SHOWN = (  # beside the progress bar, if a method logs them
     *("loss", "reward", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "nll_loss"),
     *("kl", "entropy", "explained_variance", "frac_reward_zero_std", "kept_fraction", "lr"),
 )
-SHOWN_EVALUATED = ("loss", "reward", "score", "kl", "kl_star", "accuracy", "rms", "nll")
+SHOWN_EVALUATED = tuple("loss reward score kl kl_star held_out_loss accuracy rms nll".split())
 
 
 class Figures:

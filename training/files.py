@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -34,11 +35,13 @@ class Files:
     """out/dpo.pt is the checkpoint, out/dpo.jsonl the record, out/dpo.state the training state. If
     there are many processes, only the first one writes."""
 
-    def __init__(self, out, logger):
+    def __init__(self, out, logger, keeps=False):
+        """keeps: whether checkpoints of earlier steps are written too"""
         self.logger = logger  # takes the record's lines too
         self.out, stem = out, out.removesuffix(".pt")
         self.record_path, self.state_path = f"{stem}.jsonl", f"{stem}.state"
-        self.written = out, self.record_path, self.state_path
+        self.written = [out, self.record_path, self.state_path]
+        self.written += glob.glob(f"{glob.escape(stem)}-{6 * '[0-9]'}.pt") if keeps else []
         self.lines = []  # of the record
         self.paths, self.digests = {}, {}  # of the files that the run reads, by their part in it
         taken = os.path.exists(out) and not os.path.isfile(out)  # a folder, /dev/null
@@ -211,7 +214,7 @@ def digest(path):
 def remove_half_written(out):
     """Removes the temporary files of earlier runs of this --out: its lock shows that they ended."""
     name = re.escape(out.name.removesuffix(".pt"))
-    ours = re.compile(name + r"(\.pt|\.state|\.jsonl)?\.\d+\.tmp")
+    ours = re.compile(name + r"((-\d{6})?\.pt|\.state|\.jsonl)?\.\d+\.tmp")
     for path in out.parent.iterdir():
         if ours.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """Figures of held-out rows: what a method's own loss says of them, if no reward is known."""
 
+import torch
+
 import data
 from data import say
 
@@ -42,16 +44,18 @@ def nll_per_token(task, compute_loss):
 
 
 def pair_accuracy(task, compute_loss, with_ref=False):
-    """Measures the share of pairs whose chosen answer has the higher implicit reward, as
-    compute_loss logs it. That takes (policy, batch), or with_ref (policy, ref, batch)."""
+    """Measures the mean loss of pairs, and the share of them whose chosen answer has the higher
+    implicit reward, as compute_loss logs it. That takes (policy, batch), or with_ref
+    (policy, ref, batch)."""
 
     def score(policy, ref, batch):
         models = (policy, ref) if with_ref else (policy,)
         losses, metrics = compute_loss(*models, batch)
-        return metrics["rewards/accuracies"].to(losses)
+        return torch.stack([losses, metrics["rewards/accuracies"].to(losses)], 1)
 
-    def figures(right, rows):
-        return share(right > 0)
+    def figures(found, rows):
+        losses, right = found.T
+        return {"held_out_loss": losses.mean().item()} | share(right > 0)
 
     return HeldOut(task.preferences, score, figures, data.pad_pairs, with_ref)
 

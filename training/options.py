@@ -77,10 +77,13 @@ class Options:
     shard: bool = opt(False, "under torchrun: each process holds a part of each weight (FSDP2)")
     resume: bool = opt(False, "go on from the state that an interrupted run left beside --out")
     save_every: int = opt(100, "steps between saved states", low=1)
+    keep_every: int = opt(0, "steps between checkpoints that are kept, as dpo-000200.pt", low=0)
+    keep: int = opt(0, "how many of them, the last ones (0: all)", low=0)
     log_every: int = opt(10, "steps between lines of the record", low=1)
     log_to: str = opt("", "also write the record as curves", choices=("tensorboard", "wandb"))
     eval_prompts: int = opt(512, "test prompts and held-out rows of the last evaluation", low=1)
     eval_every: int = opt(0, "steps between evaluations (0: at the end; exact: 20 per run)", low=0)
+    loss_every: int = opt(0, "steps between held-out losses, without samples (0: none)", low=0)
 
     def endless(self):
         """Whether every step has rows of its own, so that there are no passes over a set"""
@@ -154,6 +157,7 @@ class JudgedOptions(Options):
     """The options of a script that samples responses and has them judged."""
 
     reward: str = opt("task", "the judge: task, rm, the X.pt of a reward model, FILE.py:function")
+    loss_every: int = opt(0, "unused: there is no held-out loss", high=0)
     temperature: float = opt(1.0, "of the samples, and of the log-probs that are trained", above=0)
     micro_tokens: int = opt(2**14, "tokens per forward pass, rows of like length (0: all)", low=0)
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import data
 import gpt
-from data import Stopped, UserError, say
+from data import UserError, say
 from training import checkpoint, distributed, memory
 from training.device import Compute, choose_placement
 from training.figures import Figures, bar_text, evaluated_text, means
@@ -48,7 +48,7 @@ class Run(Compute):
         self.placement = choose_placement(o.shard, self.device, self.weights)
         name = f"{method}-{o.name}" if o.name else method
         o.out = o.out or checkpoint.default_path(o.task, name)
-        self.files = Files(o.out, logger(o.log_to, method, o.out))  # record, state, what is read
+        self.files = Files(o.out, logger(o.log_to, method, o.out), o.keep_every)
         o.resume = o.resume or distributed.goes_on(self.files.record_path)
         self.generator = torch.Generator().manual_seed(o.seed)  # of samples and minibatches
         self.figures = Figures(self.device)  # what is logged, timed and counted
@@ -231,14 +231,14 @@ class Run(Compute):
         facts = figures.sampled_tokens() | {"step_ms": 1000 * figures.seconds}
         figures.line = done, figures.sums, figures.logged_in, facts
         if done % o.log_every == 0 or done == o.steps:
-            self.files.record(line := self._line(*figures.line))
+            self.files.record(line := self.line(*figures.line))
             bar.set_postfix_str(text := bar_text(line))
             crossed_a_tenth = done * 10 // o.steps > (done - o.log_every) * 10 // o.steps
             if bar.disable and not o.eval_every and (crossed_a_tenth or done == o.steps):
                 say(f"{self.method} step {done}/{o.steps}: {text}")
         bar.update()
 
-    def _line(self, done, sums, logged_in, facts):  # made only if it is recorded: the device waits
+    def line(self, done, sums, logged_in, facts):  # made only if it is recorded: the device waits
         return {"step": done} | means(sums, logged_in) | self.scaler.figures() | facts
 
     def backward(self, loss, tokens):
@@ -271,7 +271,9 @@ class Run(Compute):
             self.scaler.update()
             self.log({"grad_norm": norm})
         elif not self.scaler.skips(loss):
-            self.state.give_up(loss, norm)
+            from training import ending
+
+            ending.give_up(self, loss, norm)
         optimizer.zero_grad()
         self.log({"lr": group["lr"]})
         self.meter.read()
@@ -282,23 +284,23 @@ class Run(Compute):
 
     def cut_short(self, why):
         """Ends the run with the step before this one; raises Stopped if there is none."""
-        if (step := self.step) == 0:
-            raise Stopped(why)
-        say(f"{why}. The run ends after step {step} of {self.o.steps}, with what it has learned")
-        if step > self.first_step and step % self.o.log_every:
-            self.files.record(self._line(*self.figures.line))
-        self.o.steps = step
+        from training import ending
+
+        ending.cut_short(self, why)
 
     def evaluate(self, evaluator, policy):
         """Every --eval-every steps, records and prints figures of 128 test prompts."""
-        done, every = self.step + 1, self.o.eval_every
-        if not every or done % every:
-            return
-        self.figures.in_step = False
-        found = evaluator.measure(policy, 128)
-        self.files.record({"step": done, "eval": found})
-        text = evaluated_text({"loss": self.figures.means()["loss"]} | found)
-        say(f"{self.method} step {done}/{self.o.steps}: {text}")
+        o, done, found, self.figures.in_step = self.o, self.step + 1, {}, False
+        if o.keep_every or o.loss_every:
+            from training import kept
+
+            found = kept.between_steps(self, evaluator, policy)
+        if o.eval_every and done % o.eval_every == 0:
+            found |= evaluator.measure(policy, 128)
+        if found:
+            self.files.record({"step": done, "eval": found})
+            text = evaluated_text({"loss": self.figures.means()["loss"]} | found)
+            say(f"{self.method} step {done}/{o.steps}: {text}")
 
     def finish(self, evaluator, policy, **figures):
         """Measures the policy, writes its checkpoint, and ends the record. figures: further ones"""

@@ -1,6 +1,5 @@
 """What --resume goes on from: what was trained, what was drawn, and the options of the run."""
 
-import math
 import platform
 import sys
 import time
@@ -10,7 +9,7 @@ from functools import partial
 import torch
 from torch.utils._pytree import tree_map_only
 
-from data import Stopped, say
+from data import say
 from training import distributed
 from training.files import commit
 from training.optimizer import learning_rate
@@ -19,7 +18,6 @@ from training.process import interrupts
 
 # options that do not change a run's bits; --shard changes them by rounding alone
 FREE = ("resume", "log_every", "log_to", "save_every", "out", "name", "shard")
-LARGE = 1e6  # if the loss is not finite, a reward above this is said
 
 
 class State:
@@ -99,21 +97,6 @@ class State:
             self.save(run.step, self.before)
             path = run.files.state_path
             say(f"step {run.step} is saved in {path}; --resume goes on from there")
-
-    def give_up(self, loss, norm):
-        """Ends the run at a loss or a gradient that is not finite."""
-        run = self.run
-        self.keep()
-        path = run.files.state_path
-        kept = f"the last good state is kept in {path}" if run.files.interrupted() else "no state"
-        found = f"the loss is {float(loss)}, the gradient's norm {float(norm)}; {kept}"
-        remedy = "start again with a smaller --lr or a longer --warmup"
-        if run.scaler.is_enabled() and math.isfinite(loss):
-            found += "; no scale of the loss keeps its gradient within float16"
-        if run.largest_reward > LARGE:
-            found = f"a reward is as large as {run.largest_reward:.3g}, so {found}"
-            remedy = "scale the rewards down, and start again"
-        raise Stopped(f"step {run.step + 1}: {found}; {remedy}")
 
     def past(self):
         """-> the closing figures of this very run, if it has ended before"""
