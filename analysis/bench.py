@@ -97,7 +97,7 @@ class Options:
     n_layer: int = opt(4, "blocks of the model", low=1)
     n_head: int = opt(4, "its attention heads per block", low=1)
     n_embd: int = opt(128, "its width", low=1)
-    vocab_size: int = opt(0, "tokens of its vocabulary (0: the built-in one)", low=0)
+    vocab_size: int = opt(0, "tokens of its vocabulary (0: the built-in one)", low=257)
     steps: int = opt(8, "optimizer steps per process", low=3)
     repeats: int = opt(3, "processes per row", low=1)
     peers: bool = opt(False, "measure TRL and transformers too")
@@ -108,8 +108,6 @@ class Options:
         for row in self.methods:
             if row not in ROWS:
                 raise UserError(f"--methods {row}: no such row; there are {', '.join(ROWS)}")
-        if 0 < self.vocab_size < 257:
-            raise UserError("--vocab-size counts the 256 bytes and an end token; give 257 or more")
         if self.n_embd % self.n_head:
             raise UserError(f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}")
         if self.peers:

@@ -69,7 +69,7 @@ def test_wrong_options_are_told(capsys):
     for argv, words in (
         (["--methods", "rlaif"], "no such row"),
         (["--n-embd", "30"], "multiple"),
-        (["--vocab-size", "256"], "257 or more"),
+        (["--vocab-size", "256"], "at least 257"),
     ):
         assert main("analysis.bench", *argv) == 2
         assert words in capsys.readouterr().err

@@ -17,7 +17,7 @@ from training.placement import local, put
 from training.process import interrupts
 
 # options that do not change a run's bits; --shard changes them by rounding alone
-FREE = ("resume", "log_every", "log_to", "save_every", "out", "name", "shard")
+FREE = "resume log_every log_to save_every keep_every keep loss_every out name shard".split()
 
 
 class State:
