@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -379,6 +380,98 @@ def until(path, process):
         time.sleep(0.05)
 
 
+def copy_state(path, folder):
+    """Copies a state, and its folder of parts, if it has one."""
+    folder.mkdir(exist_ok=True)
+    for part in path.parent.glob(f"{path.name}*"):
+        (shutil.copytree if part.is_dir() else shutil.copy)(part, folder / part.name)
+
+
+STEPS = [*WIDE, "--steps", 5, "--save-every", 1]
+POINTS = {  # where a process is killed while it saves -> the step that the state then has
+    "parts.dcp.save": 1,  # the parts are not written
+    "files.gpt.write": 1,  # they are, but the file does not name them
+    "files.shutil.rmtree": 2,  # the new state stands beside the old parts
+}
+KILL = """
+import os, runpy, signal, sys
+from training import distributed, files, parts
+module, _, name = sys.argv[1].rpartition(".")
+times, rank, place = int(sys.argv[2]), int(sys.argv[3]), eval(module)
+do, calls = getattr(place, name), []
+def deadly(*args, **more):
+    calls.append(1)
+    if len(calls) == times and distributed.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return do(*args, **more)
+setattr(place, name, deadly)
+sys.argv = sys.argv[4:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def cut_run(shop):
+    """A state of two processes with --shard after step 2, and whole.pt of a run left alone"""
+    (shop / "kill.py").write_text(KILL)
+    torchrun(shop, ROOT / "dpo.py", *STEPS, "--shard", "--out", "whole.pt")
+    command = [shop / "kill.py", "files.gpt.write", 3, 0, ROOT / "dpo.py", *STEPS]
+    torchrun(shop, *command, "--shard", "--out", "cut.pt", code=1, PYTHONPATH=str(ROOT))
+    return shop
+
+
+@pytest.mark.slow
+@has_shard
+def test_a_state_in_parts_is_resumed_by_any_number(cut_run):
+    """By two, four and one process, with --shard and without: to the weights of a run left alone,
+    as near as processes come to each other in float64."""
+    copy_state(cut_run / "cut.state", cut_run / "kept")
+    state = torch.load("cut.state", weights_only=True)
+    assert state["step"] == 2 and all(type(x) is tuple for x in state["policy"].values())
+    args = [ROOT / "dpo.py", *STEPS, "--out", "cut.pt", "--resume"]
+    for n, shard in ((2, ["--shard"]), (4, ["--shard"]), (2, []), (1, [])):
+        for path in cut_run.glob("cut.*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        copy_state(cut_run / "kept/cut.state", cut_run)
+        said = torchrun(cut_run, *args, *shard, n=n)
+        assert "resumed after step 2 of 5" in said and ("rounding" in said) == (n != 2 or not shard)
+        assert distance("cut.pt", "whole.pt") < 1e-12
+        assert not list(cut_run.glob("cut.state*"))
+
+
+@pytest.mark.slow
+@has_shard
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_state_in_parts_is_whole_or_absent(point, rank, cut_run):
+    """Killed at any point of its second save, by whichever process: the state is the first or the
+    second, it is gone on with, and no part of another stays."""
+    if rank and point != "parts.dcp.save":
+        pytest.skip("the first process alone is there")
+    for path in cut_run.glob("cut.*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run = [ROOT / "dpo.py", *STEPS, "--shard", "--out", "cut.pt"]
+    times = 1 if point == "files.shutil.rmtree" else 2
+    command = [cut_run / "kill.py", point, times, rank, *run]
+    torchrun(cut_run, *command, code=1, PYTHONPATH=str(ROOT))
+    assert torch.load("cut.state", weights_only=True)["step"] == POINTS[point]
+    said = torchrun(cut_run, *run, "--resume")
+    assert f"resumed after step {POINTS[point]} of 5" in said
+    assert digest(cut_run / "cut.pt") == digest(cut_run / "whole.pt")
+    assert not list(cut_run.glob("cut.state*"))
+
+
+@pytest.mark.slow
+@has_shard
+def test_a_first_save_that_is_killed_leaves_no_state(cut_run):
+    command = [cut_run / "kill.py", "files.gpt.write", 1, 0, ROOT / "dpo.py", *STEPS, "--shard"]
+    torchrun(cut_run, *command, "--out", "new.pt", code=1, PYTHONPATH=str(ROOT))
+    assert list(cut_run.glob("new.state.parts-*")) and not (cut_run / "new.state").exists()
+    said = torchrun(cut_run, *command[4:], "--out", "new.pt", "--resume")
+    assert "there is no new.state yet" in said and not list(cut_run.glob("new.state*"))
+    assert digest(cut_run / "new.pt") == digest(cut_run / "whole.pt")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", WAYS)
 def test_a_rank_is_killed(shard, shop):
@@ -392,15 +485,15 @@ def test_a_rank_is_killed(shard, shop):
     said = "".join(process.communicate())
     assert process.returncode == 1 and time.time() - began < 10
     assert "dpo.py: rank 0: another process has ended; --resume goes on" in said
-    kept = (shop / "cut.state").read_bytes()
+    copy_state(shop / "cut.state", shop / "kept")
     said = torchrun(shop, *LONG, *shard, "--out", "cut.pt", "--resume")
     assert "resumed after step" in said and "rounding" not in said
     assert digest(shop / "cut.pt") == digest(shop / "whole.pt")
     assert lines(shop / "cut.jsonl")[1:-1] == lines(shop / "whole.jsonl")[1:-1]
-    assert not list(shop.glob("*.tmp")) and not (shop / "cut.state").exists()
+    assert not list(shop.glob("*.tmp")) and not list(shop.glob("cut.state*"))
 
     (shop / "cut.pt").unlink()
-    (shop / "cut.state").write_bytes(kept)
+    copy_state(shop / "kept/cut.state", shop)
     said, words = many_to_one(shop, "--out", "cut.pt", "--resume"), " ".join(["2", *shard])
     assert f"it was saved by {words} processes: the numbers will differ by rounding" in said
     assert distance("cut.pt", "whole.pt") < 1e-2

@@ -111,7 +111,7 @@ def write(run, policy, path, meta):
     o, given = run.o, getattr(policy, "given", None)
     layers = lora.adapters(policy)
     own = {f"{layer}.{x}": getattr(layers[layer], x) for layer in layers for x in "AB"}
-    tensors = run.placement.state_to_save({name: p.detach().cpu() for name, p in own.items()})
+    tensors = {name: full(p.detach()).cpu() for name, p in own.items()}
     facts = {"rank": o.lora, "alpha": o.lora_alpha, "start": given.base if given else run.start}
     if o.save == "adapters":
         if distributed.is_first:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -63,6 +64,7 @@ class Files:
             why = f"cannot be written ({e.strerror or e}); give another path"
             raise UserError(f"--out {out} {why}") from None
         remove_half_written(Path(os.path.realpath(out)))
+        self._drop_parts(self._named())
 
     def reads(self, path, part, known_by=""):
         """Notes a file that the run reads: the run must not overwrite it, and --resume needs it
@@ -112,11 +114,25 @@ class Files:
     # ---- the state
 
     def save(self, state):
+        """Called within `writes`. The folder of parts that an older state named is not needed any
+        more when the new one stands."""
         distributed.saved = self.state_path
-        with self.writes(self.state_path):
-            if distributed.is_first:
-                state = {"nanopo": "state"} | state | {"files": self.digests, "lines": self.lines}
-                gpt.write(state, self.state_path)
+        if distributed.is_first:
+            state = {"nanopo": "state"} | state | {"files": self.digests, "lines": self.lines}
+            gpt.write(state, self.state_path)
+            self._drop_parts(state.get("parts"))
+
+    def _drop_parts(self, named=None):
+        """Removes all folders of parts but the one that the state names."""
+        for folder in glob.glob(f"{glob.escape(self.state_path)}.parts-*"):
+            if os.path.basename(folder) != named:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _named(self):
+        """-> the folder of parts that the state names, or None"""
+        with contextlib.suppress(Exception):  # whatever stands there, it is no state
+            file = torch.load(self.state_path, map_location="cpu", weights_only=True, mmap=True)
+            return file.get("parts")
 
     def load(self, method, options):
         """-> the saved state. Raises UserError if it is of a run with other options, or if a file
@@ -124,6 +140,10 @@ class Files:
         where = {"map_location": "cpu", "mmap": True}
         try:
             state = torch.load(self.state_path, weights_only=True, **where)
+            if "parts" in state:
+                from training import parts
+
+                state = parts.opened(state, self.state_path)
             differ = self._differs(state, method, options)
         except Exception as e:  # torch raises many types of error for a broken file
             why = f"is not a complete training state ({type(e).__name__}); start without --resume"
@@ -187,6 +207,7 @@ class Files:
         with contextlib.suppress(FileNotFoundError):
             if distributed.is_first:
                 os.unlink(self.state_path)
+                self._drop_parts()
 
     def forget(self):
         """Removes an earlier run's record and state, so that nothing resumes them."""

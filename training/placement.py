@@ -51,7 +51,7 @@ class Whole:
         """-> the model to write to a file, complete in the first process"""
         return model
 
-    def state_to_save(self, state):
+    def state_to_save(self, state, path):
         """-> a tree of tensors to write to a file, complete in the first process"""
         return state
 
@@ -91,7 +91,11 @@ def full(x):
 
 @torch.no_grad()
 def put(p, tensor):
-    """Writes a full tensor, or this process's rows of it, into a tensor on the device."""
+    """Writes a full tensor, or this process's rows of it, into a tensor on the device. One that is
+    stored in parts (parts.py) writes itself."""
+    if hasattr(tensor, "read_into"):
+        tensor.read_into(p)
+        return
     if is_part(p):
         rows = -(-len(tensor) // distributed.size)
         tensor = tensor[rows * distributed.rank : rows * (distributed.rank + 1)]

@@ -10,12 +10,11 @@ import gc
 import warnings
 
 import torch
-from torch.utils._pytree import tree_map
 
 from data import UserError
 from gpt import ScalarGPT
 from training import distributed, lora
-from training.placement import Whole, full, is_part, put, values
+from training.placement import Whole, full, put, values
 
 
 class Parts(Whole):
@@ -53,20 +52,16 @@ class Parts(Whole):
     def model_to_save(self, model):
         plain = lora.like(model)
         for name, x in model.named_parameters():
-            x = self.state_to_save(x.detach())
+            x = full(x.detach())
             if distributed.is_first:
-                lora.put(plain, name, torch.nn.Parameter(x))
+                lora.put(plain, name, torch.nn.Parameter(x.cpu()))
         return plain
 
-    def state_to_save(self, state):
-        """The first process gathers all parts on its CPU, one tensor after the other. The others
-        get nothing."""
+    def state_to_save(self, state, path):
+        """Every process writes its parts beside the path of the state."""
+        from training import parts
 
-        def gather(x):
-            x = full(x).cpu() if is_part(x) else x
-            return x if distributed.is_first else None
-
-        return tree_map(gather, state)
+        return parts.write(state, path)
 
     def collect_garbage(self):
         """A sharded model has reference cycles, and would stay in memory."""

@@ -83,8 +83,8 @@ class State:
         state |= {"processes": self._processes()}
         state |= {name: x.state_dict() for name, x in self.trained.items()}
         state |= others or self._others()
-        state = run.placement.state_to_save(state)
-        with interrupts.held():
+        with interrupts.held(), run.files.writes(run.files.state_path):
+            state = run.placement.state_to_save(state, run.files.state_path)
             run.files.save(state | {"wall": time.time() - run.figures.run_began})
 
     def keep(self):
