@@ -4,6 +4,7 @@ Each needs a package of its own, which is imported only if it is used. A figure 
 TRL's trainers give it, if they log it, else the record's own (docs/metrics.md).
 """
 
+import importlib.util
 import os
 import uuid
 
@@ -32,6 +33,13 @@ def scalars(method, line):
     if part:
         return {f"{part}/{k}": x for k, x in numbers.items()}
     return {names.get(k, k): x * UNITS.get(k, 1) for k, x in numbers.items() if k != "step"}
+
+
+def check(name):
+    """Refuses a logger whose package is missing."""
+    if importlib.util.find_spec(name) is None:
+        missing = f"needs the package {name}, which is not installed"
+        raise UserError(f"--log-to {name} {missing}; pip install {name}, or leave it out")
 
 
 class TensorBoard(Logger):

@@ -2,11 +2,9 @@
 
 import argparse
 import fnmatch
-import importlib.util
 import math
 import operator
 import os
-import shutil
 import sys
 from dataclasses import dataclass, field, fields
 
@@ -14,7 +12,6 @@ import data
 from data import UserError
 
 SAVED = "whole", "adapters"
-COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
 DTYPES = ("auto", "float32", "float64", "float16", "bfloat16", "bfloat16-pure")
 SCHEDULES = ("constant", "linear", "cosine")
 BOUNDS = {  # of a number: how it compares with the bound, in words
@@ -99,10 +96,10 @@ class Options:
 
     def check(self):
         """Refuses options that cannot work together. `parse` calls it; a script may add to it."""
-        if self.log_to and importlib.util.find_spec(self.log_to) is None:
-            missing = f"needs the package {self.log_to}, which is not installed"
-            remedy = f"pip install {self.log_to}, or leave it out"
-            raise UserError(f"--log-to {self.log_to} {missing}; {remedy}")
+        if self.log_to:
+            from training import loggers
+
+            loggers.check(self.log_to)
         if self.epochs and self.endless():
             fresh = f"{self.task} makes fresh rows every step; give --steps"
             raise UserError(f"--epochs counts passes over a fixed set, but {fresh}")
@@ -119,9 +116,10 @@ class Options:
             from training import distributed, sharding
 
             sharding.check(distributed.size)
-        if self.compile and not any(map(shutil.which, COMPILERS)):
-            remedy = "install one, such as g++, or leave it out"
-            raise UserError(f"--compile needs a C++ compiler; {remedy}")
+        if self.compile:
+            from training import compiler
+
+            compiler.check()
         if 0 < self.block_size < 8:
             raise UserError(f"--block-size {self.block_size} leaves no room; 8 is the least")
 
