@@ -38,9 +38,9 @@ from analysis import answers, plots, predict, processor, report, tables
 from analysis.rows import EVERY, ROWS, budget, plan
 from data import Stopped, UserError
 from data.ours import refuse_others
-from training import checkpoint, locks, opt, parse, sharding
+from training import adamw8bit, checkpoint, locks, opt, parse, sharding
 from training.files import digest
-from training.options import DTYPES, flag
+from training.options import DTYPES, OPTIMIZERS, flag
 from training.process import interrupts
 
 HERE = Path(__file__).parent
@@ -69,6 +69,7 @@ class Options:
     n_embd: int = opt(0, "its width (default: the task's)", low=1)
     predict: str = opt("", "train nothing: a step's memory at size own, 1b, 7b or a folder's")
     lora: int = opt(0, "rank of trained adapters, with --predict (0: none)", low=0)
+    optimizer: str = opt("adamw", "of the step, with --predict", choices=OPTIMIZERS)
     ranks: int = opt(1, "processes, each with its own step, with --predict", low=1)
     shard: bool = opt(False, "each process holds a part of the models, with --predict")
     vocab_size: int = opt(0, "vocabulary of the model, with --predict (default: the size's)", low=1)
@@ -81,8 +82,8 @@ class Options:
             report.template()  # a missing package is noticed before anything runs
         if self.records:
             self.check_records()
-        unread = {"vocab_size", "batch_size", "micro_batch", "seq_len", "lora", "ranks", "shard"}
-        unread &= self.given
+        sizes = {"vocab_size", "batch_size", "micro_batch", "seq_len"}
+        unread = self.given & {*sizes, "lora", "optimizer", "ranks", "shard"}
         if unread and not self.predict:
             with_it = "is read with --predict only; leave one of the two out"
             raise UserError(f"{flag(min(unread))} {with_it}")
@@ -93,6 +94,7 @@ class Options:
             raise UserError("--shard splits models over processes; give --ranks N too")
         if self.shard:
             sharding.check(self.ranks)
+            adamw8bit.refuse(self.optimizer == "adamw8bit", adamw8bit.SHARD)
         if "rlaif" in self.methods and self.task != "reviews" and not self.predict:
             words = f"rlaif learns its skills on reviews only, not on {self.task}"
             raise UserError(f"--methods {words}; leave it out")
@@ -273,7 +275,7 @@ def predict_all(o, folder):
     """Prints the table of --predict, and writes README.md, compare.json and a picture"""
     writes(folder, "README.md", "compare.json", "memory.png")
     found, (task, config) = [], predict.settings(o)
-    how = o.batch_size, o.micro_batch, o.lora, o.ranks, o.shard
+    how = o.batch_size, o.micro_batch, o.lora, o.ranks, o.shard, o.optimizer
     for row in o.methods:
         start = time.time()
         for setting in predict.SETTINGS:
@@ -282,7 +284,7 @@ def predict_all(o, folder):
     table, symbol = tables.predictions(found)
     text = (
         f"Predicted memory of a step at its peak, {symbol}: --predict {o.predict}, {task}, "
-        f"{f'--lora {o.lora}, ' if o.lora else ''}{ranks(o)}"
+        f"{f'--lora {o.lora}, ' if o.lora else ''}{moments(o)}{ranks(o)}"
         f"{o.batch_size} sequences per step (a pair is two), {o.micro_batch or o.batch_size} per "
         "forward pass. In each cell: float32 weights with bfloat16 autocast / bfloat16 weights and "
         "moments. Logits and sampling are shown at their own maximum, which may be at another time "
@@ -292,6 +294,11 @@ def predict_all(o, folder):
     record = {"command": o.line, "predict": o.predict, "task": task, "methods": found}
     publish(folder, record, text, plots.draw_prediction(found, symbol, folder))
     return []
+
+
+def moments(o):
+    """-> the optimizer, as text, unless it is the default"""
+    return f"--optimizer {o.optimizer}, " if o.optimizer != "adamw" else ""
 
 
 def ranks(o):
@@ -319,6 +326,7 @@ def main(argv=None):
     if o.predict:
         path = re.sub(r"[^\w.]+", "-", os.path.relpath(o.predict)).strip("-.")
         name = f"predict-{path}" + (f"-lora-{o.lora}" if o.lora else "")
+        name += f"-{o.optimizer}" * (o.optimizer != "adamw")
         name += (f"-ranks-{o.ranks}" if o.ranks > 1 else "") + ("-shard" if o.shard else "")
         predict.settings(o)
     if o.records:

@@ -26,6 +26,7 @@ from gpt import GPT, GPTConfig, ScalarGPT, load
 from hf import weights
 from packing import last_token, pack
 from training import Compute, Rollout, distributed, lora, memory, parse, sampling, sharding
+from training.adamw8bit import Outline
 from training.checkpoint import is_checkpoint
 from training.cut import lengths
 from training.options import flag
@@ -96,7 +97,8 @@ def _predict(row, o, config, ranks, shard):
             models["ref"] = lora.base(models["policy"])
             arguments |= {"ref": models["ref"]} if "ref" in arguments else {}
         trained = [p for model in models.values() for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, fused=True)
+        plain = o.optimizer == "adamw"
+        optimizer = torch.optim.AdamW(trained, fused=True) if plain else Outline(trained)
         for p in trained:
             p.grad = torch.zeros_like(p)
         optimizer.step()  # makes its moments
@@ -111,7 +113,7 @@ def _predict(row, o, config, ranks, shard):
                 losses.sum().backward()
             optimizer.step()
     return {
-        "models": memory.records(models),
+        "models": memory.records(models, o.optimizer),
         "predicted_bytes": tracker.peak,
         "predicted": tracker.parts,
         "predicted_most": dict(tracker.most),
@@ -308,7 +310,9 @@ def of_folder(o):
     return weights.read_config(o.predict)
 
 
-def ask(row, task, config, recompute, dtype, n, micro=0, lora=0, ranks=1, shard=False):
+def ask(
+    row, task, config, recompute, dtype, n, micro=0, lora=0, ranks=1, shard=False, optimizer="adamw"
+):
     """Predicts one cell of the table that --predict prints. -> its entry in compare.json. n:
     sequences per step; micro: sequences per forward pass (0: all); lora: the adapters' rank"""
     micro, argv = micro or n, []
@@ -324,7 +328,9 @@ def ask(row, task, config, recompute, dtype, n, micro=0, lora=0, ranks=1, shard=
     argv += ["--checkpoint-activations" if recompute else "--no-checkpoint-activations"]
     argv += ["--lora", lora] if lora else []
     argv += ["--batch-size", n, "--micro-batch", micro, "--dtype", dtype, "--task", task]
-    found = predict(row, options(row, *argv), config, ranks, shard)
+    o = options(row, *argv)
+    o.optimizer = optimizer  # past the check: a prediction needs no package
+    found = predict(row, o, config, ranks, shard)
     facts = {"method": row, "dtype": dtype, "checkpoint_activations": recompute}
     return facts | found | {"card": fits(found["predicted_bytes"])}
 

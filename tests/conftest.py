@@ -1,6 +1,6 @@
 """Shared by the tests: how a script is run, and folders with tiny checkpoints."""
 
-import importlib
+import importlib.util
 import json
 import signal
 import subprocess
@@ -19,6 +19,11 @@ from training import Run  # noqa: E402
 
 TRAIN = "--steps 3 --batch-size 4 --log-every 1 --warmup 1 --device cpu".split()
 TINY = [*TRAIN, "--max-new-tokens", "4"]  # of a script that samples
+EIGHT = ["--optimizer", "adamw8bit"]
+BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+needs_bitsandbytes = pytest.mark.skipif(
+    not BITSANDBYTES, reason="pip install -r requirements-gpu.txt"
+)
 
 
 def run(script, *args, cwd, ok=True, **more):

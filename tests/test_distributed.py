@@ -15,7 +15,7 @@ from functools import partial
 import many
 import pytest
 import torch
-from conftest import ROOT, killed, lines, main
+from conftest import BITSANDBYTES, EIGHT, ROOT, killed, lines, main
 from test_methods import SCRIPTS, arguments
 from test_predict import write as write_endless
 
@@ -41,6 +41,8 @@ BITS = {  # in float32, of two micro-batches a step: a + b is b + a
     "dpo": ["dpo", *SHORT, "--micro-batch", 2],
     "grpo": ["grpo:rollout.pt", *SHORT, *ROLLOUT, "--micro-batch", 8, "--beta", 0.1],
 }
+if BITSANDBYTES:
+    BITS["dpo-8bit"] = [*BITS["dpo"], *EIGHT]
 CLOSE = {  # in float64, beside the cases of test_methods.py
     "grpo-sampling": ["grpo", *WIDE, *ROLLOUT, "--minibatches", 2, "--updates", 2],
     "ppo": ["ppo", *WIDE, "--reward", "judge.pt", "--minibatches", 2],

@@ -14,7 +14,7 @@ from training import distributed, parse
 from training.options import flag
 
 COMMON = """init= reference= out= name= eval_file= steps=300 epochs=0 batch_size=32 micro_batch=0
-lr=0.001 warmup=20
+lr=0.001 warmup=20 optimizer=adamw
 lr_schedule=cosine weight_decay=0.0 grad_clip=1.0 max_new_tokens=0 block_size=0 truncate=False
 lora=0 lora_alpha=0 chat=True template_args=() eval_prompts=512
 strict=False seed=0 device=auto dtype=auto checkpoint_activations=False compile=False

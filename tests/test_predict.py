@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TRAIN, few_prompts, lines, main
+from conftest import EIGHT, TRAIN, few_prompts, lines, main, needs_bitsandbytes
 
 import compare
 import data
@@ -102,6 +102,18 @@ def test_predicted_is_measured(row, endless, monkeypatch, capsys):
         cache = 2 * 2 * 4 * SAMPLES[row][1] * 16 * 16 * 4
         found = predicted["predicted_most"]["sampling"]
         assert cache < found == pytest.approx(ran["peak_most"]["sampling"], rel=0.05)
+
+
+@needs_bitsandbytes
+def test_moments_of_8_bits_are_predicted_and_measured(endless, monkeypatch, capsys):
+    """The embedding and the MLPs have 8 bits; the ledger leaves out two tables of 256 numbers."""
+    ran, predicted = both("dpo", endless, monkeypatch, capsys, *EIGHT)
+    assert predicted["predicted_bytes"] == pytest.approx(ran["peak_bytes"], rel=1e-3)
+    assert predicted["predicted"] == pytest.approx(ran["peak"], rel=0.05, abs=2000)
+    moments = sum(m["optimizer_bytes"] for m in ran["models"])
+    assert predicted["models"] == ran["models"]
+    assert ran["peak"]["optimizer"] == predicted["predicted"]["optimizer"] == moments + 2048
+    assert moments < ran["models"][0]["gradient_bytes"]
 
 
 @pytest.mark.slow

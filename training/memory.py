@@ -36,10 +36,10 @@ aten = torch.ops.aten
 PRODUCTS = aten.mm.default, aten.addmm.default, aten.linear.default, aten.bmm.default
 
 
-def records(models):
+def records(models, optimizer="adamw"):
     """{role: model} -> a plain record for each: role, trainable, parameters, how many of them are
     trained, bytes, their parts. Weights shared with an earlier model count there. The bytes of a
-    sharded model are those of this process."""
+    sharded model are those of this process. optimizer: --optimizer, which moves the trained ones"""
     out, counted = [], set()
     for role, model in models.items():
         parameters = list(model.parameters())
@@ -50,7 +50,7 @@ def records(models):
         parts = {
             "weight_bytes": _bytes(own),
             "gradient_bytes": size,
-            "optimizer_bytes": 2 * size,
+            "optimizer_bytes": 2 * size if optimizer == "adamw" else _eight_bits(trained),
         }
         facts = {"role": role, "trainable": bool(trained)}
         facts["parameters"] = sum(p.numel() for p in parameters)
@@ -61,6 +61,12 @@ def records(models):
 
 def _bytes(parameters):
     return sum(local(p).numel() * p.element_size() for p in parameters)
+
+
+def _eight_bits(parameters):
+    from training import adamw8bit
+
+    return adamw8bit.size(parameters)
 
 
 def ledger(records):
@@ -138,7 +144,7 @@ def track(models, optimizer):
                 count = p.register_post_accumulate_grad_hook
                 hooks.append(count(lambda p: tracker.own(p.grad, "gradients")))
     for state in optimizer.state.values():
-        for x in state.values():
+        for x in filter(torch.is_tensor, state.values()):
             tracker.own(x, "optimizer")
     hooks.append(optimizer.register_step_pre_hook(lambda *_: tracker.during("optimizer")))
     hooks.append(optimizer.register_step_post_hook(lambda *_: tracker.during(None)))

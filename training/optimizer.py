@@ -16,15 +16,20 @@ def adamw(models, o, device):
         {"params": matrices, "weight_decay": o.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
+    betas = (0.9, 0.95)
+    if o.optimizer == "adamw8bit":
+        from training import adamw8bit
+
+        return adamw8bit.make(groups, o.lr, betas)
     fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.95), fused=fused)
+    return torch.optim.AdamW(groups, lr=o.lr, betas=betas, fused=fused)
 
 
 def step_if(finite, optimizer):
-    """Makes an optimizer step if `finite`, a bool tensor, is True. -> whether it is. On CUDA the
+    """Makes an optimizer step if `finite`, a bool tensor, is True. -> whether it is. On CUDA a
     fused step itself looks, so that it need not wait for the answer to reach the CPU."""
     (p, *_), *_ = [group["params"] for group in optimizer.param_groups]
-    if finite.is_cuda and not is_part(p):
+    if finite.is_cuda and optimizer.defaults.get("fused") and not is_part(p):
         optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None
         optimizer.step()
     elif finite:

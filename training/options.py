@@ -14,6 +14,7 @@ from data import UserError
 SAVED = "whole", "adapters"
 DTYPES = ("auto", "float32", "float64", "float16", "bfloat16", "bfloat16-pure")
 SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "adamw8bit")
 BOUNDS = {  # of a number: how it compares with the bound, in words
     "low": (operator.ge, "at least"),
     "above": (operator.gt, "more than"),
@@ -56,6 +57,7 @@ class Options:
     lr_schedule: str = opt("cosine", "constant, linear to 0, or cosine to 10 %", choices=SCHEDULES)
     warmup: int = opt(20, "steps over which the learning rate rises from 0", low=0)
     weight_decay: float = opt(0.0, "AdamW's decay of the weight matrices", low=0)
+    optimizer: str = opt("adamw", "adamw8bit: AdamW's moments in 8 bits", choices=OPTIMIZERS)
     grad_clip: float = opt(1.0, "a gradient with a larger norm is scaled down to it", above=0)
     max_new_tokens: int = opt(0, "longest sampled response, in tokens (0: the task's)", low=0)
     block_size: int = opt(0, "longest sequence, in tokens (0: the checkpoint's)", low=0)
@@ -100,6 +102,10 @@ class Options:
             from training import loggers
 
             loggers.check(self.log_to)
+        if self.optimizer == "adamw8bit":
+            from training import adamw8bit
+
+            adamw8bit.check(self)
         if self.epochs and self.endless():
             fresh = f"{self.task} makes fresh rows every step; give --steps"
             raise UserError(f"--epochs counts passes over a fixed set, but {fresh}")

@@ -121,7 +121,7 @@ class Run(Compute):
     def hold(self, **models):
         """Names the models in memory by their roles; a model that is None is not held."""
         self.models = {role: model for role, model in models.items() if model is not None}
-        self.ledger = memory.records(self.models)
+        self.ledger = memory.records(self.models, self.o.optimizer)
         self.figures.watch(self.models)
         rounded = "\nbfloat16-pure: an update below 1/256 of a weight is rounded away"
         say(memory.ledger(self.ledger) + rounded * self.pure)
