@@ -34,7 +34,7 @@ from pathlib import Path
 
 import data
 import training
-from analysis import answers, plots, predict, processor, report, tables
+from analysis import answers, fits, plots, predict, processor, report, tables
 from analysis.rows import EVERY, ROWS, budget, plan
 from data import Stopped, UserError
 from data.ours import refuse_others
@@ -70,6 +70,7 @@ class Options:
     predict: str = opt("", "train nothing: a step's memory at size own, 1b, 7b or a folder's")
     lora: int = opt(0, "rank of trained adapters, with --predict (0: none)", low=0)
     optimizer: str = opt("adamw", "of the step, with --predict", choices=OPTIMIZERS)
+    card: int = opt(0, "GB: the strongest settings that fit, with --predict", low=1)
     ranks: int = opt(1, "processes, each with its own step, with --predict", low=1)
     shard: bool = opt(False, "each process holds a part of the models, with --predict")
     vocab_size: int = opt(0, "vocabulary of the model, with --predict (default: the size's)", low=1)
@@ -83,13 +84,16 @@ class Options:
         if self.records:
             self.check_records()
         sizes = {"vocab_size", "batch_size", "micro_batch", "seq_len"}
-        unread = self.given & {*sizes, "lora", "optimizer", "ranks", "shard"}
+        unread = self.given & {*sizes, "lora", "optimizer", "card", "ranks", "shard"}
         if unread and not self.predict:
             with_it = "is read with --predict only; leave one of the two out"
             raise UserError(f"{flag(min(unread))} {with_it}")
         for row in self.methods:
             if row not in EVERY:
                 raise UserError(f"--methods {row}: no such row; there are {', '.join(EVERY)}")
+        if self.card and (chosen := self.given & {"micro_batch", "optimizer", "ranks", "shard"}):
+            words = "--card finds what fits one card, its micro-batches too"
+            raise UserError(f"{words}; leave {flag(min(chosen))} out")
         if self.shard and self.ranks == 1:
             raise UserError("--shard splits models over processes; give --ranks N too")
         if self.shard:
@@ -301,6 +305,19 @@ def moments(o):
     return f"--optimizer {o.optimizer}, " if o.optimizer != "adamw" else ""
 
 
+def fit_all(o, folder):
+    """Prints the table of --card, and writes README.md and compare.json"""
+    writes(folder, "README.md", "compare.json")
+    table, found = fits.table_of(o)
+    text = (
+        f"The strongest setting of each method that fits {o.card} GB: --predict {o.predict}, "
+        f"{o.batch_size} sequences per step (a pair is two). A step fits if its predicted peak "
+        f"leaves {predict.SPARE:g} GiB free.\n\n{table}"
+    )
+    publish(folder, {"command": o.line, "predict": o.predict, "methods": found}, text, [])
+    return []
+
+
 def ranks(o):
     """-> the number of processes and how they hold the models, as text"""
     shard = "--shard, " if o.shard else ""
@@ -327,6 +344,7 @@ def main(argv=None):
         path = re.sub(r"[^\w.]+", "-", os.path.relpath(o.predict)).strip("-.")
         name = f"predict-{path}" + (f"-lora-{o.lora}" if o.lora else "")
         name += f"-{o.optimizer}" * (o.optimizer != "adamw")
+        name += f"-card-{o.card}" * (o.card > 0)
         name += (f"-ranks-{o.ranks}" if o.ranks > 1 else "") + ("-shard" if o.shard else "")
         predict.settings(o)
     if o.records:
@@ -339,7 +357,8 @@ def main(argv=None):
         why = f"cannot be written ({e.strerror}); give another folder"
         raise UserError(f"--out {folder} {why}") from None
     try:
-        do = draw_records if o.records else predict_all if o.predict else compare
+        predicts = fit_all if o.card else predict_all
+        do = draw_records if o.records else predicts if o.predict else compare
         failed = do(o, folder)
     except KeyboardInterrupt:
         print("\nrun the same command again to go on where this one stopped", file=sys.stderr)

@@ -310,11 +310,9 @@ def of_folder(o):
     return weights.read_config(o.predict)
 
 
-def ask(
-    row, task, config, recompute, dtype, n, micro=0, lora=0, ranks=1, shard=False, optimizer="adamw"
-):
-    """Predicts one cell of the table that --predict prints. -> its entry in compare.json. n:
-    sequences per step; micro: sequences per forward pass (0: all); lora: the adapters' rank"""
+def arguments(row, recompute, dtype, n, micro=0, lora=0):
+    """-> the command line of a row's script, without its task. n: sequences per step; micro:
+    sequences per forward pass (0: all); lora: the adapters' rank"""
     micro, argv = micro or n, []
     if EVERY[row].pairs:
         n, micro = n // 2, micro // 2
@@ -327,8 +325,16 @@ def ask(
         argv += ["--minibatches", 1, "--updates", 1]
     argv += ["--checkpoint-activations" if recompute else "--no-checkpoint-activations"]
     argv += ["--lora", lora] if lora else []
-    argv += ["--batch-size", n, "--micro-batch", micro, "--dtype", dtype, "--task", task]
-    o = options(row, *argv)
+    return argv + ["--batch-size", n, "--micro-batch", micro, "--dtype", dtype]
+
+
+def ask(
+    row, task, config, recompute, dtype, n, micro=0, lora=0, ranks=1, shard=False, optimizer="adamw"
+):
+    """Predicts one cell of the table that --predict prints. -> its entry in compare.json. The
+    arguments are those of `arguments`"""
+    argv = arguments(row, recompute, dtype, n, micro, lora)
+    o = options(row, "--task", task, *argv)
     o.optimizer = optimizer  # past the check: a prediction needs no package
     found = predict(row, o, config, ranks, shard)
     facts = {"method": row, "dtype": dtype, "checkpoint_activations": recompute}

@@ -393,7 +393,7 @@ STEPS = [*WIDE, "--steps", 5, "--save-every", 1]
 POINTS = {  # where a process is killed while it saves -> the step that the state then has
     "parts.dcp.save": 1,  # the parts are not written
     "files.gpt.write": 1,  # they are, but the file does not name them
-    "files.shutil.rmtree": 2,  # the new state stands beside the old parts
+    "parts.shutil.rmtree": 2,  # the new state stands beside the old parts
 }
 KILL = """
 import os, runpy, signal, sys
@@ -453,7 +453,7 @@ def test_a_state_in_parts_is_whole_or_absent(point, rank, cut_run):
     for path in cut_run.glob("cut.*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run = [ROOT / "dpo.py", *STEPS, "--shard", "--out", "cut.pt"]
-    times = 1 if point == "files.shutil.rmtree" else 2
+    times = 1 if point == "parts.shutil.rmtree" else 2
     command = [cut_run / "kill.py", point, times, rank, *run]
     torchrun(cut_run, *command, code=1, PYTHONPATH=str(ROOT))
     assert torch.load("cut.state", weights_only=True)["step"] == POINTS[point]

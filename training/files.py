@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -64,7 +63,7 @@ class Files:
             why = f"cannot be written ({e.strerror or e}); give another path"
             raise UserError(f"--out {out} {why}") from None
         remove_half_written(Path(os.path.realpath(out)))
-        self._drop_parts(self._named())
+        self._drop_parts()
 
     def reads(self, path, part, known_by=""):
         """Notes a file that the run reads: the run must not overwrite it, and --resume needs it
@@ -120,19 +119,14 @@ class Files:
         if distributed.is_first:
             state = {"nanopo": "state"} | state | {"files": self.digests, "lines": self.lines}
             gpt.write(state, self.state_path)
-            self._drop_parts(state.get("parts"))
+            self._drop_parts()
 
-    def _drop_parts(self, named=None):
-        """Removes all folders of parts but the one that the state names."""
-        for folder in glob.glob(f"{glob.escape(self.state_path)}.parts-*"):
-            if os.path.basename(folder) != named:
-                shutil.rmtree(folder, ignore_errors=True)
+    def _drop_parts(self):
+        """Removes the folders of parts that no state names."""
+        if glob.glob(f"{glob.escape(self.state_path)}.parts-*"):
+            from training import parts
 
-    def _named(self):
-        """-> the folder of parts that the state names, or None"""
-        with contextlib.suppress(Exception):  # whatever stands there, it is no state
-            file = torch.load(self.state_path, map_location="cpu", weights_only=True, mmap=True)
-            return file.get("parts")
+            parts.drop(self.state_path)
 
     def load(self, method, options):
         """-> the saved state. Raises UserError if it is of a run with other options, or if a file

@@ -5,9 +5,11 @@ torch.distributed.checkpoint, which any number of processes can read. The state 
 first process writes when the folder is complete, names it, and has a Stored in place of each part.
 """
 
+import contextlib
 import errno
 import glob
 import os
+import shutil
 import warnings
 from functools import partial
 
@@ -66,6 +68,17 @@ def opened(state, path):
         return Stored(folder, *x[1:]) if marked else x
 
     return tree_map(found, state, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def drop(path):
+    """Removes the folders of parts that the state `path`, if there is one, does not name."""
+    named = None
+    with contextlib.suppress(Exception):  # whatever stands there, it is no state
+        file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        named = file.get("parts")
+    for folder in folders(path):
+        if os.path.basename(folder) != named:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Stored:

@@ -37,7 +37,8 @@ class State:
         self.options = self.bits()
         roles = [m["role"] for m in run.ledger if m["trainable"]]
         self.trained = {role: Weights(run.models[role]) for role in roles}
-        self.trained |= {"optimizer": Moments(optimizer) if run.o.shard else optimizer}
+        plain = run.o.optimizer == "adamw"
+        self.trained |= {"optimizer": Moments(optimizer) if plain else optimizer}
         if run.scaler.is_enabled():
             self.trained["scaler"] = run.scaler
         self.others = others | {"figures": run.figures}
@@ -156,7 +157,7 @@ class Weights:
 
 
 class Moments:
-    """What an optimizer keeps of earlier steps, with --shard"""
+    """What AdamW keeps of earlier steps"""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
