@@ -134,14 +134,14 @@ def measure(job):
     return peers.step(job) if job["peer"] else step(job)
 
 
-def rate():
-    """-> FLOP/s of a large product in float32"""
-    n = 1536
-    a, b, seconds = torch.randn(n, n), torch.randn(n, n), []
+def rate(n=1536, dtype=torch.float32, device="cpu", now=time.process_time):
+    """-> FLOP/s of the product of two (n, n) matrices"""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    seconds = []
     for _ in range(6):
-        start = time.process_time()
+        start = now()
         a @ b
-        seconds.append(time.process_time() - start)
+        seconds.append(now() - start)
     return 2 * n**3 / min(seconds)
 
 
@@ -180,23 +180,24 @@ def step(job):
     return {ours: final[name] for name, ours in names.items() if name in final}
 
 
-def generator(config, job):
-    """-> a function that draws responses, and returns the number of their tokens"""
-    model = GPT(config)
+def generator(config, job, model=None, static=None):
+    """-> a function that draws responses, and returns the number of their tokens. model: that of
+    the config, or else a new one; static: as sampling.sample takes it"""
+    model = model or GPT(config)
     if job["ends"]:
         peers.end_often(model.norm.bias, model.wte.weight)
     prompts = torch.randint(2, config.vocab_size, (job["prompts"], job["prompt"])).tolist()
-    how = dict(group=job["group"], generator=torch.Generator().manual_seed(0))
+    how = dict(group=job["group"], generator=torch.Generator().manual_seed(0), static=static)
     end = 1 if job["ends"] else -1
     return lambda: sampling.sample(model, prompts, job["response"], (end,), **how).mask.sum()
 
 
-def tokens_per_second(draw, runs=5):
+def tokens_per_second(draw, runs=5, now=time.process_time):
     found = []
     for _ in range(runs + 1):
-        start = time.process_time()
+        start = now()
         tokens = int(draw())
-        found.append(tokens / (time.process_time() - start))
+        found.append(tokens / (now() - start))
     return statistics.median(found[1:])
 
 
@@ -304,14 +305,25 @@ def worker(job, folder):
 
 
 def run(command, folder):
-    """-> what the command prints, run as a process of one thread"""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    env |= against_trl.OFFLINE
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    """-> what the command prints"""
+    done = process(command, folder)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
-        raise Stopped(f"{' '.join(map(str, command[1:]))}: {last}")
+        raise Stopped(f"{' '.join(map(str, command[1:]))}: {last_line(done)}")
     return done.stdout
+
+
+def process(command, folder, limit=None):
+    """Runs a command as a process of one thread, for so many seconds at most. -> the process"""
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": os.pathsep.join(paths)} | against_trl.OFFLINE
+    how = dict(capture_output=True, text=True, timeout=limit)
+    return subprocess.run(command, cwd=folder, env=env, **how)
+
+
+def last_line(done):
+    """A process that has failed -> the last line of what it said"""
+    return (done.stderr.strip().splitlines() or ["it was killed"])[-1]
 
 
 # ---- tables

@@ -62,8 +62,9 @@ def rewards(completions, **columns):
     return [float(i) for i in range(len(completions))]
 
 
-def step(job):
-    """Trains with TRL. -> CPU ms of a step, bytes at its peak"""
+def step(job, now=time.process_time, **also):
+    """Trains with TRL. -> CPU ms of a step, bytes at its peak. now: gives the time, in seconds;
+    also: settings besides"""
     from datasets import Dataset
 
     name, config = job["name"], GPTConfig(*job["config"])
@@ -79,10 +80,10 @@ def step(job):
         given["ref_model"] = model(config)
     policy = model(config, scores=kind == "Reward")
     words = tokenizer(config.vocab_size, ends=kind != "GRPO")
-    clock = stopwatch()
+    clock = stopwatch(now)
     Trainer, Config = trainers.trainer(kind)
     with tempfile.TemporaryDirectory() as folder:
-        how = settings(job, folder, batch) | more
+        how = settings(job, folder, batch) | more | also
         known = Config.__dataclass_fields__
         args = Config(**{k: v for k, v in how.items() if k in known})
         trainer = Trainer(model=policy, args=args, processing_class=words, **given)
@@ -108,7 +109,7 @@ def settings(job, folder, batch):
     )
 
 
-def stopwatch():
+def stopwatch(now):
     """-> a callback that marks the ends of steps, and counts the bytes of the second one"""
     from transformers import TrainerCallback
 
@@ -130,7 +131,7 @@ def stopwatch():
                 self.tracking.__exit__(None, None, None)
                 self.tracking = None
                 self.marks.clear()
-            self.marks.append(time.process_time())
+            self.marks.append(now())
 
     return Clock()
 

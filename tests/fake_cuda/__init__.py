@@ -4,6 +4,7 @@
     with fake_cuda.watched() as waits:     Counter of (kind, operator, file:line): where the host
                                            waits for the device
     PYTHONPATH=tests python -m fake_cuda dpo.py --device cuda --steps 3
+    PYTHONPATH=tests FAKE_CUDA=1 python …  it is there in each process (tests/sitecustomize.py)
 
 Tensors say that they are on cuda:0 and lie in host memory, filled with NaN before they are written.
 Every operator runs the CPU's kernel (fake_cuda.cpp). What CUDA refuses raises here too: operands on
@@ -12,6 +13,7 @@ on the default stream or in a pool that has ended. Autocast, GradScaler, fused A
 device thread are torch's own. Nothing runs while a graph is captured; a replay launches what was
 captured, on the same memory.
 Not emulated: speed, rounding, streams that run beside each other, atomic adds, flash attention.
+Nor torch.compile: modules run as they are.
 It needs a C++ compiler. torch 2.6 to 2.13, whose headers, and torchgen, come with torch.
 """
 
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,6 +145,7 @@ def install():
     torch._C._cuda_getDevice = torch._C._accelerator_getDeviceIndex
     torch._C._cuda_setDevice = fixed(None)
     torch.UntypedStorage.__new__ = _storage(torch.UntypedStorage.__new__)
+    torch.nn.Module.compile = fixed(None)
 
 
 def _storage(plain):
@@ -257,6 +261,14 @@ def _wait(kind, name):
     global done
     done = launches()
     _note(kind.decode(), name.decode())
+    if debug_mode == 1 and kind != b"synchronize":  # of which torch does not warn either
+        file, _, line = place().partition(":")
+        warnings.warn_explicit(
+            f"called a synchronizing CUDA operation ({name.decode()})",
+            UserWarning,
+            file,
+            int(line or 0),
+        )
     return debug_mode == 2
 
 

@@ -1,0 +1,179 @@
+"""Measures what nanoPO does on a GPU, the first time there is one.
+
+    python -m analysis.card                          everything, into out/card; prints the tables
+    python -m analysis.card --only 124m kernels      some of the parts
+    python -m analysis.card --small --device cpu     a dry run with tiny sizes, without a GPU
+
+    scripts     every script in several precisions: its losses beside the CPU's, exit code, time
+    waits       how often the host waits for the GPU in the second step, and where
+    sampling    tokens per second, step by step and by a captured graph
+    124m        SFT and DPO of GPT-2's smallest size, beside a plain padded loop and beside TRL
+    memory      bytes at the peak beside those that are predicted
+    kernels     where the time of a DPO step goes, and which kernel attends
+
+A part is a process of its own with a limit of time. A row that fails ends its process and says so;
+the next process goes on with the rest. What is measured stays in --out, so that the same command
+measures what is missing, and prints all of it.
+Time: at most 10 minutes, the sum of the limits. That is an estimate for one card of 80 GB, as none
+was at hand: about 130 short runs at 1 to 2 s each, 11 compilations at 10 s, and some 40 figures of
+a 124M model, of which each takes less than 5 s at a third of the card's rate.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import training
+from analysis import bench, card_parts, processor
+from analysis.tables import markdown, parsed
+from data import Stopped, UserError, say
+from training import locks, opt, parse
+from training.device import choose_device
+
+PARTS = {  # -> (what measures, limit in seconds, what its table shows)
+    "scripts": (
+        card_parts.scripts,
+        240,
+        "Exit code; largest difference of a loss to the CPU's; ms per step",
+    ),
+    "waits": (
+        card_parts.waits,
+        60,
+        "How often the host waits in the second step, as far as torch warns",
+    ),
+    "sampling": (card_parts.sampling, 60, "Sampling, tokens per second in bfloat16"),
+    "124m": (card_parts.gpt2, 120, "Steps in bfloat16. MFU counts what a padded loop computes"),
+    "memory": (card_parts.memory, 80, "MB at the peak of a step"),
+    "kernels": (card_parts.kernels, 40, "Where a step of DPO spends its time"),
+}
+
+
+@dataclass
+class Options:
+    only: tuple = opt((), "which parts (default: all)")
+    out: str = opt("out/card", "folder of what is measured")
+    device: str = opt("auto", "cpu, cuda, cuda:1")
+    small: bool = opt(False, "tiny sizes: a dry run")
+    again: bool = opt(False, "measure these parts anew")
+    patience: float = opt(1.0, "how many times its limit of time a part may take", above=0)
+    worker: bool = opt(False, "one part, in this process: the card starts its processes with it")
+
+    def check(self):
+        for part in self.only:
+            if part not in PARTS:
+                raise UserError(f"--only {part}: no such part; there are {', '.join(PARTS)}")
+
+    def begin(self):
+        """Sets the device and the sizes."""
+        self.place = choose_device(self.device, "float32")[0]
+        self.cuda = self.place.type == "cuda"
+        self.folder = Path(self.out).resolve()
+        self.work = self.folder / (self.place.type + "-small" * self.small)  # where runs write
+        self.config = (1000, 512, 2, 2, 64) if self.small else (50257, 1024, 12, 12, 768)
+        self.pairs, self.prompt, self.response = (4, 8, 24) if self.small else (16, 128, 384)
+        return self
+
+    def about(self):
+        """-> what was measured where, as text"""
+        sizes = "; a dry run with tiny sizes" * self.small
+        if not self.cuda:
+            return f"{processor()}, one thread, torch {torch.__version__}{sizes}"
+        card = torch.cuda.get_device_properties(self.place)
+        name = f"{torch.cuda.get_device_name(self.place)}, {card.total_memory / 2**30:.0f} GiB"
+        return f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}{sizes}"
+
+
+# ---- all of them, in turn
+
+
+def work(o, part):
+    """Measures the rows of a part that its file lacks, and adds each to the file."""
+    file = o.folder / f"{part}.jsonl"
+    there = {tuple(line["row"]) for line in parsed(file) if "row" in line}
+    for row, column, measure in PARTS[part][0](o):
+        if (row, column) not in there:
+            add(file, begun=[row, column])
+            add(file, row=[row, column], cells=measure())
+
+
+def add(file, **line):
+    with open(file, "a") as f:
+        f.write(json.dumps(line) + "\n")
+
+
+def complete(o, part):
+    """Measures what a part lacks, in one process after the other until none fails or the time is
+    over."""
+    file, limit, start = o.folder / f"{part}.jsonl", o.patience * PARTS[part][1], time.time()
+    lines = parsed(file) if file.exists() and not o.again else []
+    if lines[:1] != [{"about": o.about()}]:
+        lines = [{"about": o.about()}]
+    if "seconds" in lines[-1]:
+        return
+    kept = [line for line in lines if "cells" in line or "about" in line]
+    file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    command = [sys.executable, "-m", "analysis.card", "--worker", "--only", part]
+    command += ["--device", str(o.place), "--out", o.folder, *["--small"] * o.small]
+    why = "again"
+    while why:
+        try:
+            done = bench.process(command, o.work, max(1, limit - (time.time() - start)))
+            why = f"failed, exit code {done.returncode}: {bench.last_line(done)}"
+        except subprocess.TimeoutExpired:
+            done, why = None, f"failed: the part's {limit:g} s were over"
+        if done and done.returncode == 0:
+            break
+        begun = parsed(file)[-1].get("begun")
+        add(file, row=begun or [part, "failed"], failed=why)
+        if not (done and begun):
+            break
+    failed = any("failed" in line for line in parsed(file))
+    add(file, **{"ended" if failed else "seconds": round(time.time() - start)})
+    print(f"{part:<10}{time.time() - start:5.0f} s", file=sys.stderr)
+
+
+def table(part, lines):
+    """The lines of a part's file -> its table, in Markdown"""
+    rows = {}
+    for line in lines:
+        if "row" in line:
+            row, column = line["row"]
+            cells = line.get("cells", {column: line.get("failed")})
+            rows.setdefault(row, {}).update(cells)
+    head = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    body = [[row, *(shown(cells.get(name, "")) for name in head)] for row, cells in rows.items()]
+    return "\n".join([f"\n{PARTS[part][2]}:\n", *markdown([["", *head], *body])])
+
+
+def shown(x):
+    """-> a figure with three digits, as a cell"""
+    if isinstance(x, float):
+        x = f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+    return str(x).replace("|", "¦")
+
+
+def main(argv=None):
+    o = parse(Options, argv).begin()
+    torch.set_num_threads(1)
+    if o.worker:
+        return work(o, *o.only)
+    o.work.mkdir(parents=True, exist_ok=True)
+    locks.take_or_refuse(o.folder / "card")
+    say(f"{o.about()}.")
+    failed = []
+    for part in o.only or PARTS:
+        complete(o, part)
+        lines = parsed(o.folder / f"{part}.jsonl")
+        say(table(part, lines))
+        failed += [part] if any("failed" in line for line in lines) else []
+    if failed:
+        raise Stopped(f"failed: {', '.join(failed)}; the same command tries again what has failed")
+
+
+if __name__ == "__main__":
+    training.command(main, torchrun=False)
