@@ -1,5 +1,5 @@
-"""Python reads this file when it starts, if this folder is on PYTHONPATH. With FAKE_CUDA=1 a
-process has the CUDA device that is not there, and so has every process that it starts:
+"""Python reads this file when it starts, if this folder is on PYTHONPATH. If
+FAKE_CUDA is set, the process has the CUDA device that is not there, and so has each that it starts:
 
     PYTHONPATH=tests FAKE_CUDA=1 python -m analysis.card --small --device cuda
 """
