@@ -8,6 +8,7 @@
     python compare.py --task tokens:128+128     sequences of one length: memory and time alone
     python compare.py --predict 7b              memory of a 7B model's step, predicted anywhere
     python compare.py --predict FOLDER --lora 16     the same for a Hugging Face checkpoint
+    python compare.py --predict 7b --optimizer adamw8bit     with moments of 8 bits
     python compare.py --records out/reviews/*.jsonl  the curves of runs that were made before
 
 The budget is the number of response sequences that a run trains on: a pair is two, and a sequence
