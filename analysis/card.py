@@ -20,6 +20,7 @@ a 124M model, of which each takes less than 5 s at a third of the card's rate.
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -29,27 +30,20 @@ from pathlib import Path
 import torch
 
 import training
-from analysis import bench, card_parts, processor
-from analysis.tables import markdown, parsed
+from analysis import bench, processor
+from analysis.card_parts import gpt2, kernels, memory, sampling, scripts, waits
+from analysis.tables import parsed, table
 from data import Stopped, UserError, say
 from training import locks, opt, parse
 from training.device import choose_device
 
 PARTS = {  # -> (what measures, limit in seconds, what its table shows)
-    "scripts": (
-        card_parts.scripts,
-        240,
-        "Exit code; largest difference of a loss to the CPU's; ms per step",
-    ),
-    "waits": (
-        card_parts.waits,
-        60,
-        "How often the host waits in the second step, as far as torch warns",
-    ),
-    "sampling": (card_parts.sampling, 60, "Sampling, tokens per second in bfloat16"),
-    "124m": (card_parts.gpt2, 120, "Steps in bfloat16. MFU counts what a padded loop computes"),
-    "memory": (card_parts.memory, 80, "MB at the peak of a step"),
-    "kernels": (card_parts.kernels, 40, "Where a step of DPO spends its time"),
+    "scripts": (scripts, 240, "Exit code; largest difference of a loss to the CPU's; ms per step"),
+    "waits": (waits, 60, "How often the host waits in the second step, as far as torch warns"),
+    "sampling": (sampling, 60, "Sampling, tokens per second in bfloat16"),
+    "124m": (gpt2, 120, "Steps in bfloat16. MFU counts what a padded loop computes"),
+    "memory": (memory, 80, "MB at the peak of a step"),
+    "kernels": (kernels, 40, "Where a step of DPO spends its time"),
 }
 
 
@@ -60,32 +54,22 @@ class Options:
     device: str = opt("auto", "cpu, cuda, cuda:1")
     small: bool = opt(False, "tiny sizes: a dry run")
     again: bool = opt(False, "measure these parts anew")
-    patience: float = opt(1.0, "how many times its limit of time a part may take", above=0)
     worker: bool = opt(False, "one part, in this process: the card starts its processes with it")
 
     def check(self):
-        for part in self.only:
-            if part not in PARTS:
-                raise UserError(f"--only {part}: no such part; there are {', '.join(PARTS)}")
+        if wrong := set(self.only) - set(PARTS):
+            raise UserError(f"--only {min(wrong)}: no such part; there are {', '.join(PARTS)}")
 
     def begin(self):
         """Sets the device and the sizes."""
         self.place = choose_device(self.device, "float32")[0]
         self.cuda = self.place.type == "cuda"
-        self.folder = Path(self.out).resolve()
-        self.work = self.folder / (self.place.type + "-small" * self.small)  # where runs write
+        name = torch.cuda.get_device_name(self.place) if self.cuda else f"{processor()}, one thread"
+        self.about = f"{name}, torch {torch.__version__}{', tiny sizes' * self.small}"
+        self.folder = Path(self.out).resolve() / re.sub(r"\W+", "-", self.about)
         self.config = (1000, 512, 2, 2, 64) if self.small else (50257, 1024, 12, 12, 768)
         self.pairs, self.prompt, self.response = (4, 8, 24) if self.small else (16, 128, 384)
         return self
-
-    def about(self):
-        """-> what was measured where, as text"""
-        sizes = "; a dry run with tiny sizes" * self.small
-        if not self.cuda:
-            return f"{processor()}, one thread, torch {torch.__version__}{sizes}"
-        card = torch.cuda.get_device_properties(self.place)
-        name = f"{torch.cuda.get_device_name(self.place)}, {card.total_memory / 2**30:.0f} GiB"
-        return f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}{sizes}"
 
 
 # ---- all of them, in turn
@@ -108,46 +92,43 @@ def add(file, **line):
 
 def complete(o, part):
     """Measures what a part lacks, in one process after the other until none fails or the time is
-    over."""
-    file, limit, start = o.folder / f"{part}.jsonl", o.patience * PARTS[part][1], time.time()
+    over. -> the lines of its file"""
+    file, limit, start = o.folder / f"{part}.jsonl", PARTS[part][1], time.time()
     lines = parsed(file) if file.exists() and not o.again else []
-    if lines[:1] != [{"about": o.about()}]:
-        lines = [{"about": o.about()}]
-    if "seconds" in lines[-1]:
-        return
-    kept = [line for line in lines if "cells" in line or "about" in line]
-    file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    if lines and "seconds" in lines[-1]:
+        return lines
+    file.write_text("")
+    for line in lines:
+        if "cells" in line:
+            add(file, **line)
     command = [sys.executable, "-m", "analysis.card", "--worker", "--only", part]
-    command += ["--device", str(o.place), "--out", o.folder, *["--small"] * o.small]
-    why = "again"
-    while why:
+    command += ["--device", str(o.place), "--out", o.folder.parent, *["--small"] * o.small]
+    while True:
+        left = max(1, limit + start - time.time())
         try:
-            done = bench.process(command, o.work, max(1, limit - (time.time() - start)))
+            done = bench.process(command, o.folder / "runs", left)
+            if not done.returncode:
+                break
             why = f"failed, exit code {done.returncode}: {bench.last_line(done)}"
         except subprocess.TimeoutExpired:
-            done, why = None, f"failed: the part's {limit:g} s were over"
-        if done and done.returncode == 0:
-            break
-        begun = parsed(file)[-1].get("begun")
+            why = f"failed: the part's {limit:g} s were over"
+        begun = [{}, *parsed(file)][-1].get("begun")
         add(file, row=begun or [part, "failed"], failed=why)
-        if not (done and begun):
+        if not begun or time.time() - start > limit:
             break
-    failed = any("failed" in line for line in parsed(file))
-    add(file, **{"ended" if failed else "seconds": round(time.time() - start)})
-    print(f"{part:<10}{time.time() - start:5.0f} s", file=sys.stderr)
+    if all("failed" not in line for line in parsed(file)):
+        add(file, seconds=round(time.time() - start))
+    return parsed(file)
 
 
-def table(part, lines):
-    """The lines of a part's file -> its table, in Markdown"""
+def rows_of(lines):
+    """The lines of a part's file -> the rows of its table"""
     rows = {}
-    for line in lines:
-        if "row" in line:
-            row, column = line["row"]
-            cells = line.get("cells", {column: line.get("failed")})
-            rows.setdefault(row, {}).update(cells)
-    head = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-    body = [[row, *(shown(cells.get(name, "")) for name in head)] for row, cells in rows.items()]
-    return "\n".join([f"\n{PARTS[part][2]}:\n", *markdown([["", *head], *body])])
+    for line in [line for line in lines if "row" in line]:
+        row, column = line["row"]
+        cells = line.get("cells") or {column: line["failed"]}
+        rows.setdefault(row, {"": row}).update({k: shown(x) for k, x in cells.items()})
+    return rows.values()
 
 
 def shown(x):
@@ -159,18 +140,16 @@ def shown(x):
 
 def main(argv=None):
     o = parse(Options, argv).begin()
-    torch.set_num_threads(1)
     if o.worker:
         return work(o, *o.only)
-    o.work.mkdir(parents=True, exist_ok=True)
+    (o.folder / "runs").mkdir(parents=True, exist_ok=True)
     locks.take_or_refuse(o.folder / "card")
-    say(f"{o.about()}.")
+    say(f"{o.about}.")
     failed = []
     for part in o.only or PARTS:
-        complete(o, part)
-        lines = parsed(o.folder / f"{part}.jsonl")
-        say(table(part, lines))
-        failed += [part] if any("failed" in line for line in lines) else []
+        lines = complete(o, part)
+        say(f"\n{PARTS[part][2]}:\n\n{table(rows_of(lines))}")
+        failed += [part] * any("failed" in line for line in lines)
     if failed:
         raise Stopped(f"failed: {', '.join(failed)}; the same command tries again what has failed")
 

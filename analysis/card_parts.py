@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib
 import io
+import operator
 import time
 import warnings
 from collections import Counter
@@ -25,35 +26,30 @@ from analysis import bench, predict
 from analysis.against_trl import peers
 from analysis.rows import METHODS
 from analysis.tables import read
-from gpt import GPT, GPTConfig, load, save
+from gpt import GPT, GPTConfig, load
 from training import Compute, Run, locks, parse
 from training.figures import clock_of
 from training.optimizer import adamw
 
 ONLY_CUDA = "CUDA only"
-PEAKS = {  # part of a card's name -> its dense bfloat16 FLOP/s, from NVIDIA's data sheets
-    **{"A100": 312e12, "L40S": 362e12, "H100 PCIe": 756e12, "H100 NVL": 835e12},
-    **{"H100": 989e12, "H200": 989e12, "B200": 2250e12},
+PEAKS = {  # part of a card's name -> its dense TFLOP/s in bfloat16, from NVIDIA's data sheets
+    **{"A100": 312, "L40S": 362, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989},
+    **{"B200": 2250},
 }
-SETTINGS = {  # column of the scripts' table -> what a run is given
-    "float32": "--dtype float32",
-    "bfloat16": "--dtype bfloat16",
-    "float16": "--dtype float16",
-    "compiled": "--dtype float32 --compile",
+SETTINGS = {"compiled": " --dtype float32 --compile"}  # -> what a script's run is given
+SETTINGS = {x: f" --dtype {x}" for x in ("float32", "bfloat16", "float16")} | SETTINGS
+SHORT = "--steps 4 --batch-size 8 --log-every 1 --warmup 1 --eval-prompts 8 --max-new-tokens 20 "
+CASES = dict.fromkeys(METHODS, "--init start.pt") | {  # what a script is given besides
+    "sft": "--n-layer 2 --n-head 2 --n-embd 64",
+    "reward_model": "--init start.pt --max-new-tokens 0",
+    "ppo": "--init start.pt --group 1 --minibatches 2 --reward judge.pt",
+    "grpo": "--init start.pt --batch-size 2 --group 4 --minibatches 2 --reward judge.pt",
+    "online_dpo": "--init start.pt --reward judge.pt",
+    "dapo": "--init start.pt --batch-size 2 --group 4 --task tokens:8+12 --max-rounds 40",
+    "rlaif": "--init skilled-skills.pt --sl-steps 3 --pm-steps 3 --answers 24 --comparisons 24",
 }
-SHORT = "--steps 4 --log-every 1 --warmup 1 --eval-prompts 8 --max-new-tokens 12"
-EIGHT = f"{SHORT} --batch-size 8 --init start.pt"
-SHAPE = "--n-layer 2 --n-head 2 --n-embd 64"
-CASES = dict.fromkeys(METHODS, EIGHT) | {
-    "sft": f"{SHORT} --batch-size 8 {SHAPE}",
-    "reward_model": EIGHT.replace("--max-new-tokens 12", ""),
-    "ppo": f"{EIGHT} --group 1 --minibatches 2 --reward judge.pt",
-    "grpo": f"{EIGHT} --batch-size 2 --group 4 --minibatches 2 --reward judge.pt",
-    "online_dpo": f"{EIGHT} --reward judge.pt",
-    "dapo": f"{EIGHT} --batch-size 2 --group 4 --task tokens:8+12 --max-rounds 40",
-    "rlaif": f"{SHORT} --batch-size 4 --init skilled-skills.pt --sl-steps 3 --pm-steps 3"
-    " --answers 24 --comparisons 24 --max-new-tokens 16",
-}
+SKILLS = "--skill-steps 30 --skill-lr 0.03 --n-layer 1 --n-head 2 --n-embd 16"
+GPT2 = "--dtype bfloat16 --warmup 1 --eval-prompts 2 "
 
 
 def ran(name, arguments, path, device):
@@ -66,15 +62,14 @@ def ran(name, arguments, path, device):
     return read(Path(path).parent, Path(path).stem)
 
 
-def seconds(o, f, times=5, warm=2):
-    """-> how long f takes, a mean"""
+def milliseconds(o, f):
+    """-> how long f takes, a mean of five"""
     now = clock_of(o.place)
-    for _ in range(warm):
-        f()
+    f(), f()
     began = now()
-    for _ in range(times):
+    for _ in range(5):
         f()
-    return (now() - began) / times
+    return 200 * (now() - began)
 
 
 # ---- the parts: each yields (row, column, a function that gives the row's cells)
@@ -84,55 +79,42 @@ def scripts(o):
     make_starts()
     for setting, how in SETTINGS.items():
         for name, arguments in CASES.items():
-            yield name, setting, partial(beside_cpu, o, name, f"{arguments} {how}", setting)
+            yield name, setting, partial(beside_cpu, o, name, SHORT + arguments + how, setting)
 
 
 def make_starts():
-    """Writes what the runs start from: a small model that ends one response in a few early, a
-    reward model, and a model with RLAIF's skills."""
-    if not Path("start.pt").exists():
-        ran("sft", f"{CASES['sft']} --steps 1", "first.pt", "cpu")
-        model, meta = load("first.pt")
-        with torch.no_grad():  # the logit of the end token grows by 5
-            model.norm.bias += 1.0
-            model.wte.weight[-1] += 5 / model.config.n_embd
-        save(model, "start.pt", **meta)
-    if not Path("judge.pt").exists():
-        ran("reward_model", CASES["reward_model"], "judge.pt", "cpu")
+    """Writes what the runs start from: a small model that ends some responses early, a reward
+    model, and a model with RLAIF's skills."""
     if not Path("skilled.pt").exists():
-        own = "--skill-steps 30 --skill-lr 0.03 --n-layer 1 --n-head 2 --n-embd 16"
-        learning = CASES["rlaif"].replace("--init skilled-skills.pt", own)
-        ran("rlaif", learning, "skilled.pt", "cpu")
+        ran("sft", f"{SHORT} {CASES['sft']} --steps 100", "start.pt", "cpu")
+        ran("reward_model", SHORT + CASES["reward_model"], "judge.pt", "cpu")
+        skills = CASES["rlaif"].replace("--init skilled-skills.pt", SKILLS)
+        ran("rlaif", SHORT + skills, "skilled.pt", "cpu")
 
 
 def beside_cpu(o, name, arguments, setting):
-    """-> a cell: exit code, largest difference of a step's loss to the CPU's, ms per step"""
-    eager = arguments.replace("--compile", "")
-    expected, found = (
-        ran(name, how, f"{name}-{device}-{setting}.pt", device)
-        for how, device in ((eager, "cpu"), (arguments, o.place))
-    )
-    return {setting: f"0; {apart(found[1], expected[1]):.0e}; {found[2]['step_ms']:.0f}"}
-
-
-def apart(steps, others):
-    """-> the largest difference of two runs' losses, relative to the largest loss of the second"""
-    a, b = (torch.tensor([x["loss"] for x in run if "loss" in x]) for run in (steps, others))
-    return ((a - b).abs().amax() / b.abs().amax()).item()
+    """-> a cell: exit code, largest difference of a step's loss to the CPU's, relative to the
+    largest loss of the run, ms per step"""
+    _, expected, _ = ran(name, arguments.replace("--compile", ""), f"{name}-cpu.pt", "cpu")
+    _, steps, final = ran(name, arguments, f"{name}.pt", o.place)
+    a, b = ([x["loss"] for x in run if "loss" in x] for run in (steps, expected))
+    apart = max(map(abs, map(operator.sub, a, b))) / max(map(abs, b))
+    return {setting: f"0; {apart:.2g}; {final['step_ms']:.0f}"}
 
 
 def waits(o):
     make_starts()
     for name, arguments in CASES.items():
-        how = partial(waits_of, o, name, f"{arguments} --dtype float32")
+        how = partial(waits_of, o, name, f"{SHORT}{arguments} --dtype float32")
         yield name, "waits", how if o.cuda else partial(dict, waits=ONLY_CUDA)
 
 
 def waits_of(o, name, arguments):
     with in_step(2, debugged) as found:
-        ran(name, arguments, f"{name}-waits.pt", o.place)
-    n, most = sum(found[-1].values()), found[-1].most_common(4)
-    return {"waits": n, "where": ", ".join(f"{n} × {line}" for line, n in most)}
+        ran(name, arguments, f"{name}.pt", o.place)
+    said = [x for x in found[-1] if "called a synchronizing" in str(x.message)]
+    places = Counter(f"{Path(x.filename).name}:{x.lineno}" for x in said)
+    return {"waits": len(said), "where": dict(places.most_common(4))}
 
 
 @contextlib.contextmanager
@@ -155,15 +137,12 @@ def in_step(number, watching):
 
 @contextlib.contextmanager
 def debugged():
-    """-> Counter of the places where torch says that the host waits"""
-    places = Counter()
+    """-> a list of warnings, with those of torch that the host waits"""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        yield places
+        yield said
         torch.cuda.set_sync_debug_mode("default")
-    waits = [x for x in said if "called a synchronizing" in str(x.message)]
-    places.update(f"{Path(x.filename).name}:{x.lineno}" for x in waits)
 
 
 def sampling(o):
@@ -172,7 +151,7 @@ def sampling(o):
         for rows in (1, 8, 64):
             draw = partial(drawn, o, GPTConfig(*config), rows)
             graph = partial(draw, "graph", True) if o.cuda else partial(dict, graph=ONLY_CUDA)
-            row = f"{size}, {rows} row{'s' * (rows > 1)}"
+            row = f"{size}, a batch of {rows}"
             yield row, "step by step", partial(draw, "step by step", False)
             yield row, "graph", graph
 
@@ -188,29 +167,24 @@ def drawn(o, config, rows, column, static):
 
 
 def gpt2(o):
-    start, peak = make_big(o), 0
+    start, n = make_big(o), 512 if o.small else 8192
     for dtype in (torch.float32, torch.bfloat16):
-        rate = bench.rate(512 if o.small else 8192, dtype, o.place, clock_of(o.place)) / 1e12
+        rate = bench.rate(n, dtype, o.place, clock_of(o.place)) / 1e12
         yield f"a product in {str(dtype)[6:]}", "TFLOP/s", partial(dict, {"TFLOP/s": rate})
-    card = torch.cuda.get_device_name(o.place) if o.cuda else ""
-    peak = next((x for name, x in PEAKS.items() if name in card), 0)
-    row = "the peak of MFU, " + ("a data sheet's" if peak else "that of the product")
-    yield row, "TFLOP/s", partial(dict, {"TFLOP/s": peak or rate})
-    measured = partial(speed, o, 1e12 * (peak or rate), start)
+    peak = next((x for name, x in PEAKS.items() if name in o.about), rate)
+    yield "the peak of MFU", "TFLOP/s", partial(dict, {"TFLOP/s": peak})
 
-    for name in ("sft", "dpo"):
-        job = job_of(o, name, o.prompt, o.response)
-        yield name, "ms", partial(measured, job, our_step)
-        yield f"{name}, plain loop", "ms", partial(measured, job, plain_step)
-        yield f"{name}, TRL", "ms", partial(measured, job, trl_step)
-    yield "dpo, cuDNN attends", "ms", partial(measured, job, cudnn_step)
     bench.write_ragged(Path())
     file, prompt, (least, most) = bench.RAGGED
-    shape = prompt, (least + most) // 2
-    for row, task in (("one shape", ""), (f"{prompt} + {least}…{most}, new shapes", file)):
-        job = job_of(o, "dpo", *shape, task)
-        yield f"dpo, {row}", "ms", partial(measured, job, our_step)
-        yield f"dpo, {row}, cuDNN attends", "ms", partial(measured, job, cudnn_step)
+    shape, mean = (o.prompt, o.response), (prompt, (least + most) // 2)
+    for row, sizes, task in (
+        *(("sft", shape, ""), ("dpo", shape, ""), ("dpo, one shape", mean, "")),
+        (f"dpo, {prompt} + {least}…{most}, new shapes", mean, file),
+    ):
+        job = job_of(o, row[:3], *sizes, task)
+        for way, step in WAYS.items():
+            if sizes == shape or way in ("", ", cuDNN attends"):
+                yield row + way, "ms", partial(speed, o, peak, step, job, start)
     yield "AdamW alone", "ms", partial(adamw_alone, o, start)
 
 
@@ -220,8 +194,7 @@ def make_big(o):
         V, context, L, H, C = o.config
         words = bench.write_vocabulary(Path(), V)
         size = f"--tokenizer {words} --block-size {context} --n-layer {L} --n-head {H} --n-embd {C}"
-        how = "--task tokens:8+8 --steps 1 --batch-size 2 --eval-prompts 2 --dtype float32"
-        ran("sft", f"{how} {size}", "big.pt", o.place)
+        ran("sft", f"{GPT2} --task tokens:8+8 --steps 1 --batch-size 2 {size}", "big.pt", o.place)
     return "big.pt"
 
 
@@ -231,91 +204,67 @@ def job_of(o, name, prompt, response, task=""):
     return job | {"sequences": 2 * o.pairs, "task": task or f"tokens:{prompt}+{response}"}
 
 
-def speed(o, peak, start, job, step):
-    """-> cells of step(o, job, start), which gives the ms of a step and its bytes at the peak, or
-    says why it cannot. MFU: the FLOPs of each pass over each token of padded rows, 2N + 4LTC, by
-    the time and the peak in FLOP/s."""
-    try:
-        ms, size = step(o, job, start)
-    except LookupError as e:
-        return {"ms": e.args[0]}
+def speed(o, peak, step, job, start):
+    """-> cells of step(o, job, start), which gives the ms of a step, or says why it cannot. MFU:
+    the FLOPs of each pass over each token of padded rows, 2N + 4LTC, by the time and the peak,
+    which is in TFLOP/s: a data sheet's, or of a card that is not in PEAKS the large product's."""
+    ms = step(o, job, start)
+    if isinstance(ms, str):
+        return {"ms": ms}
     tokens = job["sequences"] * (job["prompt"] + job["response"])
-    found = {"ms": ms, "tokens/s": 1000 * tokens / ms, "MFU": bench.floor(job, peak) / ms}
-    return found | {"GiB": size / 2**30 if size else ONLY_CUDA}
+    return {"ms": ms, "tokens/s": 1000 * tokens / ms, "MFU": bench.floor(job, 1e12 * peak) / ms}
 
 
 def our_step(o, job, start):
-    final = ran(job["name"], command(o, job, start), "speed.pt", o.place)[2]
-    return final["step_ms"], final["peak_bytes"]
+    return ran(job["name"], command(o, job, start), "speed.pt", o.place)[2]["step_ms"]
 
 
 def command(o, job, start):
-    n = o.pairs if job["name"] == "dpo" else 2 * o.pairs
-    how = f"--init {start} --dtype bfloat16 --steps {job['steps']} --warmup 1 --log-every 10"
-    return f"{how} --task {job['task']} --batch-size {n} --eval-prompts 2 --max-new-tokens 8"
+    size = o.pairs if job["name"] == "dpo" else 2 * o.pairs
+    how = f"{GPT2} --init {start} --steps {job['steps']} --log-every 10 --max-new-tokens 8"
+    return f"{how} --task {job['task']} --batch-size {size}"
 
 
 def cudnn_step(o, job, start):
-    """The same with cuDNN's attention, which gpu.py turns off"""
-    if not o.cuda:
-        raise LookupError(ONLY_CUDA)
+    """The same with cuDNN's attention, which gpu.py turns off, and off again in the next run"""
     torch.backends.cuda.enable_cudnn_sdp(True)
-    try:
-        with patch.object(torch.backends.cuda, "enable_cudnn_sdp"):
-            return our_step(o, job, start)
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    with patch("torch.backends.cuda.enable_cudnn_sdp"):
+        return our_step(o, job, start) if o.cuda else ONLY_CUDA
 
 
 def trl_step(o, job, start):
     if not all(map(find_spec, ("trl", "transformers", "datasets"))):
-        raise LookupError("not installed")
+        return "not installed"
     with contextlib.redirect_stdout(io.StringIO()):
-        found = peers.step(job, clock_of(o.place), use_cpu=not o.cuda, bf16=True)
-    return found["ms"], found["bytes"]
+        return peers.step(job, clock_of(o.place), use_cpu=not o.cuda, bf16=True)["ms"]
 
 
 def plain_step(o, job, start):
-    """A loop that computes every token of padded rows, and all their logits"""
-    policy, ref = (load(start)[0].to(o.place) for _ in range(2))
-    optimizer = torch.optim.AdamW(policy.parameters(), 1e-5, fused=True)
-    rows, T = job["sequences"], job["prompt"] + job["response"]
-    ids = torch.randint(2, 250, (rows, T), device=o.place)
-    mask = (torch.arange(T, device=o.place) >= job["prompt"]).expand_as(ids)
+    """A loop without packing: every token passes every layer, and the head gives all its logits."""
+    model, ref = (load(start)[0].to(o.place) for _ in range(2))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+    P, dpo = job["prompt"], job["name"] == "dpo"
+    ids = torch.randint(250, (job["sequences"], P + job["response"]), device=o.place)
+
+    def logprobs(model):
+        logits = model(ids)[:, P - 1 : -1].float().mT
+        return -F.cross_entropy(logits, ids[:, P:], reduction="none").sum(1)
 
     def step():
         with torch.autocast(o.place.type, torch.bfloat16):
-            logp = padded_logprobs(policy, ids, mask)
-            if job["name"] == "dpo":
-                with torch.no_grad():
-                    ref_logp = padded_logprobs(ref, ids, mask)
-                w, l = (logp - ref_logp).chunk(2)
-                loss = -F.logsigmoid(0.1 * (w - l)).mean()
-            else:
-                loss = -logp.sum() / mask.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            logp = logprobs(model)
+            with torch.no_grad():
+                ref_logp = logprobs(ref) if dpo else None
+        loss = -F.logsigmoid(0.1 * torch.sub(*(logp - ref_logp).chunk(2))) if dpo else -logp
+        loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    if o.cuda:
-        torch.cuda.reset_peak_memory_stats(o.place)
-    ms = 1000 * seconds(o, step)
-    return ms, torch.cuda.max_memory_allocated(o.place) if o.cuda else 0
+    return milliseconds(o, step)
 
 
-def padded_logprobs(model, ids, mask):
-    """ids, mask (B, T) -> (B,) log-probs of the tokens that the mask marks, sums in nats"""
-    H, K, D = model.config.heads()
-    x = model.wte(ids) + model.wpe(torch.arange(ids.size(1), device=ids.device))
-    for block in model.blocks:
-        qkv = block.attention.qkv(block.norm_1(x)).unflatten(2, (H + 2 * K, D)).transpose(1, 2)
-        y = F.scaled_dot_product_attention(*qkv.split((H, K, K), 1), is_causal=True)
-        x = x + block.attention.proj(y.transpose(1, 2).flatten(2))
-        x = x + block.down(F.gelu(block.up(block.norm_2(x)), approximate="tanh"))
-    logits = F.linear(model.norm(x), model.head)[:, :-1].float()
-    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return -(nll.view(len(ids), -1) * mask[:, 1:]).sum(1)
+WAYS = {"": our_step, ", plain loop": plain_step, ", TRL": trl_step, ", cuDNN attends": cudnn_step}
 
 
 def adamw_alone(o, start):
@@ -323,43 +272,40 @@ def adamw_alone(o, start):
     model = load(start)[0].to(o.place)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    return {"ms": 1000 * seconds(o, adamw([model], parse(sft.Options, []), o.place).step)}
+    return {"ms": milliseconds(o, adamw([model], parse(sft.Options, []), o.place).step)}
 
 
 def memory(o):
-    start = make_big(o)
     n, together = o.pairs, "--updates 1 --minibatches 1 --reward task"
-    task = f"--init {start} --task tokens:{o.prompt}+{o.response} --dtype bfloat16 --steps 3"
+    how = f"{GPT2} --init {make_big(o)} --task tokens:{o.prompt}+{o.response} --steps 3"
     rows = {
         "dpo": f"--batch-size {n}",
         "dpo --lora 8": f"--batch-size {n} --lora 8",
         "ppo": f"--batch-size {2 * n} --group 1 {together}",
         "grpo": f"--batch-size 2 --group {n} {together}",
     }
-    for row, how in rows.items():
-        yield row, "measured", partial(peak_of, o, row.split()[0], f"{task} {how}")
+    for row, more in rows.items():
+        yield row, "measured", partial(peak_of, o, row.split()[0], f"{how} {more}")
 
 
 def peak_of(o, name, arguments):
-    first, _, final = ran(name, f"{arguments} --eval-prompts 2", "memory.pt", o.place)
-    sizes = final["peak_bytes"], predict.of_run(name, first)["predicted_bytes"]
-    found = {"measured": sizes[0] / 1e6, "predicted": sizes[1] / 1e6}
-    return found | {"measured / predicted": sizes[0] / sizes[1]}
+    first, _, final = ran(name, arguments, "memory.pt", o.place)
+    a, b = final["peak_bytes"] / 1e6, predict.of_run(name, first)["predicted_bytes"] / 1e6
+    return {"measured": a, "predicted": b, "measured / predicted": a / b}
 
 
 def kernels(o):
-    job, kind = job_of(o, "dpo", o.prompt, o.response), ProfilerActivity.CUDA
-    there = kind in supported_activities()
-    kind, spent = (kind, "device") if there else (ProfilerActivity.CPU, "cpu")
-    with in_step(3, partial(profile, activities=[kind])) as found:
+    there = ProfilerActivity.CUDA in supported_activities()
+    kind, spent = ("CUDA", "device") if there else ("CPU", "cpu")
+    watching = partial(profile, activities=[getattr(ProfilerActivity, kind)])
+    with in_step(3, watching) as found:
+        job = job_of(o, "dpo", o.prompt, o.response)
         ran("dpo", command(o, job, make_big(o)), "kernels.pt", o.place)
-    events = found[0].key_averages()
-    ms = {x.key: getattr(x, f"self_{spent}_time_total") / 1000 for x in events}
+    events = found[-1].key_averages()  # of make_big there are none: it has one step
+    ms = {f"`{x.key[:90]}`": getattr(x, f"self_{spent}_time_total") / 1000 for x in events}
     longest = sorted(ms, key=ms.get, reverse=True)
-    column = "ms" if there else "ms of the CPU's operators, kernels: CUDA only"
+    column = "ms" if there else "ms of the CPU's operators; kernels: CUDA only"
     for name in longest[:12]:
-        cells = {column: ms[name], "share": ms[name] / sum(ms.values())}
-        yield f"`{name[:90]}`", column, partial(dict, cells)
+        yield name, column, partial(dict, {column: ms[name], "share": ms[name] / sum(ms.values())})
     attend = [x for x in longest if any(word in x.lower() for word in ("flash", "fmha", "sdpa"))]
-    said = ", ".join(f"`{name[:90]}`" for name in attend[:3])
-    yield "attention", column, partial(dict, {column: said or "by math: no kernel of its own"})
+    yield "attention", column, partial(dict, {column: [*attend, "by math"][0]})

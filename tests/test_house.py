@@ -41,6 +41,8 @@ FLOORS = {  # a folder or a file -> what of ours it may import, and what else
         f"packing gpt data hf training evaluate analysis {' '.join(METHODS)}",
         "torch numpy",
     ),
+    "analysis/card.py": ("data training analysis", "torch"),
+    "analysis/card_parts.py": (f"gpt data training analysis {' '.join(METHODS)}", "torch"),
     "analysis/bench.py": (f"head gpt data training analysis {' '.join(METHODS)}", "torch tqdm"),
     "analysis/report.py": ("data analysis", "torch jinja2"),  # which comes with torch
     "analysis/parity.py": ("data training analysis", "torch tqdm"),
