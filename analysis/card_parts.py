@@ -38,15 +38,17 @@ PEAKS = {  # part of a card's name -> its dense TFLOP/s in bfloat16, from NVIDIA
 }
 SETTINGS = {"compiled": " --dtype float32 --compile"}  # -> what a script's run is given
 SETTINGS = {x: f" --dtype {x}" for x in ("float32", "bfloat16", "float16")} | SETTINGS
-SHORT = "--steps 4 --batch-size 8 --log-every 1 --warmup 1 --eval-prompts 8 --max-new-tokens 20 "
-CASES = dict.fromkeys(METHODS, "--init start.pt") | {  # what a script is given besides
-    "sft": "--n-layer 2 --n-head 2 --n-embd 64",
-    "reward_model": "--init start.pt --max-new-tokens 0",
-    "ppo": "--init start.pt --group 1 --minibatches 2 --reward judge.pt",
-    "grpo": "--init start.pt --batch-size 2 --group 4 --minibatches 2 --reward judge.pt",
-    "online_dpo": "--init start.pt --reward judge.pt",
-    "dapo": "--init start.pt --batch-size 2 --group 4 --task tokens:8+12 --max-rounds 40",
-    "rlaif": "--init skilled-skills.pt --sl-steps 3 --pm-steps 3 --answers 24 --comparisons 24",
+SHORT = "--steps 4 --batch-size 8 --log-every 1 --warmup 1 --eval-prompts 8 "
+START = "--init start.pt --max-new-tokens 20"
+CASES = dict.fromkeys(METHODS, START) | {  # what a script is given besides
+    "sft": "--max-new-tokens 20 --n-layer 2 --n-head 2 --n-embd 64",
+    "reward_model": "--init start.pt",
+    "ppo": START + " --group 1 --minibatches 2 --reward judge.pt",
+    "grpo": START + " --batch-size 2 --group 4 --minibatches 2 --reward judge.pt",
+    "online_dpo": START + " --reward judge.pt",
+    "dapo": START + " --batch-size 2 --group 4 --task tokens:8+12 --max-rounds 40",
+    "rlaif": "--init skilled-skills.pt --sl-steps 3 --pm-steps 3 --answers 24 --comparisons 24"
+    " --max-new-tokens 20",
 }
 SKILLS = "--skill-steps 30 --skill-lr 0.03 --n-layer 1 --n-head 2 --n-embd 16"
 GPT2 = "--dtype bfloat16 --warmup 1 --eval-prompts 2 "
@@ -65,7 +67,7 @@ def ran(name, arguments, path, device):
 def milliseconds(o, f):
     """-> how long f takes, a mean of five"""
     now = clock_of(o.place)
-    f(), f()
+    f()
     began = now()
     for _ in range(5):
         f()
