@@ -103,8 +103,7 @@ def complete(o, part):
             add(file, **line)
     command = [sys.executable, "-m", "analysis.card", "--worker", "--only", part]
     command += ["--device", str(o.place), "--out", o.folder.parent, *["--small"] * o.small]
-    while True:
-        left = max(1, limit + start - time.time())
+    while (left := limit + start - time.time()) > 0:
         try:
             done = bench.process(command, o.folder / "runs", left)
             if not done.returncode:
