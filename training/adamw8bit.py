@@ -18,7 +18,7 @@ SHARD = "--shard splits weights into DTensors, and its kernels read plain tensor
 def check(o):
     """Refuses what the package cannot do, and a machine without it."""
     refuse(o.shard, SHARD)
-    refuse(o.dtype == "float64", "it has no kernels for --dtype float64")
+    refuse(o.dtype == "float64", "it steps in float32, and not in --dtype float64")
     refuse(o.device == "mps", "it has no kernels for --device mps")
     if importlib.util.find_spec("bitsandbytes") is None:
         install = "pip install -r requirements-gpu.txt"
