@@ -46,6 +46,7 @@ reward_model --pairs 64 --epochs 20 --batch-size 32 --eval-prompts 256 | steps=0
 dpo | steps=150 lr=0.0003 beta=0.1 loss=dpo label_smoothing=0.0 ipo_sum=False sft_weight=0.0
     precompute_ref=False pairs=0
 dpo --beta 0.1 |
+dpo --optimizer adamw8bit --name adamw8bit | optimizer=adamw8bit name=adamw8bit
 dpo --log-to tensorboard | log_to=tensorboard
 dpo --label-smoothing 0.1 | label_smoothing=0.1
 dpo --loss robust | loss=robust label_smoothing=0.1
