@@ -84,9 +84,7 @@ class Evaluator:
     @torch.no_grad()
     def measure(self, policy, prompts=0):
         """-> the figures of this file's docstring, on the first `prompts` prompts; 0: on all"""
-        ref = self.compared_with
-        if isinstance(ref, str):
-            ref = self.run.open(ref) if ref else None
+        ref = self._reference()
         if self.world:
             figures, self.shown = self.world.measure(policy, ref, self.is_reference, not prompts)
             return figures
@@ -98,10 +96,15 @@ class Evaluator:
     def held_out_figures(self, policy):
         """-> the figures of the held-out rows alone, for which nothing is sampled"""
         self.rows = self.rows or self.held_out.encode(self.run)
+        ref = self._reference() if self.held_out.with_ref else None
+        return self.held_out.measure(self.run, self.rows, policy, ref)
+
+    def _reference(self):
+        """-> the model to compare with, opened if only its path is known; None if there is none"""
         ref = self.compared_with
         if isinstance(ref, str):
-            ref = self.run.open(ref) if ref and self.held_out.with_ref else None
-        return self.held_out.measure(self.run, self.rows, policy, ref)
+            return self.run.open(ref) if ref else None
+        return ref
 
     def facts(self, figures):
         """-> what the checkpoint keeps, so that evaluate.py can measure it again"""

@@ -49,16 +49,13 @@ def strongest(row, o, task, config):
         lora = (o.lora or RANK) if setting.lora else 0
         how = setting.checkpointed, setting.dtype, o.batch_size, micro, lora
         argv = predict.arguments(row, *how)
-        if not lora and not fits(held(row, argv, task, config, setting.optimizer), o.card):
+        least = 0 if lora else held(row, argv, task, config, setting.optimizer)
+        if not predict.fits_on(o.card, least):
             continue
         entry = predict.ask(row, task, config, *how, optimizer=setting.optimizer)
-        if fits(entry["predicted_bytes"], o.card):
+        if predict.fits_on(o.card, entry["predicted_bytes"]):
             return setting, entry, command(row, o, argv, setting)
     return None
-
-
-def fits(size, card):
-    return size / 2**30 + predict.SPARE <= card
 
 
 def held(row, argv, task, config, optimizer):

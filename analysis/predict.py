@@ -341,6 +341,11 @@ def ask(
     return facts | found | {"card": fits(found["predicted_bytes"])}
 
 
+def fits_on(card, size):
+    """Whether so many bytes leave room on a card of so many GB"""
+    return size / 2**30 + SPARE <= card
+
+
 def fits(size):
     """Bytes -> the smallest card that holds them"""
-    return next((f"{card} GB" for card in CARDS if size / 2**30 + SPARE <= card), "none")
+    return next((f"{card} GB" for card in CARDS if fits_on(card, size)), "none")

@@ -18,9 +18,7 @@ from training.placement import full, values
 
 
 def holds(path):
-    """Whether a path is a folder of PEFT, or a file of --save adapters"""
-    if os.path.isdir(path):
-        return peft.holds(path)
+    """Whether a path is a file of --save adapters"""
     try:
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return file["nanopo"] == "adapters"
@@ -80,8 +78,8 @@ class Adapters:
 
     def _merged(self, layer, read):
         """-> W + α/r B A"""
-        W, A, B = read(), self.tensors[f"{layer}.A"], self.tensors[f"{layer}.B"]
-        return W.to(torch.promote_types(W.dtype, B.dtype)) + self.scale * B @ A
+        A, B = (self.tensors[f"{layer}.{name}"] for name in "AB")
+        return lora.merged_weight(read(), A, B, self.scale)
 
     def keep(self, model, o):
         """Leaves the adapters out of the model's weights: a run with --lora trains them."""
@@ -120,13 +118,12 @@ def write(run, policy, path, meta):
         return
     plain, trunk = lora.like(policy, adapted=False), getattr(policy, "trunk", policy)
     for name, read in values(policy).items():
-        layer, _, kind = name.rpartition(".")
-        x = read()
         if name in own:
             continue
+        x, (layer, _, kind) = read(), name.rpartition(".")
         if kind == "weight" and layer in layers:
-            A, B = (full(getattr(layers[layer], name)) for name in "AB")
-            x = x.to(B.dtype) + layers[layer].scale * B @ A
+            A, B = (full(getattr(layers[layer], letter)) for letter in "AB")
+            x = lora.merged_weight(x, A, B, layers[layer].scale)
         if distributed.is_first:
             dtype = trunk.dtypes.get(name.removeprefix("trunk."), x.dtype)
             lora.put(plain, name, torch.nn.Parameter(x.to("cpu", dtype)))

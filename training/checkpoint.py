@@ -91,12 +91,10 @@ def _open(path, task, wanted, otherwise, mapped=False):
 
 
 def _load(path, mapped):
-    if os.path.isfile(os.path.join(path, "adapter_config.json")):
-        return _adapted(path, mapped)
     if os.path.isdir(path):
-        from hf import weights
+        from hf import peft, weights
 
-        return weights.load(path, mapped)
+        return _adapted(path, mapped) if peft.holds(path) else weights.load(path, mapped)
     data.refuse_pointer(path)
     folder, name = os.path.split(path)
     if name.endswith((".safetensors", ".json", ".bin", ".gguf")) and os.path.isfile(path):

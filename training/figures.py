@@ -10,11 +10,9 @@ import torch
 
 from training import distributed, memory
 
-SHOWN = (  # beside the progress bar, if a method logs them
-    *("loss", "reward", "rewards/margins", "rewards/accuracies", "accuracy", "margin", "nll_loss"),
-    *("kl", "entropy", "explained_variance", "frac_reward_zero_std", "kept_fraction", "lr"),
-)
-SHOWN_EVALUATED = tuple("loss reward score kl kl_star held_out_loss accuracy rms nll".split())
+SHOWN = """loss reward rewards/margins rewards/accuracies accuracy margin nll_loss kl entropy
+explained_variance frac_reward_zero_std kept_fraction lr""".split()  # beside the progress bar
+SHOWN_EVALUATED = "loss reward score kl kl_star held_out_loss accuracy rms nll".split()
 
 
 class Figures:

@@ -72,7 +72,7 @@ class Files:
         if path and os.path.realpath(path) in map(os.path.realpath, self.written):
             words = f"--out {self.out} would overwrite {path}, which this run reads"
             raise UserError(f"{words}; give another path")
-        if os.path.exists(path):
+        if os.path.isfile(path) or is_model_folder(path):
             self.paths[part] = path
             self.digests[part] = known_by or (digest(path) if distributed.is_first else "")
             distributed.wait()  # so that all meet a mistake in it at once
@@ -210,10 +210,16 @@ class Files:
             Path(self.record_path).unlink(missing_ok=True)
 
 
+def is_model_folder(path):
+    """Whether a path is a folder with a checkpoint, or with adapters of one"""
+    names = "config.json", "adapter_config.json"
+    return any(os.path.isfile(os.path.join(path, name)) for name in names)
+
+
 def digest(path):
     """-> the digest of the content of a file, or of what is read of a checkpoint's folder; "" if
     there is neither"""
-    if os.path.isdir(path):
+    if is_model_folder(path):
         from hf import peft, weights
 
         return (peft if peft.holds(path) else weights).digest(path, digest)

@@ -22,7 +22,7 @@ def keep(run, evaluator, policy):
     o, step = run.o, run.step + 1
     path, old = (name(o.out, n) for n in (step, step - o.keep * o.keep_every))
     again = " again" if distributed.is_first and os.path.exists(path) else ""
-    meta = checkpoint.facts(run) | {"steps": step} | evaluator.facts({"shift": 0.0})
+    meta = checkpoint.facts(run) | {"steps": step} | evaluator.facts({})
     with interrupts.held(), run.files.writes(path):
         checkpoint.write(run, policy, path, meta)
         if distributed.is_first and 0 < o.keep * o.keep_every < step and os.path.exists(old):

@@ -30,13 +30,18 @@ class LoRA(Linear):
 
     def merged(self):
         """-> W + α/r B A, at least in float32"""
-        return self.weight.to(self.B.dtype) + self.scale * self.B @ self.A
+        return merged_weight(self.weight, self.A, self.B, self.scale)
 
     def plain(self, weight):
         """-> a linear layer with these weights and the same bias"""
         linear = Linear(self.in_features, self.out_features, device="meta")
         linear.weight, linear.bias = weight, self.bias
         return linear
+
+
+def merged_weight(W, A, B, scale):
+    """-> W + scale B A, in the wider precision of W and B"""
+    return W.to(torch.promote_types(W.dtype, B.dtype)) + scale * B @ A
 
 
 def adapters(model):

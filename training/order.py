@@ -76,7 +76,7 @@ class RewardEvaluator:
 
     def facts(self, figures):
         facts = {"template": self.task.template, "reference": self.run.baseline, "reward": None}
-        return facts | {"shift": figures["shift"]}
+        return facts | {"shift": figures.get("shift", 0.0)}
 
     def report(self, title, f):
         rows = [
