@@ -5,10 +5,11 @@ torch.distributed.checkpoint, which any number of processes can read. The state 
 first process writes when the folder is complete, names it, and has a Stored in place of each part.
 """
 
-import contextlib
 import errno
 import glob
 import os
+import pickle
+import re
 import shutil
 import warnings
 from functools import partial
@@ -17,11 +18,19 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.utils._pytree import keystr, tree_map, tree_map_with_path
 
+from data import UserError
 from training import distributed
 from training.placement import is_part
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 WORD = "part"  # the beginning of what the state's file has in place of a tensor
+FACTS = re.compile(  # the classes of a folder's .metadata, which is a pickle
+    r"torch\.distributed\.checkpoint\.metadata\.(Metadata|MetadataIndex|StorageMeta"
+    r"|ChunkStorageMetadata|TensorProperties|TensorStorageMetadata|_MEM_FORMAT_ENCODING)"
+    r"|torch\.distributed\.checkpoint\.filesystem\._StorageInfo"
+    r"|torch\.(Size|serialization\._get_layout|(b?float|u?int)\d+)"
+    r"|pathlib\.(_local\.)?(Posix|Windows)Path|builtins\.getattr"
+)
 
 
 def write(state, path):
@@ -38,10 +47,10 @@ def write(state, path):
     state = tree_map_with_path(taken, state)
     folder = distributed.of_first(partial(unused, path))
     try:
-        dcp.save(found, checkpoint_id=folder)
+        # with a file for each tensor, no process holds a second one in memory
+        dcp.save(found, storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=False))
     except dcp.api.CheckpointException as e:
-        cause = next(iter(e.failures.values()))[0]
-        raise OSError(errno.EIO, getattr(cause, "strerror", None) or str(cause)) from None
+        raise OSError(errno.EIO, cause(e)) from None
     return state | {"parts": os.path.basename(folder)}
 
 
@@ -58,10 +67,13 @@ def folders(path):
 
 def opened(state, path):
     """A state as it is in its file -> the same, whose parts can be read. Raises OSError if their
-    folder is not complete."""
+    folder is not complete, and UnpicklingError if its .metadata is not that of a state."""
     folder = f"{path}.{state['parts'].rpartition('.')[2]}"
-    if not os.path.isfile(os.path.join(folder, ".metadata")):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
+    with open(os.path.join(folder, ".metadata"), "rb") as file:
+        files = Facts(file).load().storage_data.values()
+    for x in files:
+        if os.path.getsize(os.path.join(folder, x.relative_path)) < x.offset + x.length:
+            raise EOFError(x.relative_path)
 
     def found(x):
         marked = isinstance(x, tuple) and x[:1] == (WORD,)
@@ -71,14 +83,29 @@ def opened(state, path):
 
 
 def drop(path):
-    """Removes the folders of parts that the state `path`, if there is one, does not name."""
+    """Removes the folders of parts that the state `path`, if there is one, does not name. Keeps all
+    if the state cannot be read."""
     named = None
-    with contextlib.suppress(Exception):  # whatever stands there, it is no state
-        file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        named = file.get("parts")
+    try:
+        if os.path.exists(path):
+            named = torch.load(path, "cpu", weights_only=True, mmap=True).get("parts")
+    except Exception:  # torch raises many types of error for a broken file
+        return
     for folder in folders(path):
         if os.path.basename(folder) != named:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+class Facts(pickle.Unpickler):
+    """Reads what a folder's .metadata says of its tensors. Nothing else that a pickle could name is
+    imported or called."""
+
+    def find_class(self, module, name):
+        if not FACTS.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        if name == "getattr":  # Python 3.11 pickles the constant of an Enum so
+            return lambda constants, name: constants[name]
+        return super().find_class(module, name)
 
 
 class Stored:
@@ -89,4 +116,14 @@ class Stored:
 
     def read_into(self, x):
         """Fills a tensor, or each process's part of it, which all must then call."""
-        dcp.load({self.key: x}, checkpoint_id=self.folder, no_dist=not is_part(x))
+        try:
+            dcp.load({self.key: x}, checkpoint_id=self.folder, no_dist=not is_part(x))
+        except dcp.api.CheckpointException as e:
+            why = f"cannot be read ({cause(e)}); start without --resume"
+            raise UserError(f"{self.folder} {why}") from None
+
+
+def cause(e):
+    """-> what went wrong in the first process that failed, in a line"""
+    e = next(iter(e.failures.values()))[0]
+    return getattr(e, "strerror", None) or f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
