@@ -8,11 +8,13 @@
     2. dynamic sampling   groups all correct or all wrong teach nothing: others are sampled instead
     3. token-level loss   the mean over all response tokens of the optimizer step
     4. overlong shaping   R_i = ±1 (is it correct?) + R_len: 0 up to L_max - L_c tokens, -1 at L_max
+    CISPO     - sg(min(ρ, 1+ε_high)) A log π_θ           --clip weight       arXiv:2506.13585
 
     paper               code                      shape, or meaning
     G, S                group, len(minibatch)     responses per prompt; per optimizer step
     r, R, A             reward, score, adv        (P, G) of P prompts; A (P·G, 1), one per response
     log π_θ, π_old      logp, old_logp            (B, T) of token t, nats, at --temperature
+    ε_low, ε_high       eps, eps_high             how far ρ may fall and rise
     |y|, L_max          length, longest           response tokens, end token included
 
 Models in memory: 1 (policy, trained), no reference; a learned reward adds one.
@@ -36,20 +38,23 @@ from gpt import token_logprobs
 from training import RolloutOptions, Run, opt, parse
 from training.reward import load_judge
 
+ADVANTAGES = ("std", "batch", "none", "loo")
 AGGREGATIONS = ("seq_mean", "token_mean", "const", "sum")
 
 
 def group_advantages(reward, eps=1e-4, norm="std"):
     """reward: (P, G), G > 1 responses to each of P prompts -> (P, G) advantages, without gradient.
-    norm: "std" (R - mean) / (std + eps); "none" R - mean; "loo" R minus the mean of the other
-    G - 1. Each row sums to 0, and equal rewards give exactly 0."""
+    norm: "std" (R - mean) / (std + eps), "batch" with the std of all P·G; "none" R - mean; "loo" R
+    minus the mean of the other G - 1. Each row sums to 0, and equal rewards give exactly 0."""
     assert reward.dim() == 2 and reward.size(1) > 1, "a (P, G) tensor, G > 1"
-    reward = reward.detach()
+    reward, spread = reward.detach(), reward.detach().std()
     reward = reward - reward[:, :1]  # so that equal rewards give 0, not a rounding error over eps
     adv = reward - reward.mean(1, keepdim=True)
     G = reward.size(1)
     if norm == "std":
         return adv / (reward.std(1, keepdim=True) + eps)
+    if norm == "batch":  # REINFORCE++ with the groups' baseline (arXiv:2501.03262)
+        return adv / (spread + eps)
     return adv * G / (G - 1) if norm == "loo" else adv  # r - mean of the other G - 1
 
 
@@ -58,13 +63,15 @@ def keep_groups(correct):
     return correct.any(1) & ~correct.all(1)
 
 
-def dapo_loss(logp, old_logp, adv, eps_low=0.2, eps_high=0.28):
-    """DAPO, arXiv:2503.14476. logp, old_logp: (B, T) token log-probs in nats. adv: (B, 1). Returns
-    (B, T) losses. At logp = old_logp the ratio is 1, and the gradient is that of -A log π."""
+def dapo_loss(logp, old_logp, adv, eps_low=0.2, eps_high=0.28, clip=""):
+    """DAPO, arXiv:2503.14476; clip="weight": CISPO. logp, old_logp: (B, T) token log-probs in nats.
+    adv: (B, 1). Returns (B, T) losses. At logp = old_logp their gradient is that of -A log π."""
     assert logp.shape == old_logp.shape and adv.shape == (len(logp), 1), "(B, T) twice, (B, 1)"
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
     losses = -torch.min(ratio * adv, clipped * adv)
+    if clip == "weight":  # no token loses its gradient
+        losses = -clipped.detach() * adv * logp
     return losses
 
 
@@ -76,12 +83,12 @@ def overlong_penalty(length, max_len, cache_len):
 @dataclass
 class Options(RolloutOptions):
     group: int = opt(8, "G: responses per prompt", low=2)
-    adv_norm: str = opt(
-        "std", "A is (r - mean)/std, r - mean, or RLOO's", choices=("std", "none", "loo")
-    )
+    adv_norm: str = opt("std", "how A comes from a group's rewards", choices=ADVANTAGES)
     agg: str = opt("seq_mean", "how the tokens' losses are averaged", choices=AGGREGATIONS)
-    eps_low: float = opt(0.2, "ε_low: ρ is clipped to [1 - ε_low, 1 + ε_high]", low=0, clips=True)
+    clip: str = opt("ratio", "weight: CISPO's", choices=("ratio", "weight"), clips=True)
+    eps: float = opt(0.2, "ε: ρ is clipped to [1 - ε, 1 + ε_high]", low=0, clips=True)
     eps_high: float = opt(0.28, "ε_high of the clip", low=0, clips=True)
+    tis: float = opt(None, "C: weigh tokens by π_old/π_sampler, at most C (common: 2)", above=0)
     max_rounds: int = opt(10, "at most so many rounds of sampling to find P mixed groups", low=1)
     overlong: bool = opt(True, "add R_len to the reward")
     overlong_cache: int = opt(0, "L_c, tokens (0: a fifth of L_max)", low=0, only="overlong=True")
@@ -92,13 +99,9 @@ PRESETS = {  # defaults for any task, a kind of task, an option's value; the las
     "any": dict(agg="token_mean", steps=40, batch_size=16, minibatches=8, lr=2e-4, save_every=20),
     "arithmetic": dict(steps=50, batch_size=32, minibatches=4),
     "exact": dict(
-        group=64,
-        batch_size=4,
-        steps=1500,
-        lr=3e-4,
-        lr_schedule="linear",
-        overlong=False,
+        group=64, batch_size=4, steps=1500, lr=3e-4, lr_schedule="linear", overlong=False
     ),
+    "clip=weight": dict(eps=1.0, eps_high=4.0),  # no lower bound
 }
 
 
@@ -106,15 +109,18 @@ def compute_loss(policy, batch, o):
     """A micro-batch of B responses -> losses (B, T), and metrics, (B, T) or (B,) per response."""
     logp, entropy = token_logprobs(policy, batch, o.temperature, entropy=True)
     old_logp = batch.old_logp_or(logp)  # first step of a rollout: π_old is π_θ, ρ is 1
-    losses = dapo_loss(logp, old_logp, batch.adv, o.eps_low, o.eps_high)
+    losses = dapo_loss(logp, old_logp, batch.adv, o.eps, o.eps_high, o.clip)
 
     logp = logp.detach()
     ratio = (logp - old_logp).exp()
     metrics = {
         "entropy": entropy,
-        "clip_ratio/low_mean": (ratio < 1 - o.eps_low) & (batch.adv < 0),
+        "clip_ratio/low_mean": (ratio < 1 - o.eps) & (batch.adv < 0),
         "clip_ratio/high_mean": (ratio > 1 + o.eps_high) & (batch.adv > 0),
     }
+    if o.tis:  # the sampler's π differs from π_old in precision, engine or temperature
+        metrics["tis_weight"] = (batch.old_logp_or(logp) - batch.logp).exp().clamp(max=o.tis)
+        losses = losses * metrics["tis_weight"]
     return losses, metrics
 
 
@@ -176,7 +182,7 @@ def main(argv=None):
     evaluator = Evaluator(run, task, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
-    on_policy = o.updates == o.minibatches == 1  # ρ is 1 at every step: π_old needs no pass
+    on_policy = o.updates == o.minibatches == 1 and not o.tis  # π_old needs no pass
 
     for _ in run.steps(prompts, optimizer):
         with run.clock("sample"):
@@ -190,8 +196,9 @@ def main(argv=None):
             rollout.old_logp = None if on_policy else run.logprobs(policy, rollout, o.temperature)
 
         if o.overlong:
-            length = rollout.length.to(reward)
-            R_len = rollout.R_len = overlong_penalty(length, prompts.longest, cache)
+            R_len = rollout.R_len = overlong_penalty(
+                rollout.length.to(reward), prompts.longest, cache
+            )
             figures |= {"overlong": (R_len < 0).float().mean(), "overlong_reward": R_len.mean()}
         rollout.adv = score_rollout(reward, rollout, o)  # (P·G, 1)
         run.log(group_figures(reward) | rollout.summary())

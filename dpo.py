@@ -7,6 +7,9 @@
     cDPO     - (1-ε) log σ(βh) - ε log σ(-βh)               --label-smoothing ε
     robust   [- (1-ε) log σ(βh) + ε log σ(-βh)] / (1-2ε)    --loss robust   arXiv:2403.00409
     IPO      (h - 1/(2β))², h of means over tokens          --loss ipo      arXiv:2310.12036
+    norm     - log σ(βh), h of means over tokens            --loss norm     arXiv:2411.15124
+    APO-zero 1 - σ(r̂_w) + σ(r̂_l)                           --loss apo      arXiv:2408.06266
+    R-DPO    - log σ(βh + α(|y_w| - |y_l|))                 --length-penalty α  arXiv:2403.19159
 
     paper                        code                        shape
     y_w, y_l                     chosen, rejected            token ids, end tokens included
@@ -15,11 +18,12 @@
     r̂ = β log π_θ/π_ref          reward_w, reward_l          (B,) implicit rewards (IPO: of means)
     β, ε                         beta, label_smoothing       β is the τ of IPO
 
-Models in memory: 2 (policy, trained; ref, frozen), 1 with --precompute-ref, which runs the
-reference once over a fixed set and drops it. Data: (prompt, chosen, rejected).
+Models in memory: 2 (policy, trained; ref, frozen), 1 with --precompute-ref.
+Data: (prompt, chosen, rejected).
 Departures from the papers: 1. AdamW with a cosine schedule, not RMSprop; 2. a learning rate for toy
 models; 3. IPO takes means over tokens, as its authors' experiments did, but sums with --ipo-sum;
-4. --sft-weight w adds -w log π_θ(y_w|x) / |y_w|.
+4. --sft-weight w adds -w log π_θ(y_w|x) / |y_w|. SLiC-HF (arXiv:2305.10425) has another page: its
+hinge, max(0, δ - log π_θ(y_w|x) + log π_θ(y_l|x)), needs no reference.
 
     python dpo.py --beta 0.1                    film reviews; trains out/reviews/sft.pt if missing
     python dpo.py --task exact                  40 outcomes: the distance to the known optimum π*
@@ -43,13 +47,13 @@ from training import PairOptions, Run, opt, parse
 from training.held_out import pair_accuracy
 
 
-def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1, label_smoothing=0.0):
+def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1, label_smoothing=0.0, longer=0.0):
     """DPO, Eq. 7 of arXiv:2305.18290; with label_smoothing ε in (0, 0.5) it is cDPO, whose gradient
-    is 0 at βh = log((1-ε)/ε). logp_*, ref_logp_*: (B,) log-probs of responses, sums over tokens, in
-    nats. beta: β > 0, 1/nats. Returns (B,) losses. At logp = ref_logp it is log 2, for any ε."""
-    h = log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l)
-    right, wrong = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)
-    return -(1 - label_smoothing) * right - label_smoothing * wrong
+    is 0 at βh = log((1-ε)/ε). logp_*, ref_logp_*: (B,) log-probs of responses, in nats: sums over
+    tokens, or means (Tülu 3's, arXiv:2411.15124). beta: β > 0, 1/nats. longer: (B,), R-DPO's
+    α(|y_w| - |y_l|). Returns (B,) losses. At logp = ref_logp, longer = 0 it is log 2, for any ε."""
+    x = beta * log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l) + longer
+    return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
 
 
 def robust_dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1, flip=0.1):
@@ -68,6 +72,12 @@ def ipo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, tau=0.1):
     return (log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l) - 1 / (2 * tau)) ** 2
 
 
+def apo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1):
+    """APO-zero, Eq. 7 of arXiv:2408.06266: each answer moves by itself. Arguments as in dpo_loss.
+    Returns (B,) losses in (0, 2). At logp = ref_logp it is 1."""
+    return (beta * (ref_logp_w - logp_w)).sigmoid() + (beta * (logp_l - ref_logp_l)).sigmoid()
+
+
 def log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l):
     """h, (B,): how much more the policy has raised log π of the chosen answer than of the other."""
     assert logp_w.shape == logp_l.shape == ref_logp_w.shape == ref_logp_l.shape, "four (B,) tensors"
@@ -77,15 +87,14 @@ def log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l):
 @dataclass
 class Options(PairOptions):
     beta: float = opt(0.1, "β: strength of the KL penalty to π_ref, 1/nats; IPO's τ", above=0)
-    loss: str = opt("dpo", "loss of a pair", choices=("dpo", "robust", "ipo"))
+    loss: str = opt("dpo", "loss of a pair", choices=("dpo", "robust", "ipo", "norm", "apo"))
     label_smoothing: float = opt(
-        0.0, "ε: share of labels assumed to be wrong", low=0, below=0.5, only="loss=dpo|robust"
+        0.0, "ε: share of labels assumed to be wrong", low=0, below=0.5, only="loss=dpo|robust|norm"
     )
+    length_penalty: float = opt(0.0, "α: what a token of an answer costs", low=0, only="loss=dpo")
     ipo_sum: bool = opt(False, "IPO of summed log-probs, as in Eq. 17", only="loss=ipo")
     sft_weight: float = opt(0.0, "weight of the mean NLL of chosen's tokens (Llama 3: 0.2)", low=0)
-    precompute_ref: bool = opt(
-        False, "run the reference once over a fixed set, then drop it: one model"
-    )
+    precompute_ref: bool = opt(False, "run the reference once over a fixed set, then drop it")
 
     def check(self):
         super().check()
@@ -99,7 +108,9 @@ PRESETS = {  # defaults for any task, a kind of task, an option's value; the las
     "exact": dict(beta=0.5, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear"),
     "loss=robust": dict(label_smoothing=0.1),
     "loss=ipo": dict(beta=1.0),
+    "loss=norm": dict(beta=5.0),
     "exact loss=ipo": dict(beta=0.3),
+    "exact loss=norm": dict(beta=1.0),
 }
 
 
@@ -119,16 +130,18 @@ def compute_loss(policy, ref, batch, o):
             ref_logp_w, ref_logp_l = response_logprobs(ref, batch).chunk(2)
 
     sum_w, sum_l = logp_w, logp_l
-    if o.loss == "ipo" and not o.ipo_sum:  # means over tokens
+    if o.loss == "norm" or o.loss == "ipo" and not o.ipo_sum:  # means over tokens
         logp_w, ref_logp_w = logp_w / len_w, ref_logp_w / len_w
         logp_l, ref_logp_l = logp_l / len_l, ref_logp_l / len_l
     logps = logp_w, logp_l, ref_logp_w, ref_logp_l
-    if o.loss == "dpo":
-        losses = dpo_loss(*logps, o.beta, o.label_smoothing)
+    if o.loss == "ipo":
+        losses = ipo_loss(*logps, tau=o.beta)
     elif o.loss == "robust":
         losses = robust_dpo_loss(*logps, o.beta, flip=o.label_smoothing)
+    elif o.loss == "apo":
+        losses = apo_loss(*logps, o.beta)
     else:
-        losses = ipo_loss(*logps, tau=o.beta)
+        losses = dpo_loss(*logps, o.beta, o.label_smoothing, o.length_penalty * (len_w - len_l))
     if o.sft_weight:
         losses = losses - o.sft_weight * sum_w / len_w
 

@@ -9,6 +9,7 @@
     Dr. GRPO  R - mean R; 1/S Σ_i 1/L_max Σ_t; no KL     --adv-norm none --agg const --kl none
     RLOO      R - mean of the other R; 1/S Σ_i Σ_t       --adv-norm loo --agg sum --kl reward
     GSPO      ρ_i = (π_θ(y_i|x)/π_old(y_i|x))^(1/|y_i|)   --ratio seq --kl none --minibatches 4
+    CISPO     - sg(min(ρ, 1+ε_high)) A log π_θ           --clip weight       arXiv:2506.13585
 
     paper               code                      shape, or meaning
     G, S                group, len(minibatch)     responses per prompt; per optimizer step
@@ -38,20 +39,24 @@ from gpt import token_logprobs
 from training import RolloutOptions, Run, opt, parse
 from training.reward import load_judge
 
+ADVANTAGES = ("std", "batch", "none", "loo")
+RATIOS = ("token", "seq")
 AGGREGATIONS = ("seq_mean", "token_mean", "const", "sum")
 
 
 def group_advantages(reward, eps=1e-4, norm="std"):
     """reward: (P, G), G > 1 responses to each of P prompts -> (P, G) advantages, without gradient.
-    norm: "std" (R - mean) / (std + eps); "none" R - mean; "loo" R minus the mean of the other
-    G - 1. Each row sums to 0, and equal rewards give exactly 0."""
+    norm: "std" (R - mean) / (std + eps), "batch" with the std of all P·G; "none" R - mean; "loo" R
+    minus the mean of the other G - 1. Each row sums to 0, and equal rewards give exactly 0."""
     assert reward.dim() == 2 and reward.size(1) > 1, "a (P, G) tensor, G > 1"
-    reward = reward.detach()
+    reward, spread = reward.detach(), reward.detach().std()
     reward = reward - reward[:, :1]  # so that equal rewards give 0, not a rounding error over eps
     adv = reward - reward.mean(1, keepdim=True)
     G = reward.size(1)
     if norm == "std":
         return adv / (reward.std(1, keepdim=True) + eps)
+    if norm == "batch":  # REINFORCE++ with the groups' baseline (arXiv:2501.03262)
+        return adv / (spread + eps)
     return adv * G / (G - 1) if norm == "loo" else adv  # r - mean of the other G - 1
 
 
@@ -62,16 +67,18 @@ def k3(logp, ref_logp):
     return x.expm1() - x  # e^x - 1 - x; near 0 its error is eps·|x|, not eps
 
 
-def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, ratio_kl=False):
-    """GRPO, arXiv:2402.03300. logp, old_logp, ref_logp: (B, T) token log-probs in nats; ref_logp
-    may be None at beta = 0. adv: (B, 1). ratio_kl: ρ k3 takes the place of k3; its mean gradient at
-    each token is that of KL(π‖π_ref). Returns (B, T) losses. At logp = old_logp the ratio is 1."""
+def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, kl="k3", clip=""):
+    """GRPO, arXiv:2402.03300; clip="weight": CISPO. logp, old_logp, ref_logp: (B, T) log-probs of
+    tokens, nats; ref_logp may be None if no k3 is wanted. adv: (B, 1). kl: "k3"; "k3-ratio", ρ k3,
+    whose mean gradient at each token is that of KL(π‖π_ref). Returns (B, T) losses."""
     assert logp.shape == old_logp.shape and adv.shape == (len(logp), 1), "(B, T) twice, (B, 1)"
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - eps, 1 + (eps if eps_high is None else eps_high))
     losses = -torch.min(ratio * adv, clipped * adv)
-    if beta:
-        losses = losses + beta * k3(logp, ref_logp) * (ratio if ratio_kl else 1)
+    if clip == "weight":  # no token loses its gradient
+        losses = -clipped.detach() * adv * logp
+    if beta and kl.startswith("k3"):  # with "reward" it is in the advantage
+        losses = losses + beta * k3(logp, ref_logp) * (ratio if kl == "k3-ratio" else 1)
     return losses
 
 
@@ -85,13 +92,13 @@ def sequence_old_logp(logp, old_logp, mask):
 @dataclass
 class Options(RolloutOptions):
     group: int = opt(8, "G: responses per prompt", low=2)
-    adv_norm: str = opt(
-        "std", "A is (r - mean)/std, r - mean, or RLOO's", choices=("std", "none", "loo")
-    )
+    adv_norm: str = opt("std", "how A comes from a group's rewards", choices=ADVANTAGES)
     agg: str = opt("seq_mean", "how the tokens' losses are averaged", choices=AGGREGATIONS)
-    ratio: str = opt("token", "ρ per token or per response", choices=("token", "seq"), clips=True)
+    ratio: str = opt("token", "what ρ is of", choices=RATIOS, clips=True, only="clip=ratio")
+    clip: str = opt("ratio", "weight: CISPO's", choices=("ratio", "weight"), clips=True)
     eps: float = opt(0.2, "ε: ρ is clipped to [1 - ε, 1 + ε_high]", low=0, clips=True)
     eps_high: float = opt(None, "ε_high of the clip", low=0, like="eps", clips=True)
+    tis: float = opt(None, "C: weigh tokens by π_old/π_sampler, at most C (common: 2)", above=0)
     kl: str = opt("k3", "how the KL is penalised", choices=("k3", "k3-ratio", "reward", "none"))
     beta: float = opt(0.04, "β: weight of the KL", low=0, only="kl=k3|k3-ratio|reward")
 
@@ -99,15 +106,9 @@ class Options(RolloutOptions):
 PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
     "any": dict(steps=100, batch_size=16, lr=2e-4, save_every=20),
     "arithmetic": dict(steps=200, batch_size=32),
-    "exact": dict(
-        group=64,
-        batch_size=4,
-        steps=1500,
-        lr=3e-4,
-        lr_schedule="linear",
-        beta=0.5,
-    ),
+    "exact": dict(group=64, batch_size=4, steps=1500, lr=3e-4, lr_schedule="linear", beta=0.5),
     "ratio=seq": dict(eps=3e-4, eps_high=4e-4),
+    "clip=weight": dict(eps=1.0, eps_high=4.0),  # no lower bound
 }
 
 
@@ -116,8 +117,7 @@ def compute_loss(policy, batch, o):
     logp, entropy = token_logprobs(policy, batch, o.temperature, entropy=True)
     old_logp = batch.old_logp_or(logp)  # first step of a rollout: π_old is π_θ, ρ is 1
     old_logp = sequence_old_logp(logp, old_logp, batch.mask) if o.ratio == "seq" else old_logp
-    beta = o.beta if o.kl.startswith("k3") else 0.0  # with "reward" it is in the advantage
-    how = o.eps, beta, o.eps_high, o.kl == "k3-ratio"
+    how = o.eps, o.beta, o.eps_high, o.kl, o.clip
     losses = grpo_loss(logp, old_logp, batch.ref_logp, batch.adv, *how)
 
     logp = logp.detach()
@@ -129,6 +129,9 @@ def compute_loss(policy, batch, o):
     }
     if batch.ref_logp is not None:  # k3 summed per response; PPO logs sums of k1
         metrics["kl"] = (k3(logp, batch.ref_logp) * batch.mask).sum(1)
+    if o.tis:  # the sampler's π differs from π_old in precision, engine or temperature
+        metrics["tis_weight"] = (batch.old_logp_or(logp) - batch.logp).exp().clamp(max=o.tis)
+        losses = losses * metrics["tis_weight"]
     return losses, metrics
 
 
@@ -136,7 +139,8 @@ def score_rollout(reward, rollout, o):
     """reward (P, G) -> the advantage A of each response's score, (P·G, 1)"""
     score = reward
     if o.kl == "reward" and rollout.ref_logp is not None:
-        score = reward - o.beta * (rollout.logp - rollout.ref_logp).sum(1).view_as(reward)
+        k1 = rollout.old_logp_or(rollout.logp) - rollout.ref_logp
+        score = reward - o.beta * k1.sum(1).view_as(reward)
     adv = group_advantages(score, norm=o.adv_norm)
     return adv.view(-1, 1).to(rollout.logp)
 
@@ -174,7 +178,7 @@ def main(argv=None):
     evaluator = Evaluator(run, task, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
-    on_policy = o.updates == o.minibatches == 1  # ρ is 1 at every step: π_old needs no pass
+    on_policy = o.updates == o.minibatches == 1 and not o.tis  # π_old needs no pass
 
     for _ in run.steps(prompts, optimizer):
         with run.clock("sample"):

@@ -11,7 +11,8 @@
 
 Models in memory: 1 (policy, trained). Data: (prompt, chosen, rejected).
 Departures from the paper: 1. a learning rate for toy models; 2. --sft-weight w adds w times the
-negative log-likelihood of the chosen answer, a mean over its tokens.
+negative log-likelihood of the chosen answer, a mean over its tokens. CPO (arXiv:2401.08417) takes
+sums, γ = 0 and that term; CPO-SimPO, with means, is --gamma-beta-ratio 0 --sft-weight 1.
 
     python simpo.py --beta 2                    film reviews; trains out/reviews/sft.pt if missing
     python simpo.py --gamma-beta-ratio 0.25

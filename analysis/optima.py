@@ -10,6 +10,8 @@ from their formulas, not taken from the scripts, so that the two check one anoth
 
     u = log π/π_ref, n = response tokens, all of (y); w, l = chosen, rejected; E is over the pairs
     dpo      E[- (1-ε) log σ(βh) - ε log σ(-βh)],  h = u_w - u_l       ε = 0: π*, whatever the pairs
+             norm: h = u_w/n_w - u_l/n_l; R-DPO: βh + α(n_w - n_l), π ∝ π_ref exp((r - αn)/β)
+             apo: E[1 - σ(βu_w) + σ(βu_l)], which is KTO's loss of the pairs' answers at ẑ = 0
     ipo      E[(h - 1/(2τ))²],                     h = u_w/n_w - u_l/n_l       (sums: h = u_w - u_l)
     simpo    E[- log σ(β(s_w - s_l) - γ)],         s = log π / n
     orpo     E[- s_w - λ log σ(o_w - o_l)],        o = s - log(1 - e^s)
@@ -56,8 +58,9 @@ class NoOptimum(Exception):
 # ---- the losses of a table of log-probs
 
 
-def dpo(log_p, log_ref, pairs, beta, label_smoothing=0.0):
-    h = beta * _difference(log_p - log_ref)
+def dpo(log_p, log_ref, pairs, beta, label_smoothing=0.0, n=1, cost=0.0):
+    """n: (40,) tokens, for means over them. cost: (40,) α tokens, R-DPO's"""
+    h = _difference(beta * (log_p - log_ref) / n + cost)
     right, wrong = F.logsigmoid(h), F.logsigmoid(-h)
     return -(pairs * ((1 - label_smoothing) * right + label_smoothing * wrong)).sum()
 
@@ -215,11 +218,16 @@ def _dpo(task, log_ref, o):
     if o.loss == "ipo":
         n = _lengths(task, o.ipo_sum)
         return _least(partial(ipo, log_ref=log_ref, pairs=pairs, n=n, tau=o.beta), log_ref)
-    smoothing = o.label_smoothing
-    loss = partial(dpo, log_ref=log_ref, pairs=pairs, beta=o.beta, label_smoothing=smoothing)
-    if smoothing:
+    if o.loss == "apo":
+        answers = torch.stack([pairs.sum(1), pairs.sum(2)], 2)  # each as rejected, as chosen
+        given = log_ref, answers, o.beta
+        return lambda log_p: kto(log_p, *given, z=0.0), kto_limit(*given)[0]
+    how = {"log_ref": log_ref, "pairs": pairs, "beta": o.beta}
+    how |= {"label_smoothing": o.label_smoothing, "cost": o.length_penalty * _lengths(task)}
+    loss = partial(dpo, **how, n=_lengths(task, ones=o.loss != "norm"))
+    if o.loss == "norm" or o.label_smoothing:
         return _least(loss, log_ref)
-    return loss, star(log_ref, torch.from_numpy(task.r), o.beta)
+    return loss, star(log_ref, torch.from_numpy(task.r) - how["cost"], o.beta)
 
 
 def _simpo(task, log_ref, o):
@@ -263,6 +271,8 @@ def _grpo(task, log_ref, o):
         return None
     if o.kl == "reward":
         return _j(task, log_ref, o.beta)
+    if o.adv_norm == "batch":  # β is another at every step
+        return None
     beta = o.beta
     if o.adv_norm == "none":  # r - mean is (G-1)/G of the leave-one-out advantage
         beta = beta * o.group / (o.group - 1)

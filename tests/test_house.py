@@ -283,7 +283,7 @@ def test_what_the_main_job_loads(tmp_path):
     words = f"{total:,} nodes are loaded, at most {LOADED:,}: import what is optional where it is"
     assert total <= LOADED, f"{words} asked for. The largest: {', '.join(largest)}"
     doors = ("hf/", "data/jsonl.py", "data/exact.py", "training/function.py", "training/loggers.py")
-    doors += ("training/adamw8bit.py", "training/compiler.py")
+    doors += ("training/adamw8bit.py", "training/compiler.py", "training/lora.py")
     open_doors = [file for file in sizes if file.startswith(doors)]
     assert not open_doors, f"nobody has asked for {open_doors}"
 

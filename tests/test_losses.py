@@ -7,7 +7,7 @@ import torch
 
 import online_dpo
 from dapo import dapo_loss, keep_groups, overlong_penalty
-from dpo import dpo_loss, ipo_loss, robust_dpo_loss
+from dpo import apo_loss, dpo_loss, ipo_loss, robust_dpo_loss
 from gpt import GPT, GPTConfig
 from grpo import group_advantages, grpo_loss, k3, sequence_old_logp
 from kto import kto_kl, kto_loss
@@ -118,10 +118,35 @@ def test_ipo():
     assert at(5.0, ipo_loss, tau=0.25) == close((9.0, 6.0))
 
 
+def test_apo_zero_moves_each_answer_by_itself():
+    """β = ½, u_w = 2 log 3: 1 - σ(log 3) = 1/4, gradient -β · 3/4 · 1/4. u_l = -2 log 3: σ(-log 3)
+    = 1/4, gradient β · 3/16. At u = 0 it is ½ + ½; far beyond, 0 and 2."""
+    w, l = t(1 + 2 * math.log(3)).requires_grad_(), t(-2 - 2 * math.log(3)).requires_grad_()
+    loss = apo_loss(w, l, t(1.0), t(-2.0), beta=0.5)
+    loss.sum().backward()
+    assert loss.item() == close(0.5)
+    assert (w.grad.item(), l.grad.item()) == close((-3 / 32, 3 / 32))
+    ends = apo_loss(t(0.0, 1e4, -1e4), t(0.0, -1e4, 1e4), t(0.0, 0.0, 0.0), t(0.0, 0.0, 0.0))
+    assert ends.tolist() == close([1.0, 0.0, 2.0])
+
+
+def test_r_dpo_asks_more_of_a_longer_chosen_answer():
+    """βh = log 3, α(|y_w| - |y_l|) = 0.1 · (7 - 2): -log σ(log 3 + ½) = log(1 + e^-½/3), which is
+    less than with equal lengths, so that its gradient, -β σ(-log 3 - ½), is less too."""
+    value, gradient = at(2 * math.log(3), dpo_loss, beta=0.5, longer=t(0.5))
+    assert value == close(math.log(1 + math.exp(-0.5) / 3))
+    assert gradient == close(-0.5 / (1 + 3 * math.exp(0.5)))
+
+
 def test_extreme_log_ratios_stay_finite():
     smooth = {"label_smoothing": 0.1}
     for h in (-1e4, 1e4):
-        for loss, options in ((dpo_loss, {}), (dpo_loss, smooth), (robust_dpo_loss, {})):
+        for loss, options in (
+            (dpo_loss, {}),
+            (dpo_loss, smooth),
+            (robust_dpo_loss, {}),
+            (apo_loss, {}),
+        ):
             assert all(map(math.isfinite, at(h, loss, beta=1.0, **options)))
 
 
@@ -328,7 +353,15 @@ def test_group_advantages_by_hand():
     assert group_advantages(r, eps=1.0)[1, 0].item() == pytest.approx(1.5 / 2)
 
 
-@pytest.mark.parametrize("norm", ["std", "none", "loo"])
+def test_the_std_of_a_batch_is_that_of_all_its_rewards():
+    """(1, 0), (3, 0): R - mean is ±½ and ±1½; all four have the mean 1 and the unbiased std
+    √((0 + 1 + 4 + 1)/3) = √2."""
+    found = group_advantages(t([1.0, 0.0], [3.0, 0.0]), norm="batch")
+    s = math.sqrt(2) + 1e-4
+    assert found.flatten().tolist() == close([0.5 / s, -0.5 / s, 1.5 / s, -1.5 / s])
+
+
+@pytest.mark.parametrize("norm", ["std", "batch", "none", "loo"])
 def test_group_advantages_sum_to_zero_and_equal_rewards_give_zero(norm):
     r = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
     assert group_advantages(r, norm=norm).sum(1).abs().max() < 1e-5
@@ -377,6 +410,25 @@ def test_grpo_clips_the_ratio(ratio, adv, value, gradient):
     assert token(ratio, adv) == close((value, gradient))
 
 
+@pytest.mark.parametrize("loss", [grpo_loss, dapo_loss])
+def test_cispo_clips_the_weight_and_keeps_each_token_s_gradient(loss):
+    """-min(ρ, cap) A log π, log π = log ρ, with π_old = 1 and the cap 1.2. Below it the gradient is
+    -ρA; above, where GRPO's is 0, it is that of -cap · A log π. On-policy the two are one."""
+    how = {"clip": "weight", "eps_high": 0.2} | (
+        {"eps": 1.0} if loss is grpo_loss else {"eps_low": 1.0}
+    )
+    for ratio, adv, weight in (
+        (1.0, 2.0, 1.0),
+        (0.5, -1.0, 0.5),
+        (1.5, 2.0, 1.2),
+        (1.5, -2.0, 1.2),
+    ):
+        value, gradient = token(ratio, adv, loss, **how)
+        assert value == close(-weight * adv * math.log(ratio)) and gradient == close(-weight * adv)
+    assert token(1.5, 2.0, loss, eps_high=0.2)[1] == 0
+    assert token(1.0, 2.0, loss)[1] == token(1.0, 2.0, loss, **how)[1]
+
+
 def test_decoupled_bounds():
     """ρ = 1.25: with ε = 0.2 clipped at 1.2; DAPO's 1 + 0.28 leaves it; ρ = 1.3 is clipped at 1.28.
     Below, 0.75 is clipped at 0.8."""
@@ -394,9 +446,9 @@ def test_decoupled_bounds():
 def test_the_two_kl_terms_of_grpo():
     """π_ref/π = 2, ρ = 1, A = 3, β = ½: k3 = 2 - log 2 - 1. Plain: -3 + ½ k3, gradient -3 + ½ (1 -
     2). ρ k3: the gradient has k3 too."""
-    for ratio_kl, more in ((False, 0.0), (True, 0.5 * (1 - math.log(2)))):
+    for kl, more in (("k3", 0.0), ("k3-ratio", 0.5 * (1 - math.log(2)))):
         logp, ref_logp = t([-1.0]).requires_grad_(), t([-1.0 + math.log(2)])
-        value = grpo_loss(logp, logp.detach(), ref_logp, t([3.0]), beta=0.5, ratio_kl=ratio_kl)
+        value = grpo_loss(logp, logp.detach(), ref_logp, t([3.0]), beta=0.5, kl=kl)
         value.sum().backward()
         assert value.item() == close(-3 + 0.5 * (1 - math.log(2)))
         assert logp.grad.item() == close(-3 - 0.5 + more)

@@ -15,7 +15,7 @@ import grpo
 from analysis import optima
 from analysis.optima import Options, distances, optimum
 from data.exact import kl, star, tv
-from dpo import dpo_loss, ipo_loss
+from dpo import apo_loss, dpo_loss, ipo_loss
 from evaluate import Again
 from kto import kto_loss
 from orpo import orpo_loss
@@ -152,7 +152,7 @@ def test_kto_s_reference_point_is_that_of_mismatched_pairs():
 
 
 DPO = {"pairs": 0, "sft_weight": 0.0, "loss": "dpo", "beta": 0.5, "label_smoothing": 0.0}
-DPO |= {"ipo_sum": False}
+DPO |= {"ipo_sum": False, "length_penalty": 0.0}
 
 
 def test_the_optima_of_the_world():
@@ -180,6 +180,44 @@ def test_the_optima_of_the_world():
         assert low < kl(point, LOG_D).mean() < high, name
         assert kl(point, best).mean() > 0.03
         assert kl(point, optima.minimise(loss, random_table(1))).max() < 1e-8, name
+
+
+def test_r_dpo_s_optimum_has_shorter_answers():
+    """π ∝ π_ref exp((r - α|y|)/β): descent on its loss ends there, and its answers are shorter."""
+    loss, point = of(WORLD, LOG_D, "dpo", DPO, length_penalty=0.3)
+    torch.testing.assert_close(point, star(LOG_D, R - 0.3 * N, 0.5))
+    assert kl(point, optima.minimise(loss, LOG_D)).max() < 1e-10
+    plain = of(WORLD, LOG_D, "dpo", DPO)[1]
+    assert (point.exp() * N).sum(1).mean() < (plain.exp() * N).sum(1).mean() - 0.03
+    x, w, l = PAIRS.nonzero().unbind(1)
+    four = point[x, w], point[x, l], LOG_D[x, w], LOG_D[x, l]
+    losses = dpo_loss(*four, beta=0.5, longer=0.3 * (N[w] - N[l]))
+    assert loss(point).item() == pytest.approx((PAIRS[x, w, l] * losses).sum().item())
+
+
+def test_dpo_s_means_have_an_optimum_of_their_own():
+    loss, point = of(WORLD, LOG_D, "dpo", DPO, loss="norm", beta=1.0)
+    x, w, l = PAIRS.nonzero().unbind(1)
+    four = point[x, w] / N[w], point[x, l] / N[l], LOG_D[x, w] / N[w], LOG_D[x, l] / N[l]
+    mean = (PAIRS[x, w, l] * dpo_loss(*four, beta=1.0)).sum()
+    assert loss(point).item() == pytest.approx(mean.item())
+    best = star(LOG_D, R, 0.5)
+    assert 0.05 < kl(point, best).mean() < 0.2
+    assert kl(point, optima.minimise(loss, random_table(1))).max() < 1e-8
+
+
+def test_apo_zero_goes_to_the_boundary():
+    """Its infimum is KTO's, with ẑ = 0, of the pairs' answers: outcomes more often rejected
+    than chosen vanish."""
+    loss, limit = of(WORLD, LOG_D, "dpo", DPO, loss="apo")
+    log_p = random_table(0).log_softmax(-1)
+    x, w, l = PAIRS.nonzero().unbind(1)
+    four = log_p[x, w], log_p[x, l], LOG_D[x, w], LOG_D[x, l]
+    mean = (PAIRS[x, w, l] * apo_loss(*four, beta=0.5)).sum()
+    assert loss(log_p).item() == pytest.approx(mean.item())
+    assert ((limit == -torch.inf) == (PAIRS.sum(1) >= PAIRS.sum(2))).all()
+    free = optima.minimise(loss, LOG_D, 1000, converged=False)
+    assert 0 <= loss(free) - loss(limit) < 1e-5 and tv(free, limit).max() < 1e-3
 
 
 def test_the_options_reach_the_optima():
@@ -271,7 +309,7 @@ def mean_gradient(log_p, world, log_ref, kl, beta):
     logp = theta.log_softmax(-1).flatten(1)[:, place]
     adv = (r - (p * r).sum(1, keepdim=True))[:, :, None]
     rows = zip(logp, ref, adv)
-    how = {"beta": beta, "ratio_kl": kl == "k3-ratio"}
+    how = {"beta": beta, "kl": kl}
     losses = [grpo.grpo_loss(a, a.detach(), b, c, **how) for a, b, c in rows]
     (p[:, :, None] * mask * torch.stack(losses)).sum().backward()
     return theta.grad.abs().max().item()
@@ -324,7 +362,14 @@ def test_what_is_known_of_grpo_and_ppo_and_what_is_not(agg):
     log_p = random_table(2).log_softmax(1)
     J = ((log_p.exp() * R).sum(1) - 0.5 * kl(log_p, LOG_D)).mean()
     assert loss(log_p).item() == pytest.approx(-J.item())
-    unknown = [{"kl": "none"}, {"adv_norm": "std"}, {"agg": "seq_mean"}, {"agg": "token_mean"}]
+    torch.testing.assert_close(of(WORLD, LOG_D, "grpo", o, adv_norm="batch")[1], best)
+    unknown = [
+        {"kl": "none"},
+        {"adv_norm": "batch", "kl": "k3"},
+        {"adv_norm": "std"},
+        {"agg": "seq_mean"},
+        {"agg": "token_mean"},
+    ]
     judges = [{"reward": x} for x in ("rm", "out/exact/reward_model.pt", "mine.py:number")]
     for change in [*unknown, *judges, {"temperature": 0.5}, {"beta": 0.0}]:
         assert of(WORLD, LOG_D, "grpo", o, **change) is None

@@ -53,6 +53,15 @@ dpo --loss robust | loss=robust label_smoothing=0.1
 dpo --loss robust --label-smoothing 0.2 | loss=robust label_smoothing=0.2
 dpo --loss ipo | beta=1.0 loss=ipo
 dpo --loss ipo --beta 0.5 | beta=0.5 loss=ipo
+dpo --loss norm | beta=5.0 loss=norm
+dpo --loss apo | loss=apo
+dpo --length-penalty 0.02 | length_penalty=0.02
+dpo --task exact --loss norm | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear beta=1.0
+    loss=norm
+dpo --task exact --loss apo | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear beta=0.5
+    loss=apo
+dpo --task exact --length-penalty 0.3 | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear
+    beta=0.5 length_penalty=0.3
 dpo --pairs 2000 --epochs 4 --precompute-ref | steps=0 epochs=4 precompute_ref=True pairs=2000
 dpo --task my_pairs.jsonl --init out/my_sft/sft.pt --truncate | steps=0 truncate=True
 dpo --task my_pairs.jsonl --init out/my_sft/sft.pt --steps 7 | steps=7
@@ -137,6 +146,16 @@ grpo --ratio seq --kl none --minibatches 4 | ratio=seq eps=0.0003 eps_high=0.000
 grpo --ratio seq --eps 0.1 | ratio=seq eps=0.1 eps_high=0.1
 grpo --ratio seq --eps-high 0.1 | ratio=seq eps=0.0003 eps_high=0.1
 grpo --eps 0.1 | eps=0.1 eps_high=0.1
+grpo --clip weight --minibatches 4 --steps 137 | clip=weight eps=1.0 eps_high=4.0 minibatches=4
+    steps=137
+grpo --tis 2 | tis=2.0
+grpo --task exact --adv-norm batch --agg sum --kl reward | steps=1500 batch_size=4 lr=0.0003
+    lr_schedule=linear group=64 beta=0.5 adv_norm=batch agg=sum kl=reward
+grpo --task exact --adv-norm loo --agg sum --kl reward --clip weight --minibatches 4 | steps=1500
+    batch_size=4 lr=0.0003 lr_schedule=linear group=64 beta=0.5 adv_norm=loo agg=sum kl=reward
+    clip=weight eps=1.0 eps_high=4.0 minibatches=4
+dapo --clip weight --tis 2 | clip=weight eps=1.0 eps_high=4.0 tis=2.0
+simpo --gamma-beta-ratio 0 --sft-weight 1 | gamma_beta_ratio=0.0 sft_weight=1.0
 grpo --eps-high 0.3 | eps_high=0.3
 grpo --task exact --adv-norm loo --agg sum --kl reward | steps=1500 batch_size=4 lr=0.0003
     lr_schedule=linear group=64 beta=0.5 adv_norm=loo agg=sum kl=reward
@@ -157,7 +176,7 @@ grpo --task gsm8k_sft.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max
     --reward my_rewards.py:steps | truncate=True eval_prompts=24 max_new_tokens=96 warmup=2
     steps=10 batch_size=2 group=8 micro_batch=8 block_size=384 lr=3e-06
 dapo | steps=40 batch_size=16 lr=0.0002 save_every=20 reward=task group=8 adv_norm=std
-    agg=token_mean eps_low=0.2 eps_high=0.28 max_rounds=10 overlong=True overlong_cache=0
+    agg=token_mean eps=0.2 eps_high=0.28 max_rounds=10 overlong=True overlong_cache=0
     overlong_filter=False temperature=1.0 updates=1 minibatches=8
 dapo --task arithmetic:2 | steps=50 batch_size=32 minibatches=4
 dapo --task exact | steps=1500 batch_size=4 lr=0.0003 lr_schedule=linear group=64 overlong=False
@@ -249,7 +268,7 @@ def test_every_option_is_read_and_explained(script, capsys, monkeypatch):
 
 
 HELPS = """
-dpo | 1/nats; IPO's τ (default: 0.1) (exact: 0.5) (loss=ipo: 1.0) (exact loss=ipo: 0.3)
+dpo | 1/nats; IPO's τ (default: 0.1) (exact: 0.5) (loss=ipo: 1.0) (loss=norm: 5.0) (exact loss=ipo:
 dpo | π_ref and of comparisons (default: the start) --out
 dpo | with a file: one epoch (default: 150) (exact: 2000)
 dpo | if there is a chat template (default: on)
@@ -315,11 +334,13 @@ orpo --n-head 2 --tokenizer a.tiktoken | --init x.pt | without --init only
 rlaif --n-embd 64 --tokenizer a.tiktoken | --init x.pt | without --init only
 rlaif --skill-steps 9 | --init x.pt | without --init only
 rlaif --skill-lr 9 | --init x.pt | without --init only
-dpo --label-smoothing 0.2 | --loss ipo | with --loss dpo or robust only, not with ipo
+dpo --label-smoothing 0.2 | --loss ipo | with --loss dpo or robust or norm only, not with ipo
+dpo --length-penalty 0.3 | --loss norm | with --loss dpo only, not with norm
 dpo --loss ipo --ipo-sum | --loss dpo | with --loss ipo only, not with dpo
 dpo --loss ipo --ipo-sum | --loss robust | with --loss ipo only, not with robust
 ppo --missing-eos-penalty 1 | --reward task | with --reward rm or *.pt only, not with task
 ppo --missing-eos-penalty 1 --reward x.pt | --reward a.py:f | only, not with a.py:f
+grpo --ratio seq | --clip weight | with --clip ratio only, not with weight
 grpo --beta 1 --kl k3-ratio | --kl none | with --kl k3 or k3-ratio or reward only, not with none
 grpo --beta 1 --kl reward | --kl none | with --kl k3 or k3-ratio or reward only, not with none
 online_dpo --rounds 3 --ref-update per-round | --lora 8 | with --lora 0 only, not with 8

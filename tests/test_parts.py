@@ -108,7 +108,5 @@ def test_a_folder_that_is_broken_is_no_state(how, save):
 def test_a_file_of_other_bytes_is_one_line(save):
     file = next(save(1).glob("*.distcp"))
     file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(
-        UserError, match="cannot be read .Unpickling.*; start without --resume"
-    ):
+    with pytest.raises(UserError, match="cannot be read .Unpickling.*; start without --resume"):
         kept()

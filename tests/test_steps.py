@@ -219,6 +219,10 @@ def robust(u_w, u_l, beta=0.1, eps=0.1):
     return (-(1 - eps) * sigmoid(h).log() + eps * sigmoid(-h).log()) / (1 - 2 * eps)
 
 
+def apo(u_w, u_l, beta=0.1):
+    return 1 - sigmoid(beta * u_w) + sigmoid(beta * u_l)
+
+
 def ipo(u_w, u_l, beta=1.0):
     return (u_w - u_l - 1 / (2 * beta)) ** 2
 
@@ -236,13 +240,15 @@ def pair_figures(reward_w, reward_l, w, l):
     }
 
 
-def against_reference(models, x, y_w, y_l, loss, beta, means=False, sft_weight=0.0):
-    """A pair under DPO or IPO -> (loss, figures). means: of log-ratios over tokens"""
+def against_reference(models, x, y_w, y_l, loss, beta, means=False, sft_weight=0.0, alpha=0.0):
+    """A pair under DPO or IPO -> (loss, figures). means: of log-ratios over tokens. alpha: R-DPO's,
+    as βh + α(|y_w| - |y_l|) is β(h + α(|y_w| - |y_l|)/β)"""
     w, l = (logp_of(models.policy, x, y) for y in (y_w, y_l))
     ref_w, ref_l = (logp_of(models.ref, x, y).item() for y in (y_w, y_l))
     n_w, n_l = (len(y_w), len(y_l)) if means else (1, 1)
     u_w, u_l = (w - ref_w) / n_w, (l - ref_l) / n_l
-    value = loss(u_w, u_l, beta) - sft_weight * w / len(y_w)
+    longer = alpha * (len(y_w) - len(y_l)) / beta
+    value = loss(u_w + longer, u_l, beta) - sft_weight * w / len(y_w)
     return value, pair_figures(beta * u_w, beta * u_l, w, l)
 
 
@@ -254,6 +260,9 @@ DPO = {  # options -> the loss of u = log π/π_ref, β, and whether u is a mean
     "--loss robust": (robust, 0.1, False),
     "--loss ipo --beta 0.4": (ipo, 0.4, True),
     "--loss ipo --ipo-sum": (ipo, 1.0, False),
+    "--loss norm": (dpo, 5.0, True),
+    "--loss apo --beta 0.3": (apo, 0.3, False),
+    "--length-penalty 0.4 --beta 0.3": (dpo, 0.3, False),
     "--sft-weight 0.5": (dpo, 0.1, False),
     "--pairs 9 --precompute-ref": (dpo, 0.1, False),  # then six pairs, and three
 }
@@ -262,14 +271,14 @@ DPO = {  # options -> the loss of u = log π/π_ref, β, and whether u is a mean
 @pytest.mark.parametrize("options", DPO)
 def test_dpo(options, watch):
     loss, beta, means = DPO[options]
-    weight = 0.5 if "sft" in options else 0.0
+    weight, alpha = 0.5 if "sft" in options else 0.0, 0.4 if "length" in options else 0.0
     accuracies = []
     for line, steps, _ in watch(f"dpo {PAIRS} --reference other.pt {options}"):
         (step,) = steps
         models, found = step.models, []
         models.ref = load("other.pt")[0].double()  # not in memory if it was precomputed
         for row in step.rows:
-            found.append(against_reference(models, *row[:3], loss, beta, means, weight))
+            found.append(against_reference(models, *row[:3], loss, beta, means, weight, alpha))
         value, figures = averaged(found)
         accuracies.append(figures["rewards/accuracies"])
         agree(line, steps, [(value, figures)])
@@ -384,21 +393,35 @@ def deviation(x):
 
 def advantages(groups, norm):
     """[[score]] -> [A], one per response"""
-    found = []
+    found, spread = [], deviation([r for group in groups for r in group])
     for group in groups:
         for r in group:
             others = (sum(group) - r) / (len(group) - 1)
             A = r - (others if norm == "loo" else mean(group))
-            found.append(A / (deviation(group) + 1e-4) if norm == "std" else A)
+            std = {"std": deviation(group) + 1e-4, "batch": spread + 1e-4}
+            found.append(A / std.get(norm, 1.0))
     return found
 
 
-def clipped(steps, adv, models, temperature, weight, low, high, penalty, by_response=False):
+def clipped(
+    steps,
+    adv,
+    models,
+    temperature,
+    weight,
+    low,
+    high,
+    penalty,
+    by_response=False,
+    cispo=False,
+    tis=(),
+):
     """The clipped loss of the responses of each optimizer step -> [(loss, figures)].
 
     adv: {(x, y): A}. weight(y, S, tokens): of each token of y, among S responses with so many
     tokens. penalty(logp, ref_logp, ρ) -> of a token, added to its loss. by_response: ρ is that of
-    the response."""
+    the response. cispo: the bounded ρ is a weight of A log π. tis: {(x, y): the weight of each
+    token's loss}"""
     found = []
     for step in steps:
         minibatch = [row[:2] for row in responses(step.rows)]
@@ -415,9 +438,11 @@ def clipped(steps, adv, models, temperature, weight, low, high, penalty, by_resp
             for t, ratio in enumerate(ratios):
                 bounded = min(max(ratio.item(), 1 - low), 1 + high)
                 value = -min(ratio * A, bounded * A + 0 * ratio.detach())
+                value = -bounded * A * logp[t] if cispo else value
                 if penalty:
                     value = value + penalty(logp[t], ref[t], ratio)
                     k3 += exp(ref[t] - logp[t].item()) - (ref[t] - logp[t].item()) - 1
+                value = value * tis[x, y][t] if tis else value
                 loss = loss + weight(y, len(minibatch), n) * value
                 lower += ratio.item() < 1 - low and A < 0
                 upper += ratio.item() > 1 + high and A > 0
@@ -447,6 +472,12 @@ GRPO = {  # options -> normalisation, aggregation, temperature, ε, ε_high, KL,
     ),
     "--adv-norm loo --agg sum --kl reward --beta 0.5 --eps 0.02": (
         *("loo", "sum", 1.0, 0.02, 0.02, "reward", 0.5),
+    ),
+    "--adv-norm batch --kl none --eps 0.02 --eps-high 0.05": (
+        *("batch", "seq_mean", 1.0, 0.02, 0.05, "none", 0.0),
+    ),
+    "--clip weight --beta 0.3 --eps 0.02 --eps-high 0.03": (
+        *("std", "seq_mean", 1.0, 0.02, 0.03, "k3", 0.3),
     ),
     "--ratio seq --kl none --eps 0.01 --eps-high 0.02": (
         *("std", "seq_mean", 1.0, 0.01, 0.02, "none", 0.0),
@@ -479,7 +510,7 @@ def test_grpo(options, watch):
             return beta * k3 * (ratio if kl == "k3-ratio" else 1)
 
         how = (adv, models, temperature, WEIGHTS[agg], low, high, kl != "none" and penalty)
-        found = clipped(steps, *how, by_response="seq" in options)
+        found = clipped(steps, *how, by_response="seq" in options, cispo="weight" in options)
         groups = [rewards[i : i + 4] for i in range(0, 32, 4)]
         sampled += sum(len(y) for _, y, _ in rows)
         rest = group_figures(groups) | summary(rows) | {"sampled_tokens": sampled}
@@ -489,7 +520,7 @@ def test_grpo(options, watch):
 def test_dapo(watch):
     """ε_low ≠ ε_high, a temperature, and R_len = -((|y| - 5) / 3) above 5 of 8 tokens. Groups all
     correct or all wrong are left out, and so is what was sampled beyond 8 groups."""
-    options = "--temperature 1.3 --eps-low 0.02 --eps-high 0.05 --overlong-cache 3"
+    options = "--temperature 1.3 --eps 0.02 --eps-high 0.05 --overlong-cache 3"
     sampled = 0
     for line, steps, rollouts in watch(f"dapo {SAMPLED} --reward judge.py:odd {options}"):
         drawn = [row for rollout in rollouts for row in responses(rollout)]
@@ -516,6 +547,56 @@ def test_dapo(watch):
         assert len(rollouts) > 1 and len(mixed) > 8 and 0 < rest["overlong"] < 1
         found = clipped(steps, *how)
         agree(line, steps, [(loss, figures | rest) for loss, figures in found])
+
+
+def another_sampler(*args, sample=sample, **more):
+    """Samples of which another engine says other log-probs"""
+    rollout = sample(*args, **more)
+    return rollout | {"logp": rollout.logp + 0.1 * torch.sin(7 * rollout.logp) * rollout.mask}
+
+
+@pytest.mark.parametrize("script", ["grpo", "dapo"])
+def test_truncated_importance_sampling(script, watch, monkeypatch):
+    """Each token's loss times min(π_old/π_sampler, C). With --kl reward R has the KL of π_old."""
+    monkeypatch.setattr("test_steps.sample", another_sampler)
+    command = f"{script} {SAMPLED} --reward judge.py:odd --tis 1.04 --eps 0.02 --eps-high 0.03"
+    more = "--kl reward --beta 0.5 --reference other.pt" if script == "grpo" else "--no-overlong"
+    for line, steps, rollouts in watch(f"{command} {more}"):
+        models, rows, weights = steps[0].models, [], {}
+        for rollout in rollouts:
+            for (x, y, _), logp, mask in zip(responses(rollout), rollout.logp, rollout.mask):
+                rows.append((x, y))
+                old = tokens(models.policy, x, y)[0]
+                weights[x, y] = (old - logp[mask]).exp().clamp(max=1.04).tolist()
+        groups = [rows[i : i + 4] for i in range(0, len(rows), 4)]
+        if script == "dapo":
+            groups = [group for group in groups if len({odd(y) for _, y in group}) == 2][:8]
+        rows = [row for group in groups for row in group]
+        scores = [odd(y) for _, y in rows]
+        if script == "grpo":
+            for i, (x, y) in enumerate(rows):
+                old, ref = (tokens(m, x, y)[0].sum().item() for m in (models.policy, models.ref))
+                scores[i] -= 0.5 * (old - ref)
+        adv = advantages([scores[i : i + 4] for i in range(0, 32, 4)], "std")
+        adv = dict(zip(rows, adv))
+        how = WEIGHTS["seq_mean" if script == "grpo" else "token_mean"], 0.02, 0.03
+        found = clipped(steps, adv, models, 1.0, *how, penalty=None, tis=weights)
+        for step, (loss, _) in zip(steps, found, strict=True):
+            gradient = torch.autograd.grad(loss, step.own)
+            assert distance(gradient, step.gradient) < 1e-6 * distance(
+                gradient, [0] * len(gradient)
+            )
+        used = [w for step in steps for x, y, _ in responses(step.rows) for w in weights[x, y]]
+        assert max(used) == 1.04 and min(used) < 0.96
+        assert line["loss"] == pytest.approx(mean([loss.item() for loss, _ in found]))
+        per_step = [[w for x, y, _ in responses(s.rows) for w in weights[x, y]] for s in steps]
+        assert line["tis_weight"] == pytest.approx(mean(list(map(mean, per_step))))
+
+
+def test_the_sampler_is_the_policy_to_rounding(watch):
+    """float64, on-policy: the weights are 1, as they are to 1e-5 in float32."""
+    for line, _, _ in watch(f"grpo {SAMPLED} --reward judge.py:odd --tis 2 --kl none"):
+        assert line["tis_weight"] == pytest.approx(1, abs=1e-6)
 
 
 def test_a_fifth_of_the_length_is_shaped_by_default(watch):

@@ -14,7 +14,7 @@ import gpt
 from data import UserError
 from hf import peft
 from training import distributed, lora
-from training.placement import full, values
+from training.placement import adapters, attach, full, like, values
 
 
 def holds(path):
@@ -96,7 +96,7 @@ class Adapters:
 
     def start(self, model):
         """Gives a model's new adapters the values of these; one that is not here starts at 0."""
-        for layer, adapter in lora.adapters(model).items():
+        for layer, adapter in adapters(model).items():
             if f"{layer}.A" in self.tensors:
                 for name in "AB":
                     p, x = getattr(adapter, name), self.tensors[f"{layer}.{name}"]
@@ -107,7 +107,7 @@ def write(run, policy, path, meta):
     """Writes the checkpoint of a policy with adapters, which stay as they are. One tensor after the
     other is merged, in the precision of the file that the run started from."""
     o, given = run.o, getattr(policy, "given", None)
-    layers = lora.adapters(policy)
+    layers = adapters(policy)
     own = {f"{layer}.{x}": getattr(layers[layer], x) for layer in layers for x in "AB"}
     tensors = {name: full(p.detach()).cpu() for name, p in own.items()}
     facts = {"rank": o.lora, "alpha": o.lora_alpha, "start": given.base if given else run.start}
@@ -116,7 +116,7 @@ def write(run, policy, path, meta):
             file = {"nanopo": "adapters", "config": asdict(policy.config), "model": tensors}
             gpt.write(file | {"meta": meta | {"lora": facts}}, path)
         return
-    plain, trunk = lora.like(policy, adapted=False), getattr(policy, "trunk", policy)
+    plain, trunk = like(policy, adapted=False), getattr(policy, "trunk", policy)
     for name, read in values(policy).items():
         if name in own:
             continue
@@ -126,6 +126,6 @@ def write(run, policy, path, meta):
             x = lora.merged_weight(x, A, B, layers[layer].scale)
         if distributed.is_first:
             dtype = trunk.dtypes.get(name.removeprefix("trunk."), x.dtype)
-            lora.put(plain, name, torch.nn.Parameter(x.to("cpu", dtype)))
+            attach(plain, name, torch.nn.Parameter(x.to("cpu", dtype)))
     if distributed.is_first:
         gpt.save(plain, path, **meta, lora=facts | {"tensors": tensors})

@@ -8,8 +8,8 @@ import torch
 import data
 import gpt
 from data import UserError
-from training import checkpoint, distributed, lora, sampling
-from training.placement import Whole, full, linear
+from training import checkpoint, distributed, sampling
+from training.placement import Whole, adapters, attach, full, like, linear
 
 
 class Compute:
@@ -38,6 +38,8 @@ class Compute:
         """-> the model; with --lora it is frozen, and has adapters that are trained"""
         o = self.o
         if o.lora:
+            from training import lora
+
             lora.adapt(model, o.lora, o.lora_alpha, o.seed)
             if hasattr(model, "given"):
                 model.given.start(model)
@@ -66,12 +68,12 @@ class Compute:
     def _copy(self, model, take):
         """-> a frozen copy with the weights take(p); those that `take` leaves as they are, and no
         cast changes, are shared"""
-        copy, low = lora.like(model), linear(model) if self.low else ()
+        copy, low = like(model), linear(model) if self.low else ()
         for name, p in model.named_parameters():
             x = take(p)
             x = x.to(self.low) if name in low else x
             x = x if x is p else torch.nn.Parameter(x, requires_grad=False)
-            lora.put(copy, name, x)
+            attach(copy, name, x)
         return copy.eval()
 
     def gathered(self, model):
@@ -84,7 +86,11 @@ class Compute:
         again at every token: the embedding stays in float32, linear layers and head are cast."""
         if not self.low:
             model = self.gathered(model)
-            return model if self.pure else lora.merged(model)
+            if self.pure or not adapters(model):
+                return model
+            from training import lora
+
+            return lora.merged(model)
         model = self._copy(model, full)
         head = gpt.Linear(*reversed(model.head.shape), bias=False, device="meta")
         head.weight = torch.nn.Parameter(model.head.to(self.dtype), requires_grad=False)
@@ -97,7 +103,11 @@ class Compute:
         started from are part of π_ref."""
         if self.o.reference:
             return self.freeze(self.place(self.other_reference(), frozen=True))
-        return self.freeze(policy if hasattr(policy, "given") else lora.base(policy))
+        if self.o.lora and not hasattr(policy, "given"):
+            from training import lora
+
+            policy = lora.base(policy)
+        return self.freeze(policy)
 
     def other_reference(self):
         """-> the model that --reference names. Raises UserError if it does not fit the policy"""

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt import GPT, Linear, ScalarGPT
+from gpt import Linear
+from training.placement import adapters, attach, like
 
 
 class LoRA(Linear):
@@ -28,6 +29,10 @@ class LoRA(Linear):
 
     __call__ = forward
 
+    def over(self, linear):
+        """-> the same adapter of another layer, on "meta" and without numbers"""
+        return LoRA(linear, self.A.to("meta"), self.scale)
+
     def merged(self):
         """-> W + α/r B A, at least in float32"""
         return merged_weight(self.weight, self.A, self.B, self.scale)
@@ -42,11 +47,6 @@ class LoRA(Linear):
 def merged_weight(W, A, B, scale):
     """-> W + scale B A, in the wider precision of W and B"""
     return W.to(torch.promote_types(W.dtype, B.dtype)) + scale * B @ A
-
-
-def adapters(model):
-    """-> {name: LoRA}"""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
 
 
 def adapt(model, rank, alpha, seed):
@@ -64,7 +64,7 @@ def adapt(model, rank, alpha, seed):
             A = torch.empty(rank, module.in_features, dtype=wide)
             A.uniform_(-bound, bound, generator=generator)
             A = A if module.weight.is_meta else A.to(module.weight.device)
-            put(model, name, LoRA(module, A, alpha / rank))
+            attach(model, name, LoRA(module, A, alpha / rank))
 
 
 def base(model):
@@ -75,7 +75,7 @@ def base(model):
     bare = like(model, adapted=False)
     for name, p in model.named_parameters():
         if not name.endswith((".A", ".B")):
-            put(bare, name, p)
+            attach(bare, name, p)
     return bare
 
 
@@ -83,21 +83,5 @@ def merged(model):
     """-> the same model with its adapters merged into new weights of their layers"""
     plain = base(model)
     for name, adapter in adapters(model).items():
-        put(plain, name, adapter.plain(nn.Parameter(adapter.merged(), requires_grad=False)))
+        attach(plain, name, adapter.plain(nn.Parameter(adapter.merged(), requires_grad=False)))
     return plain
-
-
-def like(model, adapted=True):
-    """-> a model of the same shapes on "meta", without numbers. adapted: with its adapters"""
-    with torch.device("meta"):
-        new = (ScalarGPT if isinstance(model, ScalarGPT) else GPT)(model.config)
-    for name, adapter in adapters(model).items() if adapted else ():
-        put(new, name, LoRA(new.get_submodule(name), adapter.A.to("meta"), adapter.scale))
-    new.checkpoint_activations = model.checkpoint_activations
-    return new
-
-
-def put(model, name, x):
-    """Puts a module or a parameter in its place."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, x)

@@ -7,7 +7,8 @@ from functools import partial
 
 import torch
 
-from training import distributed, lora
+from gpt import GPT, ScalarGPT
+from training import distributed
 
 
 class Whole:
@@ -26,7 +27,7 @@ class Whole:
         for name, p in model.named_parameters():
             dtype = low if low and name in cast else self.dtype
             x = found.pop(name)().to(self.device, dtype)
-            lora.put(model, name, torch.nn.Parameter(x, p.requires_grad))
+            attach(model, name, torch.nn.Parameter(x, p.requires_grad))
         return model
 
     def complete(self, model, source):
@@ -82,6 +83,27 @@ def is_part(x):
 def local(x):
     """-> what this process holds of a tensor"""
     return x.to_local() if is_part(x) else x
+
+
+def like(model, adapted=True):
+    """-> a model of the same shapes on "meta", without numbers. adapted: with its adapters"""
+    with torch.device("meta"):
+        new = (ScalarGPT if isinstance(model, ScalarGPT) else GPT)(model.config)
+    for name, adapter in adapters(model).items() if adapted else ():
+        attach(new, name, adapter.over(new.get_submodule(name)))
+    new.checkpoint_activations = model.checkpoint_activations
+    return new
+
+
+def adapters(model):
+    """-> {name: LoRA (lora.py)}"""
+    return {name: m for name, m in model.named_modules() if hasattr(m, "over")}
+
+
+def attach(model, name, x):
+    """Puts a module or a parameter in its place."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, x)
 
 
 def full(x):

@@ -13,8 +13,8 @@ import torch
 
 from data import UserError
 from gpt import ScalarGPT
-from training import distributed, lora
-from training.placement import Whole, full, put, values
+from training import distributed
+from training.placement import Whole, attach, full, like, put, values
 
 
 class Parts(Whole):
@@ -50,11 +50,11 @@ class Parts(Whole):
         """Does nothing: the backward pass has summed them."""
 
     def model_to_save(self, model):
-        plain = lora.like(model)
+        plain = like(model)
         for name, x in model.named_parameters():
             x = full(x.detach())
             if distributed.is_first:
-                lora.put(plain, name, torch.nn.Parameter(x.cpu()))
+                attach(plain, name, torch.nn.Parameter(x.cpu()))
         return plain
 
     def state_to_save(self, state, path):
