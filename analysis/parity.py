@@ -87,6 +87,8 @@ DEPARTURES = {  # -> (what TRL does, what the script does, whose side the paper 
 FIGURES = """
 DPO loss_type=ipo | rewards/chosen rewards/rejected rewards/margins rewards/accuracies
     | β times the log-ratio, summed over tokens | β times its mean over tokens, which the loss has
+DPO loss_type=sigmoid_norm | rewards/chosen rewards/rejected rewards/margins rewards/accuracies
+    | β times the log-ratio, summed over tokens | β times its mean over tokens, which the loss has
 CPO | logps/chosen logps/rejected | means over tokens | sums over tokens
 ORPO | logps/chosen logps/rejected | means over tokens | sums over tokens
 Reward center_rewards_coefficient=0.1 | grad_norm | its head has no bias | the bias is counted
@@ -119,6 +121,8 @@ cDPO of two losses | dpo --label-smoothing 0.1
     | DPO loss_type=sigmoid,robust loss_weights=1.8,-0.8 label_smoothing=0.1
 robust DPO | dpo --loss robust --label-smoothing 0.2 | DPO loss_type=robust label_smoothing=0.2
 IPO | dpo --loss ipo --beta 0.5 | DPO loss_type=ipo beta=0.5
+DPO, length-normalised | dpo --loss norm --beta 5 | DPO loss_type=sigmoid_norm beta=5.0
+APO-zero | dpo --loss apo --beta 0.3 | DPO loss_type=apo_zero beta=0.3
 DPO + NLL | dpo --sft-weight 0.2 | DPO loss_type=sigmoid,sft loss_weights=1.0,0.2 | NLL of a batch
 DPO + NLL, a pair at a time | dpo --sft-weight 0.2
     | DPO batch=1 accumulation=12 loss_type=sigmoid,sft loss_weights=1.0,0.2
@@ -155,6 +159,13 @@ GRPO, minibatches | grpo --kl none --minibatches 4
 GRPO, prompts of many lengths | grpo --kl none | GRPO loss_type=grpo | left padding | ragged
 Dr. GRPO | grpo --kl none --adv-norm none --agg const --updates 2
     | GRPO loss_type=dr_grpo scale_rewards=none updates=2
+GRPO, std of the batch | grpo --kl none --adv-norm batch
+    | GRPO loss_type=grpo scale_rewards=batch
+CISPO | grpo --kl none --agg token_mean --clip weight --eps-high 0.02 --updates 2
+    | GRPO loss_type=cispo epsilon_high=1.02 updates=2
+truncated importance sampling | grpo --kl none --tis 1.05
+    | GRPO loss_type=grpo vllm_importance_sampling_mode=token_truncate
+    vllm_importance_sampling_clip_max=1.05 | | sampler
 token mean | grpo --kl none --agg token_mean --updates 2 | GRPO loss_type=bnpo updates=2
 token mean, micro-batches | grpo --kl none --agg token_mean --micro-batch 16
     | GRPO loss_type=bnpo batch=16 accumulation=2 | mean of means
@@ -183,8 +194,8 @@ PPO | ppo --updates 2 --minibatches 2 --beta 0.1 --lam 0.9 --gamma 0.8 --vf-coef
 
 class Comparison(NamedTuple):
     """A row of the table. needs is a list of words: for margin, twins and ragged see sides.rows;
-    with backwards TRL reads the rows from the last to the first; with gradient the values of the
-    losses are not compared."""
+    with backwards TRL reads the rows from the last to the first; with sampler the tokens come with
+    log-probs that are not the policy's; with gradient the values of the losses are not compared."""
 
     name: str
     ours: str
@@ -220,7 +231,7 @@ def compare(row, folder):
     relative to their norm; {figure: the difference of what both sides have logged, relative to
     TRL's value if that is above 1})"""
     data = sides.rows(row.ours.split()[0], row.needs)
-    ours, rollout = sides.ours(row.ours, data, folder)
+    ours, rollout = sides.ours(row.ours, data, folder, "sampler" in row.needs)
     data = data[::-1] if "backwards" in row.needs else data
     theirs = sides.theirs(row.theirs, data, folder, len(ours), rollout)
     assert len(theirs) == len(ours) > 0, f"{row.name}: {len(theirs)} and {len(ours)} steps"

@@ -114,6 +114,30 @@ def test_kl_in_the_reward_is_the_gradient_of_j(drawn):
     assert cosine(found, -gradient(expected, policy)) < 0.99  # the penalty is not small
 
 
+@pytest.mark.parametrize("options, exact", [("--tis 1e9", True), ("--tis 0.9", False), ("", False)])
+@pytest.mark.parametrize("script", [grpo, dapo])
+def test_tis_makes_the_samples_of_another_sampler_those_of_the_policy(script, options, exact):
+    """One token, all outcomes, each as often as drawn at temperature 1.3. The mean gradient of the
+    loss of the policy, which is read at 1, is that of J if no weight is cut."""
+    world, policy, ref = data.task("exact:1"), small(0).double(), small(1).double()
+    rows, _ = data.encode(world.rows, data.tokenizer(own=world.tokenizer), 8)
+    batch = data.pad(rows)
+    log_p, log_ref = (response_logprobs(model, batch).view(4, 4) for model in (policy, ref))
+    sampler = (log_p.detach() / 1.3).log_softmax(1)
+    r, mask = torch.from_numpy(world.r), batch.mask
+    rollout = Rollout(ids=batch.ids, mask=mask, logp=mask * sampler.view(-1, 1))
+    rollout.old_logp, rollout.ref_logp = (mask * x.detach().view(-1, 1) for x in (log_p, log_ref))
+    penalty = 0.5 if script is grpo else 0.0
+    words = "--adv-norm none " + ("--kl reward --beta 0.5 " if penalty else "--no-overlong ")
+    o = parse(script.Options, (words + options).split(), script.PRESETS)
+    rollout.adv = script.score_rollout(r, rollout, o)
+    losses, _ = script.compute_loss(policy, rollout, o)
+    found = gradient((sampler.exp().view(-1, 1) * losses * mask).sum() / 4, policy)
+    J = (log_p.exp() * (r - penalty * (log_p - log_ref))).sum(1).mean()
+    far = (found + gradient(J, policy)).norm() / gradient(J, policy).norm()
+    assert far < 1e-9 if exact else far > 0.05
+
+
 @pytest.mark.parametrize("lam, low, high", [(1.0, 0.99, 1.0), (0.0, -1.0, 0.9)])
 def test_a_wrong_critic_does_not_bias_ppo_at_lambda_1(lam, low, high, drawn):
     """The mean gradient of 160 rollouts of 128, each whitened by itself, against that of

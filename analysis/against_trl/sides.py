@@ -112,8 +112,9 @@ def verdict(completion):
 # ---- our side
 
 
-def ours(command, data, folder):
-    """Runs a script on the rows. -> its Steps, and the Rollout that it was trained on, or None"""
+def ours(command, data, folder, other_sampler=False):
+    """Runs a script on the rows. -> its Steps, and the Rollout that it was trained on, or None.
+    other_sampler: the Rollout's log-probs are not the policy's"""
     name, *argv = command.split()
     script, steps, drawn = importlib.import_module(name), Steps(), []
     adamw, sample = Run.adamw, sampling.sample
@@ -124,8 +125,11 @@ def ours(command, data, folder):
         return optimizer
 
     def kept(*args, **how):
-        drawn.append(sample(*args, **how))
-        return drawn[-1]
+        rollout = sample(*args, **how)
+        if other_sampler:
+            rollout |= {"logp": rollout.logp + 0.1 * torch.sin(7 * rollout.logp) * rollout.mask}
+        drawn.append(rollout)
+        return rollout
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
@@ -259,14 +263,15 @@ def scalar(policy, words, folder):
 
 def hand_over(kind, trainer, rollout, reference):
     """Where the trainer would sample, it takes the script's responses, a prompt's in the order in
-    which the script has drawn them. GRPO and RLOO make a reference of their own: it gets the
-    weights of ours."""
-    responses = {}
-    for ids, mask in zip(rollout.ids, rollout.mask):
+    which the script has drawn them, and GRPO their log-probs, as if they came from vLLM. GRPO and
+    RLOO make a reference of their own: it gets the weights of ours."""
+    responses, logps = {}, {}
+    for ids, mask, logp in zip(rollout.ids, rollout.mask, rollout.logp):
         prompt = tuple(ids[: mask.int().argmax()].tolist())
         responses.setdefault(prompt, []).append(ids[mask].tolist())
+        logps.setdefault(prompt, []).append(logp[mask].tolist())
 
-    def taken(prompts):
+    def taken(prompts, responses=responses):
         left = {prompt: iter(found) for prompt, found in responses.items()}
         return [next(left[tuple(prompt)]) for prompt in prompts]
 
@@ -284,6 +289,7 @@ def hand_over(kind, trainer, rollout, reference):
     elif kind == "RLOO":
         trainer._generate_single_turn = lambda prompts, *_: taken(prompts)
     else:
-        trainer._generate_single_turn = lambda prompts, *_: (taken(prompts), None)
+        trainer._generate_single_turn = lambda prompts, *_: (taken(prompts), taken(prompts, logps))
+        trainer.use_vllm = "truncate" in trainer.args.vllm_importance_sampling_mode
     if kind != "OnlineDPO" and trainer.beta:
         trainer.ref_model.load_state_dict(reference.state_dict())
