@@ -102,8 +102,9 @@ def reference_point(policy, ref, rows, run):
 
 def check(rows, batches, o):
     """Refuses rows of a single prompt, which have no ẑ. Warns of batches of one prompt, whose ẑ is
-    0, and if λ_D n_D / (λ_U n_U) leaves [1, 4/3]. rows: the fixed set, or a sample of fresh rows,
-    whose ratio may miss the range by three standard errors."""
+    0, and if λ_D n_D / (λ_U n_U) leaves [1, 4/3], the range of the paper's first version and of TRL
+    (of its current text: [1, 3/2]). rows: the fixed set, or a sample of fresh rows, whose ratio may
+    miss the range by three standard errors."""
     fixed, n, n_D = batches.rows, len(rows), sum(row[2] for row in rows)
     if fixed and all(x == rows[0][0] for x, *_ in rows):
         needs = "but ẑ needs answers to another; add rows, or raise --pairs"
@@ -122,7 +123,7 @@ def check(rows, batches, o):
     if not 1 - slack <= ratio <= 4 / 3 + slack:
         counts = f"{n_D} desirable and {n - n_D} undesirable examples"
         counts += "" if fixed else " of a sample"
-        words = f"make λ_D n_D / (λ_U n_U) = {ratio:.3g}, outside [1, 4/3]"
+        words = f"make λ_D n_D / (λ_U n_U) = {ratio:.3g}, outside [1, 4/3] (paper, v1)"
         remedy = f"--w-desirable {1.15 * o.w_desirable / ratio:.2g} would balance it"
         data.say(f"warning: {counts} {words}; {remedy}")
 

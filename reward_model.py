@@ -50,7 +50,7 @@ def bradley_terry_loss(reward_w, reward_l, margin=0.0, p=1.0):
 
 @dataclass
 class Options(PairOptions):
-    center_rewards: float = opt(0.0, "η: weight of (r_w + r_l)² in the loss (TRL: 0.01)", low=0)
+    center_rewards: float = opt(0.0, "η: weight of (r_w + r_l)² in the loss (paper: 0.01)", low=0)
     max_new_tokens: int = opt(0, "unused: a reward model samples nothing", high=0)
     reference: str = opt("", "unused: a reward model has no reference", choices=("",))
     loss_every: int = opt(0, "unused: --eval-every samples nothing", high=0)
