@@ -10,8 +10,6 @@ import torch
 
 from training import distributed, memory
 
-SHOWN = """loss reward rewards/margins rewards/accuracies accuracy margin nll_loss kl entropy
-explained_variance frac_reward_zero_std kept_fraction lr""".split()  # beside the progress bar
 SHOWN_EVALUATED = "loss reward score kl kl_star held_out_loss accuracy rms nll".split()
 
 
@@ -212,12 +210,6 @@ def means(sums, logged_in):
     read = torch.stack([x.float() for x in tensors.values()]).tolist() if tensors else []
     numbers = sums | dict(zip(tensors, read))
     return {name: float(x) / len(logged_in[name]) for name, x in numbers.items()}
-
-
-def bar_text(line):
-    """-> the figures of a step that stand beside the progress bar"""
-    shown = {name.split("/")[-1]: line[name] for name in SHOWN if name in line}
-    return ", ".join(f"{name} {x:.3g}" for name, x in shown.items())
 
 
 def evaluated_text(figures):

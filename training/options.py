@@ -40,6 +40,8 @@ def opt(default, help, **rules):
 class Options:
     """The options of every training script."""
 
+    shown = "loss accuracy margin grad_norm lr"  # figures beside the progress bar, the first three
+
     task: str = opt("reviews", "reviews, arithmetic:N, exact, tokens:P+C, or a .jsonl", file=True)
     init: str = opt("", "checkpoint to start from (default: out/<task>/sft.pt)", file=True)
     reference: str = opt(
@@ -150,6 +152,8 @@ class ScratchOptions(Options):
 class PairOptions(Options):
     """The options of a script that learns from labelled answers."""
 
+    shown = "loss rewards/accuracies rewards/margins kl"
+
     pairs: int = opt(0, "size of a fixed set (0: fresh rows every step; with a file: all)", low=0)
 
     def endless(self):
@@ -159,6 +163,8 @@ class PairOptions(Options):
 @dataclass
 class JudgedOptions(Options):
     """The options of a script that samples responses and has them judged."""
+
+    shown = "reward kl kept_fraction explained_variance entropy loss"
 
     reward: str = opt("task", "the judge: task, rm, the X.pt of a reward model, FILE.py:function")
     loss_every: int = opt(0, "unused: there is no held-out loss", high=0)

@@ -2,21 +2,20 @@
 
 import contextlib
 import os
-import sys
 import time
 from dataclasses import fields
 from functools import partial
 
 import torch
 from torch.nn.functional import pad
-from tqdm import tqdm
 
 import data
 import gpt
 from data import UserError, say
 from training import checkpoint, distributed, memory
+from training.bar import Bar
 from training.device import Compute, choose_placement
-from training.figures import Figures, bar_text, evaluated_text, means
+from training.figures import Figures, evaluated_text, means
 from training.files import Files, logger
 from training.optimizer import Scaler, adamw, learning_rate, step_if
 from training.placement import full
@@ -198,9 +197,7 @@ class Run(Compute):
         if not (o.resume and self.state.resume()):
             self.state.begin()
         measured = min(self.first_step + 1, o.steps - 1)  # the first step makes AdamW's moments
-        quiet = not (sys.stderr.isatty() and distributed.is_first)
-        bar = tqdm(total=o.steps, initial=self.first_step, desc=self.method, disable=quiet)
-        with bar, interrupts.patient() as interrupted:
+        with Bar(self) as bar, interrupts.patient() as interrupted:
             for step in range(self.first_step, o.steps):
                 self.step, done = step, step + 1
                 self.state.begin_step()
@@ -232,11 +229,8 @@ class Run(Compute):
         figures.line = done, figures.sums, figures.logged_in, facts
         if done % o.log_every == 0 or done == o.steps:
             self.files.record(line := self.line(*figures.line))
-            bar.set_postfix_str(text := bar_text(line))
-            crossed_a_tenth = done * 10 // o.steps > (done - o.log_every) * 10 // o.steps
-            if bar.disable and not o.eval_every and (crossed_a_tenth or done == o.steps):
-                say(f"{self.method} step {done}/{o.steps}: {text}")
-        bar.update()
+            bar.show(line, figures.tokens - figures.tokens_before)
+        bar.step()
 
     def line(self, done, sums, logged_in, facts):  # made only if it is recorded: the device waits
         return {"step": done} | means(sums, logged_in) | self.scaler.figures() | facts
