@@ -4,7 +4,7 @@
     R_i   = r_i, with --kl reward r_i - β Σ_t log(π_old/π_ref)
     ρ_it  = π_θ(y_it | x, y_i<t) / π_old(y_it | x, y_i<t)
     k3_it = π_ref/π_θ - log(π_ref/π_θ) - 1         of the same token
-    L(θ)  = 1/S Σ_i 1/|y_i| Σ_t [- min(ρ_it A_i, clip(ρ_it, 1-ε, 1+ε) A_i) + β k3_it]
+    L(θ) = 1/S Σ_i 1/|y_i| Σ_t [- min(ρ_it A_i, clip(ρ_it, 1-ε, 1+ε) A_i) + β k3_it]
 
     Dr. GRPO  R - mean R; 1/S Σ_i 1/L_max Σ_t; no KL     --adv-norm none --agg const --kl none
     RLOO      R - mean of the other R; 1/S Σ_i Σ_t       --adv-norm loo --agg sum --kl reward

@@ -11,6 +11,7 @@ from house import METHODS
 
 from data import UserError
 from training import distributed, parse
+from training.help import GROUPS
 from training.options import flag
 
 COMMON = """init= reference= out= name= eval_file= steps=300 epochs=0 batch_size=32 micro_batch=0
@@ -257,32 +258,67 @@ def test_every_option_is_read_and_explained(script, capsys, monkeypatch):
     module = import_module(script)
     files = [ROOT / f"{script}.py", ROOT / "evaluate.py", *(ROOT / "training").glob("*.py")]
     source = "".join(path.read_text() for path in [*files, *(ROOT / "data").glob("*.py")])
-    monkeypatch.setenv("COLUMNS", "1000")
-    assert main(script, "--help") == 0
+    assert main(script, "--help-all") == 0
     said = capsys.readouterr().out
-    assert module.__doc__.strip() in said and "%(" not in said and "%%" not in said
+    assert module.__doc__.strip() in said
     text = " ".join(said.split())
     for f in fields(module.Options):
         assert re.search(rf"\bo\.{f.name}\b", source), f"{flag(f.name)} is never read"
-        assert re.search(rf" {flag(f.name)}[ ,]", text) and f.metadata["help"] in text
+        assert re.search(rf" --(no-)?{flag(f.name)[2:]} ", text) and f.metadata["help"] in text
+
+
+@pytest.mark.parametrize("script", [*METHODS, "evaluate", "export", "compare"])
+def test_the_help_fits_a_screen_of_80_columns(script, capsys):
+    """It has the title, the equations and the method's own options; of a switch, the form that
+    changes the default."""
+    module = import_module(script)
+    assert main(script, "--help") == 0
+    said = capsys.readouterr().out
+    wide = [line for line in said.splitlines() if len(line) > 80]
+    assert not wide and len(said.splitlines()) <= 90
+    assert module.__doc__.split()[0] in said and "--help-all" in said
+    squeezed, equations = "".join(said.split()), module.__doc__.split("\n\n    paper")[0]
+    for line in equations.splitlines() if script in METHODS else ():
+        assert "".join(line.split()) in squeezed
+    shared = " ".join(GROUPS.values()).split() if script in METHODS else ()
+    for name in module.Options.__annotations__.keys() - set(shared):
+        assert re.search(rf"^  (--(no-)?)?{flag(name)[2:].replace('-', '[-_]')}\b", said, re.M), (
+            name
+        )
+    if script == "dapo":
+        assert "  --no-overlong " in said and "  --overlong-filter " in said
+
+
+@pytest.mark.parametrize(
+    "argv, near",
+    [("--bata 1", "--beta"), ("--learning-rate 1e-4", "--lr"), ("--num_epochs=3", "--epochs"),
+     ("--per-device-batch-size 4", "--batch-size"), ("--output-dir x", "--out"),
+     ("--max-length 8", "--block-size"), ("--model x", "--init"), ("--no-chatt", "--no-chat")],
+)  # fmt: skip
+def test_an_unknown_option_names_the_nearest(argv, near):
+    said = refused("dpo", *argv.split())
+    assert said.endswith(
+        f"unrecognized arguments: {argv}; did you mean {near}? (--help lists the options)"
+    )
+    assert "did you mean" not in refused("dpo", "--zzzzzz", "3")
 
 
 HELPS = """
-dpo | 1/nats; IPO's τ (default: 0.1) (exact: 0.5) (loss=ipo: 1.0) (loss=norm: 5.0) (exact loss=ipo:
-dpo | π_ref and of comparisons (default: the start) --out
-dpo | with a file: one epoch (default: 150) (exact: 2000)
-dpo | if there is a chat template (default: on)
+dpo | 1/nats; IPO's τ (default: 0.1; exact: 0.5; loss=ipo: 1.0; loss=norm: 5.0; exact loss=ipo: 0.3
+dpo | π_ref and of comparisons (default: the start) --
+dpo | with a file: one epoch (default: 150; exact: 2000)
+dpo | --no-chat turns off: read a plain prompt as a user message, if there is a chat template
+dapo | --no-overlong turns off: add R_len to the reward (exact: off)
 dpo | α: adapters are scaled by α/r (default: that of --lora)
-dpo | for the chat template, such as enable_thinking=false --truncate
-compare | blocks of the model (default: the task's) --n-head
+dpo | --template-args S ... for the chat template, such as enable_thinking=false
+compare | blocks of the model (default: the task's) --
 """
 HELPS = [row.split(" | ") for row in HELPS.strip().splitlines()]
 
 
 @pytest.mark.parametrize("script, words", HELPS)
-def test_the_help_names_defaults_and_those_of_variants(script, words, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
-    assert main(script, "--help") == 0
+def test_the_help_names_defaults_and_those_of_variants(script, words, capsys):
+    assert main(script, "--help-all") == 0
     assert words in " ".join(capsys.readouterr().out.split())
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 
 import data
 from data import UserError
+from training.flags import flag
 
 SAVED = "whole", "adapters"
 DTYPES = ("auto", "float32", "float64", "float16", "bfloat16", "bfloat16-pure")
@@ -201,10 +202,6 @@ class RolloutOptions(JudgedOptions):
         return n // parts, f"{words} / --minibatches {parts} = {n // parts} responses"
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
 def parse(cls, argv=None, presets=None):
     """The command line -> an instance of `cls`, with `given`: the names that stood on it.
 
@@ -212,29 +209,33 @@ def parse(cls, argv=None, presets=None):
     One applies if all its words hold: the kind of the task, or an option's value. Later ones win
     over earlier ones, and the command line wins over all.
     """
-    presets = presets or {}
-    parser = _Parser(
-        prog=os.path.basename(sys.modules[cls.__module__].__file__),
-        description=sys.modules[cls.__module__].__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    presets, argv = presets or {}, sys.argv[1:] if argv is None else argv
+    if wanted := {"-h", "--help", "--help-all"} & {*argv}:
+        from training import help
+
+        help.show(cls, presets, "--help-all" in wanted)
+        sys.exit()
+    parser = _Parser(add_help=False, allow_abbrev=False)
     for f in fields(cls):
-        how = {"help": _help(f, presets), "default": argparse.SUPPRESS}
+        how = {"default": argparse.SUPPRESS}
         text = str if f.metadata.get("text") else os.path.expanduser
         if f.default is ...:
-            parser.add_argument(f.name, help=f.metadata["help"], type=text)
+            parser.add_argument(f.name, type=text)
         elif f.type is bool:
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **how)
         elif f.type is tuple:
-            how |= {"nargs": "+", "action": "extend", "metavar": "S"}
+            how |= {"nargs": "+", "action": "extend"}
             parser.add_argument(flag(f.name), type=text, **how)
         else:
             read = _number(f) if f.type in (int, float) else text
             choices = f.metadata.get("choices")
-            metavar = None if choices else f.type.__name__[0].upper()
-            parser.add_argument(flag(f.name), type=read, choices=choices, metavar=metavar, **how)
-    given = vars(parser.parse_args(argv))
+            parser.add_argument(flag(f.name), type=read, choices=choices, **how)
+    given, others = parser.parse_known_args(argv)
+    if others:
+        from training import help
+
+        raise UserError(help.unknown(others, cls))
+    given = vars(given)
     for name in [name for name, x in given.items() if x == ""]:
         raise UserError(f"{flag(name)} is empty; give a value, or leave it out")
 
@@ -279,20 +280,6 @@ def _refuse_unread(o):
         elif not patterns:
             place = f"without {flag(name)} only"
         raise UserError(f"{flag(f.name)} is read {place}; leave one of the two out")
-
-
-def _help(f, presets):
-    """-> the help text of an option, with its default, and those of some tasks or variants"""
-    text = f.metadata["help"]
-    default = presets.get("any", {}).get(f.name, f.default)
-    if default not in ("", (), None) and "default" not in text:
-        text += f" (default: {('off', 'on')[default] if f.type is bool else default})"
-    if "like" in f.metadata:
-        text += f" (default: that of {flag(f.metadata['like'])})"
-    for words, preset in presets.items():
-        if words != "any" and f.name in preset:
-            text += f" ({words}: {preset[f.name]})"
-    return text.replace("%", "%%")
 
 
 class _Parser(argparse.ArgumentParser):
