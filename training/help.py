@@ -42,7 +42,8 @@ def show(cls, presets, full):
     print(text if full else head(text))
     known, short = {f.name: f for f in fields(cls)}, hasattr(cls, "shown")  # of a training script
     own = [name for name in known if not any(name in words.split() for words in GROUPS.values())]
-    for title, words in ({"of the method": " ".join(own)} | GROUPS).items():
+    mine = "the method's own" if short else "its own"
+    for title, words in ({mine: " ".join(own)} | GROUPS).items():
         if full or not short:
             words = words.replace(" | ", " ")
         names = [name for name in words.partition(" | ")[0].split() if name in known]
