@@ -34,6 +34,7 @@ FLOORS = {  # a folder or a file -> what of ours it may import, and what else
     "training/adamw8bit.py": ("data", "torch bitsandbytes"),
     "training/locks.py": ("data", "filelock"),  # which comes with torch
     "training/loggers.py": ("data training", "torch wandb"),
+    "chat.py": ("data training", "torch"),
     "export.py": ("gpt data hf training", "torch"),
     "evaluate.py": ("data training", "torch tqdm"),
     "compare.py": ("data training analysis", "torch"),

@@ -220,7 +220,8 @@ def parse(cls, argv=None, presets=None):
         how = {"default": argparse.SUPPRESS}
         text = str if f.metadata.get("text") else os.path.expanduser
         if f.default is ...:
-            parser.add_argument(f.name, type=text)
+            many = "+" if f.type is tuple else None
+            parser.add_argument(f.name, type=text, nargs=many)
         elif f.type is bool:
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **how)
         elif f.type is tuple:
