@@ -24,7 +24,7 @@ from training.reader import Reader, drawn_from
 
 @dataclass
 class Options:
-    checkpoints: tuple = opt(..., "language models: .pt files, or folders of Hugging Face")
+    checkpoints: tuple = opt(..., "language models: .pt, folder, or id of a hub", hub="model")
     system: str = opt("", "system message, for a chat template", text=True)
     temperature: float = opt(0.3, "of the samples (0: always the likeliest token)", low=0)
     top_p: float = opt(0.95, "draw from the likeliest tokens of this share", above=0, high=1)

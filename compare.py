@@ -58,7 +58,9 @@ class Options:
     sweep: bool = opt(False, "other values of β and λ too, one seed", only="predict=")
     course: bool = opt(False, "evaluate every run twenty times", only="predict=")
     quick: bool = opt(False, "a smoke pass: short stages, a small budget", only="predict=")
-    init: str = opt("", "SFT checkpoint to start from (default: made first)", only="predict=")
+    init: str = opt(
+        "", "SFT checkpoint to start from (default: made first)", only="predict=", hub="model"
+    )
     jobs: int = opt(1, "runs at a time; they disturb each other's times", low=1, only="predict=")
     device: str = opt("auto", "cpu, cuda, cuda:1, mps", only="predict=")
     dtype: str = opt("auto", "precision of the runs", choices=DTYPES, only="predict=")
@@ -68,7 +70,9 @@ class Options:
     n_layer: int = opt(0, "blocks of the model (default: the task's)", low=1)
     n_head: int = opt(0, "its attention heads per block (default: the task's)", low=1)
     n_embd: int = opt(0, "its width (default: the task's)", low=1)
-    predict: str = opt("", "train nothing: a step's memory at size own, 1b, 7b or a folder's")
+    predict: str = opt(
+        "", "train nothing: a step's memory at size own, 1b, 7b or a folder's", hub="config"
+    )
     lora: int = opt(0, "rank of trained adapters, with --predict (0: none)", low=0)
     optimizer: str = opt("adamw", "of the step, with --predict", choices=OPTIMIZERS)
     card: int = opt(0, "GB: the strongest settings that fit, with --predict", low=1)

@@ -229,12 +229,16 @@ def log_ratio_and_entropy(policy, ref, rollout):
 
 @dataclass
 class Options:
-    checkpoint: str = opt(..., "the .pt file of a language model")
+    checkpoint: str = opt(..., "the .pt file of a language model", hub="model")
     prompt: str = opt("", "only answer this prompt (\\n stands for a new line)", text=True)
     task: str = opt("", "task to evaluate on (default: the one it was trained on)")
     eval_file: str = opt("", "JSONL file to evaluate on (default: the task's test split)")
-    reference: str = opt("", "checkpoint to compare with (default: the one it started from)")
-    reward: str = opt("", "the judge: task, rm, X.pt, FILE.py:function (default: its training's)")
+    reference: str = opt(
+        "", "checkpoint to compare with (default: the one it started from)", hub="model"
+    )
+    reward: str = opt(
+        "", "the judge: task, rm, X.pt, FILE.py:function (default: its training's)", hub="model"
+    )
     eval_prompts: int = opt(0, "test prompts (0: as many as at the end of its training)", low=0)
     max_new_tokens: int = opt(0, "longest response, in tokens (0: as in its training)", low=0)
     chat: bool = opt(True, "a plain prompt is a user message, if the checkpoint has a template")

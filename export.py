@@ -28,7 +28,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 @dataclass
 class Options:
-    checkpoint: str = opt(..., "the .pt file of a language model or of a reward model")
+    checkpoint: str = opt(..., "the .pt file of a language or a reward model", hub="model")
     to: str = opt("", "folder to write, new or empty (default: beside the checkpoint)")
     dtype: str = opt("auto", "precision of the weights (auto: as they are)", choices=DTYPES)
     adapter: bool = opt(False, "write only the adapters of --lora, in PEFT's format")

@@ -79,7 +79,9 @@ def leave_one_out(reward):
 @dataclass
 class Options(ScratchOptions):
     constitution: str = opt("", "file of one principle per line (default: data's)", file=True)
-    judge: str = opt("", "language model that judges (default: the one with skills)", file=True)
+    judge: str = opt(
+        "", "language model that judges (default: the one with skills)", file=True, hub="model"
+    )
     save: str = opt("whole", "unused: phases read each other's checkpoints", choices=("whole",))
     loss_every: int = opt(0, "unused: there is no held-out loss", high=0)
     clamp: float = opt(0.0, "keep labels in [clamp, 1 - clamp] (the paper: 0.4)", low=0, below=0.5)

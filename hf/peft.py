@@ -13,7 +13,7 @@ import re
 import torch
 
 from data import UserError
-from hf import weights
+from hf import hub, weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UNREAD = {  # facts that change what is computed or trained, and their only values that are read
@@ -101,7 +101,7 @@ def load(folder):
     try:
         from safetensors.torch import load_file
     except ImportError:
-        raise UserError(f"{folder} needs the package safetensors: {weights.INSTALL}") from None
+        raise UserError(f"{folder} needs the package safetensors: {hub.INSTALL}") from None
     try:
         found = load_file(path)
     except Exception as e:  # a SafetensorError, whatever is wrong with the file

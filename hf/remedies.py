@@ -1,6 +1,9 @@
 """What a folder may hold in place of a model that these scripts read, and how to mend it."""
 
+import os
 from pathlib import Path
+
+from data import UserError
 
 OTHERS = {  # files in place of model.safetensors -> what to do about them
     "*-of-*.safetensors": "it has shards; fetch their model.safetensors.index.json too",
@@ -23,6 +26,13 @@ def no_weights(folder):
         if found := sorted(Path(folder).glob(pattern)):
             return remedy.format(found[0].name)
     return "save it as safetensors"
+
+
+def refuse_part(path):
+    """Refuses one of the files of a folder."""
+    if path.endswith((".safetensors", ".json", ".bin", ".gguf")):
+        folder = os.path.dirname(path) or "."
+        raise UserError(f"{path} is one file of a checkpoint; give its folder, {folder}")
 
 
 def wrapped(names):

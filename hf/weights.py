@@ -18,13 +18,9 @@ import torch
 
 from data import TEMPLATE, UserError, refuse_pointer
 from gpt import GPT, GPTConfig, ScalarGPT
-from hf import remedies
+from hf import hub, remedies
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-TEXTS = (  # the files that a checkpoint of ours keeps
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 UNREAD = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # buffers of old files
 NAMES = {  # ours -> theirs, inside a block and outside
@@ -50,7 +46,6 @@ GPT2_NAMES = {
     "wpe": ["wpe"],
     "norm": ["ln_f"],
 }
-INSTALL = "pip install -r requirements-hf.txt"
 
 
 def theirs(name, config):
@@ -127,7 +122,7 @@ def load(folder, mapped=False):
             p.data = p.to(first.dtype)  # on "meta"
     else:
         model.load_state_dict({name: f() for name, f in state.items()}, assign=True)
-    name = os.path.basename(os.path.abspath(folder))
+    name = hub.name_of(folder)
     tokenizer = {"name": name, "files": read_texts(folder), "chat": True, "args": {}}
     size = sum(p.numel() for p in model.parameters()) / 1e6
     kept = "; lm_head.weight is kept, although config.json says that it is the embedding"
@@ -160,7 +155,7 @@ class Tensors:
         try:
             from safetensors import safe_open
         except ImportError:
-            raise UserError(f"{folder} needs the package safetensors: {INSTALL}") from None
+            raise UserError(f"{folder} needs the package safetensors: {hub.INSTALL}") from None
         self.folder, self.files = folder, {}
         for path in weight_files(folder):
             refuse_pointer(path)
@@ -247,7 +242,7 @@ def read_json(folder, name):
 def read_texts(folder):
     """-> {name: text} of the small files, so that a checkpoint can do without the folder"""
     texts = {}
-    for name in TEXTS:
+    for name in hub.TEXTS:
         path = Path(folder, name)
         if path.is_file():
             refuse_pointer(path)
@@ -351,7 +346,7 @@ def rope(folder, facts):
 def digest(folder, of):
     """-> the digest of what `load` reads, texts and weights; other files do not count. of: a
     function that gives the digest of a path"""
-    paths = [path for name in TEXTS if (path := Path(folder, name)).is_file()]
+    paths = [path for name in hub.TEXTS if (path := Path(folder, name)).is_file()]
     with contextlib.suppress(UserError):  # `load` says what is wrong
         paths += weight_files(folder)
     text = "".join(f"{path.name} {of(path)}\n" for path in paths)

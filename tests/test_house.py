@@ -26,7 +26,8 @@ FLOORS = {  # a folder or a file -> what of ours it may import, and what else
     "hf": ("gpt data hf", "torch"),
     "hf/weights.py": ("gpt data hf", "torch safetensors"),
     "hf/peft.py": ("gpt data hf", "torch safetensors"),
-    "hf/remedies.py": ("", ""),
+    "hf/hub.py": ("data", "huggingface_hub"),
+    "hf/remedies.py": ("data", ""),
     "hf/tokenizer.py": ("data hf", "tokenizers"),
     "hf/template.py": ("data", "jinja2"),  # which comes with torch
     "hf/vocabulary.py": ("data", "tokenizers"),

@@ -100,6 +100,8 @@ dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --eval-prompts 2
     96 --warmup 4 --pairs 32 --epochs 4 --batch-size 4 --micro-batch 2 --block-size 320 --lr 2e-4
     --lora 8 | truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 pairs=32 epochs=4
     batch_size=4 micro_batch=2 block_size=320 lr=0.0002 lora=8 steps=0 lora_alpha=8
+dpo --task gsm8k_preferences.jsonl.gz --init HuggingFaceTB/SmolLM2-135M-Instruct --truncate
+    --lr 1e-6 | truncate=True steps=0 lr=1e-06
 dpo --task my_pairs.jsonl --init SmolLM2-135M-Instruct --lora 8 --truncate | lora=8 truncate=True
     steps=0 lora_alpha=8
 simpo | steps=150 lr=0.0003 beta=2.0 gamma_beta_ratio=0.5 sft_weight=0.0 pairs=0
@@ -218,6 +220,11 @@ def read(command):
 
 def table(text):
     return dict(word.split("=") for word in text.split())
+
+
+@pytest.fixture(autouse=True)
+def without_a_hub(monkeypatch):
+    monkeypatch.setattr("hf.hub.fetch", lambda name, files: name)
 
 
 @pytest.mark.parametrize("command", ROWS)

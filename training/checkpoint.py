@@ -96,21 +96,16 @@ def _load(path, mapped):
 
         return _adapted(path, mapped) if peft.holds(path) else weights.load(path, mapped)
     data.refuse_pointer(path)
-    folder, name = os.path.split(path)
-    if name.endswith((".safetensors", ".json", ".bin", ".gguf")) and os.path.isfile(path):
-        raise UserError(f"{path} is one file of a checkpoint; give its folder, {folder or '.'}")
-    on_a_hub = folder and "/" not in folder and folder[0] not in ".~" and not name.endswith(".pt")
-    if on_a_hub and not os.path.exists(path):
-        fetch = f"hf download {path} --local-dir FOLDER fetches one of that name"
-        raise UserError(f"{path}: no such file or folder, and nothing is downloaded; {fetch}")
     try:
         return gpt.load(path, mapped=mapped)
     except ValueError:
         if os.path.isfile(path):
+            from hf import remedies
             from training import adapters
 
             if adapters.holds(path):
                 return _adapted(path, mapped)
+            remedies.refuse_part(path)
         raise
 
 

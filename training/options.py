@@ -32,6 +32,7 @@ def opt(default, help, **rules):
     only="loss=ipo", "loss=dpo|ipo"     it is read with --loss ipo only, and refused otherwise
     clips=True                          it bounds a ratio that is 1 at a rollout's first step
     file=True                           it names a file that the run reads
+    hub="model", "config"               it may name a model of a hub, or one whose config is read
     text=True                           it names no path: a ~ at its beginning stays
     """
     return field(default=default, metadata={"help": help, **rules})
@@ -44,9 +45,11 @@ class Options:
     shown = "loss accuracy margin grad_norm lr"  # figures beside the progress bar, the first three
 
     task: str = opt("reviews", "reviews, arithmetic:N, exact, tokens:P+C, or a .jsonl", file=True)
-    init: str = opt("", "checkpoint to start from (default: out/<task>/sft.pt)", file=True)
+    init: str = opt(
+        "", "checkpoint to start from (default: out/<task>/sft.pt)", file=True, hub="model"
+    )
     reference: str = opt(
-        "", "checkpoint of π_ref and of comparisons (default: the start)", file=True
+        "", "checkpoint of π_ref and of comparisons (default: the start)", file=True, hub="model"
     )
     out: str = opt("", "checkpoint to write (default: out/<task>/<method>.pt)")
     name: str = opt("", "write out/<task>/<method>-NAME.pt, beside other runs", only="out=")
@@ -137,7 +140,9 @@ class Options:
 class ScratchOptions(Options):
     """The options of a script that may start from random weights."""
 
-    init: str = opt("", "checkpoint to start from (default: random weights)", file=True)
+    init: str = opt(
+        "", "checkpoint to start from (default: random weights)", file=True, hub="model"
+    )
     tokenizer: str = opt("", "vocabulary file or tiktoken name", file=True, only="init=")
     n_layer: int = opt(4, "blocks, if weights start random", low=1, only="init=")
     n_head: int = opt(4, "attention heads per block, if weights start random", low=1, only="init=")
@@ -167,7 +172,9 @@ class JudgedOptions(Options):
 
     shown = "reward kl kept_fraction explained_variance entropy loss"
 
-    reward: str = opt("task", "the judge: task, rm, the X.pt of a reward model, FILE.py:function")
+    reward: str = opt(
+        "task", "the judge: task, rm, the X.pt of a reward model, FILE.py:function", hub="model"
+    )
     loss_every: int = opt(0, "unused: there is no held-out loss", high=0)
     temperature: float = opt(1.0, "of the samples, and of the log-probs that are trained", above=0)
     micro_tokens: int = opt(2**14, "tokens per forward pass, rows of like length (0: all)", low=0)
@@ -248,6 +255,10 @@ def parse(cls, argv=None, presets=None):
         model = f.metadata.get("like")
         if model and f.name not in given and (values[f.name] is None or model in given):
             values[f.name] = values[model]
+        if "hub" in f.metadata and f.name in given:
+            from training import fetch
+
+            values[f.name] = fetch.path_of(given[f.name], f.metadata["hub"])
     o = cls(**values)
     o.given = set(given)
     _refuse_unread(o)
