@@ -2,6 +2,7 @@
 
     python evaluate.py out/reviews/dpo.pt              the same figures and samples again
     python evaluate.py out/reviews/dpo.pt --prompt "A drama, The Last Road:"
+    python evaluate.py out/reviews/dpo.pt out/reviews/kto.pt     compared with another checkpoint
 
 For each test prompt the policy samples one response (at temperature 1, from all tokens, with a
 fixed seed), and so does the reference π_ref, the checkpoint that the method started from:
@@ -229,7 +230,7 @@ def log_ratio_and_entropy(policy, ref, rollout):
 
 @dataclass
 class Options:
-    checkpoint: str = opt(..., "the .pt file of a language model", hub="model")
+    checkpoints: tuple = opt(..., "a language model, and one to compare it with", hub="model")
     prompt: str = opt("", "only answer this prompt (\\n stands for a new line)", text=True)
     task: str = opt("", "task to evaluate on (default: the one it was trained on)")
     eval_file: str = opt("", "JSONL file to evaluate on (default: the task's test split)")
@@ -247,6 +248,12 @@ class Options:
     seed: int = opt(0, "seed of the samples", low=0)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "precision", choices=training.options.DTYPES[:-1])
+
+    def check(self):
+        """The first checkpoint is the policy, a second one the reference."""
+        self.checkpoint, self.reference, *more = [*self.checkpoints, self.reference]
+        if any(more):
+            raise UserError("one checkpoint is measured, and compared with one; leave others out")
 
 
 class Again(Compute):

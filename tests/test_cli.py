@@ -297,6 +297,8 @@ evaluate rm.pt | rm.pt is a reward model
 evaluate none.pt | none.pt: no such file
 evaluate out/reviews/sft.pt --max-new-tokens 300 | --max-new-tokens
 evaluate | checkpoint
+evaluate a.pt b.pt c.pt | one checkpoint is measured, and compared with one; leave others out
+evaluate a.pt b.pt --reference c.pt | one checkpoint is measured, and compared with one
 evaluate out/reviews/sft.pt --reward gold | give task, rm, the X.pt of a reward model
 evaluate out/reviews/sft.pt --reward none.pt | none.pt: no such file
 """

@@ -396,3 +396,15 @@ def test_no_policy_lies_above_the_frontier():
         kl = (log_q.exp() * (log_q - log_ref)).sum(1).mean()
         reward = (log_q.exp() * r).sum(1).mean()
         assert (reward - beta * kl <= best + 1e-9).all()
+
+
+def test_a_second_checkpoint_is_the_reference(ends, call):
+    """Its answers and its KL are those of --reference; the other way round they are not."""
+    how = ["--eval-prompts", 8, "--max-new-tokens", 6, "--device", "cpu"]
+    one, other = "ends.pt", "out/reviews/sft.pt"
+    said = call("evaluate", one, other, *how, cwd=ends)
+    assert said == call("evaluate", one, "--reference", other, *how, cwd=ends)
+    assert said != call("evaluate", other, one, *how, cwd=ends)
+    answers = call("evaluate", one, other, "--prompt", "A drama:", *how[2:], cwd=ends).splitlines()
+    alone = call("evaluate", other, "--prompt", "A drama:", *how[2:], cwd=ends).splitlines()
+    assert answers[1].replace("reference", "   policy") in alone
