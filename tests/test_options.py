@@ -92,6 +92,8 @@ dpo --task gsm8k_preferences.jsonl.gz --init sft_adapters --lora 16 --truncate -
     steps=0 truncate=True lr=0.0001 lora=16 lora_alpha=16
 dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --lr 1e-6 |
     truncate=True steps=0 lr=1e-06
+dpo --task ultrafeedback.jsonl --init SmolLM2 --truncate --lr 1e-6 |
+    truncate=True steps=0 lr=1e-06
 dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens
     96 --warmup 4 --pairs 32 --epochs 4 --batch-size 4 --micro-batch 2 --block-size 320 --lr 5e-6
     | truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 pairs=32 epochs=4 batch_size=4
