@@ -158,9 +158,11 @@ def test_log_ratios_and_entropies_are_sums_over_a_response():
         assert len(places) > 1
 
 
+DPO = {"beta": 0.1, "label_smoothing": 0.0, "length_penalty": 0.0, "ipo_sum": False}
+DPO |= {"sft_weight": 0.0}
 LOSSES = {
-    "sum": (dpo, {"loss": "dpo", "beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0}),
-    "mean": (dpo, {"loss": "ipo", "beta": 0.1, "ipo_sum": False, "sft_weight": 0.0}),
+    "sum": (dpo, DPO | {"loss": "dpo"}),
+    "mean": (dpo, DPO | {"loss": "ipo"}),
     "logp mean": (simpo, {"beta": 2.0, "gamma_beta_ratio": 0.5, "sft_weight": 0.0}),
 }
 KTO = SimpleNamespace(beta=0.1, w_desirable=1.0, w_undesirable=1.0)

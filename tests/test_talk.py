@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import main
+from conftest import ROOT, main
 from folders import CHATML, GOLDEN, folder
 
 import chat
@@ -201,16 +201,9 @@ class Terminal:
 
     def __init__(self, *argv):
         self.process, self.fd = pty.fork()
-        if self.process:
-            return
-        code = 1
-        try:
-            os.environ["TERM"] = "dumb"
-            for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-                setattr(sys, name, open(fd, mode))
-            code = main("chat", *argv)
-        finally:
-            os._exit(code)
+        if not self.process:  # another program, since a copy of this one lacks its threads
+            command = [sys.executable, ROOT / "chat.py", *argv]
+            os.execve(sys.executable, list(map(str, command)), os.environ | {"TERM": "dumb"})
 
     def type(self, text):
         os.write(self.fd, text)
