@@ -40,6 +40,7 @@ import data
 import training
 from data import UserError, printable, say
 from training import Compute, checkpoint, opt, parse
+from training.held_out import share_error
 from training.judge import Judge, completions
 from training.options import flag
 
@@ -126,7 +127,7 @@ class Evaluator:
         figures = {name: statistics.fmean(x) for name, x in mine.earned.items()}
         for name, x in mine.earned.items():
             if len(x) > 1:
-                figures[f"{name}_se"] = statistics.stdev(x) / len(x) ** 0.5
+                figures[f"{name}_se"] = standard_error(x)
         theirs = None
         if ref is not None:
             theirs = self._respond(ref, n, seed + 1_000_003)
@@ -134,7 +135,8 @@ class Evaluator:
             figures |= {f"ref_{name}": statistics.fmean(x) for name, x in theirs.earned.items()}
             if "reward" in figures:
                 both = zip(mine.earned["reward"], theirs.earned["reward"])
-                figures["win_rate"] = statistics.fmean((a > b) + 0.5 * (a == b) for a, b in both)
+                won = [(a > b) + 0.5 * (a == b) for a, b in both]
+                figures |= {"win_rate": statistics.fmean(won), "win_rate_se": standard_error(won)}
             ratio = torch.cat(mine.log_ratio)
             figures["kl"] = ratio.mean().item()
             if len(ratio) > 1:
@@ -214,6 +216,13 @@ class Evaluator:
                 if text is not None:
                     print(f"  {name:>9} | " + printable(text).replace("\n", "\n" + " " * 12 + "| "))
         print(flush=True)
+
+
+def standard_error(x):
+    """-> that of the mean of numbers; of verdicts, 0 or 1 and ½ for a tie, as of a share"""
+    if set(x) <= {0.0, 0.5, 1.0}:
+        return share_error(statistics.fmean(x), len(x))
+    return statistics.stdev(x) / len(x) ** 0.5
 
 
 def log_ratio_and_entropy(policy, ref, rollout):

@@ -17,7 +17,7 @@ import kto
 import sft
 import simpo
 from data import printable
-from evaluate import Evaluator, log_ratio_and_entropy
+from evaluate import Evaluator, log_ratio_and_entropy, standard_error
 from gpt import GPT, GPTConfig
 from training import Compute
 from training.order import RewardEvaluator
@@ -73,7 +73,7 @@ def test_rewards_and_win_rate_by_hand(monkeypatch):
     assert figures["reward"] == pytest.approx(-2 / 4)
     assert figures["reward_se"] == pytest.approx(3 / 2)
     assert figures["ref_reward"] == pytest.approx(2 / 4)
-    assert figures["win_rate"] == 0.5
+    assert figures["win_rate"] == 0.5 and figures["win_rate_se"] == pytest.approx(wilson(0.5, 4))
     assert figures["kl"] == pytest.approx(3.0)
     assert figures["kl_se"] == pytest.approx((14 / 3) ** 0.5 / 2)  # deviations -2 -1 0 3; √4
     assert figures["length"] == 10 and figures["ref_length"] == 20
@@ -160,6 +160,14 @@ def test_log_ratios_and_entropies_are_sums_over_a_response():
 
 DPO = {"beta": 0.1, "label_smoothing": 0.0, "length_penalty": 0.0, "ipo_sum": False}
 DPO |= {"sft_weight": 0.0}
+
+
+def wilson(p, n):
+    """Half of the interval whose bounds q are one standard error of q away: (p - q)² = q(1 - q)/n"""
+    a, b, c = 1 + 1 / n, -(2 * p + 1 / n), p * p
+    return math.sqrt(b * b - 4 * a * c) / (2 * a)
+
+
 LOSSES = {
     "sum": (dpo, DPO | {"loss": "dpo"}),
     "mean": (dpo, DPO | {"loss": "ipo"}),
@@ -210,7 +218,7 @@ def test_held_out_accuracy_of_unpaired_rows(tmp_path):
     assert 0 < expected < 1 and expected != 0.5
     n = min(map(len, scores.values()))  # so many couples have no row in common
     assert figures["accuracy_n"] == n > 1
-    assert figures["accuracy_se"] == pytest.approx(math.sqrt(expected * (1 - expected) / n))
+    assert figures["accuracy_se"] == pytest.approx(wilson(expected, n))
 
 
 def test_held_out_accuracy_of_a_file_of_pairs_that_is_split(tmp_path):
@@ -259,10 +267,16 @@ def test_held_out_figures_of_a_reward_model_by_hand(monkeypatch):
     given = lambda model, rows: torch.tensor(scores[len(rows)])  # noqa: E731
     monkeypatch.setattr(found, "scores", given)
     figures = found.measure(None)
-    expected = {"accuracy": 0.625, "accuracy_se": math.sqrt(0.625 * 0.375 / 4), "margin": 0.5}
+    expected = {"accuracy": 0.625, "accuracy_se": wilson(0.625, 4), "margin": 0.5}
     expected |= {"mean_reward": 14 / 8, "min_reward": 0.0, "max_reward": 5.0, "pairs": 4}
     expected |= {"accuracy_bound": 0.8, "accuracy_bound_se": math.sqrt(0.5) / 4}
     assert figures == pytest.approx(expected | {"rms": math.sqrt(0.75)})
+
+
+def test_the_error_of_a_share_is_not_0_if_all_are_right():
+    assert standard_error([1.0] * 16) == pytest.approx(wilson(1.0, 16)) > 0.02
+    assert standard_error([1.0, 0.5, 0.0, 0.0]) == pytest.approx(wilson(0.375, 4))
+    assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
 
 
 def test_control_characters_do_not_reach_the_terminal():

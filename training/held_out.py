@@ -63,8 +63,9 @@ def pair_accuracy(task, compute_loss, with_ref=False):
 def share(found, n=0):
     """(…) bool -> the figures of an accuracy. n: how many of them are independent, if not all"""
     n, accuracy = n or found.numel(), found.float().mean().item()
-    return {"accuracy": accuracy, "accuracy_se": standard_error(accuracy, n), "accuracy_n": n}
+    return {"accuracy": accuracy, "accuracy_se": share_error(accuracy, n), "accuracy_n": n}
 
 
-def standard_error(accuracy, n):
-    return (accuracy * (1 - accuracy) / n) ** 0.5
+def share_error(share, n):
+    """-> half of Wilson's interval of a share of n at one standard error: not 0 for 16 of 16"""
+    return (n * share * (1 - share) + 0.25) ** 0.5 / (n + 1)

@@ -8,7 +8,7 @@ import torch
 import data
 from data import printable, say
 from gpt import response_scores
-from training.held_out import standard_error
+from training.held_out import share_error
 
 
 class RewardEvaluator:
@@ -46,7 +46,7 @@ class RewardEvaluator:
         agreed = torch.where(delta > 0, p, torch.where(delta < 0, 1 - p, 0.0))
         figures = {
             "accuracy": agreed.mean(),
-            "accuracy_se": standard_error(agreed.mean(), len(pairs)),
+            "accuracy_se": share_error(agreed.mean(), len(pairs)),
             "margin": delta.mean(),
             "mean_reward": score.mean(),
             "min_reward": score.min(),
