@@ -163,7 +163,7 @@ DPO |= {"sft_weight": 0.0}
 
 
 def wilson(p, n):
-    """Half of the interval whose bounds q are one standard error of q away: (p - q)² = q(1 - q)/n"""
+    """Half of the interval whose bounds q are one error of q away from p: (p - q)² = q(1 - q)/n"""
     a, b, c = 1 + 1 / n, -(2 * p + 1 / n), p * p
     return math.sqrt(b * b - 4 * a * c) / (2 * a)
 
@@ -274,7 +274,7 @@ def test_held_out_figures_of_a_reward_model_by_hand(monkeypatch):
 
 
 def test_the_error_of_a_share_is_not_0_if_all_are_right():
-    assert standard_error([1.0] * 16) == pytest.approx(wilson(1.0, 16)) > 0.02
+    assert standard_error([1.0] * 16) == pytest.approx(wilson(1.0, 16)) and wilson(1.0, 16) > 0.02
     assert standard_error([1.0, 0.5, 0.0, 0.0]) == pytest.approx(wilson(0.375, 4))
     assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
 
