@@ -158,7 +158,7 @@ def identity(command):
     folder may be moved"""
     words = list(map(str, command))
     for i, option in enumerate(words[:-1], 1):
-        if option in ("--task", "--init", "--reward"):
+        if option in ("--task", "--init", "--reward", "--teacher"):
             words[i] = digest(words[i]) or words[i]
         elif option == "--out":
             words[i] = os.path.basename(words[i])

@@ -313,7 +313,7 @@ class Again(Compute):
     def keep(self):
         """Does nothing: this trains no weights that could be lost."""
 
-    def stage(self, method):
+    def stage(self, method, part):
         return checkpoint.default_path(self.o.task, method)
 
     def answer(self, prompt):

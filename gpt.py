@@ -179,8 +179,13 @@ class GPT(nn.Module):
 
     def forward(self, ids):
         """ids (B, T) -> logits (B, T, V), every position."""
-        h = self.hidden(pack(ids, torch.ones_like(ids, dtype=torch.bool)))
-        return F.linear(h, self.head).view(*ids.shape, -1)
+        packed = pack(ids, torch.ones_like(ids, dtype=torch.bool))
+        return self.read(F.linear, packed).view(*ids.shape, -1)
+
+    def read(self, f, packed, *how):
+        """-> f(states (M, C), head (V, C), *how): what is made of the wanted states. The weights
+        are whole in here, even those of a sharded model."""
+        return f(self.hidden(packed), self.head, *how)
 
     def matmul_parameters(self):
         """-> the number of weights that multiply every token, the head's included: a forward pass
@@ -199,11 +204,10 @@ class GPT(nn.Module):
         """
         assert mask.shape == ids.shape and mask.dtype == torch.bool, "a bool mask for every id"
         packed = packed or pack(ids, before(mask))
-        h = self.hidden(packed)  # (M, C)
         target = ids.flatten().index_select(0, packed.places + 1)  # (M,)
-        logp, H = target_logprobs(h, self.head, target, temperature, entropy)
-        logp = _scatter(logp, packed, ids.shape)
-        return (logp, _scatter(H, packed, ids.shape)) if entropy else logp
+        logp, H = self.read(target_logprobs, packed, target, temperature, entropy)
+        logp = scatter(logp, packed, ids.shape)
+        return (logp, scatter(H, packed, ids.shape)) if entropy else logp
 
 
 def rotations(config, position, dtype):
@@ -221,7 +225,7 @@ def rotations(config, position, dtype):
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def _scatter(x, packed, shape):
+def scatter(x, packed, shape):
     """x (M,), a number per wanted state -> (B, T): each at the token after its state, else 0"""
     return x.new_zeros(shape).view(-1).index_copy(0, packed.places + 1, x).view(shape)
 
@@ -280,7 +284,7 @@ class ScalarGPT(nn.Module):
         """ids, mask (B, T) and packed as for `logprobs` -> (B, T): the value of the state before
         each response token; 0 off the mask."""
         packed = packed or pack(ids, before(mask))
-        return _scatter(self._scalar(self.trunk.hidden(packed)), packed, ids.shape)
+        return scatter(self._scalar(self.trunk.hidden(packed)), packed, ids.shape)
 
     def score(self, ids, mask, packed=None):
         """ids, mask (B, T) as for `logprobs` -> (B,): the value at each row's last response token,

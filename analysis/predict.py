@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import data
-from analysis.rows import EVERY, REWARDS, longest_context
+from analysis.rows import EVERY, longest_context
 from data import UserError
 from dpo import ScoredPair
 from gpt import GPT, GPTConfig, ScalarGPT, load
@@ -40,7 +40,8 @@ SIZES = {
 SETTINGS = [(on, dtype) for on in (False, True) for dtype in ("bfloat16", "bfloat16-pure")]
 CARDS = (24, 40, 80, 141)  # GB
 SPARE = 2.0  # GiB to leave free on a card: CUDA context, workspaces, fragmentation
-ROLES = ("policy", "ref", "critic", "reward")
+ROLES = ("policy", "ref", "teacher", "critic", "reward")
+LANGUAGE = ROLES[:3]  # the models with a vocabulary
 
 
 def predict(row, o, config, ranks=1, shard=False):
@@ -136,7 +137,7 @@ def outlines(held, o, config, compute):
         role = name.strip("*")
         if name != "reward" or reward == "rm" or is_checkpoint(reward):
             with torch.device("meta"):
-                model = (GPT if role in ("policy", "ref") else ScalarGPT)(config)
+                model = (GPT if role in LANGUAGE else ScalarGPT)(config)
             model.checkpoint_activations = o.checkpoint_activations
             trained = name.endswith("*")
             with patch.object(compute, "placement", Whole("meta", compute.weights)):
@@ -169,6 +170,7 @@ class Sampled:
         self.o, self.wide = o, method.columns.split()
         pairs, parts = method.pairs, getattr(o, "minibatches", 1)
         self.group = o.samples_per_prompt if pairs else o.group
+        self.scored = method.judged  # whether log-probs of all responses are computed
         self.prompts, self.response = [row[0] for row in prompts], response
         drawn = self.rollout(2 if pairs else self.group)
         self.drawn = list(cut(drawn, o.micro_batch, o.micro_tokens))
@@ -207,7 +209,7 @@ class Sampled:
                     models["reward"].score(fake(part).ids, fake(part).mask, fake(packed))
             rollout = fake(self.rollout_of_all)
             tracker.during(None)
-            for part in self.drawn:
+            for part in self.drawn if self.scored else ():
                 part = fake(part)
                 for role, model in models.items():
                     with compute.autocast():
@@ -318,10 +320,10 @@ def arguments(row, recompute, dtype, n, micro=0, lora=0):
         n, micro = n // 2, micro // 2
     if row == "ppo":
         argv = ["--group", 1, "--reward", "rm"]
-    elif EVERY[row].data == REWARDS:
+    elif EVERY[row].grouped:
         argv = ["--group", n]
         n = 1
-    if EVERY[row].data == REWARDS and row != "rlaif":
+    if EVERY[row].grouped and row != "rlaif":
         argv += ["--minibatches", 1, "--updates", 1]
     argv += ["--checkpoint-activations" if recompute else "--no-checkpoint-activations"]
     argv += ["--lora", lora] if lora else []

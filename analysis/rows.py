@@ -24,7 +24,17 @@ class Row(NamedTuple):
     @property
     def samples(self):
         """Whether it learns from responses of the policy itself"""
+        return self.data in (REWARDS, SAMPLED_PAIRS, STATES)
+
+    @property
+    def judged(self):
+        """Whether these responses are judged"""
         return self.data in (REWARDS, SAMPLED_PAIRS)
+
+    @property
+    def grouped(self):
+        """Whether a step has a group of responses to each of its prompts"""
+        return self.data in (REWARDS, STATES)
 
     @property
     def pairs(self):
@@ -34,6 +44,7 @@ class Row(NamedTuple):
 
 PAIRS = "preferences"
 REWARDS, SAMPLED_PAIRS = "rewards of samples", "pairs of samples"
+STATES = "a teacher at the states of samples"
 TWO = "policy* ref"
 BETAS = (0.03, 0.3, 1.0)
 RLOO = "--adv-norm loo --agg sum --kl reward"
@@ -59,8 +70,9 @@ ROWS = {
     # rlaif's last phase
     "rlaif": Row("rlaif", REWARDS, THREE, "teal d", "", "beta", columns="ref_logp"),
 }
-MORE = {  # rows that only --methods shows; a prediction shows the first two anyway
+MORE = {  # rows that only --methods shows; a prediction shows the first three anyway
     "reward_model": Row("reward_model", "graded", "reward*", "gold 8"),
+    "distill": Row("distill", STATES, "policy* teacher", "sienna ^"),  # of PPO's checkpoint
     "dpo-precomputed": Row(
         "dpo", PAIRS, "policy*", "indigo H", "--precompute-ref --pairs 2000", "beta"
     ),
@@ -109,7 +121,7 @@ def budget(task, quick):
 def shape(task, row):
     """-> (the options that set a step's batch, the response sequences that a step trains on)"""
     size, method = sizes(task), EVERY[row]
-    if method.data != REWARDS:
+    if not method.grouped:
         return ["--batch-size", size.pairs * (1 if method.pairs else 2)], 2 * size.pairs
     critic = "critic*" in method.models
     prompts, group = size.critic if critic else size.groups
@@ -148,7 +160,8 @@ def plan(o, folder):
     seeds = range(o.seed, o.seed + o.seeds)
     init = o.init or str(folder / f"sft-{o.seed}.pt")
     reward = str(folder / f"reward_model-{o.seed}.pt")
-    judged = "ppo" in o.methods and needs_judge(o)
+    teaches = "distill" in o.methods  # PPO's checkpoint does
+    judged = ("ppo" in o.methods or teaches) and needs_judge(o)
     sft = [*stage_options(o, "sft"), *model_size(o)]
 
     def item(row, seed, more, value=None):
@@ -167,6 +180,9 @@ def plan(o, folder):
     if judged or "reward_model" in o.methods:
         more = [*stage_options(o, "reward_model"), "--init", init]
         stages.append(item("reward_model", o.seed, more))
+    if teaches:
+        more = [*row_options(o, "ppo", init), *(["--reward", reward] if judged else [])]
+        stages.append(item("ppo", o.seed, more))
     for row in o.methods:
         if row == "sft":  # the first seed is the stage itself
             runs += [item(row, seed, sft) for seed in seeds[1:]]
@@ -174,7 +190,10 @@ def plan(o, folder):
             more = row_options(o, row, init)
             if row == "ppo" and judged:
                 more += ["--reward", reward]
-            runs += [item(row, seed, more) for seed in seeds]
+            if row == "distill":
+                more += ["--teacher", str(folder / f"ppo-{o.seed}.pt")]
+            made = seeds[:1] if row == "ppo" and teaches else ()  # a stage already
+            runs += [item(row, seed, more) for seed in seeds if seed not in made]
             others = EVERY[row].others if o.sweep else ()
             runs += [item(row, o.seed, more, value) for value in others]
     return stages, runs

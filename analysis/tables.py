@@ -6,14 +6,24 @@ import statistics
 from pathlib import Path
 
 from analysis.predict import of_run
-from analysis.rows import EVERY, REWARDS, shape
+from analysis.rows import EVERY, shape
 from data import UserError
 from training.memory import size_unit
 from training.options import flag
 
 COURSE = ("loss", "reward", "kl", "kl_star")  # figures of evaluations during training
 MEANS = (
-    *("reward", "score", "win_rate", "kl", "length", "entropy", "kl_star", "objective"),
+    *(
+        "reward",
+        "score",
+        "win_rate",
+        "kl",
+        "length",
+        "entropy",
+        "kl_star",
+        "kl_teacher",
+        "objective",
+    ),
     *("accuracy", "nll", "step_ms", "sample_ms", "logprobs_ms", "update_ms", "wall_s"),
     *("trained_tokens", "sampled_tokens"),
 )
@@ -190,8 +200,8 @@ def records(runs):
 
 def labels(row, options, final):
     """-> how many labels of pairs or answers the run has used; None if it learns from
-    demonstrations, or from a reward of every response"""
-    if EVERY[row].data in ("demonstrations", REWARDS):
+    demonstrations, from a reward of every response, or from a teacher"""
+    if EVERY[row].data == "demonstrations" or EVERY[row].grouped:
         return None
     drawn = options["steps"] * options["batch_size"]
     return final.get("labels", min(options.get("pairs") or drawn, drawn))
@@ -242,7 +252,11 @@ def results(line):
         "length": pm(line, "length", 1),
         "entropy": pm(line, "entropy"),
     }
-    last = {"kl_star": "KL(π‖π*)", "score": "score of the reward model"}
+    last = {
+        "kl_star": "KL(π‖π*)",
+        "kl_teacher": "KL to the teacher",
+        "score": "score of the reward model",
+    }
     return cells | {name: pm(line, key, 3) for key, name in last.items() if key in line}
 
 

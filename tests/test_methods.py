@@ -24,6 +24,7 @@ SPECIAL = {  # what a method is given besides
     "ppo": "--minibatches 2",
     "dapo": "--max-rounds 20",
     "online_dpo": "--samples-per-prompt 4",
+    "distill": "--teacher out/reviews/sft.pt",
 }
 
 
@@ -32,8 +33,8 @@ def arguments(script):
     row = next(row for row in rows.EVERY.values() if row.script == script)
     args = [*TRAIN, "--eval-prompts", 6, "--dtype", "float64"]
     args += ENDS if script != "reward_model" else ENDS[:2]
-    args += ["--reward", "judge.py:odd"] if row.samples else []
-    args += ["--group", 4] if row.data == rows.REWARDS else []
+    args += ["--reward", "judge.py:odd"] if row.judged else []
+    args += ["--group", 4] if row.grouped else []
     return [*args, *SPECIAL.get(script, "").split()]
 
 
@@ -142,7 +143,8 @@ def test_micro_batches_do_not_change_the_gradient(script, more, ends, monkeypatc
 def both(ends, tmp_path_factory):
     """A folder with the checkpoints of every method in two processes, and in one"""
     folder = tmp_path_factory.mktemp("methods")
-    for name in ("ends.pt", "judge.py"):
+    (folder / "out/reviews").mkdir(parents=True)
+    for name in ("ends.pt", "judge.py", "out/reviews/sft.pt"):
         shutil.copy(ends / name, folder / name)
     cases = [[script, *map(str, arguments(script)), "--out", script] for script in SCRIPTS]
     (folder / "cases.json").write_text(json.dumps(cases))

@@ -178,10 +178,9 @@ def describe(meta):
     return f"{meta['method']} on {meta['task']}, {meta['steps']} steps{reward}"
 
 
-def make_if_missing(method, o):
-    """-> the default checkpoint of an earlier stage of the same task. If there is none, its script
-    runs first, in this process, with its own defaults."""
-    path = default_path(o.task, method)
+def make_if_missing(path, method, o, *more):
+    """-> the path, the default checkpoint of an earlier stage of the same task. If there is none,
+    the stage's script runs first, in this process, with its own defaults, or with `more`."""
     if o.init and not os.path.exists(path):
         load(o.init)  # a wrong one is refused before anything is trained
     if data.kind(o.task) == "file":
@@ -197,27 +196,28 @@ def make_if_missing(method, o):
         if distributed.is_first:
             locks.wait(path, f"this one waits for it, and goes on when {path} is there")
         if not distributed.of_first(there):
-            _make(path, o.task, method, o.device, o.dtype)
+            _make(path, method, "--task", o.task, "--device", o.device, "--dtype", o.dtype, *more)
     return path
 
 
-def _make(path, task, method, device, dtype):
+def _make(path, method, *options):
     """Runs the script of a stage, or resumes it."""
-    data.say(f"{path} does not exist yet: running {method}.py first (half a minute on a laptop)")
+    script = method.partition("-")[0]
+    data.say(f"{path} does not exist yet: running {script}.py first (a minute on a laptop)")
     argv, start = sys.argv, time.time()
-    script = str(Path(gpt.__file__).with_name(f"{method}.py"))
-    sys.argv = [script, "--task", task, "--device", device, "--dtype", dtype]
+    file = str(Path(gpt.__file__).with_name(f"{script}.py"))
+    sys.argv = [file, *options]
     state = path.removesuffix(".pt") + ".state"
     if distributed.of_first(partial(os.path.exists, state)):
         sys.argv.append("--resume")
     try:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(file, run_name="__main__")
     except SystemExit as e:
         if e.code == 130:
-            stopped = f"where {method}.py stopped" if os.path.exists(state) else ""
+            stopped = f"where {script}.py stopped" if os.path.exists(state) else ""
             raise KeyboardInterrupt(stopped) from None
         if e.code:
-            words = f"{method}.py, which makes {path}, failed with exit code {e.code}"
+            words = f"{script}.py, which makes {path}, failed with exit code {e.code}"
             raise Stopped(words) from None
     finally:
         sys.argv = argv

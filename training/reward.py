@@ -36,7 +36,7 @@ def load_judge(how, run, task, missing_eos_penalty=0.0):
         if task.outcomes and missing_eos_penalty:
             costs = f"a missing end costs nothing on {task.name}; leave it out"
             raise UserError(f"--missing-eos-penalty: {costs}")
-        path = run.stage("reward_model") if how == "rm" else how
+        path = run.stage("reward_model", "reward") if how == "rm" else how
         return ModelJudge(run, task, path, missing_eos_penalty)
     if task.outcomes:
         own = f"{task.name} keeps its own rewards, whose optimum is known"

@@ -71,11 +71,11 @@ class Run(Compute):
 
     # ---- models: where they come from
 
-    def stage(self, method):
-        """-> the checkpoint of an earlier stage, whose script runs first if it is missing"""
-        o, path = self.o, checkpoint.default_path(self.o.task, method)
-        self.reads(path, "init" if method == "sft" else "reward")
-        return checkpoint.make_if_missing(method, o)
+    def stage(self, method, part="init", *more):
+        """-> a stage's checkpoint; if missing, its script runs first, with the options `more`"""
+        path = checkpoint.default_path(self.o.task, method)
+        self.reads(path, part)
+        return checkpoint.make_if_missing(path, method, self.o, *more)
 
     def load(self, path, task, scalar=False):
         """-> the policy of a checkpoint; the task gets its chat template. scalar: the policy's

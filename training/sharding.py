@@ -90,6 +90,6 @@ def cut(model, kind):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     scalar = "values", "values_before", "score"
-    for method in scalar if isinstance(model, ScalarGPT) else ("logprobs",):
+    for method in scalar if isinstance(model, ScalarGPT) else ("read",):
         register_fsdp_forward_method(model, method)  # an inner one would free too early
     return model

@@ -1,0 +1,185 @@
+"""On-policy distillation: GKD (arXiv:2306.13649), MiniLLM (arXiv:2306.08543).
+
+    y ~ π_θ(·|x), s_t = (x, y_<t)                  the student's own states; no gradient through y
+    L(θ) = 1/S Σ_i 1/|y_i| Σ_t D(π_θ, π_T; s_it)   over the whole vocabulary at each state
+
+    reverse  KL(π_θ‖π_T) = Σ_v π_θ(v|s) log π_θ(v|s)/π_T(v|s)        mode-seeking, the default
+    forward  KL(π_T‖π_θ)                                             covers all that π_T does
+    JSD      β KL(π_T‖m) + (1-β) KL(π_θ‖m), m = β π_T + (1-β) π_θ    GKD, Eq. 1
+    sampled  - ρ_t A_t,  A_t = log π_T(y_t|s_t) - log π_θ(y_t|s_t)   one reward per token, no return
+
+    paper                code                       shape, or meaning
+    log π_θ, log π_T     logp, teacher_logp         (m, V) at m states, nats; sampled: (B, T) of y
+    β, ρ, A              beta, ratio, adv           β of the JSD; π_θ/π_old; (B, T), no gradient
+    S, |y|               len(minibatch), length     responses per step; tokens, the end included
+    λ                    1 - answers                GKD's share of the student's own responses
+
+Models in memory: 2 (policy, the student, trained; teacher, frozen), of one vocabulary and of any
+sizes. Data: prompts; with --answers the rows' own answers too. No reward is read in training. The
+fixed point of all four losses is π_θ = π_T, at the states that the student visits.
+The mean gradient of sampled is that of reverse at each state; it needs no table of logits from the
+teacher, and has more noise. kl_teacher is KL(π_θ‖π_T) per response, kl is against the start.
+Departures: 1. --answers is a share of each step's prompts, GKD flips one coin per step; 2. there is
+no pre-training loss, and no teacher-mixed sampling or length-normalised return (MiniLLM);
+3. ρ is not clipped; 4. --temperature is that of both models and of the samples.
+
+    python distill.py                   a student of half the width, taught by out/reviews/ppo.pt
+    python distill.py --loss jsd --jsd-beta 0.1
+    python distill.py --task exact --init out/exact/sft.pt --teacher out/exact/dpo.pt
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+import data
+import training
+from data import UserError
+from evaluate import Evaluator
+from gpt import token_logprobs
+from training import RolloutOptions, Run, opt, parse
+from training.teacher import Answers, compared, load
+
+LOSSES = ("reverse", "forward", "jsd", "sampled")
+
+
+def kl(logp, logq):
+    """KL(p‖q) = Σ_v p (log p - log q) in nats. logp, logq: (…, V) log-probs. Returns (…), ≥ 0."""
+    assert logp.shape == logq.shape, "two tables of one vocabulary"
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
+def jsd(logp, teacher_logp, beta=0.5):
+    """GKD's generalised JSD, Eq. 1 of arXiv:2306.13649, (…, V) twice -> (…). beta: 0 < β < 1, the
+    teacher's share of the mixture. β → 0: β KL(π_T‖π_θ); β → 1: (1-β) KL(π_θ‖π_T)."""
+    mixture = torch.logaddexp(teacher_logp + math.log(beta), logp + math.log1p(-beta))
+    return beta * kl(teacher_logp, mixture) + (1 - beta) * kl(logp, mixture)
+
+
+def divergence(logp, teacher_logp, loss="reverse", beta=0.5):
+    """D(π_θ, π_T) at each state: (m, V) log-probs twice -> (m,), nats. At π_θ = π_T it is 0, and so
+    is its gradient."""
+    if loss == "reverse":
+        return kl(logp, teacher_logp)
+    return kl(teacher_logp, logp) if loss == "forward" else jsd(logp, teacher_logp, beta)
+
+
+def sampled_loss(logp, old_logp, teacher_logp):
+    """-ρA of the sampled tokens. logp, old_logp, teacher_logp: (B, T), nats. Returns (B, T) losses.
+    The mean gradient over tokens drawn from π_old is that of KL(π_θ‖π_T) at the state."""
+    adv = (teacher_logp - logp).detach()
+    return -(logp - old_logp).exp() * adv
+
+
+@dataclass
+class Options(RolloutOptions):
+    teacher: str = opt("", "π_T, a checkpoint (default: out/<task>/ppo.pt)", file=True)
+    loss: str = opt("reverse", "D at a state, or of its sampled token alone", choices=LOSSES)
+    jsd_beta: float = opt(0.5, "β of the JSD", above=0, below=1, only="loss=jsd")
+    agg: str = opt("seq_mean", "how tokens are averaged", choices=("seq_mean", "token_mean"))
+    answers: float = opt(
+        0.0, "share of prompts with given answers", low=0, below=1, only="loss=reverse|forward|jsd"
+    )
+    reward: str = opt("task", "unused: the teacher takes its place", choices=("task",))
+
+    def given_prompts(self):
+        """-> how many prompts of a step have given answers"""
+        return int(self.answers * self.batch_size)
+
+    def check(self):
+        super().check()
+        if data.kind(self.task) == "file" and not (self.init and self.teacher):
+            both = "the student, --init, and its teacher, --teacher, are needed"
+            raise UserError(f"{both} with a file as the task; give both")
+        if self.answers and not self.given_prompts():
+            few = f"of --batch-size {self.batch_size} prompts is less than one"
+            raise UserError(f"--answers {self.answers:g} {few}; give 0, or more")
+
+
+PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
+    "any": dict(steps=100, batch_size=16, lr=1e-3, save_every=20),
+    "exact": dict(group=64, batch_size=4, steps=600, lr=2e-3, lr_schedule="linear"),
+}
+
+
+def compute_loss(policy, teacher, batch, o):
+    """A micro-batch of B responses -> losses (B, T), and metrics, (B, T) or (B,) per response."""
+    if o.loss == "sampled":
+        logp, entropy = token_logprobs(policy, batch, o.temperature, entropy=True)
+        with torch.no_grad():
+            teacher_logp = token_logprobs(teacher, batch, o.temperature)
+        losses = sampled_loss(logp, batch.old_logp_or(logp), teacher_logp)
+        gap = (logp - teacher_logp).detach()
+    else:
+
+        def at_states(logp, teacher_logp):
+            own = logp.detach()
+            entropy = -(own.exp() * own).sum(-1)
+            loss = divergence(logp, teacher_logp, o.loss, o.jsd_beta)
+            return loss, kl(own, teacher_logp), entropy
+
+        losses, gap, entropy = compared(policy, teacher, batch, at_states, o.temperature)
+    return losses, {"entropy": entropy, "kl_teacher": gap.sum(1)}
+
+
+def token_weight(batch, minibatch, agg):
+    """The weight of each token's loss, (B, T), 0 off the response. The weighted sum over a
+    minibatch is the reduction that agg names, however the minibatch is cut."""
+    mask = batch.mask.to(batch.logp)
+    if agg == "seq_mean":  # 1/S Σ_i 1/|y_i| Σ_t, GKD
+        return mask / (len(minibatch) * batch.length.clamp(min=1))
+    return mask / minibatch.length.sum().clamp(min=1)  # 1/Σ_i |y_i| Σ_i Σ_t, as TRL
+
+
+def beside(teacher, policy, run, task):
+    """-> the closing figures that compare the student with its teacher"""
+    found = Evaluator(run, task, compared_with=teacher).measure(policy)
+    figures = {"kl_teacher": found["kl"]}
+    data.say(f"KL(π‖π_T) {found['kl']:.4f} nats per response, on held-out prompts")
+    return figures | ({"teacher_reward": found["ref_reward"]} if task.has_reward else {})
+
+
+def main(argv=None):
+    o = parse(Options, argv, PRESETS)
+    run = Run("distill", o)
+    task = data.task(o.task, o.eval_file, o.strict)
+    policy, teacher = load(run, task, o.teacher or run.stage("ppo", "teacher"))
+    run.hold(policy=policy, teacher=teacher)
+
+    prompts = run.prompts()
+    answers = Answers(run, task, o.given_prompts()) if o.answers else None
+    evaluator = Evaluator(run, task)
+    optimizer = run.adamw(policy)
+    stale = o.loss == "sampled" and not o.updates == o.minibatches == 1
+
+    for step in run.steps(prompts, optimizer):
+        with run.clock("sample"):
+            questions = next(prompts)  # P of them
+            n = o.given_prompts()  # of these, none by default
+            rollout = run.sample(policy, questions[n:], prompts.longest, o.group, o.temperature)
+            rollout.own = torch.ones_like(rollout.finished)  # (N,) not of those that are given
+        with run.clock("logprobs"):
+            rollout.old_logp = run.logprobs(policy, rollout, o.temperature) if stale else None
+        run.log(rollout.summary())
+        rollout = answers.joined(rollout, step, n) if n else rollout  # (P·G, T)
+
+        with run.clock("update"):
+            for minibatch in rollout.minibatches(o.updates, o.minibatches, run.generator):
+                for batch in run.micro_batches(minibatch):
+                    with run.autocast():
+                        losses, metrics = compute_loss(policy, teacher, batch, o)
+                    weight = token_weight(batch, minibatch, o.agg)
+                    run.backward((weight * losses).sum(), tokens=batch.tokens)
+                    run.log({"loss": losses}, weight)
+                    sampled = batch.own / minibatch.own.sum().clamp(min=1)
+                    run.log({"kl_teacher": metrics.pop("kl_teacher")}, sampled)
+                    run.log(metrics, token_weight(batch, minibatch, "token_mean"))
+                run.update(optimizer)
+        run.evaluate(evaluator, policy)
+
+    run.finish(evaluator, policy)
+
+
+if __name__ == "__main__":
+    training.command(main)
