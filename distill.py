@@ -17,14 +17,12 @@
 Models in memory: 2 (policy, the student, trained; teacher, frozen), of one vocabulary and of any
 sizes. Data: prompts; with --answers the rows' own answers too. No reward is read in training. The
 fixed point of all four losses is π_θ = π_T, at the states that the student visits.
-The mean gradient of sampled is that of reverse at each state; it needs no table of logits from the
-teacher, and has more noise. kl_teacher is KL(π_θ‖π_T) per response, kl is against the start.
-Departures: 1. --answers is a share of each step's prompts, GKD flips one coin per step; 2. there is
-no pre-training loss, and no teacher-mixed sampling or length-normalised return (MiniLLM);
-3. ρ is not clipped; 4. --temperature is that of both models and of the samples.
+The mean gradient of sampled is that of reverse at each state, with more noise. The figure
+kl_teacher is KL(π_θ‖π_T) per response; kl is against the start.
+Departures: 1. --answers is a share of each step's prompts, GKD flips one coin per step; 2. of
+MiniLLM there is its divergence alone; 3. ρ is not clipped; 4. --temperature is of both models too.
 
     python distill.py                   a student of half the width, taught by out/reviews/ppo.pt
-    python distill.py --loss jsd --jsd-beta 0.1
     python distill.py --task exact --init out/exact/sft.pt --teacher out/exact/dpo.pt
 """
 
@@ -83,23 +81,23 @@ class Options(RolloutOptions):
     )
     reward: str = opt("task", "unused: the teacher takes its place", choices=("task",))
 
-    def given_prompts(self):
-        """-> how many prompts of a step have given answers"""
-        return int(self.answers * self.batch_size)
+    def answered(self, prompts):
+        """-> how many of so many prompts have given answers"""
+        return int(self.answers * prompts)
 
     def check(self):
         super().check()
         if data.kind(self.task) == "file" and not (self.init and self.teacher):
             both = "the student, --init, and its teacher, --teacher, are needed"
             raise UserError(f"{both} with a file as the task; give both")
-        if self.answers and not self.given_prompts():
+        if self.answers and not self.answered(self.batch_size):
             few = f"of --batch-size {self.batch_size} prompts is less than one"
             raise UserError(f"--answers {self.answers:g} {few}; give 0, or more")
 
 
 PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
     "any": dict(steps=100, batch_size=16, lr=1e-3, save_every=20),
-    "exact": dict(group=64, batch_size=4, steps=600, lr=2e-3, lr_schedule="linear"),
+    "exact": dict(group=64, batch_size=4, steps=300, lr=2e-3, lr_schedule="linear"),
 }
 
 
@@ -132,12 +130,19 @@ def token_weight(batch, minibatch, agg):
     return mask / minibatch.length.sum().clamp(min=1)  # 1/Σ_i |y_i| Σ_i Σ_t, as TRL
 
 
-def beside(teacher, policy, run, task):
-    """-> the closing figures that compare the student with its teacher"""
-    found = Evaluator(run, task, compared_with=teacher).measure(policy)
-    figures = {"kl_teacher": found["kl"]}
-    data.say(f"KL(π‖π_T) {found['kl']:.4f} nats per response, on held-out prompts")
-    return figures | ({"teacher_reward": found["ref_reward"]} if task.has_reward else {})
+class BesideTeacher(Evaluator):
+    """Compares the student with its teacher, and then with its start."""
+
+    def measure(self, policy, prompts=0):
+        start, self.compared_with = self.compared_with, self.run.models["teacher"]
+        beside = super().measure(policy, prompts)
+        self.compared_with, found = start, {"kl_teacher": beside["kl"]}
+        found |= {"teacher_reward": beside["ref_reward"]} if "ref_reward" in beside else {}
+        return super().measure(policy, prompts) | found
+
+    def report(self, title, f):
+        super().report(title, f)
+        data.say(f"KL(π‖π_T), nats per response: {f['kl_teacher']:.4f}")
 
 
 def main(argv=None):
@@ -148,15 +153,15 @@ def main(argv=None):
     run.hold(policy=policy, teacher=teacher)
 
     prompts = run.prompts()
-    answers = Answers(run, task, o.given_prompts()) if o.answers else None
-    evaluator = Evaluator(run, task)
+    answers = Answers(run, task, o.answered(o.batch_size)) if o.answers else None
+    evaluator = BesideTeacher(run, task)
     optimizer = run.adamw(policy)
     stale = o.loss == "sampled" and not o.updates == o.minibatches == 1
 
     for step in run.steps(prompts, optimizer):
         with run.clock("sample"):
             questions = next(prompts)  # P of them
-            n = o.given_prompts()  # of these, none by default
+            n = o.answered(len(questions))  # of them; none by default
             rollout = run.sample(policy, questions[n:], prompts.longest, o.group, o.temperature)
             rollout.own = torch.ones_like(rollout.finished)  # (N,) not of those that are given
         with run.clock("logprobs"):

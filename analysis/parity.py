@@ -185,6 +185,11 @@ DAPO, minibatches | dapo --minibatches 2 --no-overlong --eps-high 0.2
 online DPO | online_dpo --label argmax | OnlineDPO beta=0.1
 online IPO of sums | online_dpo --label argmax --loss ipo --ipo-sum --beta 0.5
     | OnlineDPO loss_type=ipo beta=0.5
+distillation, reverse | distill --agg token_mean | Distillation beta=1.0
+distillation, forward | distill --agg token_mean --loss forward | Distillation beta=0.0
+distillation, JSD | distill --agg token_mean --loss jsd --jsd-beta 0.5 | Distillation beta=0.5
+distillation, JSD, temperature | distill --agg token_mean --loss jsd --jsd-beta 0.1
+    --temperature 0.7 | Distillation beta=0.1 temperature=0.7
 PPO | ppo --updates 2 --minibatches 2 --beta 0.1 --lam 0.9 --gamma 0.8 --vf-coef 0.3 --eps 0.02
     --eps-v 0.02 --missing-eos-penalty 0.5
     | derivation passes=2 parts=2 beta=0.1 lam=0.9 gamma=0.8 vf_coef=0.3 eps=0.02 eps_v=0.02

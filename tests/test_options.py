@@ -188,6 +188,11 @@ dapo --task exact | steps=1500 batch_size=4 lr=0.0003 lr_schedule=linear group=6
 dapo --task exact --steps 60 --batch-size 16 --group 8 --lr 1e-3 --minibatches 1 --log-every 1 |
     steps=60 batch_size=16 lr=0.001 lr_schedule=linear group=8 minibatches=1 overlong=False
     log_every=1
+distill | steps=100 batch_size=16 lr=0.001 save_every=20 teacher= loss=reverse agg=seq_mean
+    answers=0.0 reward=task group=8 temperature=1.0 updates=1 minibatches=1
+distill --task exact --init out/exact/sft.pt --teacher out/exact/dpo.pt | steps=300 batch_size=4
+    lr=0.002 lr_schedule=linear group=64
+distill --agg token_mean | agg=token_mean
 online_dpo | steps=150 lr=0.0003 reward=task missing_eos_penalty=1.0 label=bt loss=dpo beta=0.1
     ipo_sum=False rounds=0 samples_per_prompt=2 ref_update=fixed temperature=1.0
 online_dpo --reward out/reviews/reward_model.pt |

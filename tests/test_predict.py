@@ -23,6 +23,7 @@ SAMPLES = {
     "grpo": ["--group", 4],
     "dapo": ["--group", 4, "--minibatches", 2],
     "online_dpo": ["--samples-per-prompt", 3],
+    "distill": ["--group", 4],
     "rlaif": ["--group", 4],
 }
 SETTINGS = [name for name, row in EVERY.items() if not row.like]
@@ -71,6 +72,7 @@ def both(row, folder, monkeypatch, capsys, *more):
     monkeypatch.setattr("data.tokens.Tokens.correct", verdict)
     args = [*SHORT, *EVERY[row].arguments.split(), *SAMPLES.get(row, ()), *more]
     args += ["--reward", "endless-judge.pt"] if row == "ppo" else []
+    args += ["--teacher", "endless.pt"] if row == "distill" else []
     args += ["--init", "endless.pt"]
     name = f"{row}-measured"
     out = ["--out", f"{name}.pt"]

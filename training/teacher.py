@@ -99,6 +99,11 @@ class Answers:
         """-> the rollout, and the answers to n prompts of this step, whose column `own` is False"""
         batch = data.pad(self.batches[step][: n * self.group], self.device)
         ids, mask = batch.unfold(batch.ids), batch.unfold(batch.mask)
-        given = {"ids": ids, "mask": mask, "logp": torch.zeros(mask.shape, device=mask.device)}
+        given = {
+            "ids": ids,
+            "mask": mask,
+            "old_logp": None,
+            "logp": torch.zeros(mask.shape, device=mask.device),
+        }
         own = torch.zeros_like(mask[:, 0])
-        return Rollout.cat([rollout, Rollout(**given, finished=~own, own=own, old_logp=None)])
+        return Rollout.cat([rollout, Rollout(**given, finished=~own, own=own)])

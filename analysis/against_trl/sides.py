@@ -28,6 +28,7 @@ END, PAD = 0, 1  # token ids; the letters come after them
 SIZES = GPTConfig(vocab_size=28, block_size=32, n_layer=2, n_head=2, n_embd=16)
 LONGEST = 8  # tokens of a response
 REFERENCED = ("dpo", "kto", "grpo", "online_dpo", "ppo")  # the scripts that get a reference
+GROUPED = ("GRPO", "RLOO", "Distillation")  # the trainers whose prompts have many responses
 REWARDS = {  # a script that samples -> its reward
     "grpo": "letters",
     "dapo": "verdict",
@@ -151,6 +152,8 @@ def arguments(script, data, folder):
     Path(file).write_text("\n".join(map(json.dumps, data)))
     found = ["--task", file, "--eval-file", file, "--batch-size", str(len(data)), *OURS.split()]
     found += ["--init", f"{folder}/policy", "--out", f"{folder}/ours.pt"]
+    if script == "distill":
+        found += ["--teacher", f"{folder}/reference", "--max-new-tokens", str(LONGEST)]
     if script in REFERENCED:
         found += ["--reference", f"{folder}/reference"]
     if judge := REWARDS.get(script):
@@ -191,9 +194,12 @@ def theirs(command, data, folder, steps, rollout=None):
     Trainer, Config = trainers.trainer(kind)
     settings = THEIRS | {"output_dir": f"{folder}/theirs", "max_steps": steps}
     settings["per_device_train_batch_size"] = len(data)
-    if kind in ("GRPO", "RLOO"):
+    if kind in GROUPED:
         settings["per_device_train_batch_size"] = len(rollout)
-        settings["num_generations"] = len(rollout) // len(data)
+        if kind == "Distillation":  # it has no groups
+            data = [row for row in data for _ in range(len(rollout) // len(data))]
+        else:
+            settings["num_generations"] = len(rollout) // len(data)
         settings["max_completion_length"] = LONGEST
     settings |= dict(map(setting, given))
     words = tokenizer(settings.pop("pad", "<pad>"))
@@ -207,7 +213,9 @@ def theirs(command, data, folder, steps, rollout=None):
         given = {"train_dataset": Dataset.from_list(data)}
         if kind in trainers.WITH_REFERENCE:
             given["ref_model"] = reference
-        if rollout:
+        if kind == "Distillation":
+            given["teacher_model"] = reference
+        elif rollout:
             given["reward_funcs"] = list(map(reward, rewards))
         args = Config(**settings)
         trainer = Trainer(model=policy, args=args, processing_class=words, **given)
@@ -286,10 +294,10 @@ def hand_over(kind, trainer, rollout, reference):
 
     if kind == "OnlineDPO":
         trainer._generate = padded
-    elif kind == "RLOO":
+    elif kind in ("RLOO", "Distillation"):
         trainer._generate_single_turn = lambda prompts, *_: taken(prompts)
     else:
         trainer._generate_single_turn = lambda prompts, *_: (taken(prompts), taken(prompts, logps))
         trainer.use_vllm = "truncate" in trainer.args.vllm_importance_sampling_mode
-    if kind != "OnlineDPO" and trainer.beta:
+    if kind in ("GRPO", "RLOO") and trainer.beta:
         trainer.ref_model.load_state_dict(reference.state_dict())

@@ -12,7 +12,7 @@ COLUMNS = {  # a script -> what a row of TRL's has beside the prompt
     "sft": ("completion",),
     "kto": ("completion", "label"),
     **dict.fromkeys(("reward_model", "dpo", "simpo", "orpo"), ("chosen", "rejected")),
-    **dict.fromkeys(("grpo", "dapo", "online_dpo", "ppo"), ()),
+    **dict.fromkeys(("grpo", "dapo", "online_dpo", "ppo", "distill"), ()),
 }
 SETTINGS = dict(  # which every trainer is given
     lr_scheduler_type="constant",
