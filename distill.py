@@ -87,9 +87,6 @@ class Options(RolloutOptions):
 
     def check(self):
         super().check()
-        if data.kind(self.task) == "file" and not (self.init and self.teacher):
-            both = "the student, --init, and its teacher, --teacher, are needed"
-            raise UserError(f"{both} with a file as the task; give both")
         if self.answers and not self.answered(self.batch_size):
             few = f"of --batch-size {self.batch_size} prompts is less than one"
             raise UserError(f"--answers {self.answers:g} {few}; give 0, or more")
@@ -149,7 +146,7 @@ def main(argv=None):
     o = parse(Options, argv, PRESETS)
     run = Run("distill", o)
     task = data.task(o.task, o.eval_file, o.strict)
-    policy, teacher = load(run, task, o.teacher or run.stage("ppo", "teacher"))
+    policy, teacher = load(run, task, o.teacher)
     run.hold(policy=policy, teacher=teacher)
 
     prompts = run.prompts()

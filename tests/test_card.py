@@ -119,7 +119,7 @@ def test_scripts_beside_the_cpu(o, monkeypatch):
     """The second of four losses is off by half of the largest."""
     monkeypatch.setattr(card_parts, "make_starts", lambda: None)
     found = {(row, setting): f for row, setting, f in card_parts.scripts(o)}
-    assert len(found) == 11 * 4
+    assert len(found) == 12 * 4
     plain, devices = card_parts.ran, []
 
     def off(name, arguments, path, device):
@@ -135,7 +135,7 @@ def test_scripts_beside_the_cpu(o, monkeypatch):
 def test_waits_and_graphs_are_of_cuda_only(o, monkeypatch):
     monkeypatch.setattr(card_parts, "make_starts", lambda: None)
     found = rows(card_parts.waits(o))
-    assert len(found) == 11 and all(x == {"waits": "CUDA only"} for x in found.values())
+    assert len(found) == 12 and all(x == {"waits": "CUDA only"} for x in found.values())
     found = {(row, column): f for row, column, f in card_parts.sampling(o)}
     assert len(found) == 12
     assert found["toy, a batch of 8", "graph"]() == {"graph": "CUDA only"}

@@ -191,8 +191,7 @@ dapo --task exact --steps 60 --batch-size 16 --group 8 --lr 1e-3 --minibatches 1
 distill | steps=100 batch_size=16 lr=0.001 save_every=20 teacher= loss=reverse agg=seq_mean
     answers=0.0 reward=task group=8 temperature=1.0 updates=1 minibatches=1
 distill --task exact --init out/exact/sft.pt --teacher out/exact/dpo.pt | steps=300 batch_size=4
-    lr=0.002 lr_schedule=linear group=64
-distill --agg token_mean | agg=token_mean
+    lr=0.002 lr_schedule=linear group=64 teacher=out/exact/dpo.pt
 online_dpo | steps=150 lr=0.0003 reward=task missing_eos_penalty=1.0 label=bt loss=dpo beta=0.1
     ipo_sum=False rounds=0 samples_per_prompt=2 ref_update=fixed temperature=1.0
 online_dpo --reward out/reviews/reward_model.pt |
@@ -395,6 +394,8 @@ grpo --beta 1 --kl k3-ratio | --kl none | with --kl k3 or k3-ratio or reward onl
 grpo --beta 1 --kl reward | --kl none | with --kl k3 or k3-ratio or reward only, not with none
 online_dpo --rounds 3 --ref-update per-round | --lora 8 | with --lora 0 only, not with 8
 dapo --overlong-cache 9 | --no-overlong | with --overlong only
+distill --loss jsd --jsd-beta 0.1 | --loss forward | with --loss jsd only, not with forward
+distill --answers 0.5 | --loss sampled | reverse or forward or jsd only, not with sampled
 online_dpo --loss ipo --ipo-sum | --loss dpo | with --loss ipo only, not with dpo
 online_dpo --missing-eos-penalty 1 --reward rm | --reward task | rm or *.pt only, not with task
 """

@@ -24,9 +24,13 @@ TABLE = {"cpu": 2**24, "cuda": 2**28, "mps": 2**28}
 
 
 def load(run, task, path):
-    """-> (the student, to be trained; the teacher, frozen). path: of the teacher. Without --init
-    the student is an SFT model of half the teacher's width. Raises UserError if they have not the
-    same vocabulary."""
+    """-> (the student, to be trained; the teacher, frozen). path: of the teacher; "" for that which
+    ppo.py makes. Without --init the student is an SFT model of half the teacher's width. Raises
+    UserError if they have not the same vocabulary."""
+    if data.kind(run.o.task) == "file" and not (run.o.init and path):
+        both = "the student, --init, and its teacher, --teacher, are needed"
+        raise UserError(f"{both} with a file as the task; give both")
+    path = path or run.stage("ppo", "teacher")
     teacher, tokenizer, meta = checkpoint.load(path, mapped=True)
     half = "--name", "half", "--n-embd", str(teacher.config.n_embd // 2)
     policy = run.load(run.o.init or run.stage("sft-half", "init", *half), task)
