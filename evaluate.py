@@ -28,7 +28,9 @@ it with.
 
 import importlib
 import os
+import shutil
 import statistics
+import textwrap
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -91,6 +93,8 @@ class Evaluator:
             figures, self.shown = self.world.measure(policy, ref, self.is_reference, not prompts)
             return figures
         figures = self._sample(policy, ref, prompts or len(self.prompts))
+        if not prompts:
+            self.shown = self._examples({"reference": ref, "policy": policy})
         del ref
         self.run.placement.collect_garbage()
         return figures
@@ -145,7 +149,6 @@ class Evaluator:
         figures |= {"length": mine.tokens / len(mine.texts), "ended": statistics.fmean(mine.ended)}
         figures |= {"entropy": mine.entropy / mine.tokens, "prompts": len(mine.texts)}
         figures["sampling_difference"] = mine.difference
-        self.shown = self._examples(mine.texts, theirs.texts if theirs else [])
         return figures
 
     def _respond(self, model, n, seed, scored_by=None):
@@ -173,12 +176,21 @@ class Evaluator:
                 bar.update(len(questions))
         return found
 
-    def _examples(self, texts, ref_texts):
-        """-> (prompt, the reference's response, the policy's) of two prompts, if possible of such
-        whose responses differ"""
-        ref_texts = ref_texts or [None] * len(texts)
-        order = sorted(range(len(texts)), key=lambda i: texts[i] == ref_texts[i])
-        return [(self.prompts[i][1], ref_texts[i], texts[i]) for i in order[:2]]
+    def _examples(self, models):
+        """-> [(prompt, {name: (reward or None, response)})] of two prompts, if possible of such
+        whose responses differ. All models draw with the same random numbers."""
+        prompts, rows = self.prompts[:8], {}
+        for name, model in models.items():
+            if model is not None:
+                generator = torch.Generator().manual_seed(self.run.o.seed)
+                rollout = self.run.sample(model, prompts, self.longest, generator=generator)
+                known, texts = self.judges.get("reward"), completions(self.run.tokenizer, rollout)
+                rewards = known(prompts, rollout).tolist() if known else [None] * len(texts)
+                rows[name] = list(zip(rewards, texts))
+        found = [dict(zip(rows, answers)) for answers in zip(*rows.values())]
+        order = sorted(range(len(found)), key=lambda i: len(set(found[i].values())) == 1)
+        decode = self.run.tokenizer.decode
+        return [(decode(prompts[i][0]), found[i]) for i in order[:2]]
 
     # ---- for the reader
 
@@ -210,12 +222,26 @@ class Evaluator:
         if self.world:
             print("", *self.shown, "", sep="\n", flush=True)
             return
-        for prompt, *texts in self.shown:
-            print(f"\n{printable(prompt if len(prompt) < 400 else '… ' + prompt[-400:])}")
-            for name, text in zip(("reference", "policy"), texts):
-                if text is not None:
-                    print(f"  {name:>9} | " + printable(text).replace("\n", "\n" + " " * 12 + "| "))
+        for prompt, answers in self.shown:
+            print()
+            side_by_side(prompt if len(prompt) < 400 else "… " + prompt[-400:], answers)
         print(flush=True)
+
+    def what_next(self, out, record):
+        """-> what can be done with the checkpoint"""
+        return f"talk to it: python chat.py {out}; its curves: python compare.py --records {record}"
+
+
+def side_by_side(prompt, answers):
+    """Prints the answers to a prompt, {name: (reward or None, text)}, wrapped at words."""
+    width = min(100, shutil.get_terminal_size().columns) - 22
+    print(printable(prompt))
+    for name, (reward, text) in answers.items():
+        head = f"  {name:>9} {'' if reward is None else f'{reward:.2f}':>6} | "
+        for line in printable(text).split("\n"):
+            for part in textwrap.wrap(line, max(20, width)) or [""]:
+                print(head + part)
+                head = " " * 19 + "| "
 
 
 def standard_error(x):
@@ -321,13 +347,13 @@ class Again(Compute):
         n = self.o.max_new_tokens or min(256, self.block_size // 2)
         limit = self.block_size - n
         rows, _ = data.encode_prompts([(prompt,)], self.tokenizer, limit, self.o.truncate)
-        print(printable(prompt))
-        ref = self.open(self.reference) if self.reference else None
+        ref, found = self.open(self.reference) if self.reference else None, {}
         for name, model in (("reference", ref), ("policy", self.policy)):
             if model is not None:
                 generator = torch.Generator().manual_seed(self.o.seed)
                 rollout = self.sample(model, rows, n, generator=generator)
-                print(f"  {name:>9} | {printable(completions(self.tokenizer, rollout)[0])}")
+                found[name] = None, completions(self.tokenizer, rollout)[0]
+        side_by_side(prompt, found)
 
 
 def main(argv=None):

@@ -272,8 +272,10 @@ def length():
         row = {"seed": seed}
         for name, answers in {"words: y_w": chosen, "words: y_l": rejected}.items():
             row[name] = sum(len(y.split()) for y in answers) / len(answers)
-        for method in ("dpo", "simpo"):
-            final = run(f"{method}.py --steps 80", seed).final
+        penalty = "dpo.py --steps 80 --length-penalty 0.02"
+        runs = {"dpo": "dpo.py --steps 80", "r-dpo": penalty, "simpo": "simpo.py --steps 80"}
+        for method, command in runs.items():
+            final = run(command, seed).final
             row |= {"sft: tokens": final["ref_length"], "sft: reward": final["ref_reward"]}
             row |= {f"{method}: tokens": final["length"], f"{method}: reward": final["reward"]}
         rows.append(row)
@@ -284,8 +286,9 @@ def length():
         "DPO's answers are longer than SFT's": each(
             lambda x: x["dpo: tokens"] > x["sft: tokens"], rows
         ),
+        "R-DPO's, at α 0.02, are not": each(lambda x: x["r-dpo: tokens"] < x["sft: tokens"], rows),
         "SimPO's are shorter": each(lambda x: x["simpo: tokens"] < x["sft: tokens"], rows),
-        "both have gained more than 0.5": each(
-            lambda x: min(x["dpo: reward"], x["simpo: reward"]) > x["sft: reward"] + 0.5, rows
+        "all have gained more than 0.5": each(
+            lambda x: min(x[f"{name}: reward"] for name in runs) > x["sft: reward"] + 0.5, rows
         ),
     }

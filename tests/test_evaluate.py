@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -78,7 +79,10 @@ def test_rewards_and_win_rate_by_hand(monkeypatch):
     assert figures["kl_se"] == pytest.approx((14 / 3) ** 0.5 / 2)  # deviations -2 -1 0 3; √4
     assert figures["length"] == 10 and figures["ref_length"] == 20
     assert figures["entropy"] == 0.5 and figures["ended"] == 0.75
-    assert measured.shown[0][1:] == (texts[False][0], texts[True][0])
+    shown = [answers for _, answers in measured.shown]
+    assert [list(x) for x in shown] == [["reference", "policy"]] * 2
+    rewards = {text: r for answers in shown for r, text in answers.values()}
+    assert all(r == reward("", text, True) for text, r in rewards.items() if r > -3)
 
 
 def test_every_prompt_is_answered_once_at_temperature_1(monkeypatch):
@@ -120,6 +124,22 @@ def test_kl_is_that_of_the_samples():
     assert measured.measure(policy, 256) == figures  # a fixed seed
     figures = evaluator(data.task("reviews"), 6, compared_with=model(1)).measure(policy, 256)
     assert figures["kl"] > 5 * figures["kl_se"] > 0
+
+
+def test_the_answers_that_are_shown_are_drawn_with_the_same_numbers(capsys):
+    """So that of equal models they are equal. They stand side by side, wrapped at words."""
+    policy, task = model(0), data.task("reviews")
+    same = evaluator(task, 30, compared_with=policy)
+    figures = same.measure(policy)
+    assert len(same.shown) == 2
+    assert all(answers["policy"] == answers["reference"] for _, answers in same.shown)
+    other = evaluator(task, 30, compared_with=model(1))
+    other.measure(policy)
+    assert all(answers["policy"] != answers["reference"] for _, answers in other.shown)
+    same.report("x", figures)
+    said = capsys.readouterr().out.split("entropy")[1].splitlines()[2:]
+    assert {line[19] for line in said if "|" in line} == {"|"} and max(map(len, said)) <= 80
+    assert said[0].startswith("A ") and re.match(r" +reference +-?\d\.\d\d \| ", said[1])
 
 
 def plain(x, y, implicit, policy, ref):

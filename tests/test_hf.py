@@ -535,7 +535,7 @@ def test_a_folder_is_a_judge_and_a_reference(chats, capsys):
 
 def test_a_folder_alone_is_asked_and_measured(chats, capsys):
     assert main("evaluate", "base", "--prompt", "the") == 0
-    assert "policy |" in capsys.readouterr().out
+    assert "\n     policy " in capsys.readouterr().out
     assert main("evaluate", "base", "--task", "x.jsonl", "--truncate", *MORE[:4]) == 0
     assert "2 test prompts" in capsys.readouterr().out
     assert main("evaluate", "base") == 2

@@ -98,7 +98,7 @@ def test_end_to_end(name, shop, call):
         small = "--init ends.pt --group 4 --reward judge.py:odd".split()
     said = call(name, *TINY, *small, "--eval-every", 2, cwd=shop)
     held = [(role.strip("*"), role.endswith("*")) for role in HELD[name].split()]
-    assert "reward" in said and "reference |" in said and f"models held: {len(held)}" in said
+    assert "reward" in said and "\n  reference " in said and f"models held: {len(held)}" in said
     whole_and_apart(shop, before)
     folder = shop / "out/reviews"
     assert files_in(folder) == sorted([f"{name}.jsonl", f"{name}.pt", "sft.pt"])

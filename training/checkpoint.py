@@ -156,7 +156,7 @@ def same_world(path, tokenizer, meta, task):
 
 def find_reference(run):
     """-> the path of the checkpoint that a policy is compared with: the one that it started from,
-    else an earlier out/<task>/sft.pt. If there is none, says so, and gives ""."""
+    else an earlier out/<task>/sft.pt, else "". If that cannot be compared with, says so."""
     path = run.baseline or default_path(run.task.name, "sft")
     try:
         ref, own, _ = load(path)
@@ -165,7 +165,9 @@ def find_reference(run):
             return path
         why = f"{path} has another vocabulary or a shorter context"
     except UserError as e:
-        why = str(e) if os.path.exists(path) else "an earlier SFT checkpoint would be one"
+        if not os.path.exists(path):
+            return ""  # the first SFT run of a task
+        why = str(e)
     data.say(f"no reference checkpoint ({why}): win rate and KL are not reported")
     return ""
 

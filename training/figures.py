@@ -176,15 +176,15 @@ class Figures:
         medians = {f"{part}_ms": 1000 * statistics.median(x) for part, x in seconds.items()}
         return medians | {"tokens_per_s": speed}
 
-    def summary(self, final, ledger, peak):
+    def summary(self, final, peak):
         """-> the last lines of a run. peak: that of the Meter, or None"""
-        lines, speed = [memory.ledger(ledger)], ""
+        speed = ""
         if self.times:
             _, *parts = self.times[0]
             parts = ", ".join(f"{part} {final[f'{part}_ms']:.0f}" for part in parts)
             speed = f", {final['step_ms']:.0f} ms per step" + (f" ({parts})" if parts else "")
             speed += f", {final['tokens_per_s']:,.0f} tokens/s"
-        lines.append(f"time: {final['wall_s']:.0f} s{speed}")
+        lines = [f"time: {final['wall_s']:.0f} s{speed}"]
         if peak:
             lines.append(f"memory at a step's peak: {memory.peak_text(*peak)}")
         return "\n".join(lines)

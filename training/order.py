@@ -78,6 +78,9 @@ class RewardEvaluator:
         facts = {"template": self.task.template, "reference": self.run.baseline, "reward": None}
         return facts | {"shift": figures.get("shift", 0.0)}
 
+    def what_next(self, out, record):
+        return f"a judge for ppo.py, grpo.py, online_dpo.py: --reward {out}"
+
     def report(self, title, f):
         rows = [
             ("held-out preference accuracy", "accuracy"),

@@ -315,6 +315,7 @@ class Run(Compute):
             self.files.record({"final": final})
             self.files.drop_state()
         distributed.wait()  # a later stage reads it
-        say(self.figures.summary(final, self.ledger, self.meter.peak))
+        say(self.figures.summary(final, self.meter.peak))
         say(f"checkpoint {o.out}, record {self.files.record_path}")
+        say(evaluator.what_next(o.out, self.files.record_path))
         return final
