@@ -88,6 +88,7 @@ dpo --task exact --steps 100 --lr 2e-3 --beta 0.5 | steps=100 batch_size=4096 lr
 dpo --task exact --steps 100 --lr 2e-3 --beta 5 | steps=100 batch_size=4096 lr=0.002
     lr_schedule=linear beta=5.0
 dpo --steps 80 | steps=80
+dpo --steps 80 --length-penalty 0.02 | steps=80 length_penalty=0.02
 dpo --task gsm8k_preferences.jsonl.gz --init sft_adapters --lora 16 --truncate --lr 1e-4 |
     steps=0 truncate=True lr=0.0001 lora=16 lora_alpha=16
 dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --lr 1e-6 |
