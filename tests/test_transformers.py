@@ -124,6 +124,16 @@ def test_peft_reads_the_adapters(name, tmp_path, monkeypatch):
     ours = logits(checkpoint.load("y.pt")[0])
     torch.testing.assert_close(logits(adapted), ours, rtol=0, atol=1e-4)
     assert (ours - before).abs().max() > 0.01
+    # and back: PEFT's folder is trained on, and PEFT reads what came of it
+    adapted.save_pretrained("theirs")
+    args[args.index("base")] = "theirs"
+    assert main("dpo", *args, *more, "--out", "z.pt") == 0
+    assert main("export", "z.pt", "--adapter", "--to", "further") == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained("base").eval()
+    further = peft.PeftModel.from_pretrained(base, "further").eval()
+    trained = logits(checkpoint.load("z.pt")[0])
+    torch.testing.assert_close(logits(further), trained, rtol=0, atol=1e-4)
+    assert (trained - ours).abs().max() > 0.01
 
 
 # ---- real weights
