@@ -19,6 +19,7 @@ tables, is one page with everything: pictures, curves, the answers of all method
 """
 
 import contextlib
+import difflib
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +97,8 @@ class Options:
             raise UserError(f"{flag(min(unread))} {with_it}")
         for row in self.methods:
             if row not in EVERY:
-                raise UserError(f"--methods {row}: no such row; there are {', '.join(EVERY)}")
+                near = difflib.get_close_matches(row, EVERY, 2) or EVERY
+                raise UserError(f"--methods {row}: no such row; there is {', '.join(near)}")
         if self.card and (chosen := self.given & {"micro_batch", "optimizer", "ranks", "shard"}):
             words = "--card finds what fits one card, its micro-batches too"
             raise UserError(f"{words}; leave {flag(min(chosen))} out")
@@ -290,7 +293,7 @@ def predict_all(o, folder):
         for setting in predict.SETTINGS:
             found.append(predict.ask(row, task, config, *setting, *how))
         print(f"{row:<24} {time.time() - start:5.0f} s", flush=True)
-    table, symbol = tables.predictions(found)
+    table, short, symbol = tables.predictions(found)
     text = (
         f"Predicted memory of a step at its peak, {symbol}: --predict {o.predict}, {task}, "
         f"{f'--lora {o.lora}, ' if o.lora else ''}{moments(o)}{ranks(o)}"
@@ -301,7 +304,8 @@ def predict_all(o, folder):
         f"{predict.SPARE:g} GiB free.\n\n{table}"
     )
     record = {"command": o.line, "predict": o.predict, "task": task, "methods": found}
-    publish(folder, record, text, plots.draw_prediction(found, symbol, folder))
+    shown = text.replace(table, f"{short}\n\nREADME.md has the other columns.")
+    publish(folder, record, text, plots.draw_prediction(found, symbol, folder), shown=shown)
     return []
 
 
@@ -329,12 +333,17 @@ def ranks(o):
     return f"of each of --ranks {o.ranks}, {shard}" if o.ranks > 1 else ""
 
 
-def publish(folder, record, text, pictures, more=()):
+def publish(folder, record, text, pictures, more=(), shown=""):
+    """Writes a report and its pictures, and prints it. shown: what is printed in its place"""
     write(folder / "compare.json", json.dumps(record, indent=1))
-    shown = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
-    write(folder / "README.md", f"# {record['command']}\n\n{text}\n{shown}")
+    links = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
+    write(folder / "README.md", f"# {record['command']}\n\n{text}\n{links}")
     names = ", ".join([*more, "compare.json", *(path.name for path in pictures)])
-    print(f"\n{text}\n\n{folder}/README.md, {names}")
+    print()
+    for paragraph in (shown or text).split("\n\n"):
+        table = paragraph.startswith("|")
+        print(paragraph if table else textwrap.fill(paragraph, 100), end="\n\n")
+    print(f"{folder}/README.md, {names}")
 
 
 def main(argv=None):

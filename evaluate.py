@@ -41,14 +41,12 @@ from tqdm import tqdm
 import data
 import training
 from data import UserError, printable, say
-from training import Compute, checkpoint, opt, parse
+from training import checkpoint, opt, parse
 from training.held_out import share_error
 from training.judge import Judge, completions
 from training.options import flag
 
 ROWS = 128  # sequences per forward pass
-# options for a Hugging Face folder, which none of these scripts has trained
-FOLDER = {"block_size": 0, "truncate": False, "eval_file": "", "eval_prompts": 512}
 
 
 class Evaluator:
@@ -291,77 +289,27 @@ class Options:
             raise UserError("one checkpoint is measured, and compared with one; leave others out")
 
 
-class Again(Compute):
-    """A trained checkpoint, opened again to be measured."""
-
-    def __init__(self, o):
-        super().__init__(o)
-        policy, self.tokenizer, self.meta = checkpoint.load(o.checkpoint, mapped=True)
-        self.policy = self.freeze(self.place(policy, frozen=True))
-        self.models = {"policy": self.policy}
-        self.trained = SimpleNamespace(**FOLDER | self.meta["options"])
-        self.block_size = self.trained.block_size or policy.config.block_size
-        self.reference = self._find_reference()
-        self.baseline = self.reference
-        o.max_new_tokens = o.max_new_tokens or self.meta["max_new_tokens"]
-        o.truncate = o.truncate or self.trained.truncate
-        o.eval_prompts = o.eval_prompts or self.trained.eval_prompts
-
-    def _find_reference(self):
-        path, moved = self.o.reference, ""
-        if not path and self.meta["reference"]:
-            path = self.meant(self.meta["reference"])
-            moved = os.path.join(os.path.dirname(self.o.checkpoint), os.path.basename(path))
-            path = path if os.path.exists(path) else moved  # beside the checkpoint, if that moved
-        if not path or not os.path.exists(path) and not self.o.reference:
-            missing = f" ({path} is missing)" if path else ""
-            left_out = "win rate and KL are not reported; --reference names one"
-            print(f"no reference checkpoint{missing}: {left_out}")
-            return ""
-        model, tokenizer, _ = checkpoint.load(path)
-        if tokenizer.vocabulary != self.tokenizer.vocabulary:
-            words = f"{path} has another vocabulary than {self.o.checkpoint}"
-            raise UserError(f"{words}; give another --reference")
-        self.block_size = min(self.block_size, model.config.block_size)
-        return path
-
-    def meant(self, path):
-        """A path, as the checkpoint recorded it in its folder -> the path from here. What names no
-        file stays as it is."""
-        if not path or path in ("task", "rm") or data.kind(path) in data.BUILT_IN:
-            return path
-        folder = os.path.dirname(os.path.realpath(self.o.checkpoint))
-        return os.path.relpath(os.path.join(folder, self.meta["folder"], path))
-
-    def reads(self, path, part, known_by=""):
-        """Does nothing: this writes no file that could be a file it reads."""
-
-    def keep(self):
-        """Does nothing: this trains no weights that could be lost."""
-
-    def stage(self, method, part):
-        return checkpoint.default_path(self.o.task, method)
-
-    def answer(self, prompt):
-        """Prints the reference's answer to a prompt, and the policy's."""
-        n = self.o.max_new_tokens or min(256, self.block_size // 2)
-        limit = self.block_size - n
-        rows, _ = data.encode_prompts([(prompt,)], self.tokenizer, limit, self.o.truncate)
-        ref, found = self.open(self.reference) if self.reference else None, {}
-        for name, model in (("reference", ref), ("policy", self.policy)):
-            if model is not None:
-                generator = torch.Generator().manual_seed(self.o.seed)
-                rollout = self.sample(model, rows, n, generator=generator)
-                found[name] = None, completions(self.tokenizer, rollout)[0]
-        side_by_side(prompt, found)
+def answer(run, prompt):
+    """Prints the reference's answer to a prompt, and the policy's."""
+    n = run.o.max_new_tokens or min(256, run.block_size // 2)
+    rows, _ = data.encode_prompts([(prompt,)], run.tokenizer, run.block_size - n, run.o.truncate)
+    ref, found = run.open(run.reference) if run.reference else None, {}
+    for name, model in (("reference", ref), ("policy", run.policy)):
+        if model is not None:
+            generator = torch.Generator().manual_seed(run.o.seed)
+            rollout = run.sample(model, rows, n, generator=generator)
+            found[name] = None, completions(run.tokenizer, rollout)[0]
+    side_by_side(prompt, found)
 
 
 def main(argv=None):
+    from training.again import Again
+
     o = parse(Options, argv)
     run = Again(o)
     run.tokenizer = run.with_chat(run.tokenizer)
     if o.prompt:
-        run.answer(o.prompt.replace("\\n", "\n"))
+        answer(run, o.prompt.replace("\\n", "\n"))
         return
     if not o.task and not run.meta["options"]:
         words = "was not trained by these scripts; give --task, or a --prompt"

@@ -140,6 +140,11 @@ def main(argv=None):
     print(f"{folder}: {size / 1e6:,.2f} M numbers in {str(kind).removeprefix('torch.')}")
     for text in unseen:
         print(f"  not in the folder: {text}")
+    if o.adapter:
+        load = f'peft.PeftModel.from_pretrained(model, "{folder}")'
+    else:
+        load = f'transformers.{config["architectures"][0]}.from_pretrained("{folder}")'
+    print(f"  load it: {load}")
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ STARTS = {  # task -> what trains the checkpoint that its runs start from
 TOLD = []  # the commands of a question, as the reader types them
 
 
-def run(command, seed=0, reward=""):
+def run(command, seed=0, **paths):
     """Runs a command as "dpo.py --task exact" with a seed, from its task's start, unless its record
-    exists. reward: the checkpoint that replaces rm in the command. -> the run's path, its options,
-    the figures of its steps, of its evaluations, and of its end"""
+    exists. paths: checkpoints that replace those in the command, as reward=… that of --reward rm.
+    -> the run's path, its options, the figures of its steps, of its evaluations, and of its end"""
     script, *argv = command.split()
     if script not in ("sft.py", "orpo.py"):
         argv += ["--init", start("exact" if "exact" in argv else "reviews")]
@@ -38,7 +38,8 @@ def run(command, seed=0, reward=""):
     if not (path.exists() and read(FOLDER, name)):
         print(f"seed {seed}: {command}", file=sys.stderr, flush=True)
         argv += ["--seed", seed, "--out", path, "--device", "cpu", "--dtype", "float32"]
-        argv += ["--reward", reward] if reward else []  # a later option wins
+        for option, other in paths.items():  # a later option wins
+            argv += [f"--{option}", other]
         with contextlib.redirect_stdout(io.StringIO()):
             importlib.import_module(script.removesuffix(".py")).main([str(x) for x in argv])
     first, lines, final = read(FOLDER, name)

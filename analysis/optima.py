@@ -45,8 +45,8 @@ import training
 from analysis.rows import EVERY
 from data import UserError
 from data.exact import kl, star, tv
-from evaluate import Again
 from training import opt, parse
+from training.again import Again
 from training.enumeration import Enumeration
 from training.options import DTYPES
 

@@ -32,6 +32,7 @@ QUESTIONS = {  # in the order of the page
     "response-mean": rewards.response_mean,
     "dynamic-sampling": rewards.dynamic_sampling,
     "verifier": rewards.verifier,
+    "teacher": rewards.teacher,
     "thumbs": pairs.thumbs,
     "orpo": pairs.orpo,
     "judge": rewards.judge,

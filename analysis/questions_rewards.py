@@ -196,6 +196,49 @@ def verifier():
     }
 
 
+TEACHER = "grpo.py --steps 60 --batch-size 16 --group 4 --max-new-tokens 48 --eval-prompts 128"
+SMALL = "sft.py --steps 250 --n-layer 2 --n-embd 32 --eval-prompts 128"
+TAUGHT = (
+    "--batch-size 16 --group 4 --lr 2e-3 --max-new-tokens 48 --eval-prompts 256 --init small.pt"
+)
+
+
+def teacher():
+    """When is a teacher better than a reward?"""
+    rows = []
+    for seed in SEEDS:
+        taught, small = run(TEACHER, seed), run(SMALL, seed)
+        done = {"teacher": taught, "student, the start": small}
+        done["GRPO"] = run(f"grpo.py --steps 40 {TAUGHT}", seed, init=small.path)
+        for loss in ("reverse", "forward"):
+            command = f"distill.py --steps 40 {TAUGHT} --teacher teacher.pt --loss {loss}"
+            done[loss] = run(command, seed, init=small.path, teacher=taught.path)
+        for name, x in done.items():
+            sampled = 40 * 64 if x.options["steps"] == 40 else ""
+            rows.append({"": name, "seed": seed, "samples": sampled, "reward": x.final["reward"]})
+            rows[-1] |= {"entropy": x.final["entropy"], "length": x.final["length"]}
+            rows[-1] |= {"KL(π‖π_T)": x.final.get("kl_teacher", "")}
+    guide, start, grpo, reverse, forward = (rows[i::5] for i in range(5))
+    return rows, {
+        "GRPO's student has more reward, from as many samples": each(
+            lambda a, b: a["reward"] > b["reward"], grpo, reverse
+        ),
+        "but the teacher's gains half a point too, without any reward": each(
+            lambda a, b: a["reward"] > b["reward"] + 0.5, reverse, start
+        ),
+        "and its answers are as long as the teacher's, to three tokens": each(
+            lambda a, b: abs(a["length"] - b["length"]) < 3, reverse, guide
+        ),
+        "GRPO's are shorter": each(lambda a, b: a["length"] < b["length"] - 3, grpo, guide),
+        "reverse is more certain than forward": each(
+            lambda a, b: a["entropy"] < b["entropy"], reverse, forward
+        ),
+        "and nearer to the teacher in KL(π‖π_T), which it minimises": each(
+            lambda a, b: a["KL(π‖π_T)"] < b["KL(π‖π_T)"], reverse, forward
+        ),
+    }
+
+
 WEAK = "reward_model.py --pairs 64 --epochs 20 --batch-size 32 --eval-prompts 256"
 FEW = "--steps 24 --batch-size 16 --group 4 --lr 1e-3 --warmup 5 --eval-prompts 128"
 RLOO = f"grpo.py --reward rm --adv-norm loo --agg sum --kl reward {FEW} --max-new-tokens 48"

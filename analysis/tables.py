@@ -332,7 +332,7 @@ def thousands(n):
 
 def predictions(found):
     """found: the entries of a prediction, the two precisions of a setting one after the other ->
-    (the table, the unit of its figures)"""
+    (the table, one of fewer columns for a terminal, the unit of its figures)"""
     unit, symbol = size_unit(max(x["predicted_bytes"] for x in found))
     gathered = ["gathered"] if any("gathered" in x["predicted_most"] for x in found) else []
 
@@ -351,4 +351,5 @@ def predictions(found):
         checkpointed = "yes" if x["checkpoint_activations"] else "no"
         row = {"method": x["method"], "checkpointed": checkpointed}
         rows.append(row | {name: f"{a} / {b}" for (name, a), b in both})
-    return table(rows), symbol
+    most = ("method", "checkpointed", "peak", "weights", "optimizer", "activations")
+    return table(rows), table([{name: row[name] for name in most} for row in rows]), symbol

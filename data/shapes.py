@@ -66,7 +66,9 @@ def read(path):
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}:{number}: not JSON ({str(e).splitlines()[0]})") from None
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        from data.near import missing
+
+        raise UserError(missing(path)) from None
     except (OSError, EOFError, zlib.error) as e:
         why = f"{type(e).__name__}: {e}"
         raise UserError(f"{path}: cannot be read after line {number} ({why})") from None

@@ -49,6 +49,8 @@ dpo --seed 99999999999999999999 | --seed
 sft --block-size 1 | --block-size 1 leaves no room
 dpo FILE surrogate.jsonl | surrogate.jsonl:1: half a character
 dpo --init none.pt | none.pt: no such file
+dpo --init out/reviews/stf.pt | no such file; did you mean out/reviews/sft.pt?
+dpo FILE okk.jsonl | okk.jsonl: no such file; did you mean ok.jsonl?
 dpo --init out | out is a directory
 dpo --init cut.pt | not a whole checkpoint
 dpo --init text.pt | not a whole checkpoint

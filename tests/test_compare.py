@@ -145,7 +145,7 @@ def test_other_options_run_anew(stubs):
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["--methods", "dpo", "ddpo"], "--methods ddpo: no such row"),
+        (["--methods", "dpo", "ddpo"], "--methods ddpo: no such row; there is dpo, "),
         (["--batch-size", "8"], "--batch-size is read with --predict only"),
         (["--predict", "7b", "--jobs", "2"], "--jobs is read without --predict only"),
         (["--predict", "7b", "--sweep"], "--sweep is read without --predict only"),
@@ -286,6 +286,21 @@ def test_a_row_of_the_memory_picture_has_both_precisions(tmp_path, monkeypatch):
     assert plots.draw_prediction(found, "GiB", tmp_path) == []
     bars = [("autocast", {"weights": 2**31}), ("pure bf16", {"weights": 2**31})]
     assert drawn == [("dpo", bars), ("ppo", bars)]
+
+
+def test_a_prediction_fits_100_columns_and_its_file_has_all(tmp_path, monkeypatch, capsys):
+    sizes = dict.fromkeys([*tables.PARTS], 2**36)
+    x = {"checkpoint_activations": False, "dtype": "bfloat16", "card": "no card"} | {
+        "predicted_bytes": 2**38, "predicted": sizes, "predicted_most": sizes,
+        "models": [{"role": role, "bytes": 2**37} for role in ("policy", "critic", "reward")],
+    }  # fmt: skip
+    monkeypatch.setattr("analysis.predict.ask", lambda method, *_: x | {"method": method})
+    monkeypatch.chdir(tmp_path)
+    assert main("compare", "--predict", "7b", "--methods", "online_dpo", "dpo-precomputed") == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 100 and "README.md has the other columns" in said
+    written = next(tmp_path.rglob("README.md")).read_text()
+    assert "critic 128.0" in written and "critic 128.0" not in said
 
 
 def test_a_course_is_the_evaluations_and_the_loss_between_them():

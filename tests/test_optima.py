@@ -16,11 +16,11 @@ from analysis import optima
 from analysis.optima import Options, distances, optimum
 from data.exact import kl, star, tv
 from dpo import apo_loss, dpo_loss, ipo_loss
-from evaluate import Again
 from kto import kto_loss
 from orpo import orpo_loss
 from simpo import simpo_loss
 from training import parse
+from training.again import Again
 from training.enumeration import Enumeration
 
 WORLD = data.task("exact")

@@ -73,7 +73,10 @@ def _open(path, task, wanted, otherwise, mapped=False):
     try:
         model, meta = _load(path, mapped)
     except ValueError as e:
-        raise UserError(str(e)) from None
+        from data import near
+
+        why = str(e) if os.path.exists(path) else near.missing(path)
+        raise UserError(why) from None
     if not isinstance(model, wanted):
         raise UserError(f"{path} is {otherwise}")
     if "tokenizer" not in meta:
