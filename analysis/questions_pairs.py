@@ -270,25 +270,23 @@ def length():
     for seed in SEEDS:
         _, chosen, rejected = zip(*task.preferences(20_000, seed))
         row = {"seed": seed}
-        for name, answers in {"words: y_w": chosen, "words: y_l": rejected}.items():
+        for name, answers in {"|y_w|": chosen, "|y_l|": rejected}.items():
             row[name] = sum(len(y.split()) for y in answers) / len(answers)
         penalty = "dpo.py --steps 80 --length-penalty 0.02"
         runs = {"dpo": "dpo.py --steps 80", "r-dpo": penalty, "simpo": "simpo.py --steps 80"}
         for method, command in runs.items():
             final = run(command, seed).final
-            row |= {"sft: tokens": final["ref_length"], "sft: reward": final["ref_reward"]}
-            row |= {f"{method}: tokens": final["length"], f"{method}: reward": final["reward"]}
+            row |= {"|sft|": final["ref_length"], "r sft": final["ref_reward"]}
+            row |= {f"|{method}|": final["length"], f"r {method}": final["reward"]}
         rows.append(row)
     return rows, {
         "chosen answers are as long as rejected ones, to 2 %": each(
-            lambda x: abs(x["words: y_w"] / x["words: y_l"] - 1) < 0.02, rows
+            lambda x: abs(x["|y_w|"] / x["|y_l|"] - 1) < 0.02, rows
         ),
-        "DPO's answers are longer than SFT's": each(
-            lambda x: x["dpo: tokens"] > x["sft: tokens"], rows
-        ),
-        "R-DPO's, at α 0.02, are not": each(lambda x: x["r-dpo: tokens"] < x["sft: tokens"], rows),
-        "SimPO's are shorter": each(lambda x: x["simpo: tokens"] < x["sft: tokens"], rows),
+        "DPO's answers are longer than SFT's": each(lambda x: x["|dpo|"] > x["|sft|"], rows),
+        "R-DPO's, at α 0.02, are not": each(lambda x: x["|r-dpo|"] < x["|sft|"], rows),
+        "SimPO's are shorter": each(lambda x: x["|simpo|"] < x["|sft|"], rows),
         "all have gained more than 0.5": each(
-            lambda x: min(x[f"{name}: reward"] for name in runs) > x["sft: reward"] + 0.5, rows
+            lambda x: min(x[f"r {name}"] for name in runs) > x["r sft"] + 0.5, rows
         ),
     }

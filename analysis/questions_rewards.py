@@ -208,28 +208,29 @@ def teacher():
     rows = []
     for seed in SEEDS:
         taught, small = run(TEACHER, seed), run(SMALL, seed)
-        done = {"teacher": taught, "student, the start": small}
+        done = {"teacher": taught}
         done["GRPO"] = run(f"grpo.py --steps 40 {TAUGHT}", seed, init=small.path)
         for loss in ("reverse", "forward"):
             command = f"distill.py --steps 40 {TAUGHT} --teacher teacher.pt --loss {loss}"
             done[loss] = run(command, seed, init=small.path, teacher=taught.path)
         for name, x in done.items():
-            sampled = 40 * 64 if x.options["steps"] == 40 else ""
-            rows.append({"": name, "seed": seed, "samples": sampled, "reward": x.final["reward"]})
+            rows.append({"": name, "seed": seed, "reward": x.final["reward"]})
+            gain = "" if name == "teacher" else x.final["reward"] - small.final["reward"]
+            rows[-1] |= {"gain": gain}
             rows[-1] |= {"entropy": x.final["entropy"], "length": x.final["length"]}
             rows[-1] |= {"KL(π‖π_T)": x.final.get("kl_teacher", "")}
-    guide, start, grpo, reverse, forward = (rows[i::5] for i in range(5))
+    guide, grpo, reverse, forward = (rows[i::4] for i in range(4))
     return rows, {
         "GRPO's student has more reward, from as many samples": each(
             lambda a, b: a["reward"] > b["reward"], grpo, reverse
         ),
-        "but the teacher's gains half a point too, without any reward": each(
-            lambda a, b: a["reward"] > b["reward"] + 0.5, reverse, start
+        "the teacher's gains half a point, without any reward": each(
+            lambda a: a["gain"] > 0.5, reverse
         ),
-        "and its answers are as long as the teacher's, to three tokens": each(
-            lambda a, b: abs(a["length"] - b["length"]) < 3, reverse, guide
+        "and its answers are as long as the teacher's, where GRPO's are shorter": each(
+            lambda a, b, c: abs(a["length"] - b["length"]) < 3 < b["length"] - c["length"],
+            *(reverse, guide, grpo),
         ),
-        "GRPO's are shorter": each(lambda a, b: a["length"] < b["length"] - 3, grpo, guide),
         "reverse is more certain than forward": each(
             lambda a, b: a["entropy"] < b["entropy"], reverse, forward
         ),

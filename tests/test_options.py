@@ -149,6 +149,10 @@ grpo --adv-norm loo --agg sum --kl reward | adv_norm=loo agg=sum kl=reward
 grpo --adv-norm none --agg const --kl none | adv_norm=none agg=const kl=none
 grpo --ratio seq --kl none --minibatches 4 | ratio=seq eps=0.0003 eps_high=0.0004 kl=none
     minibatches=4
+grpo --steps 60 --batch-size 16 --group 4 --max-new-tokens 48 --eval-prompts 128 | steps=60
+    group=4 max_new_tokens=48 eval_prompts=128
+grpo --steps 40 --batch-size 16 --group 4 --lr 2e-3 --max-new-tokens 48 --eval-prompts 256 --init
+    small.pt | steps=40 lr=0.002 group=4 max_new_tokens=48 eval_prompts=256
 grpo --ratio seq --eps 0.1 | ratio=seq eps=0.1 eps_high=0.1
 grpo --ratio seq --eps-high 0.1 | ratio=seq eps=0.0003 eps_high=0.1
 grpo --eps 0.1 | eps=0.1 eps_high=0.1
@@ -189,6 +193,14 @@ dapo --task exact | steps=1500 batch_size=4 lr=0.0003 lr_schedule=linear group=6
 dapo --task exact --steps 60 --batch-size 16 --group 8 --lr 1e-3 --minibatches 1 --log-every 1 |
     steps=60 batch_size=16 lr=0.001 lr_schedule=linear group=8 minibatches=1 overlong=False
     log_every=1
+distill --steps 40 --batch-size 16 --group 4 --lr 2e-3 --max-new-tokens 48 --eval-prompts 256 --init
+    small.pt --teacher teacher.pt --loss reverse | steps=40 lr=0.002 group=4
+    max_new_tokens=48 eval_prompts=256 teacher=teacher.pt loss=reverse
+distill --steps 40 --batch-size 16 --group 4 --lr 2e-3 --max-new-tokens 48 --eval-prompts 256 --init
+    small.pt --teacher teacher.pt --loss forward | steps=40 lr=0.002 group=4
+    max_new_tokens=48 eval_prompts=256 teacher=teacher.pt loss=forward
+sft --steps 250 --n-layer 2 --n-embd 32 --eval-prompts 128 | steps=250 n_layer=2 n_embd=32
+    eval_prompts=128
 distill | steps=100 batch_size=16 lr=0.001 save_every=20 teacher= loss=reverse agg=seq_mean
     answers=0.0 reward=task group=8 temperature=1.0 updates=1 minibatches=1
 distill --task exact --init out/exact/sft.pt --teacher out/exact/dpo.pt | steps=300 batch_size=4
