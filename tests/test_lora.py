@@ -27,6 +27,7 @@ MORE = {
     "ppo": ["--reward", "judge.pt"],
     "grpo": BATCH,
     "dapo": BATCH,
+    "distill": [*BATCH[:4], "--teacher", "out/reviews/sft.pt"],
     "online_dpo": ["--reward", "judge.py:odd"],
 }
 

@@ -466,6 +466,7 @@ SMALL = {  # what makes a run of the script small
     **dict.fromkeys(("sft", "orpo"), "--n-layer 1 --n-embd 16"),
     **dict.fromkeys(("dpo", "simpo", "kto", "reward_model"), "--pairs 10"),
     **dict.fromkeys(("grpo", "dapo"), ROLLOUTS),
+    "distill": "--init ends.pt --teacher out/reviews/sft.pt --group 4 --loss sampled --updates 2",
     "online_dpo": f"{ROUNDS} --samples-per-prompt 3",
     "ppo": "--init ends.pt --reward judge.pt --group 4 --minibatches 2",  # with its four models
 }
