@@ -107,7 +107,7 @@ def test_compare_predicts_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     small = ["--methods", "sft", "--n-layer", 1, "--seq-len", 8]
     assert main("compare", "--predict", "own", *small, *EIGHT) == 0
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "--predict own, tokens:4+4, --optimizer adamw8bit, 4 sequences per step" in said
     found = json.loads((tmp_path / "out/compare/predict-own-adamw8bit/compare.json").read_text())
     for held in [x["models"][0] for x in found["methods"] if x["dtype"] == "bfloat16"]:

@@ -115,6 +115,7 @@ def test_wrong_options(capsys):
 # ---- the parts, on a CPU
 
 
+@pytest.mark.slow
 def test_scripts_beside_the_cpu(o, monkeypatch):
     """The second of four losses is off by half of the largest."""
     monkeypatch.setattr(card_parts, "make_starts", lambda: None)
@@ -142,6 +143,7 @@ def test_waits_and_graphs_are_of_cuda_only(o, monkeypatch):
     assert found["toy, a batch of 8", "step by step"]()["step by step"] > 8
 
 
+@pytest.mark.slow
 def test_steps_beside_a_plain_loop(o):
     found = {row: f for row, _, f in card_parts.gpt2(o)}
     ours, plain = found["dpo"](), found["dpo, plain loop"]()

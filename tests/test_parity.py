@@ -39,7 +39,7 @@ def test_every_comparison_is_of_a_script_and_a_trainer(row):
     settings = dict(map(sides.setting, row.theirs.split()[1:]))
     assert all(value != "" for value in settings.values())
     assert not row.departs or row.departs in parity.DEPARTURES
-    assert set(row.needs.split()) <= {"margin", "twins", "ragged", "backwards", "gradient"}
+    assert set(row.needs.split()) <= {*"margin twins ragged backwards gradient sampler".split()}
     assert row.theirs.split()[0] != "derivation" or name == "ppo"
 
 

@@ -197,6 +197,9 @@ class PreferenceEvaluator:
     def __init__(self, run, task, judge, pairs, facts):
         self.run, self.task, self.judge, self.pairs, self.facts = run, task, judge, pairs, facts
 
+    def what_next(self, out, record):
+        return ""  # the next phase is
+
     def measure(self, reward):
         run, pairs = self.run, self.pairs
         if not pairs:
