@@ -22,8 +22,7 @@ Models in memory: 2 (policy, trained; ref, frozen), 1 with --precompute-ref.
 Data: (prompt, chosen, rejected).
 Departures from the papers: 1. AdamW with a cosine schedule, not RMSprop; 2. a learning rate for toy
 models; 3. IPO takes means over tokens, as its authors' experiments did, but sums with --ipo-sum;
-4. --sft-weight w adds -w log π_θ(y_w|x) / |y_w|. SLiC-HF (arXiv:2305.10425) has another page: its
-hinge, max(0, δ - log π_θ(y_w|x) + log π_θ(y_l|x)), needs no reference.
+4. --sft-weight w adds -w log π_θ(y_w|x) / |y_w|. Not here: SLiC-HF's hinge (arXiv:2305.10425).
 
     python dpo.py --beta 0.1                    film reviews; trains out/reviews/sft.pt if missing
     python dpo.py --task exact                  40 outcomes: the distance to the known optimum π*
