@@ -49,14 +49,14 @@ def group_advantages(reward, eps=1e-4, norm="std"):
     norm: "std" (R - mean) / (std + eps), "batch" with the std of all P·G; "none" R - mean; "loo" R
     minus the mean of the other G - 1. Each row sums to 0, and equal rewards give exactly 0."""
     assert reward.dim() == 2 and reward.size(1) > 1, "a (P, G) tensor, G > 1"
-    reward, spread = reward.detach(), reward.detach().std()
-    reward = reward - reward[:, :1]  # so that equal rewards give 0, not a rounding error over eps
+    given = reward.detach()
+    reward = given - given[:, :1]  # so that equal rewards give 0, not a rounding error over eps
     adv = reward - reward.mean(1, keepdim=True)
     G = reward.size(1)
     if norm == "std":
         return adv / (reward.std(1, keepdim=True) + eps)
     if norm == "batch":  # REINFORCE++ with the groups' baseline (arXiv:2501.03262)
-        return adv / (spread + eps)
+        return adv / (given.std() + eps)
     return adv * G / (G - 1) if norm == "loo" else adv  # r - mean of the other G - 1
 
 
