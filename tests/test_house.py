@@ -16,6 +16,7 @@ from conftest import ROOT
 from house import METHODS, loops, nodes
 
 FLOORS = {  # a folder or a file -> what of ours it may import, and what else
+    "setup.py": ("", "setuptools"),
     "gpu.py": ("", "torch"),
     "packing.py": ("gpu", "torch"),
     "head.py": ("", "torch"),
