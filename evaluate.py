@@ -227,7 +227,7 @@ class Evaluator:
 
     def what_next(self, out, record):
         """-> what can be done with the checkpoint"""
-        return f"talk to it: python chat.py {out}; its curves: python compare.py --records {record}"
+        return f"talk to it: python chat.py {out}\nits curves: python compare.py --records {record}"
 
 
 def side_by_side(prompt, answers):

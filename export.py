@@ -19,7 +19,7 @@ import torch
 import training
 from data import UserError
 from gpt import ScalarGPT
-from hf import weights
+from hf import hub, weights
 from hf.vocabulary import tokenizer_files
 from training import checkpoint, opt, parse
 
@@ -81,6 +81,8 @@ def adapters(model, meta, path, dtype):
         what = "holds no adapters of a policy, as --lora trains them; leave --adapter out"
         raise UserError(f"{path} {what}")
     facts, config, tensors, ranks = meta["lora"], model.config, {}, {}
+    base = hub.id_of(facts["start"]) or facts["start"]
+    base = hub.id_of(facts["start"]) or facts["start"]
     for name, x in facts["tensors"].items():
         name, _, letter = name.rpartition(".")
         rank = len(facts["tensors"][f"{name}.A"])
@@ -97,14 +99,14 @@ def adapters(model, meta, path, dtype):
     others = {part: rank for part, rank in ranks.items() if rank != facts["rank"]}
     scale = facts["alpha"] / facts["rank"]
     said = {
-        **dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=facts["start"]),
+        **dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base),
         **dict(r=facts["rank"], lora_alpha=facts["alpha"], lora_dropout=0.0, bias="none"),
         **dict(target_modules=sorted({part.rpartition(".")[2] for part in ranks})),
         **dict(rank_pattern=others, alpha_pattern={x: scale * r for x, r in others.items()}),
         **dict(fan_in_fan_out=not config.llama),
         **dict(inference_mode=True, modules_to_save=None),
     }
-    return said, tensors, {}, [f"the adapters fit {facts['start']} and no other weights"]
+    return said, tensors, {}, [f"the adapters fit {base} and no other weights"]
 
 
 def write(folder, config_name, config, tensors, weights_name, files):

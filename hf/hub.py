@@ -89,8 +89,13 @@ def reason(e):
     return str(e).strip().partition("\n")[0] or type(e).__name__
 
 
+def id_of(folder):
+    """-> the id of the model that a folder of the cache holds, owner/name; "" of other folders"""
+    above = Path(os.path.abspath(folder)).parent
+    cached = above.name == "snapshots" and above.parent.name.startswith("models--")
+    return "/".join(above.parent.name.split("--")[1:]) if cached else ""
+
+
 def name_of(folder):
     """-> the name of a model's folder; in the cache, that of the model"""
-    path = Path(os.path.abspath(folder))
-    cached = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
-    return path.parent.parent.name.rpartition("--")[2] if cached else path.name
+    return os.path.basename(id_of(folder) or os.path.abspath(folder))

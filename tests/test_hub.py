@@ -238,3 +238,11 @@ def test_without_the_package_the_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="to download it, pip install -r requirements-hf.txt; or"):
         hub.fetch("tiny/model")
+
+
+def test_a_folder_of_the_cache_has_the_id_of_its_model(tmp_path):
+    """Which exported adapters name as their base: another machine has no such folder."""
+    cached = tmp_path / "models--tiny--a-model" / "snapshots" / "0123abc"
+    assert (hub.id_of(cached), hub.name_of(cached)) == ("tiny/a-model", "a-model")
+    mine = tmp_path / "models--tiny--mine"
+    assert (hub.id_of(mine), hub.name_of(mine)) == ("", "models--tiny--mine")
