@@ -55,6 +55,7 @@ FLOORS = {  # a folder or a file -> what of ours it may import, and what else
     ),
     "analysis/against_trl/derived_ppo.py": ("", "torch transformers"),
     "analysis/plugin.py": ("analysis data", "pytest"),
+    "analysis/walk.py": ("", "matplotlib"),
     "analysis/plots.py": (f"data training analysis {' '.join(METHODS)}", "matplotlib"),
 }
 FLOORS |= {f"{name}.py": ("packing gpt data training evaluate", "torch") for name in METHODS}
@@ -328,3 +329,35 @@ def test_readme_is_a_front_door():
         assert (ROOT / file).exists() or file == "my_rewards.py", file
     loop = next(part for part in fences if part.startswith("\nfor step in run.steps"))
     assert textwrap.indent(loop.strip(), "    ") in (ROOT / "dpo.py").read_text()
+
+
+def test_contributing_says_which_test_file_holds_what():
+    """The first sentence of each docstring. If a file is new, this prints the whole table."""
+    rows = ["| file | what it tests |", "|---|---|"]
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text = " ".join(ast.get_docstring(ast.parse(path.read_text())).split())
+        sentence = re.match(r".*?\.(?= [A-Z]|$)|.*", text)[0].rstrip(".")
+        rows.append(f"| [{path.name}](tests/{path.name}) | {sentence} |")
+    table = "\n".join(rows)
+    found = (ROOT / "CONTRIBUTING.md").read_text()
+    assert found.endswith(f"\n\n{table}\n"), f"end CONTRIBUTING.md with this table:\n{table}"
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(text):
+    """-> the anchors of a page's headings, as GitHub makes them"""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_links_lead_somewhere(path):
+    prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose) + re.findall(r'src="([^"]+)"', prose):
+        if not link.startswith("http"):
+            file, _, anchor = link.partition("#")
+            target = path.parent / file if file else path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text()), link
