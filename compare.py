@@ -48,7 +48,7 @@ from training.process import interrupts
 
 HERE = Path(__file__).parent
 LOCK = threading.Lock()
-PICTURES = ("frontier", "length", "memory", "time", "entropy", "course")
+PICTURES = ("learning", "frontier", "length", "memory", "time", "entropy", "course")
 
 
 @dataclass
@@ -248,8 +248,8 @@ def compare(o, folder):
     record = {"command": o.line, "task": o.task, "machine": machine, "seconds": seconds}
     record |= {"seeds": o.seeds, "budget": o.budget or budget(o.task, o.quick)}
     text = "\n\n".join([f"{machine}; {seconds} s.", *tables.tables(lines)])
-    pictures = plots.draw(o.task, lines, folder)
     said = side_by_side(o, folder, items)
+    pictures = plots.draw(o.task, lines, folder, said)
     curves = tables.curves(folder, items)
     write(folder / "report.html", report.comparison(record, lines, pictures, curves, said))
     record |= {"methods": lines, "answers": said}

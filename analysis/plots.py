@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 
 from analysis.predict import CARDS
 from analysis.rows import EVERY
@@ -10,6 +11,9 @@ from analysis.tables import COURSE, PARTS, points_of
 HATCH = dict(zip(PARTS, ("", "xx", "//", "..", "\\\\", "++", "oo"), strict=True))
 HATCH["gathered"] = "--"
 SPENT = {"sampling": "", "log-probs": "xx", "update": "//", "whole step": ".."}  # a step's time
+TOGETHER = 5  # methods whose curves are drawn in one panel
+FEW = 8  # methods in a picture of all; if there are more, LESS are left out
+LESS = "sft", "cdpo", "ipo", "orpo", "rlaif"
 HALO = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}  # behind text
 STROKES = "-", "--", ":", "-."
 CURVES = {  # a key of the record -> its unit
@@ -45,13 +49,14 @@ def pyplot():
     return plt
 
 
-def draw(task, lines, folder):
-    """-> the paths of the pictures of a comparison"""
+def draw(task, lines, folder, said=()):
+    """-> the paths of the pictures of a comparison. said: answers side by side"""
     plt, lines = pyplot(), [line for line in lines if line["runs"]]
     if not plt:
         return []
     bars = [(line["method"], [("", line["peak"])]) for line in lines if "peak" in line]
     figures = {
+        "learning": learning(plt, lines, said),
         "frontier": scatter(plt, task, lines, "kl", "KL(π‖π_ref), nats per response"),
         "length": scatter(plt, task, lines, "length", "length, tokens per response"),
         "memory": stacked(plt, bars, 1e6, "MB, measured over one step"),
@@ -98,39 +103,96 @@ def saved(plt, folder, figures):
     return paths
 
 
+def few(lines):
+    """-> the lines of at most FEW methods, and of those that LESS does not name"""
+    many = len({line["method"] for line in lines}) > FEW
+    return [line for line in lines if not (many and line["method"] in LESS)]
+
+
 def scatter(plt, task, lines, x, name):
-    """Reward against x: a point for each method and strength, a line through a method's points in
-    the order of strength, and bars for the spread of the default strength over seeds."""
-    lines = [line for line in lines if x in line and "reward" in line]
+    """Reward against x: a large point for each method at its default strength, small ones for other
+    strengths, joined in their order, and a dot for each seed. The axis ends where the large points
+    do; a strength beyond it is an arrow at the border."""
+    lines = few([line for line in lines if x in line and "reward" in line])
     if not lines:
         return None
     figure, axes = plt.subplots(figsize=(8, 5.5))
     main = [line for line in lines if not line["swept"]]
+    most = 1.2 * max(line[x] for line in main or lines)
     for row in EVERY:
         mine = [line for line in lines if line["method"] == row]
         mine.sort(key=lambda line: line["value"] or 0)
         points = [line[x] for line in mine], [line["reward"] for line in mine]
         axes.plot(*points, **style(row), linewidth=0.8, markersize=5)
+        for line in [line for line in mine if line[x] > most]:
+            arrow = style(row) | {"marker": ">", "clip_on": False}
+            axes.plot(most, line["reward"], **arrow, markersize=6)
     for line in main:
-        spread = {"xerr": line[f"{x}_sd"], "yerr": line["reward_sd"], "elinewidth": 0.8}
         large = style(line["method"]) | {"markeredgecolor": "black", "markersize": 11}
-        axes.errorbar(line[x], line["reward"], **spread, **large)
-    title = f"{task}: large points are the defaults, small ones other strengths"
-    axes.set_title(title, fontsize=11)
-    axes.set(xlabel=name, ylabel="reward")
+        axes.plot(line[x], line["reward"], **large, linestyle="")
+        if f"{x}_runs" in line:
+            runs = line[f"{x}_runs"], line["reward_runs"]
+            axes.plot(*runs, ".", color=large["color"], markersize=4)
+    said = ["large: the defaults"]
+    said += ["small: other strengths"] if len(lines) > len(main) else []
+    said += ["dots: seeds"] if any(f"{x}_runs" in line for line in main) else []
+    said += ["arrows: beyond the axis"] if any(line[x] > most for line in lines) else []
+    axes.set_title(f"{task}; {', '.join(said)}", fontsize=11)
+    low = min(0, *(line[x] for line in lines)) - 0.02 * most
+    axes.set(xlabel=name, ylabel="reward", xlim=(low, most))
+    names = [(line["method"], line[x], line["reward"]) for line in main]
     for line in main[:1] if x == "kl" else ():
         if "frontier" in line:
             axes.plot(*zip(*line["frontier"]), color="black", linewidth=1)
-            note = "black line: π* of every β;\nno policy lies above it"
-            axes.text(0.6, 0.6, note, transform=axes.transAxes, fontsize=10)
-    names = [(line["method"], line[x], line["reward"]) for line in main]
+            above = [point for point in line["frontier"] if point[0] < 0.55 * most]
+            names.append(("π* of every β: no policy is above", *max(above)))
     label(figure, axes, names, [(line[x], line["reward"]) for line in lines])
     return figure
 
 
+def learning(plt, lines, said):
+    """The reward of four methods over their training, and the answer that each then gives to one
+    prompt. said: [(prompt, [(method, answer)])], the reference's answer first"""
+    shown = [line for line in few(lines) if line.get("evals") and "reward" in line["evals"][0]]
+    best = [line for line in shown if line["method"] in ("dpo", "kto", "ppo", "grpo")]
+    shown = best or shown[:4]
+    if not shown or not said:
+        return None
+    prompt, answers = said[0][0], dict(said[0][1])
+    figure, axes = plt.subplots(figsize=(11, 4.6))
+    ends = []
+    for line in shown:
+        evals, look = line["evals"], style(line["method"])
+        start = [line["ref_reward"]] if "ref_reward" in line else []
+        ys = start + [statistics.fmean(x["reward"]) for x in evals]
+        xs = [100 * x["step"] / evals[-1]["step"] for x in evals]
+        axes.plot([0.0] * len(start) + xs, ys, color=look["color"], linewidth=2)
+        ends.append((ys[-1], line["method"], look["color"]))
+    low, high = axes.get_ylim()
+    low -= 0.35 * (high - low)  # room for the answer before the training
+    line_height, top = (high - low) / 14, high
+    for y, name, colour in sorted(ends, reverse=True):
+        text = textwrap.shorten(" ".join(answers[name]["text"].split()), 130, placeholder=" …")
+        text = textwrap.fill(f"{name}: {text}", 44)
+        half = line_height * (text.count("\n") + 1) / 2
+        middle = min(y, top - half)  # below the text above it
+        top = middle - half - line_height / 3
+        place, how = (104, middle), {"color": colour, "fontsize": 11}
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "relpos": (0, 0.5)}
+        axes.annotate(text, (100, y), place, **how, va="center", annotation_clip=False,
+                      arrowprops=arrow)  # fmt: skip
+    start = textwrap.fill(f"before: {' '.join(answers['reference']['text'].split())}", 70)
+    axes.text(2, low + line_height / 3, start, fontsize=11, va="bottom", bbox=HALO)
+    axes.set(xlim=(0, 100), ylim=(low, high))
+    axes.set(xlabel="% of the training", ylabel="reward of new answers")
+    axes.set_title(f"What four methods make of “{prompt}”", fontsize=12, loc="left")
+    return figure
+
+
 def label(figure, axes, names, points):
-    """Writes each name beside its point, at the nearest place without a point or another name.
-    Sizes are in pixels; a typographic point has `scale` of them."""
+    """Writes each name beside its point, at the nearest place without a point or another name, and
+    draws a line between the two. Sizes are in pixels; a typographic point has `scale` of them."""
+    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     figure.canvas.draw()
@@ -139,14 +201,15 @@ def label(figure, axes, names, points):
     taken += [text.get_window_extent() for text in axes.texts]
     for name, *place in names:
         how = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 10}
+        how["arrowprops"] = {"arrowstyle": "-", "linewidth": 0.7, "color": "0.4"}
         text = axes.annotate(name, place, (0, 0), **how, bbox=HALO)
-        wide = text.get_window_extent().width / 2
+        wide = Text.get_window_extent(text).width / 2
         for i in range(300):
             radius = 14 + 6 * (i // 12)
             angle = i % 12 * math.pi / 6
             offset = (radius + wide) * math.cos(angle), radius * math.sin(angle)
             text.set_position([x / scale for x in offset])
-            box = text.get_window_extent()
+            box = Text.get_window_extent(text)  # without the line
             if not any(map(box.overlaps, taken)):
                 break
         taken.append(box)
@@ -170,6 +233,7 @@ def stacked(plt, rows, unit, name, marks=(), parts=HATCH):
     if not rows:
         return None
     count = len(rows[0][1])
+    seen = 0.004 * max(sum(sizes.values()) for _, bars in rows for _, sizes in bars) / unit
     figure, axes = plt.subplots(figsize=(9, 1 + (0.2 + 0.22 * count) * len(rows)))
     thick = 0.8 / count
     keys, most = {}, 0.0
@@ -181,7 +245,7 @@ def stacked(plt, rows, unit, name, marks=(), parts=HATCH):
                 size = sizes.get(category, 0) / unit
                 look = {"color": f"C{k}", "hatch": hatch, "edgecolor": "white", "linewidth": 0.5}
                 bar = axes.barh(y, size, 0.9 * thick, left=left, **look)
-                keys |= {category: bar} if size > 0.05 else {}
+                keys |= {category: bar} if size > seen else {}  # wide enough to be seen
                 left += size
             axes.text(left, y, f" {left:.1f} {note}", va="center", fontsize=9, bbox=HALO)
             most = max(most, left)
@@ -220,8 +284,15 @@ def trends(plt, lines):
     names = ("loss on what is trained on", "reward", "KL(π‖π_ref), nats", "KL(π‖π*), nats")
     known = {key for line in lines for key in line["evals"][0]}
     shown = [(key, name) for key, name in zip(COURSE, names) if key in known]
-    figure, panels = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 4), squeeze=False)
-    for (key, name), axes in zip(shown, panels[0]):
+    if len(lines) > TOGETHER:
+        return multiples(plt, lines, dict(shown))
+    across = min(2, len(shown))
+    down = -(-len(shown) // across)
+    shape = {"figsize": (4.6 * across, 3.6 * down), "squeeze": False}
+    figure, panels = plt.subplots(down, across, **shape)
+    for axes in panels.flat[len(shown) :]:
+        axes.set_visible(False)
+    for (key, name), axes in zip(shown, panels.flat):
         for line in lines:
             evals = [x for x in line["evals"] if key in x]
             xs = [x["sequences"] / 1000 for x in evals]
@@ -232,7 +303,38 @@ def trends(plt, lines):
             low, high = list(map(min, ys)), list(map(max, ys))
             axes.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
         axes.set(xlabel="thousand sequences trained on", title=name)
-    axes.legend(fontsize=9, loc=(1.02, 0.2))
+    figure.tight_layout()
+    where = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 4, "fontsize": 11}
+    figure.legend(*axes.get_legend_handles_labels(), **where)
+    return figure
+
+
+def multiples(plt, lines, names):
+    """Reward, then KL: a panel for each method, with those of all others in grey"""
+    across = 4
+    rows = -(-len(lines) // across)
+    keys = [key for key in ("reward", "kl") if key in names]
+    shape = {"figsize": (2.6 * across, 2.1 * rows * len(keys)), "sharex": True, "squeeze": False}
+    figure, panels = plt.subplots(rows * len(keys), across, **shape)
+    for axes in panels.flat:
+        axes.set_visible(False)
+    for key, part in zip(keys, range(0, len(panels), rows)):
+        known = [line for line in lines if key in line["evals"][-1]]
+        found = {
+            line["method"]: [
+                (x["sequences"] / 1000, statistics.fmean(x[key])) for x in line["evals"] if key in x
+            ]
+            for line in known
+        }
+        for axes, (method, points) in zip(panels[part : part + rows].flat, found.items()):
+            axes.set_visible(True)
+            for other in found.values():
+                axes.plot(*zip(*other), color="0.85", linewidth=1)
+            axes.plot(*zip(*points), color=style(method)["color"], linewidth=2)
+            axes.set_title(f"{method}: {names[key].partition('(')[0]}", fontsize=11)
+            axes.tick_params(labelsize=10)
+    for axes in panels[-1]:
+        axes.set_xlabel("k sequences", fontsize=10)
     figure.tight_layout()
     return figure
 

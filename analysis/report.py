@@ -42,6 +42,7 @@ def comparison(record, lines, paths, found, said):
         ("date", datetime.date.today().isoformat()),
     ]
     sections = [
+        ("What is seen here", "about", bare(record["task"])),
         ("What was run", "facts", ran),
         failed and ("What failed", "failures", failed),
         ("Figures", "figures", table(rows)),
@@ -100,11 +101,13 @@ def bare(words):
 
 
 def table(rows):
-    """rows: {column: cell}, as for tables.table -> the columns, and the cells in their order, each
-    with the number that it is sorted by, or "" """
+    """rows: {column: cell}, as for tables.table -> the columns, those of them that hold no number,
+    and the cells in their order, each with the number that it is sorted by, or "" """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[str(row.get(name, "")) for name in columns] for row in rows]
-    return {"columns": columns, "rows": [[(x, number(x)) for x in row] for row in cells]}
+    texts = [name for name in columns if not any(number(str(row.get(name, ""))) for row in rows)]
+    rows = [[(x, number(x)) for x in row] for row in cells]
+    return {"columns": columns, "rows": rows, "texts": texts}
 
 
 def number(cell):

@@ -24,9 +24,19 @@ MEANS = (
         "kl_teacher",
         "objective",
     ),
-    *("accuracy", "nll", "step_ms", "sample_ms", "logprobs_ms", "update_ms", "wall_s"),
+    *(
+        "ref_reward",
+        "accuracy",
+        "nll",
+        "step_ms",
+        "sample_ms",
+        "logprobs_ms",
+        "update_ms",
+        "wall_s",
+    ),
     *("trained_tokens", "sampled_tokens"),
 )
+POINTS = ("reward", "kl", "length")  # of which a picture shows each run
 ENDS = ("reward", "win_rate", "kl", "kl_star", "length", "accuracy", "nll", "step_ms", "wall_s")
 KEPT = (
     *("models", "phases", "forward_passes", "backward_passes", "flops_per_token"),
@@ -105,6 +115,7 @@ def row_of(row, group, folder, errors):
         if len(xs) == len(records):
             spread = statistics.stdev(xs) if len(xs) > 1 else 0.0
             line |= {key: statistics.fmean(xs), f"{key}_sd": spread}
+            line |= {f"{key}_runs": xs} if key in POINTS and len(xs) > 1 else {}
     return line, records
 
 

@@ -1,5 +1,6 @@
 """compare.py: what it starts, what it keeps, what it prints."""
 
+import importlib
 import itertools
 import json
 import os
@@ -257,6 +258,18 @@ def test_pictures(tmp_path):
     names = [path.name for path in paths]
     assert names == [f"{x}.png" for x in "frontier length memory time entropy course".split()]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    many = [LINE | {"method": row, "evals": evals} for row in rows.ROWS]
+    said = [("x", [(name, {"text": "y"}) for name in ("reference", *rows.ROWS)])]
+    paths = plots.draw("exact", many, tmp_path, said)
+    assert [path.name for path in paths][:2] == ["learning.png", "frontier.png"]
+
+
+def test_a_picture_of_all_methods_leaves_some_out():
+    """Not if they are few, and never a method that is new."""
+    lines = [{"method": row} for row in (*rows.ROWS, "new")]
+    shown = [line["method"] for line in plots.few(lines)]
+    assert len(shown) == plots.FEW + 1 and "new" in shown and "cdpo" not in shown
+    assert plots.few(lines[:8]) == lines[:8]
 
 
 def test_labels_lie_on_no_point_and_on_no_other_label():
@@ -267,7 +280,8 @@ def test_labels_lie_on_no_point_and_on_no_other_label():
     axes.plot(*zip(*points), marker="o", linestyle="")
     names = [(f"method_{i}", *points[i]) for i in range(12)]
     plots.label(figure, axes, names, points)
-    boxes = [text.get_window_extent() for text in axes.texts]
+    alone = importlib.import_module("matplotlib.text").Text  # without the lines to the points
+    boxes = [alone.get_window_extent(text) for text in axes.texts]
     assert len(boxes) == 12 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     for x, y in axes.transData.transform(points):
         assert not any(box.contains(x, y) for box in boxes)

@@ -52,18 +52,19 @@ def test_what_a_model_wrote_is_shown_as_text(made):
 
 
 def test_no_text_becomes_html():
-    """Nor does it end an attribute: each of these 15, and the title twice, is shown."""
+    """Nor does it end an attribute: each of these 16, and the title twice, is shown."""
     curve = {"name": EVIL, "ends": EVIL, "lines": [[(1, 2.0)]], "last": 1, "low": 2.0, "high": 2.0}
     parts = {
+        "about": EVIL,
         "facts": [(EVIL, EVIL)],
         "failures": [EVIL],
-        "table": {"columns": [EVIL], "rows": [[(EVIL, EVIL)]]},
+        "table": {"columns": [EVIL], "rows": [[(EVIL, EVIL)]], "texts": []},
         "pictures": [{"name": EVIL, "png": ""}],
         "answers": [(EVIL, [(EVIL, read_answers(None, EVIL))])],
         "curves": [(EVIL, [curve])],
     }
     page = report.page(EVIL, [("", *part) for part in parts.items()])
-    assert page.count(SHOWN) == 15 + 2
+    assert page.count(SHOWN) == 16 + 2
     assert "<script>alert" not in page and "\x1b" not in page
 
 
