@@ -23,11 +23,9 @@ import difflib
 import json
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -37,10 +35,10 @@ from pathlib import Path
 
 import data
 import training
-from analysis import answers, fits, plots, predict, processor, report, tables
+from analysis import answers, plots, predicted, processor, report, tables
+from analysis.output import publish, write, writes
 from analysis.rows import EVERY, ROWS, budget, plan
 from data import Stopped, UserError
-from data.ours import refuse_others
 from training import adamw8bit, checkpoint, locks, opt, parse, sharding
 from training.files import digest
 from training.options import DTYPES, OPTIMIZERS, flag
@@ -48,7 +46,6 @@ from training.process import interrupts
 
 HERE = Path(__file__).parent
 LOCK = threading.Lock()
-PICTURES = ("learning", "frontier", "length", "memory", "time", "entropy", "course")
 
 
 @dataclass
@@ -218,19 +215,6 @@ def run_all(o, folder):
     return errors, stages + runs
 
 
-def writes(folder, *names):
-    """Refuses, before anything runs, to replace what these scripts did not write."""
-    for name in names:
-        refuse_others(f"--out {folder}", folder / name)
-
-
-def write(path, text):
-    path = Path(os.path.realpath(path))  # if it is a link, its target is replaced
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
-
-
 # ---- tables, pictures and reports
 
 
@@ -239,7 +223,7 @@ def compare(o, folder):
     report.html and the pictures. -> the names of the runs that failed"""
     start = time.time()
     writes(folder, "README.md", "compare.json", "commands.json", "report.html")
-    writes(folder, *(f"{name}.png" for name in PICTURES))
+    writes(folder, *(f"{name}.png" for name in plots.NAMES))
     errors, items = run_all(o, folder)
 
     lines = tables.summary(o, folder, items, errors)
@@ -283,69 +267,6 @@ def draw_records(o, folder):
     return []
 
 
-def predict_all(o, folder):
-    """Prints the table of --predict, and writes README.md, compare.json and a picture"""
-    writes(folder, "README.md", "compare.json", "memory.png")
-    found, (task, config) = [], predict.settings(o)
-    how = o.batch_size, o.micro_batch, o.lora, o.ranks, o.shard, o.optimizer
-    for row in o.methods:
-        start = time.time()
-        for setting in predict.SETTINGS:
-            found.append(predict.ask(row, task, config, *setting, *how))
-        print(f"{row:<24} {time.time() - start:5.0f} s", flush=True)
-    table, short, symbol = tables.predictions(found)
-    text = (
-        f"Predicted memory of a step at its peak, {symbol}: --predict {o.predict}, {task}, "
-        f"{f'--lora {o.lora}, ' if o.lora else ''}{moments(o)}{ranks(o)}"
-        f"{o.batch_size} sequences per step (a pair is two), {o.micro_batch or o.batch_size} per "
-        "forward pass. In each cell: float32 weights with bfloat16 autocast / bfloat16 weights and "
-        "moments. Logits and sampling are shown at their own maximum, which may be at another time "
-        "than the peak, so the cells of a row need not add up. A step fits on a card if it leaves "
-        f"{predict.SPARE:g} GiB free.\n\n{table}"
-    )
-    record = {"command": o.line, "predict": o.predict, "task": task, "methods": found}
-    shown = text.replace(table, f"{short}\n\nREADME.md has the other columns.")
-    publish(folder, record, text, plots.draw_prediction(found, symbol, folder), shown=shown)
-    return []
-
-
-def moments(o):
-    """-> the optimizer, as text, unless it is the default"""
-    return f"--optimizer {o.optimizer}, " if o.optimizer != "adamw" else ""
-
-
-def fit_all(o, folder):
-    """Prints the table of --card, and writes README.md and compare.json"""
-    writes(folder, "README.md", "compare.json")
-    table, found = fits.table_of(o)
-    text = (
-        f"The strongest setting of each method that fits {o.card} GB: --predict {o.predict}, "
-        f"{o.batch_size} sequences per step (a pair is two). A step fits if its predicted peak "
-        f"leaves {predict.SPARE:g} GiB free.\n\n{table}"
-    )
-    publish(folder, {"command": o.line, "predict": o.predict, "methods": found}, text, [])
-    return []
-
-
-def ranks(o):
-    """-> the number of processes and how they hold the models, as text"""
-    shard = "--shard, " if o.shard else ""
-    return f"of each of --ranks {o.ranks}, {shard}" if o.ranks > 1 else ""
-
-
-def publish(folder, record, text, pictures, more=(), shown=""):
-    """Writes a report and its pictures, and prints it. shown: what is printed in its place"""
-    write(folder / "compare.json", json.dumps(record, indent=1))
-    links = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
-    write(folder / "README.md", f"# {record['command']}\n\n{text}\n{links}")
-    names = ", ".join([*more, "compare.json", *(path.name for path in pictures)])
-    print()
-    for paragraph in (shown or text).split("\n\n"):
-        table = paragraph.startswith("|")
-        print(paragraph if table else textwrap.fill(paragraph, 100), end="\n\n")
-    print(f"{folder}/README.md, {names}")
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     o = parse(Options, argv)
@@ -355,12 +276,7 @@ def main(argv=None):
         o.jobs = 2
     name = checkpoint.default_folder(o.task)
     if o.predict:
-        path = re.sub(r"[^\w.]+", "-", os.path.relpath(o.predict)).strip("-.")
-        name = f"predict-{path}" + (f"-lora-{o.lora}" if o.lora else "")
-        name += f"-{o.optimizer}" * (o.optimizer != "adamw")
-        name += f"-card-{o.card}" * (o.card > 0)
-        name += (f"-ranks-{o.ranks}" if o.ranks > 1 else "") + ("-shard" if o.shard else "")
-        predict.settings(o)
+        name = predicted.name(o)
     if o.records:
         name = "records"
     folder = Path(o.out or f"out/compare/{name}")
@@ -371,8 +287,7 @@ def main(argv=None):
         why = f"cannot be written ({e.strerror}); give another folder"
         raise UserError(f"--out {folder} {why}") from None
     try:
-        predicts = fit_all if o.card else predict_all
-        do = draw_records if o.records else predicts if o.predict else compare
+        do = draw_records if o.records else predicted.write if o.predict else compare
         failed = do(o, folder)
     except KeyboardInterrupt:
         print("\nrun the same command again to go on where this one stopped", file=sys.stderr)

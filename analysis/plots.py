@@ -27,6 +27,7 @@ CURVES = {  # a key of the record -> its unit
     "step_ms": "ms",
 }
 OURS = {"Software": "nanopo"}  # what a picture says of itself: see data/ours.py
+NAMES = "learning", "frontier", "length", "memory", "time", "entropy", "course"  # of a comparison
 PRECISIONS = {"bfloat16": "autocast", "bfloat16-pure": "pure bf16"}
 
 
