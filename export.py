@@ -82,7 +82,6 @@ def adapters(model, meta, path, dtype):
         raise UserError(f"{path} {what}")
     facts, config, tensors, ranks = meta["lora"], model.config, {}, {}
     base = hub.id_of(facts["start"]) or facts["start"]
-    base = hub.id_of(facts["start"]) or facts["start"]
     for name, x in facts["tensors"].items():
         name, _, letter = name.rpartition(".")
         rank = len(facts["tensors"][f"{name}.A"])
