@@ -144,9 +144,11 @@ def scatter(plt, task, lines, x, name):
     names = [(line["method"], line[x], line["reward"]) for line in main]
     for line in main[:1] if x == "kl" else ():
         if "frontier" in line:
-            axes.plot(*zip(*line["frontier"]), color="black", linewidth=1)
-            above = [point for point in line["frontier"] if point[0] < 0.55 * most]
+            seen = [point for point in line["frontier"] if point[0] <= most]
+            axes.plot(*zip(*seen), color="black", linewidth=1)
+            above = [point for point in seen if point[0] < 0.55 * most]
             names.append(("π* of every β: no policy is above", *max(above)))
+    axes.margins(y=0.1)
     label(figure, axes, names, [(line[x], line["reward"]) for line in lines])
     return figure
 
@@ -186,7 +188,7 @@ def learning(plt, lines, said):
     axes.text(2, low + line_height / 3, start, fontsize=11, va="bottom", bbox=HALO)
     axes.set(xlim=(0, 100), ylim=(low, high))
     axes.set(xlabel="% of the training", ylabel="reward of new answers")
-    axes.set_title(f"What four methods make of “{prompt}”", fontsize=12, loc="left")
+    axes.set_title(f"What {len(shown)} methods make of “{prompt}”", fontsize=12, loc="left")
     return figure
 
 

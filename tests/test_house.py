@@ -74,6 +74,7 @@ def found(folder):
 ALL = found(ROOT)
 SOURCES = [path for path in ALL if path.relative_to(ROOT).parts[0] != "tests"]
 OURS = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in SOURCES}
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ABOVE = ("analysis", "compare.py")
 BELOW = [path for path in SOURCES if path.relative_to(ROOT).parts[0] not in ABOVE]
 LOADED = 26_000  # nodes of ours that `python dpo.py` loads, its SFT stage included
@@ -201,7 +202,9 @@ WORDS = {  # a habit -> (its pattern, what reads better)
         r"(^|[.:;] )Where\b|\b(None|nothing|True|False|0|none|empty|alone|only) where\b",
         "if, unless a place is meant",
     ),
-    "nobody tells": (r"\b(told|it tells)\b", "who says, gives or shows what"),
+    "nobody tells": (r"\b(told|it tells|what tells)\b", "who says, gives or shows what"),
+    "nobody says": (r"\b(and|which|this) (it )?is said\b", "who says it: the run, the first line"),
+    "also where": (r"\balso (where|if)\b", "even if"),
 }
 TAKEN = {"told", "asked", "whole"}  # names that have meant too many things
 
@@ -214,11 +217,20 @@ def texts(path):
             yield token.start[0], re.sub(r"\s+", " ", token.string)
 
 
-@pytest.mark.parametrize("path", ALL, ids=name)
+def prose(path):
+    """Yields (line, text) of a page, without its code"""
+    inside = False
+    for i, line in enumerate(path.read_text().splitlines(), 1):
+        inside ^= line.startswith("```")
+        if not inside:
+            yield i, re.sub(r"`[^`]*`", "`…`", line)
+
+
+@pytest.mark.parametrize("path", [*ALL, *PAGES], ids=name)
 def test_words(path):
     found = [
         f"{name(path)}:{line}: {match[0].strip()!r} ({habit}: write {remedy})"
-        for line, text in texts(path)
+        for line, text in (texts if path.suffix == ".py" else prose)(path)
         for habit, (pattern, remedy) in WORDS.items()
         for match in re.finditer(pattern, text)
         if path.name != "test_house.py"
@@ -341,9 +353,6 @@ def test_contributing_says_which_test_file_holds_what():
     table = "\n".join(rows)
     found = (ROOT / "CONTRIBUTING.md").read_text()
     assert found.endswith(f"\n\n{table}\n"), f"end CONTRIBUTING.md with this table:\n{table}"
-
-
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def anchors(text):
