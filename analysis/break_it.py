@@ -35,7 +35,7 @@ from training import opt, parse
 def prompt_in_mask(right, rows, device="cpu", ends=False):
     batch = right(rows, device, ends)
     mask = batch.text.clone()
-    mask[:, 0] = False  # nothing stands before the first token
+    mask[:, 0] = False  # nothing predicts the first token
     return batch._replace(mask=mask, packed=pack(batch.ids, before(mask)))
 
 
@@ -127,7 +127,7 @@ MASK = "data.pad data.batch.pad"
 BUGS = [
     Bug(
         prompt_in_mask,
-        "prompt tokens in the loss mask",
+        "the loss mask includes the prompt's tokens",
         MASK,
         SFT,
         OF_SFT,
@@ -136,7 +136,7 @@ BUGS = [
     ),
     Bug(
         end_out_of_mask,
-        "the end token out of the mask",
+        "the loss mask leaves out the end token",
         MASK,
         SFT,
         OF_SFT,
@@ -145,7 +145,7 @@ BUGS = [
     ),
     Bug(
         mean_for_sum,
-        "DPO on means of log-probs, although its equation has sums",
+        "DPO takes means of log-probs, although its equation has sums",
         "dpo.response_logprobs",
         DPO,
         OF_PAIRS + " final_kl_star",
@@ -154,7 +154,7 @@ BUGS = [
     ),
     Bug(
         moving_reference,
-        "a reference that is not frozen: it is the policy",
+        "the reference is not frozen: it is the policy itself",
         "training.Run.reference",
         DPO,
         OF_PAIRS + " final_kl_star",
@@ -163,7 +163,7 @@ BUGS = [
     ),
     Bug(
         wrong_kl_sign,
-        "the wrong sign of the KL in PPO's reward",
+        "the KL in PPO's reward has the wrong sign",
         "ppo.token_rewards",
         PPO,
         OF_PPO,
@@ -172,7 +172,7 @@ BUGS = [
     ),
     Bug(
         attached_advantage,
-        "PPO's advantage R − V with the gradient of V",
+        "PPO's advantage R − V carries the gradient of V",
         "ppo.compute_loss",
         PPO,
         OF_PPO,
@@ -181,7 +181,7 @@ BUGS = [
     ),
     Bug(
         ratio_to_reference,
-        "GRPO's ratio against the reference, and not against π_old",
+        "GRPO's ratio is taken against the reference, not against π_old",
         "grpo.compute_loss",
         RLOO,
         OF_RLOO,
@@ -190,7 +190,7 @@ BUGS = [
     ),
     Bug(
         padding_in_mean,
-        "padding counted in SimPO's mean over tokens",
+        "SimPO's mean over tokens counts padding",
         "simpo.simpo_loss",
         SIMPO,
         OF_PAIRS + " final_length final_ended",
@@ -199,7 +199,7 @@ BUGS = [
     ),
     Bug(
         mean_of_micro_batch,
-        "the loss divided by each micro-batch's tokens, not by the step's",
+        "each micro-batch's loss is divided by its own tokens, not by the step's",
         "grpo.token_weight",
         RLOO + " --agg token_mean --micro-batch 32",
         OF_RLOO,
@@ -208,7 +208,7 @@ BUGS = [
     ),
     Bug(
         sampling_temperature,
-        "a temperature in sampling, and none in the loss",
+        "sampling has a temperature, and the loss has none",
         "ppo.token_logprobs",
         PPO + " --temperature 0.7",
         OF_PPO,

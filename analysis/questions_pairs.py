@@ -16,14 +16,14 @@ BETA = 0.5  # its β, dpo.py's default on exact
 
 
 def cancels():
-    """Why does DPO need no reward model and no critic, and what cancels?"""
+    """Why does DPO need neither a reward model nor a critic, and what cancels?"""
     world = World()
     p, prompts = world.log_ref.exp(), world.task.contexts
 
-    def row(seed, r, constant):
+    def row(quantity, r, constant):
         spread = (p * (r - (p * r).sum(1, keepdim=True)) ** 2).sum(1).sqrt().mean()
         constants = {f"c({x})": c for x, c in zip(prompts, constant.tolist())}
-        return {"seed": seed, "std within a prompt": spread.item()} | constants
+        return {"quantity": quantity, "std within a prompt": spread.item()} | constants
 
     log_z = BETA * (world.log_ref + world.r / BETA).logsumexp(1)
     known, rows = row("r, with c = β log Z", world.r, log_z), []
@@ -36,13 +36,13 @@ def cancels():
         return torch.tensor([x[f"c({prompt})"] for prompt in prompts])
 
     return [known, *rows], {
-        "r - r_θ is nearly a constant: its std is below a quarter of r's": each(
+        "within a prompt r - r_θ is nearly constant: its std is below a quarter of r's": each(
             lambda x: 4 * x["std within a prompt"] < known["std within a prompt"], rows
         ),
-        "that constant is β log Z(x), within 0.2": each(
+        "this constant equals β log Z(x), within 0.2": each(
             lambda x: (constants(x) - constants(known)).abs().max() < 0.2, rows
         ),
-        "and differs between prompts, by 0.5 and more": each(
+        "the constants of two prompts differ by more than 0.5": each(
             lambda x: constants(x).max() - constants(x).min() > 0.5, rows
         ),
     }
@@ -62,10 +62,10 @@ def implicit_reward():
         "r_θ = β log π/π_ref correlates with r above 0.95 within a prompt": each(
             lambda x: x["correlation of r_θ"] > 0.95, rows
         ),
-        "log π alone less": each(
+        "log π alone correlates less": each(
             lambda x: x["correlation of r_θ"] > x["correlation of log π"], rows
         ),
-        "r_θ has the scale of r: a slope of 0.8 to 1.2": each(
+        "r_θ has the scale of r: the slope is between 0.8 and 1.2": each(
             lambda x: 0.8 < x["slope of r_θ"] < 1.2, rows
         ),
     }
@@ -103,8 +103,10 @@ def beta_doubled():
             row[f"{when}: ratio"] = twice / once
         rows.append(row)
     return rows, {
-        "at π = π_ref the ratio is 2": each(lambda x: abs(x["start: ratio"] - 2) < 1e-6, rows),
-        "after the training it is above 3": each(lambda x: x["end: ratio"] > 3, rows),
+        "at π = π_ref the norm doubles: the ratio is 2": each(
+            lambda x: abs(x["start: ratio"] - 2) < 1e-6, rows
+        ),
+        "after the training the ratio is above 3": each(lambda x: x["end: ratio"] > 3, rows),
     }
 
 
@@ -112,7 +114,7 @@ BETAS = "dpo.py --task exact --steps 100 --lr 2e-3 --beta {}"
 
 
 def beta_extremes():
-    """What does a β that is too small do, and one that is too large?"""
+    """What does β do if it is too small, and if it is too large?"""
     world, rows = World(), []
     for beta in (0.01, BETA, 5):
         for seed in SEEDS:
@@ -123,19 +125,21 @@ def beta_extremes():
             rows.append(row | {"likeliest after bb": world.task.outcomes[y], "its π": p.item()})
     small, middle, large = rows[:3], rows[3:6], rows[6:]
     return rows, {
-        "β 0.01 has more than 1.5 times the KL of 0.5": each(
+        "β 0.01 has more than 1.5 times the KL of β 0.5": each(
             lambda a, b: a["KL(π‖π_ref)"] > 1.5 * b["KL(π‖π_ref)"], small, middle
         ),
-        "for less than 0.1 of win rate": each(
+        "it gains less than 0.1 of win rate for that": each(
             lambda a, b: a["win rate"] < b["win rate"] + 0.1, small, middle
         ),
-        "β 5 hardly moves: KL below 0.1": each(lambda x: x["KL(π‖π_ref)"] < 0.1, large),
-        "and wins less than 0.6": each(lambda x: x["win rate"] < 0.6, large),
+        "with β 5 the policy hardly moves: its KL is below 0.1": each(
+            lambda x: x["KL(π‖π_ref)"] < 0.1, large
+        ),
+        "its win rate is below 0.6": each(lambda x: x["win rate"] < 0.6, large),
     }
 
 
 def one_network():
-    """What if one network is both policy and reference?"""
+    """What happens if one network is both policy and reference?"""
     world, rows = World(), []
     references = {
         "frozen copy": lambda log_p: world.log_ref,
@@ -153,12 +157,14 @@ def one_network():
             rows.append(row | {"KL(π‖start)": kl(log_p, world.log_ref).mean().item()})
     copy, detached, itself = rows[1::2]
     return rows, {
-        "detached or not, its loss stays log 2": each(lambda x: x["loss"] == "0.693147", rows[2:]),
-        "with the gradient through both nothing moves": [itself["KL(π‖start)"] < 1e-3],
-        "detached, it goes further than with a frozen copy": [
+        "if it is its own reference, detached or not, the loss stays log 2": each(
+            lambda x: x["loss"] == "0.693147", rows[2:]
+        ),
+        "with gradients through both, nothing moves": [itself["KL(π‖start)"] < 1e-3],
+        "with a detached reference, it goes further than with a frozen copy": [
             detached["KL(π‖start)"] > copy["KL(π‖start)"]
         ],
-        "for less reward": [detached["E[r]"] < copy["E[r]"]],
+        "it also ends with less reward": [detached["E[r]"] < copy["E[r]"]],
     }
 
 
@@ -189,7 +195,7 @@ SOURCES = {  # where the pairs come from -> the command
 
 
 def few_pairs():
-    """What do many epochs on few pairs do, and why does the loss not tell?"""
+    """What do many epochs on few pairs do, and why does the loss not show it?"""
     rows = []
     for pairs, command in SOURCES.items():
         for seed in SEEDS:
@@ -203,20 +209,22 @@ def few_pairs():
             rows.append(row)
     fixed, rounds, online = rows[:3], rows[3:6], rows[6:]
     return rows, {
-        "64 pairs: the loss falls below 0.2": each(lambda x: x["loss, 160"] < 0.2, fixed),
-        "and π ends further from π* than it began (1.53)": each(
+        "on 64 pairs the loss falls below 0.2": each(lambda x: x["loss, 160"] < 0.2, fixed),
+        "there π ends further from π* than it began (1.53)": each(
             lambda x: x["KL(π‖π*), 160"] > 1.53, fixed
         ),
-        "own pairs: the loss stays above 0.4": each(
+        "on its own pairs the loss stays above 0.4": each(
             lambda x: x["loss, 160"] > 0.4, rounds + online
         ),
-        "and π comes near π*, online": each(lambda x: x["KL(π‖π*), 160"] < 0.6, online),
-        "in three rounds as well": each(lambda x: x["KL(π‖π*), 160"] < 0.8, rounds),
+        "online, π ends within 0.6 of π*": each(lambda x: x["KL(π‖π*), 160"] < 0.6, online),
+        "in three rounds, π ends within 0.8 of π*": each(
+            lambda x: x["KL(π‖π*), 160"] < 0.8, rounds
+        ),
     }
 
 
 def thumbs():
-    """Can KTO learn from thumbs alone, most of them down?"""
+    """Can KTO learn from thumbs up and down alone, if most are down?"""
     world, rows = World(), []
     for name, up, weight in (("1/2", 0.5, 1.0), ("1/5", 0.2, 1.0), ("1/5", 0.2, 4.6)):
         labels = world.labels * torch.tensor([1 - up, up]) / world.labels.sum((0, 1))
@@ -227,18 +235,20 @@ def thumbs():
             rows.append(row | {"KL(π‖π_ref)": kl(log_p, world.log_ref).mean().item()})
     half, fifth, weighted = rows[1::2]
     return rows, {
-        "it learns from each of the three": [x["E[r]"] > 0.8 for x in (half, fifth, weighted)],
-        "a fifth up, λ_D 1: three times the KL for less reward": [
+        "KTO learns from all three kinds of labels: E[r] ends above 0.8": [
+            x["E[r]"] > 0.8 for x in (half, fifth, weighted)
+        ],
+        "with a fifth up and λ_D 1 it takes three times the KL for less reward": [
             fifth["KL(π‖π_ref)"] > 3 * half["KL(π‖π_ref)"] and fifth["E[r]"] < half["E[r]"]
         ],
-        "λ_D 4.6 brings more reward at less KL": [
+        "λ_D 4.6 then brings more reward at less KL": [
             weighted["KL(π‖π_ref)"] < fifth["KL(π‖π_ref)"] and weighted["E[r]"] > fifth["E[r]"]
         ],
     }
 
 
 def orpo():
-    """Does ORPO without an SFT stage reach what SFT and then DPO do?"""
+    """Does ORPO, which has no SFT stage, reach what SFT followed by DPO reaches?"""
     world, rows = World(), []
     mean = world.expected(world.demonstrated)
     sft = rows_read(run(STARTS["exact"]))
@@ -256,37 +266,43 @@ def orpo():
         "both train on as many responses, within 1 %": each(
             lambda a, b: abs(a["responses"] / b["responses"] - 1) < 0.01, both, one
         ),
-        "ORPO alone has less reward": each(lambda a, b: a["E[r]"] > b["E[r]"], both, one),
-        "but more than the demonstrations' mean + 0.2": each(lambda x: x["E[r]"] > mean + 0.2, one),
-        "and stays nearer to them": each(
+        "ORPO ends with less reward": each(lambda a, b: a["E[r]"] > b["E[r]"], both, one),
+        "its reward is above the demonstrations' mean by more than 0.2": each(
+            lambda x: x["E[r]"] > mean + 0.2, one
+        ),
+        "it stays nearer to the demonstrations": each(
             lambda a, b: a["KL(π‖demonstrations)"] > b["KL(π‖demonstrations)"], both, one
         ),
     }
 
 
 def length():
-    """Why do DPO's answers grow and SimPO's not, when the reward knows no length?"""
+    """Why do DPO's answers grow longer and SimPO's not, although the reward ignores length?"""
     task, rows = data.task("reviews"), []
     for seed in SEEDS:
         _, chosen, rejected = zip(*task.preferences(20_000, seed))
         row = {"seed": seed}
-        for name, answers in {"|y_w|": chosen, "|y_l|": rejected}.items():
+        for name, answers in {"chosen len": chosen, "rejected len": rejected}.items():
             row[name] = sum(len(y.split()) for y in answers) / len(answers)
         penalty = "dpo.py --steps 80 --length-penalty 0.02"
         runs = {"dpo": "dpo.py --steps 80", "r-dpo": penalty, "simpo": "simpo.py --steps 80"}
         for method, command in runs.items():
             final = run(command, seed).final
-            row |= {"|sft|": final["ref_length"], "r sft": final["ref_reward"]}
-            row |= {f"|{method}|": final["length"], f"r {method}": final["reward"]}
+            row |= {"sft len": final["ref_length"], "sft r": final["ref_reward"]}
+            row |= {f"{method} len": final["length"], f"{method} r": final["reward"]}
         rows.append(row)
     return rows, {
-        "chosen answers are as long as rejected ones, to 2 %": each(
-            lambda x: abs(x["|y_w|"] / x["|y_l|"] - 1) < 0.02, rows
+        "chosen answers are as long as rejected ones, within 2 %": each(
+            lambda x: abs(x["chosen len"] / x["rejected len"] - 1) < 0.02, rows
         ),
-        "DPO's answers are longer than SFT's": each(lambda x: x["|dpo|"] > x["|sft|"], rows),
-        "R-DPO's, at α 0.02, are not": each(lambda x: x["|r-dpo|"] < x["|sft|"], rows),
-        "SimPO's are shorter": each(lambda x: x["|simpo|"] < x["|sft|"], rows),
-        "all have gained more than 0.5": each(
-            lambda x: min(x[f"r {name}"] for name in runs) > x["r sft"] + 0.5, rows
+        "DPO's answers are longer than SFT's": each(lambda x: x["dpo len"] > x["sft len"], rows),
+        "R-DPO's answers, with α 0.02, are shorter than SFT's": each(
+            lambda x: x["r-dpo len"] < x["sft len"], rows
+        ),
+        "SimPO's answers are shorter than SFT's": each(
+            lambda x: x["simpo len"] < x["sft len"], rows
+        ),
+        "all three gain more than 0.5 of gold reward": each(
+            lambda x: min(x[f"{name} r"] for name in runs) > x["sft r"] + 0.5, rows
         ),
     }

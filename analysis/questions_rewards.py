@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 def memory():
-    """PPO holds four models and DPO two: what is that in bytes at 7B?"""
+    """PPO holds four models in memory and DPO two: how many bytes is that at 7B?"""
     rows, of_7b = [], ("tokens:1024+1024", predict.SIZES["7b"], True)
     for precision, dtype in {"autocast": "bfloat16", "pure bf16": "bfloat16-pure"}.items():
         predicted = {row: predict.ask(row, *of_7b, dtype, n=4) for row in ("dpo", "ppo")}
@@ -41,14 +41,14 @@ def memory():
         "under autocast a trained parameter costs 16 bytes, not 14": [
             round(trained["all, B"], 2) == 16
         ],
-        "a frozen one costs 2, and less than 0.1 more": [2 <= frozen["all, B"] < 2.1],
-        "in pure bf16 a trained one costs 8": [
+        "a frozen one costs between 2 and 2.1 bytes": [2 <= frozen["all, B"] < 2.1],
+        "in pure bf16 a trained one costs 8 bytes": [
             round(cells["pure bf16", "policy*"]["all, B"], 2) == 8
         ],
-        "PPO's models are twice DPO's, in both precisions": [
+        "PPO's models take twice the bytes of DPO's, in both precisions": [
             abs(ppo["GiB"] / dpo["GiB"] - 2) < 0.01 for dpo, ppo in pairs
         ],
-        "on a card of 80 GB DPO fits in pure bf16, and PPO does not": [
+        "in pure bf16 DPO fits on a card of 80 GB, and PPO does not": [
             pairs[1][0]["fits on"] == "80 GB" != pairs[1][1]["fits on"]
         ],
     }
@@ -70,14 +70,16 @@ def critic():
         rows.append(line(f"PPO, λ {lam:g}", adv[0]))
     group, equal, *ppo = rows
     return rows, {
-        "GRPO: each token has the same advantage": [
+        "GRPO gives each token the same advantage": [
             group["token 1"] == group["token 2"] == group["token 3"] < 0
         ],
-        "a group of equal rewards teaches it nothing": [equal["token 1"] == 0],
-        "PPO with λ 0 blames the second token, five times as much as the third": [
+        "it gives 0 if all rewards of a group are equal": [equal["token 1"] == 0],
+        "PPO with λ 0 blames the second token more than five times as much as the third": [
             ppo[0]["token 2"] < 5 * ppo[0]["token 3"] < ppo[0]["token 1"]
         ],
-        "with λ 1 the first as much as the second": [ppo[2]["token 1"] == ppo[2]["token 2"]],
+        "PPO with λ 1 blames the first token as much as the second": [
+            ppo[2]["token 1"] == ppo[2]["token 2"]
+        ],
     }
 
 
@@ -86,7 +88,7 @@ def line(name, adv):
 
 
 def group_std():
-    """What does the division by std in GRPO do?"""
+    """What does the division by the standard deviation do in GRPO?"""
     rows = []
     for right in (7, 4, 1):
         reward = torch.tensor([[1.0] * right + [0.0] * (8 - right)])
@@ -98,32 +100,34 @@ def group_std():
         rows.append(row)
     easy, mixed, hard = rows
     return rows, {
-        "with std easy, mixed and hard groups weigh the same": [
+        "with std, groups with 7, 4 and 1 right answers weigh the same": [
             abs(x["std: rms"] - mixed["std: rms"]) < 1e-3 for x in (easy, hard)
         ],
-        "without it the mixed group weighs most": [
+        "without std, the group with 4 right answers weighs most": [
             x["no std: rms"] < mixed["no std: rms"] for x in (easy, hard)
         ],
-        "with std the lone wrong answer has more than twice a mixed group's advantage": [
+        "with std, a lone wrong answer counts more than twice as much as one of four": [
             -easy["std: wrong"] > -2 * mixed["std: wrong"]
         ],
     }
 
 
 def response_mean():
-    """What does GRPO's mean over each response do?"""
+    """What does GRPO's mean over the tokens of each response do?"""
     lengths, longest = torch.tensor([[10], [100]]), 200  # two wrong answers, A = -1
     mask = torch.arange(100) < lengths
     answers, rows = Rollout(ids=mask, mask=mask, logp=mask.float()), []
     for agg in ("seq_mean", "token_mean", "const"):
         weight = token_weight(answers, answers, longest, agg).amax(1)
         short, long = (-1000 * weight).tolist()
-        both = {"1000 × a token of 10": short, "of 100": long, "ratio": short / long}
+        both = {"1000 × token of 10": short, "1000 × token of 100": long, "ratio": short / long}
         rows.append({"--agg": agg} | both)
     mean, token, const = rows
     return rows, {
-        "GRPO: a token of the long wrong answer costs a tenth": [abs(mean["ratio"] - 10) < 1e-3],
-        "DAPO, Dr. GRPO: each token costs the same": [
+        "GRPO punishes a token of the long wrong answer a tenth as much": [
+            abs(mean["ratio"] - 10) < 1e-3
+        ],
+        "DAPO and Dr. GRPO punish each token the same": [
             abs(x["ratio"] - 1) < 1e-6 for x in (token, const)
         ],
     }
@@ -146,11 +150,13 @@ def dynamic_sampling():
             before = sampled
     first, last = rows[::3], rows[2::3]
     return rows, {
-        "as answers get right, fewer groups are mixed": each(
+        "in the last 20 steps fewer groups are mixed than in the first 20": each(
             lambda a, b: a["mixed"] > b["mixed"], first, last
         ),
-        "a step takes more rounds": each(lambda a, b: a["rounds"] > b["rounds"], last, first),
-        "and 20 steps more than 1.5 times the tokens": each(
+        "a step then takes more rounds of sampling": each(
+            lambda a, b: a["rounds"] > b["rounds"], last, first
+        ),
+        "the last 20 steps sample more than 1.5 times the tokens of the first 20": each(
             lambda a, b: b["sampled tokens"] > 1.5 * a["sampled tokens"], first, last
         ),
     }
@@ -183,14 +189,14 @@ def verifier():
         row("DAPO", seed, f"{128 * rounds:.0f} verdicts", done.path)
     few, fresh, grpo, dapo = (rows[i : i + 3] for i in (1, 4, 7, 10))
     return rows, {
-        "GRPO has more right than DPO on 64 pairs": each(
+        "GRPO gets more right than DPO on 64 pairs": each(
             lambda a, b: a["right"] > b["right"], grpo, few
         ),
-        "and so has DAPO, which sees only right or wrong": each(
+        "so does DAPO, which sees only right or wrong": each(
             lambda a, b: a["right"] > b["right"], dapo, few
         ),
-        "and both above 0.9": each(lambda x: x["right"] > 0.9, grpo + dapo),
-        "DPO with fresh pairs has more reward than with 64": each(
+        "GRPO and DAPO get more than 0.9 right": each(lambda x: x["right"] > 0.9, grpo + dapo),
+        "DPO has more reward with fresh pairs than with 64": each(
             lambda a, b: a["E[r]"] > b["E[r]"], fresh, few
         ),
     }
@@ -224,17 +230,17 @@ def teacher():
         "GRPO's student has more reward, from as many samples": each(
             lambda a, b: a["reward"] > b["reward"], grpo, reverse
         ),
-        "the teacher's gains half a point, without any reward": each(
+        "the teacher's student (reverse) gains more than half a point without any reward": each(
             lambda a: a["gain"] > 0.5, reverse
         ),
-        "and its answers are as long as the teacher's, where GRPO's are shorter": each(
+        "its answers have the teacher's length within 3 tokens, and GRPO's are shorter": each(
             lambda a, b, c: abs(a["length"] - b["length"]) < 3 < b["length"] - c["length"],
             *(reverse, guide, grpo),
         ),
-        "reverse is more certain than forward": each(
+        "the reverse KL makes the student more certain than the forward KL": each(
             lambda a, b: a["entropy"] < b["entropy"], reverse, forward
         ),
-        "and nearer to the teacher in KL(π‖π_T), which it minimises": each(
+        "it also ends nearer to the teacher in KL(π‖π_T), which it minimises": each(
             lambda a, b: a["KL(π‖π_T)"] < b["KL(π‖π_T)"], reverse, forward
         ),
     }
@@ -246,30 +252,32 @@ RLOO = f"grpo.py --reward rm --adv-norm loo --agg sum --kl reward {FEW} --max-ne
 
 
 def hacking():
-    """How does the score rise while the gold reward falls, and what does β do?"""
+    """How can the score rise while the gold reward falls, and what does β change?"""
     rows = []
     for beta in ("0", "1"):
         for seed in SEEDS:
             judge = run(WEAK, seed)
             final = run(f"{RLOO} --beta {beta}", seed, reward=judge.path).final
-            row = {"β": beta, "seed": seed, "score ~ gold": judge.final["correlation"]}
+            row = {"β": beta, "seed": seed, "correlation": judge.final["correlation"]}
             for key in ("score", "reward"):
                 name = key.replace("reward", "gold")
                 row |= {f"{name} before": final[f"ref_{key}"], f"{name} after": final[key]}
             rows.append(row | {"KL": final["kl"], "tokens": final["length"]})
     free, held = rows[:3], rows[3:]
     return rows, {
-        "β 0: the score rises by more than 3": each(
+        "with β 0 the score rises by more than 3": each(
             lambda x: x["score after"] > x["score before"] + 3, free
         ),
-        "and the gold reward falls by more than 0.5": each(
+        "with β 0 the gold reward falls by more than 0.5": each(
             lambda x: x["gold after"] < x["gold before"] - 0.5, free
         ),
-        "β 1: it ends more than 0.5 higher": each(
+        "with β 1 the gold reward ends more than 0.5 higher than with β 0": each(
             lambda a, b: a["gold after"] > b["gold after"] + 0.5, held, free
         ),
-        "at less than half the KL": each(lambda a, b: a["KL"] < b["KL"] / 2, held, free),
-        "the reward model ranks β 0 above β 1, the gold reward β 1": each(
+        "β 1 takes less than half the KL of β 0": each(
+            lambda a, b: a["KL"] < b["KL"] / 2, held, free
+        ),
+        "the reward model ranks β 0 above β 1, and the gold reward β 1 above β 0": each(
             lambda a, b: a["score after"] < b["score after"] and a["gold after"] > b["gold after"],
             held,
             free,
@@ -278,7 +286,7 @@ def hacking():
 
 
 def judge():
-    """What is an AI judge worth, and what does the place of an answer do?"""
+    """What is an AI judge worth, and what does the order of the two answers change?"""
     task, rows = data.task("reviews"), []
     for seed in SEEDS:
         draw = torch.Generator().manual_seed(seed)
@@ -295,16 +303,18 @@ def judge():
             row = {"seed": seed, "liking for A": f"{bias:g}"}
             row["mean P(A) - ½"] = (ab.softmax(1) + ba.softmax(1))[:, 0].mean().item() / 2 - 0.5
             for name, p in {"one order": one, "both orders": both}.items():
-                row[f"{name} ~ gold"] = ((p > 0.5) == (better > 0))[differ].float().mean().item()
+                row[f"agrees, {name}"] = ((p > 0.5) == (better > 0))[differ].float().mean().item()
             rows.append(row)
     without, _, strong = rows[::3], rows[1::3], rows[2::3]
     return rows, {
-        "a judge that likes A says A more often": each(lambda x: x["mean P(A) - ½"] > 0.1, strong),
-        "one order then agrees less with the gold reward": each(
-            lambda a, b: a["one order ~ gold"] > b["one order ~ gold"], without, strong
+        "a judge with a liking of 2 for A says A too often, by more than 0.1": each(
+            lambda x: x["mean P(A) - ½"] > 0.1, strong
         ),
-        "the mean of both orders agrees as it did": each(
-            lambda a, b: abs(a["both orders ~ gold"] - b["both orders ~ gold"]) < 0.01,
+        "read in one order, it then agrees less with the gold reward": each(
+            lambda a, b: a["agrees, one order"] > b["agrees, one order"], without, strong
+        ),
+        "the mean of both orders agrees as often as without the liking": each(
+            lambda a, b: abs(a["agrees, both orders"] - b["agrees, both orders"]) < 0.01,
             without,
             strong,
         ),
@@ -317,7 +327,7 @@ def options(logit):
 
 
 def mt_bench():
-    """What can 7.34 against 6.86 on MT-Bench say?"""
+    """What do scores of 7.34 and 6.86 on MT-Bench say about two models?"""
     gap, n, sd = 7.34 - 6.86, 80, 2.0  # questions; the sd of a question's score is an assumption
     rows = []
     for seed in SEEDS:
@@ -336,10 +346,10 @@ def mt_bench():
         "one mean has a standard error of 0.22": each(
             lambda x: abs(x["se of one mean"] - sd / n**0.5) < 0.01, rows[::2]
         ),
-        "equal models are 0.48 apart in more than a tenth of such tests": each(
+        "without correlation, equal models are 0.48 apart in more than a tenth of the tests": each(
             lambda x: x["equal, yet 0.48 apart"] > 0.1, apart
         ),
-        "in fewer than a twentieth, if questions are as hard for both": each(
+        "with correlation 0.5, they are so in fewer than a twentieth": each(
             lambda x: x["equal, yet 0.48 apart"] < 0.05, paired
         ),
     }
