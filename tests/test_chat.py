@@ -76,7 +76,7 @@ def test_what_opens_a_chat_is_a_control_token_whatever_the_file_says(flags, tmp_
 
 
 def test_pieces_of_template_and_text_join(tmp_path):
-    """t of the template and he of the text: "the" is th + e, as if it were one text; also where a
+    """t of the template and he of the text: "the" is th + e, as if it were one text; even if a
     control token that is spelled makes the pieces be read one by one."""
     template = "{{ bos_token }}t{{ messages[0].content }}<|im_end|>"
     tokenizer = open_tokenizer(tmp_path, template)

@@ -380,7 +380,7 @@ def test_an_account_is_said_before_what_is_cut(tmp_path, capsys):
 
 
 def test_rows_of_one_prompt_stay_apart(tmp_path):
-    """29 prompts with three answers each are 87 rows, also where prompts are asked for."""
+    """29 prompts with three answers each are 87 rows, even if only prompts are wanted."""
     rows = [{"prompt": f"{i}?", "answer": a} for i in range(29) for a in "abc"]
     task = data.task(write(tmp_path / "q.jsonl", rows))
     train, test = (task.prompts(None, 0, split) for split in ("train", "test"))

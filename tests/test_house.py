@@ -204,7 +204,7 @@ WORDS = {  # a habit -> (its pattern, what reads better)
     ),
     "nobody tells": (r"\b(told|it tells|what tells)\b", "who says, gives or shows what"),
     "nobody says": (r"\b(and|which|this) (it )?is said\b", "who says it: the run, the first line"),
-    "also where": (r"\balso (where|if)\b", "even if"),
+    "also where": (r"\balso where\b", "even if"),
 }
 TAKEN = {"told", "asked", "whole"}  # names that have meant too many things
 

@@ -4,7 +4,7 @@ import math
 
 from data import Stopped, say
 
-LARGE = 1e6  # a reward above this is said
+LARGE = 1e6  # a larger reward is mentioned
 
 
 def give_up(run, loss, norm):
