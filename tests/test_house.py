@@ -324,7 +324,10 @@ def test_dapo_differs_from_grpo_in_what_dapo_is():
 
 def test_readme_is_a_front_door():
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 170 and len(text.encode()) <= 14_000
+    size = (
+        f"{len(text.splitlines())} lines, at most 170; {len(text.encode()):,} bytes, at most 14,000"
+    )
+    assert len(text.splitlines()) <= 170 and len(text.encode()) <= 14_000, size
     fences = text.split("```")
     prose = "\n".join(fences[::2])
     for part in re.split(r"\n\n+|\n(?=- )", prose):
@@ -333,8 +336,10 @@ def test_readme_is_a_front_door():
             cells = [
                 re.sub(r"\]\([^)]*\)|\[", "", cell) for cell in cells
             ]  # links as they are seen
-            assert max(map(len, cells)) <= 80, max(cells, key=len)
-        assert part.startswith("|") or len(part) <= 400, part
+            longest = max(cells, key=len)
+            assert len(longest) <= 80, f"{len(longest)} characters, at most 80: {longest}"
+        n = len(part)
+        assert part.startswith("|") or n <= 400, f"{n} characters, at most 400: {part}"
     for script in METHODS:
         assert re.search(rf"^\| \[?`{script}\.py`", text, re.M), f"no row of {script}.py"
     for file in re.findall(r"\b([a-z_]+(?:\.py|/))(?= {2,}|`)", text):

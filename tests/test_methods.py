@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -255,7 +256,8 @@ def test_a_new_method_is_three_files(tmp_path):
     run(copy / "sft.py", *TRAIN, *exact[:2])
     for more in (["--init", "out/exact/sft.pt", "--budget", "512"], ["--predict", "own"]):
         assert re.search(r"\| cpo +\|", run(copy / "compare.py", *exact, *more))
-    how = ["-n0", "-p", "no:cacheprovider", "-m", "slow or not slow"]
-    every = ["-k", "(cpo or house or registered) and not three_files"]
-    said = run("-m", "pytest", *how, *every, copy / "tests")
-    assert "failed" not in said and int(re.search(r"(\d+) passed", said)[1]) > 100, said
+    page = (ROOT / "docs/add-a-method.md").read_text()
+    [tests] = re.findall(r"^pytest (-m .* -k .*cpo.*)$", page, re.M)
+    assert "not kills" in tests  # nor does it run this test, whose name has no cpo
+    said = run("-m", "pytest", "-p", "no:cacheprovider", *shlex.split(tests), copy / "tests")
+    assert "failed" not in said and int(re.search(r"(\d+) passed", said)[1]) > 30, said

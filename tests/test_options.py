@@ -267,6 +267,8 @@ def documented(path, end="`#\n|"):
     "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=str
 )
 def test_every_command_of_the_docs_stands_in_the_table(path):
+    if path.name == "add-a-method.md":
+        return  # its script is an example
     unknown = set(documented(path)) - set(ROWS)
     assert not unknown
 
