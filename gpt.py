@@ -228,7 +228,7 @@ def rotations(config, position, dtype):
 
 
 def scatter(x, packed, shape):
-    """x (M,), one number per wanted state -> (B, T): each at the token after its state, 0 elsewhere"""
+    """x (M,), one number per wanted state -> (B, T): each at the token after its state, else 0"""
     return x.new_zeros(shape).view(-1).index_copy(0, packed.places + 1, x).view(shape)
 
 

@@ -270,7 +270,7 @@ def learn_preferences(p, run):
 
 
 def reinforce(p, run, figures):
-    """RL-CAI: REINFORCE on the preference model's score minus β times the KL to the SL-CAI model."""
+    """RL-CAI: REINFORCE on the preference model's score minus β times the KL to SL-CAI's model."""
     o, prompts = run.o, p.prompts
     judge = load_judge(p.runs["pm"].o.out, run, p.task, o.missing_eos_penalty)
     policy = run.load(p.runs["sl"].o.out, p.task)

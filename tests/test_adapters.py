@@ -96,7 +96,7 @@ def test_adapters_alone_are_read_on_their_base(base, capsys):
 @pytest.mark.parametrize(
     "script, args, words",
     [
-        ("dpo", [], "--save adapters: there are none without --lora R; give both"),
+        ("dpo", [], "--save adapters needs --lora R; give both, or leave it out"),
         ("reward_model", ["--lora", 2], "argument --save: invalid choice: 'adapters'"),
     ],
 )

@@ -35,7 +35,7 @@ dpo --micro-batch 5 | --micro-batch 5 does not divide --batch-size 32
 dpo --task reviewz | no such task
 dpo --task arithmetic:x | arithmetic:1
 dpo --eval-file ok.jsonl | --eval-file
-dpo --device cuda:99 | --device cpu always is
+dpo --device cuda:99 | give --device cpu
 dpo --device abacus | --device
 dpo --dtype int8 | --dtype
 dpo --out a_file/x.pt | --out a_file/x.pt cannot be written

@@ -497,7 +497,7 @@ def test_no_chat_is_kept_and_toys_have_none(chats, capsys):
     meta = checkpoint.load("y.pt")[1].meta
     assert meta["chat"] is False and meta["args"] == {"think": True}
     assert main("sft", *ARGS[:6], *MORE, "--truncate", "--init", "base", "--out", "z.pt") == 0
-    assert "warning: --lr 0.004 is made for toy models" in capsys.readouterr().out
+    assert "warning: --lr 0.004 is for toy models" in capsys.readouterr().out
     assert main("sft", *ARGS, "--no-chat") == 2
     assert "are for checkpoints with a chat template" in capsys.readouterr().err
     assert main("sft", *ARGS, "--init", "base", "--template-args", "think") == 2

@@ -331,7 +331,7 @@ def test_an_unknown_option_names_the_nearest(argv, near):
 
 HELPS = """
 dpo | 1/nats; IPO's τ (default: 0.1; exact: 0.5; loss=ipo: 1.0; loss=norm: 5.0; exact loss=ipo: 0.3
-dpo | π_ref and of comparisons (default: the start) --
+dpo | π_ref and comparisons (default: the start) --
 dpo | with a file: one epoch (default: 150; exact: 2000)
 dpo | --no-chat turns off: read a plain prompt as a user message, if there is a chat template
 dapo | --no-overlong turns off: add R_len to the reward (exact: off)
