@@ -87,7 +87,7 @@ dpo FILE ./table.tsv.gz | is a TSV file
 dpo FILE a.parquet | a.parquet is a Parquet file; write it as JSONL: pandas.read_parquet(
 dpo FILE parquet.jsonl | parquet.jsonl is a Parquet file
 dpo FILE gzipped.jsonl | gzipped.jsonl is compressed; give it a name that ends with .jsonl.gz
-dpo FILE pointer.jsonl | pointer.jsonl is a pointer of Git LFS, and not the file itself; run git
+dpo FILE pointer.jsonl | pointer.jsonl is a pointer of Git LFS, not the file itself; run git
     lfs pull
 sft --tokenizer pointer.jsonl | pointer.jsonl is a pointer of Git LFS
 dpo FILE data.jsonl | data.jsonl is a directory

@@ -418,7 +418,7 @@ def test_what_overflows_does_not_go_out(tmp_path, monkeypatch, capsys):
     large[3] = -70_000
     weights(folder(tmp_path / "a"), **{"model.norm.weight": large})
     assert main("export", "a", "--to", "b", "--dtype", "float16") == 2
-    words = "model.norm.weight holds -70000, and float16 ends at 65504; give a --dtype with more"
+    words = "model.norm.weight holds -70000, but float16 ends at 65504; give a --dtype with more"
     assert words in capsys.readouterr().err and sorted(os.listdir()) == ["a"]
     assert main("export", "a", "--to", "b", "--dtype", "bfloat16") == 0
 
