@@ -1,5 +1,6 @@
-"""--optimizer adamw8bit: what it refuses, its bytes by hand; and if bitsandbytes is installed, that
-it is AdamW, and that a run with it is clipped, scaled and resumed as any other."""
+"""The optimizer of --optimizer adamw8bit: the options that it refuses, its bytes counted by hand
+and, if bitsandbytes is installed, that it agrees with AdamW, and that a run with it is clipped,
+scaled and resumed like any other."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Adapters in files: merged as the base has it, alone, and those of PEFT."""
+"""Files of adapters: merged into the precision of their base, saved alone, and read from PEFT."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Mistakes at the command line: each is one line, exit code 2, and nothing is written."""
+"""Mistakes at the command line: each one gets a message of one line and exit code 2, and nothing is
+written."""
 
 import gzip
 import json

@@ -1,4 +1,5 @@
-"""compare.py: what it starts, what it keeps, what it prints."""
+"""The comparison of compare.py: the runs that it starts, the files that it keeps, and the tables
+that it prints."""
 
 import itertools
 import json

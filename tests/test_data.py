@@ -1,4 +1,4 @@
-"""Tasks, files, tokenizer, batches; the enumerable world and its tables."""
+"""Tasks, files, the tokenizer and batches; also the enumerable world and its tables."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Many processes are one: the same weights and figures, whatever their number."""
+"""Runs of many processes: weights and figures are the same for any number of processes."""
 
 import hashlib
 import json

@@ -1,4 +1,5 @@
-"""Checkpoints of Hugging Face: six families against golden numbers, broken folders, and back."""
+"""Checkpoints of Hugging Face: six model families compared with golden numbers, broken folders, and
+export."""
 
 import copy
 import json

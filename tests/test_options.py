@@ -1,4 +1,5 @@
-"""The command line: defaults of each task and variant, bounds, and what the help says."""
+"""The command line: the defaults of each task and variant, the bounds of options, and the help
+text."""
 
 import importlib.util
 import re

@@ -1,4 +1,5 @@
-"""What a run meets outside its own code: streams, signals, other runs, disks, moved folders."""
+"""Events outside the code of a run: closed streams, signals, other runs, full disks, moved
+folders."""
 
 import json
 import os
