@@ -183,7 +183,7 @@ class Pipeline:
         run.figures.run_began = since
         final = run.state.past() if run.o.resume else None
         if final:
-            say(f"--resume: {run.method} is complete, its checkpoint is {run.o.out}")
+            say(f"--resume: {run.method} has ended; its checkpoint is {run.o.out}")
         else:
             final = learn(self, run)
             for later in self.runs.keys() - self.ended.keys() - {name}:

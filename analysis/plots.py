@@ -99,8 +99,8 @@ def saved(plt, folder, figures):
 
 
 def scatter(plt, task, lines, x, name):
-    """Reward against x: a point for each method and strength, a line through a method's points in
-    the order of strength, and bars for the spread of the default strength over seeds."""
+    """Plots reward against x: a point per method and strength, a line through the points of a
+    method in the order of strength, and bars for the spread over seeds at the default strength."""
     lines = [line for line in lines if x in line and "reward" in line]
     if not lines:
         return None
@@ -129,7 +129,7 @@ def scatter(plt, task, lines, x, name):
 
 
 def label(figure, axes, names, points):
-    """Writes each name beside its point, at the nearest place without a point or another name.
+    """Writes each name beside its point, at the nearest place that is free of points and names.
     Sizes are in pixels; a typographic point has `scale` of them."""
     from matplotlib.transforms import Bbox
 
@@ -196,7 +196,7 @@ def stacked(plt, rows, unit, name, marks=(), parts=HATCH):
 
 
 def entropy(plt, lines):
-    """Reward against entropy over the steps of GRPO and DAPO"""
+    """Plots reward against entropy over the steps of GRPO and DAPO"""
     if not lines:
         return None
     figure, axes = plt.subplots(figsize=(6, 4.5))
@@ -213,8 +213,8 @@ def entropy(plt, lines):
 
 
 def trends(plt, lines):
-    """Loss, reward and KL over the sequences trained on: means over seeds, and a band from the
-    least to the greatest."""
+    """Plots loss, reward and KL over the sequences trained on: means over seeds, and a band from
+    the smallest to the largest."""
     if not lines:
         return None
     names = ("loss on what is trained on", "reward", "KL(π‖π_ref), nats", "KL(π‖π*), nats")
