@@ -10,7 +10,7 @@
 
     paper                code                       shape, or meaning
     log π_θ, log π_T     logp, teacher_logp         (m, V) at m states; (B, T) for sampled; nats
-    β, ρ, A              beta, ratio, adv           JSD's; π_θ/π_old, (B, T); (B, T), no gradient
+    β, ρ, A              beta, ratio, adv           β of the JSD; π_θ/π_old; (B, T), no gradient
     S, |y|               len(minibatch), length     responses per step; tokens, the end included
     λ                    1 - answers                GKD's share of the student's own responses
 

@@ -21,7 +21,7 @@
 Models in memory: 2 (policy, trained; ref, frozen), 1 with --kl none; a learned reward adds one.
 Data: prompts, and a judge of responses.
 Departures: 1. the std of a group is the unbiased one, and 1e-4 is added to it;
-2. one reward per response; 3. no outer iterations, which renew π_ref and retrain the reward model.
+2. one reward per response; 3. no outer iterations that refresh π_ref and retrain the reward model.
 At the first optimizer step of a rollout ρ = 1, so nothing is clipped. With its defaults grpo.py has
 one step per rollout; --minibatches 4 or --updates 2 turns the clip on. dapo.py has 4 or 8 steps.
 
