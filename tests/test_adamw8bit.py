@@ -48,7 +48,7 @@ def test_a_missing_package_is_one_line(script, tmp_path, monkeypatch, capsys):
     "script, more, why",
     [
         ("dpo", ["--shard"], "--shard splits weights into DTensors"),
-        ("dpo", ["--dtype", "float64"], "it steps in float32, and not in --dtype float64"),
+        ("dpo", ["--dtype", "float64"], "it steps in float32, not in --dtype float64"),
         ("dpo", ["--device", "mps"], "it has no kernels for --device mps"),
         ("compare", ["--predict", "7b", "--shard", "--ranks", 2], "--shard splits weights into"),
     ],

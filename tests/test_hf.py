@@ -268,7 +268,7 @@ BROKEN = {
         "is a directory without config.json; give x/checkpoint-9, the .pt file in it",
     ),
     **{
-        f"{name} is a pointer": (pointer(name), f"x/{name} is a pointer of Git LFS, and not the f")
+        f"{name} is a pointer": (pointer(name), f"x/{name} is a pointer of Git LFS, not the f")
         for name in ("model.safetensors", "tokenizer.json", "config.json")
     },
     "a pickle with the name": (lambda p: (p / W).write_bytes(pickle.dumps({"a": 1})), "complete"),

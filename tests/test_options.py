@@ -356,7 +356,7 @@ def test_a_home_in_a_path_is_found_even_if_no_shell_has_read_it(monkeypatch):
     assert (o.init, o.task, o.out) == ("/home/me/a.pt", "/home/me/b.jsonl", "c~/d")
     o = parse(import_module("evaluate").Options, ["~/a.pt", "--prompt", "~/b"])
     assert (o.checkpoint, o.prompt) == ("/home/me/a.pt", "~/b")
-    with pytest.raises(UserError, match="--records /home/me/c is no record"):
+    with pytest.raises(UserError, match="--records /home/me/c is not the record"):
         parse(import_module("compare").Options, ["--records", "~/c"])
 
 
