@@ -1,11 +1,11 @@
-"""Talks with a checkpoint, or with several: one answer after the other.
+"""Talks with one or several checkpoints: each of them answers every line that you type.
 
     python chat.py SmolLM2                         a Hugging Face folder, by its chat template
     python chat.py SmolLM2 out/my_pairs/dpo.pt     two models answer each line
     python chat.py out/reviews/dpo.pt              no template: each line is a prompt of its own
     echo "A drama, The Last Road:" | python chat.py out/reviews/dpo.pt     one answer, then the end
 
-/undo takes the last turn back, /reset all. Ctrl-C stops an answer, Ctrl-D ends the program.
+/undo takes back the last turn, /reset all turns. Ctrl-C stops an answer, Ctrl-D ends the program.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class Options:
 
 
 class Speaker:
-    """A checkpoint, and its conversation: `messages`."""
+    """A checkpoint and its conversation, `messages`."""
 
     def __init__(self, path, o, compute):
         self.path, self.o, self.compute = path, o, compute
@@ -51,8 +51,8 @@ class Speaker:
         self.generator = torch.Generator().manual_seed(o.seed)
 
     def answer(self, line, show):
-        """Answers a line. show: gets each piece of text once its characters are whole. An answer
-        that is stopped stays in the conversation as far as it came."""
+        """Answers a line. show: called with each piece of text once its characters are complete. If
+        an answer is stopped, its beginning stays in the conversation."""
         self.messages.append(Message("user", line))
         ids = self.tokenizer.prompt(Chat("", self.messages) if self.has_turns else line)
         most = min(self.o.max_new_tokens, self.longest - len(ids))
@@ -64,7 +64,7 @@ class Speaker:
                 drawn.append(self.draw(ids + drawn))
                 ended = drawn[-1] in self.tokenizer.ends or len(drawn) == self.tokenizer.longest
                 text = printable(self.tokenizer.decode(drawn).rstrip("\ufffd"))
-                show(text[shown:])  # half a character is "\ufffd" until its last token comes
+                show(text[shown:])  # a character is "\ufffd" until its last token has come
                 shown = max(shown, len(text))
         finally:
             text = self.tokenizer.decode(drawn)
@@ -80,7 +80,8 @@ class Speaker:
 
 
 def talk(speakers, line, stops=()):
-    """Each of the speakers answers a line. stops: what ends an answer, and not the program"""
+    """Each of the speakers answers a line. stops: exceptions that end an answer only, not the
+    program"""
     for speaker in speakers:
         if len(speakers) > 1:
             print(f"\n{speaker.path}:")

@@ -1,21 +1,22 @@
-"""Compares the methods, from one SFT checkpoint with equal budgets: reward, KL, memory, time.
+"""Compares the methods by reward, KL, memory and time, from one SFT checkpoint and equal budgets.
 
     python compare.py                           every method on reviews, into out/compare/reviews
     python compare.py --seeds 3 --sweep         three seeds, and other values of β, λ
     python compare.py --methods dpo simpo --task exact
     python compare.py --methods dpo-few dpo iterative_dpo online_dpo --course
     python compare.py --quick                   a smoke pass of all methods, under four minutes
-    python compare.py --task tokens:128+128     sequences of one length: memory and time alone
-    python compare.py --predict 7b              memory of a 7B model's step, predicted anywhere
+    python compare.py --task tokens:128+128     sequences of one length: only memory and time
+    python compare.py --predict 7b              memory of a 7B model's step, on any machine
     python compare.py --predict FOLDER --lora 16     the same for a Hugging Face checkpoint
     python compare.py --predict 7b --optimizer adamw8bit     with moments of 8 bits
-    python compare.py --records out/reviews/*.jsonl  the curves of runs that were made before
+    python compare.py --records out/reviews/*.jsonl  the curves of earlier runs
 
-The budget is the number of response sequences that a run trains on: a pair is two, and a sequence
-that is trained on twice counts twice. Each run is a process of its own, with its script's command
-line. A run that was made with the same command is kept, so an interrupted comparison goes on where
-it stopped. A run that failed is a row that says so, and the exit code is 1. report.html, beside the
-tables, is one page with everything: pictures, curves, the answers of all methods side by side.
+The budget is the number of response sequences that a run trains on. A pair is two sequences, and a
+sequence that is trained on twice counts twice. Each run is a process of its own, with the command
+line of its script. If a run with the same command exists, it is kept, so an interrupted comparison
+goes on where it stopped. The table has a row for each run that failed, and the exit code is then 1.
+One page, report.html, has everything: pictures, curves, and the answers of all methods side by
+side.
 """
 
 import contextlib
@@ -60,7 +61,7 @@ class Options:
     init: str = opt(
         "", "SFT checkpoint to start from (default: made first)", only="predict=", hub="model"
     )
-    jobs: int = opt(1, "runs at a time; they disturb each other's times", low=1, only="predict=")
+    jobs: int = opt(1, "runs at a time; they slow each other down", low=1, only="predict=")
     device: str = opt("auto", "cpu, cuda, cuda:1, mps", only="predict=")
     dtype: str = opt("auto", "precision of the runs", choices=DTYPES, only="predict=")
     seed: int = opt(0, "the first of the seeds", low=0, below=2**62, only="predict=")
@@ -70,7 +71,7 @@ class Options:
     n_head: int = opt(0, "its attention heads per block (default: the task's)", low=1)
     n_embd: int = opt(0, "its width (default: the task's)", low=1)
     predict: str = opt(
-        "", "train nothing: a step's memory at size own, 1b, 7b or a folder's", hub="config"
+        "", "train nothing: a step's memory for a model own, 1b, 7b or a folder", hub="config"
     )
     lora: int = opt(0, "rank of trained adapters, with --predict (0: none)", low=0)
     optimizer: str = opt("adamw", "of the step, with --predict", choices=OPTIMIZERS)
@@ -90,7 +91,7 @@ class Options:
         sizes = {"vocab_size", "batch_size", "micro_batch", "seq_len"}
         unread = self.given & {*sizes, "lora", "optimizer", "card", "ranks", "shard"}
         if unread and not self.predict:
-            with_it = "is read with --predict only; leave one of the two out"
+            with_it = "is read with --predict only; give that too, or leave it out"
             raise UserError(f"{flag(min(unread))} {with_it}")
         for row in self.methods:
             if row not in EVERY:
@@ -117,14 +118,14 @@ class Options:
 
     def check_records(self):
         if others := self.given - {"records", "out"}:
-            words = "--records runs nothing and only draws"
+            words = "--records only draws, and runs nothing"
             raise UserError(f"{words}; leave {flag(min(others))} out")
         runs = map(tables.run_of, self.records)  # refuses a wrong one before writing
         self.runs = dict(zip(tables.short(self.records), runs))
 
 
 def rows_of(o):
-    """-> the rows that the options ask for, each of them once"""
+    """-> the rows that the options ask for, each once"""
     rows = o.methods or [row for row in ROWS if row != "rlaif" or o.task == "reviews"]
     if o.predict and not o.methods:
         rows = [row for row in EVERY if not EVERY[row].like]
@@ -154,8 +155,8 @@ def child(command, threads=0):
 
 
 def identity(command):
-    """-> a command in which what it reads stands by its content, and --out by its name, so that a
-    folder may be moved"""
+    """-> the command with each file that it reads replaced by a digest of its content, and --out by
+    its last name, so that a folder may be moved"""
     words = list(map(str, command))
     for i, option in enumerate(words[:-1], 1):
         if option in ("--task", "--init", "--reward", "--teacher"):
@@ -167,8 +168,8 @@ def identity(command):
 
 def run(folder, done, threads, item):
     """Runs an item, unless an earlier comparison has finished it. done: name -> the identity of the
-    command that made it, as in commands.json. -> (exit code, what went wrong)"""
-    why = "an earlier comparison was killed, but its run goes on; this one waits for that run"
+    command that made it, as in commands.json. Returns (exit code, what went wrong)."""
+    why = "an earlier comparison was killed, but its run goes on; waiting until that ends"
     locks.wait_until_free(folder / f"{item.name}.pt", why)
     made = identity(item.command)
     weights, record, state = (folder / f"{item.name}{x}" for x in (".pt", ".jsonl", ".state"))
@@ -219,7 +220,7 @@ def run_all(o, folder):
 
 
 def compare(o, folder):
-    """Runs what has not been run yet, prints the tables, and writes README.md, compare.json,
+    """Makes the runs that are missing, prints the tables, and writes README.md, compare.json,
     report.html and the pictures. -> the names of the runs that failed"""
     start = time.time()
     writes(folder, "README.md", "compare.json", "commands.json", "report.html")

@@ -18,11 +18,11 @@
     |y|, L_max          length, longest           response tokens, end token included
 
 Models in memory: 1 (policy, trained), no reference; a learned reward adds one.
-Data: prompts, and what judges a response.
+Data: prompts, and a judge of responses.
 Departures: 1. the std of a group is the unbiased one, and 1e-4 is added to it;
 2. a round of sampling is as large as the batch; the authors' is three times as large.
-At a rollout's first optimizer step ρ = 1 and nothing is clipped. With the defaults grpo.py makes
-one step only; --minibatches 4 or --updates 2 turns its clip on. dapo.py makes 4 or 8 steps.
+At the first optimizer step of a rollout ρ = 1, so nothing is clipped. With its defaults grpo.py has
+one step per rollout; --minibatches 4 or --updates 2 turns the clip on. dapo.py has 4 or 8 steps.
 
     python dapo.py --task arithmetic:2          sums of two digits, reward 1 if right
 """
@@ -44,11 +44,11 @@ AGGREGATIONS = ("seq_mean", "token_mean", "const", "sum")
 
 def group_advantages(reward, eps=1e-4, norm="std"):
     """reward: (P, G), G > 1 responses to each of P prompts -> (P, G) advantages, without gradient.
-    norm: "std" (R - mean) / (std + eps), "batch" with the std of all P·G; "none" R - mean; "loo" R
-    minus the mean of the other G - 1. Each row sums to 0, and equal rewards give exactly 0."""
+    norm: "std" (R - mean) / (std + eps); "batch" the same with the std of all P·G; "none" R - mean;
+    "loo" R - mean of the other G - 1. Each row sums to 0, and equal rewards give exactly 0."""
     assert reward.dim() == 2 and reward.size(1) > 1, "a (P, G) tensor, G > 1"
     given = reward.detach()
-    reward = given - given[:, :1]  # so that equal rewards give 0, not a rounding error over eps
+    reward = given - given[:, :1]  # equal rewards give 0, not a rounding error divided by eps
     adv = reward - reward.mean(1, keepdim=True)
     G = reward.size(1)
     if norm == "std":
@@ -64,7 +64,7 @@ def keep_groups(correct):
 
 
 def dapo_loss(logp, old_logp, adv, eps_low=0.2, eps_high=0.28, clip=""):
-    """DAPO, arXiv:2503.14476; clip="weight": CISPO. logp, old_logp: (B, T) token log-probs in nats.
+    """DAPO, arXiv:2503.14476; with clip="weight" CISPO. logp, old_logp: (B, T) of tokens, nats.
     adv: (B, 1). Returns (B, T) losses. At logp = old_logp their gradient is that of -A log π."""
     assert logp.shape == old_logp.shape and adv.shape == (len(logp), 1), "(B, T) twice, (B, 1)"
     ratio = (logp - old_logp).exp()
@@ -83,19 +83,19 @@ def overlong_penalty(length, max_len, cache_len):
 @dataclass
 class Options(RolloutOptions):
     group: int = opt(8, "G: responses per prompt", low=2)
-    adv_norm: str = opt("std", "how A comes from a group's rewards", choices=ADVANTAGES)
+    adv_norm: str = opt("std", "how A follows from the rewards", choices=ADVANTAGES)
     agg: str = opt("seq_mean", "how the tokens' losses are averaged", choices=AGGREGATIONS)
-    clip: str = opt("ratio", "weight: CISPO's", choices=("ratio", "weight"), clips=True)
+    clip: str = opt("ratio", "PPO's clip or CISPO's", choices=("ratio", "weight"), clips=True)
     eps: float = opt(0.2, "ε: ρ is clipped to [1 - ε, 1 + ε_high]", low=0, clips=True)
     eps_high: float = opt(0.28, "ε_high of the clip", low=0, clips=True)
-    tis: float = opt(None, "C: weigh tokens by π_old/π_sampler, at most C (common: 2)", above=0)
-    max_rounds: int = opt(10, "at most so many rounds of sampling to find P mixed groups", low=1)
+    tis: float = opt(None, "C: weight tokens by min(π_old/π_sampler, C) (common: 2)", above=0)
+    max_rounds: int = opt(10, "most rounds of sampling to find P mixed groups", low=1)
     overlong: bool = opt(True, "add R_len to the reward")
     overlong_cache: int = opt(0, "L_c, tokens (0: a fifth of L_max)", low=0, only="overlong=True")
-    overlong_filter: bool = opt(False, "leave responses that did not end out of the loss")
+    overlong_filter: bool = opt(False, "leave unfinished responses out of the loss")
 
 
-PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
+PRESETS = {  # defaults for any task, for a kind of task, for an option's value; the last match wins
     "any": dict(agg="token_mean", steps=40, batch_size=16, minibatches=8, lr=2e-4, save_every=20),
     "arithmetic": dict(steps=50, batch_size=32, minibatches=4),
     "exact": dict(
@@ -135,7 +135,7 @@ def score_rollout(reward, rollout, o):
 
 def token_weight(batch, minibatch, longest, agg):
     """The weight of each token's loss, (B, T), 0 off the response. The weighted sum over a
-    minibatch is the reduction that agg names, however the minibatch is cut."""
+    minibatch is the average that agg names, however the minibatch is cut into micro-batches."""
     S, mask = len(minibatch), batch.mask.to(batch.logp)
     if agg == "seq_mean":  # 1/S Σ_i 1/|y_i| Σ_t, GRPO
         return mask / (S * batch.length.clamp(min=1))
@@ -178,11 +178,11 @@ def main(argv=None):
     prompts = run.prompts()
     cache = o.overlong_cache or max(1, prompts.longest // 5)
     if o.overlong and cache > prompts.longest:
-        raise data.UserError(f"--overlong-cache {cache} is above a response's {prompts.longest}")
+        raise data.UserError(f"--overlong-cache {cache} must be at most L_max = {prompts.longest}")
     evaluator = Evaluator(run, task, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
-    on_policy = o.updates == o.minibatches == 1 and not o.tis  # π_old needs no pass
+    on_policy = o.updates == o.minibatches == 1 and not o.tis  # π_old is π_θ
 
     for _ in run.steps(prompts, optimizer):
         with run.clock("sample"):

@@ -9,18 +9,19 @@
     sampled  - ρ_t A_t,  A_t = log π_T(y_t|s_t) - log π_θ(y_t|s_t)   one reward per token, no return
 
     paper                code                       shape, or meaning
-    log π_θ, log π_T     logp, teacher_logp         (m, V) at m states, nats; sampled: (B, T) of y
+    log π_θ, log π_T     logp, teacher_logp         (m, V) at m states; (B, T) for sampled; nats
     β, ρ, A              beta, ratio, adv           β of the JSD; π_θ/π_old; (B, T), no gradient
     S, |y|               len(minibatch), length     responses per step; tokens, the end included
     λ                    1 - answers                GKD's share of the student's own responses
 
-Models in memory: 2 (policy, the student, trained; teacher, frozen), of one vocabulary and of any
-sizes. Data: prompts; with --answers the rows' own answers too. No reward is read in training. The
-fixed point of all four losses is π_θ = π_T, at the states that the student visits.
-The mean gradient of sampled is that of reverse at each state, with more noise. The figure
-kl_teacher is KL(π_θ‖π_T) per response; kl is against the start.
-Departures: 1. --answers is a share of each step's prompts, GKD flips one coin per step; 2. of
-MiniLLM there is its divergence alone; 3. ρ is not clipped; 4. --temperature is of both models too.
+Models in memory: 2 (policy, the student, trained; teacher, frozen). They share a vocabulary, but
+may have any sizes. Data: prompts; with --answers also the answers of the rows. Training reads no
+reward. The fixed point of all four losses is π_θ = π_T at the states that the student visits. At
+each state sampled has the same mean gradient as reverse, with more noise. The figure kl_teacher is
+KL(π_θ‖π_T) per response; kl is measured against the student's start.
+Departures: 1. --answers is a share of each step's prompts, while GKD flips one coin per step;
+2. only the divergence of MiniLLM is used; 3. ρ is not clipped; 4. --temperature applies to the
+distributions of both models too, not only to the samples.
 
     python distill.py                   a student of half the width, taught by out/reviews/ppo.pt
     python distill.py --task exact --init out/exact/sft.pt --teacher out/exact/dpo.pt
@@ -49,15 +50,16 @@ def kl(logp, logq):
 
 
 def jsd(logp, teacher_logp, beta=0.5):
-    """GKD's generalised JSD, Eq. 1 of arXiv:2306.13649, (…, V) twice -> (…). beta: 0 < β < 1, the
-    teacher's share of the mixture. β → 0: β KL(π_T‖π_θ); β → 1: (1-β) KL(π_θ‖π_T)."""
+    """GKD's generalised JSD, Eq. 1 of arXiv:2306.13649. logp, teacher_logp: (…, V). beta: the
+    teacher's share of the mixture, 0 < β < 1. Returns (…); it approaches β KL(π_T‖π_θ) as β → 0,
+    and (1-β) KL(π_θ‖π_T) as β → 1."""
     mixture = torch.logaddexp(teacher_logp + math.log(beta), logp + math.log1p(-beta))
     return beta * kl(teacher_logp, mixture) + (1 - beta) * kl(logp, mixture)
 
 
 def divergence(logp, teacher_logp, loss="reverse", beta=0.5):
-    """D(π_θ, π_T) at each state: (m, V) log-probs twice -> (m,), nats. At π_θ = π_T it is 0, and so
-    is its gradient."""
+    """D(π_θ, π_T) at each state. logp, teacher_logp: (m, V). Returns (m,), nats. At π_θ = π_T the
+    divergence and its gradient are 0."""
     if loss == "reverse":
         return kl(logp, teacher_logp)
     return kl(teacher_logp, logp) if loss == "forward" else jsd(logp, teacher_logp, beta)
@@ -65,7 +67,7 @@ def divergence(logp, teacher_logp, loss="reverse", beta=0.5):
 
 def sampled_loss(logp, old_logp, teacher_logp):
     """-ρA of the sampled tokens. logp, old_logp, teacher_logp: (B, T), nats. Returns (B, T) losses.
-    The mean gradient over tokens drawn from π_old is that of KL(π_θ‖π_T) at the state."""
+    Over tokens drawn from π_old their mean gradient is that of KL(π_θ‖π_T) at the state."""
     adv = (teacher_logp - logp).detach()
     return -(logp - old_logp).exp() * adv
 
@@ -73,7 +75,7 @@ def sampled_loss(logp, old_logp, teacher_logp):
 @dataclass
 class Options(RolloutOptions):
     teacher: str = opt("", "π_T, a checkpoint (default: out/<task>/ppo.pt)", file=True)
-    loss: str = opt("reverse", "D at a state, or of its sampled token alone", choices=LOSSES)
+    loss: str = opt("reverse", "D over the vocabulary, or one sampled token", choices=LOSSES)
     jsd_beta: float = opt(0.5, "β of the JSD", above=0, below=1, only="loss=jsd")
     agg: str = opt("seq_mean", "how tokens are averaged", choices=("seq_mean", "token_mean"))
     answers: float = opt(
@@ -82,17 +84,17 @@ class Options(RolloutOptions):
     reward: str = opt("task", "unused: the teacher takes its place", choices=("task",))
 
     def answered(self, prompts):
-        """-> how many of so many prompts have given answers"""
+        """-> how many of `prompts` prompts are trained on with the answers of their rows"""
         return int(self.answers * prompts)
 
     def check(self):
         super().check()
         if self.answers and not self.answered(self.batch_size):
-            few = f"of --batch-size {self.batch_size} prompts is less than one"
-            raise UserError(f"--answers {self.answers:g} {few}; give 0, or more")
+            few = f"of --batch-size {self.batch_size} prompts is less than one prompt"
+            raise UserError(f"--answers {self.answers:g} {few}; raise it, or give 0")
 
 
-PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
+PRESETS = {  # defaults for any task, for a kind of task, for an option's value; the last match wins
     "any": dict(steps=100, batch_size=16, lr=1e-3, save_every=20),
     "exact": dict(group=64, batch_size=4, steps=300, lr=2e-3, lr_schedule="linear"),
 }
@@ -120,7 +122,7 @@ def compute_loss(policy, teacher, batch, o):
 
 def token_weight(batch, minibatch, agg):
     """The weight of each token's loss, (B, T), 0 off the response. The weighted sum over a
-    minibatch is the reduction that agg names, however the minibatch is cut."""
+    minibatch is the average that agg names, however the minibatch is cut into micro-batches."""
     mask = batch.mask.to(batch.logp)
     if agg == "seq_mean":  # 1/S Σ_i 1/|y_i| Σ_t, GKD
         return mask / (len(minibatch) * batch.length.clamp(min=1))
@@ -158,9 +160,9 @@ def main(argv=None):
     for step in run.steps(prompts, optimizer):
         with run.clock("sample"):
             questions = next(prompts)  # P of them
-            n = o.answered(len(questions))  # of them; none by default
+            n = o.answered(len(questions))  # of them have given answers; none by default
             rollout = run.sample(policy, questions[n:], prompts.longest, o.group, o.temperature)
-            rollout.own = torch.ones_like(rollout.finished)  # (N,) not of those that are given
+            rollout.own = torch.ones_like(rollout.finished)  # (N,) True: the student's own sample
         with run.clock("logprobs"):
             rollout.old_logp = run.logprobs(policy, rollout, o.temperature) if stale else None
         run.log(rollout.summary())

@@ -20,9 +20,10 @@
 
 Models in memory: 2 (policy, trained; ref, frozen), 1 with --precompute-ref.
 Data: (prompt, chosen, rejected).
-Departures from the papers: 1. AdamW with a cosine schedule, not RMSprop; 2. a learning rate for toy
-models; 3. IPO takes means over tokens, as its authors' experiments did, but sums with --ipo-sum;
-4. --sft-weight w adds -w log π_θ(y_w|x) / |y_w|. Not here: SLiC-HF's hinge (arXiv:2305.10425).
+Departures from the papers: 1. the optimizer is AdamW with a cosine schedule, not RMSprop; 2. the
+default learning rates suit toy models; 3. IPO averages log-probs over tokens, as its authors'
+experiments did, and --ipo-sum sums them; 4. --sft-weight w adds -w log π_θ(y_w|x) / |y_w| to the
+loss. SLiC-HF's hinge loss (arXiv:2305.10425) is not implemented.
 
     python dpo.py --beta 0.1                    film reviews; trains out/reviews/sft.pt if missing
     python dpo.py --task exact                  40 outcomes: the distance to the known optimum π*
@@ -47,18 +48,19 @@ from training.held_out import pair_accuracy
 
 
 def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1, label_smoothing=0.0, longer=0.0):
-    """DPO, Eq. 7 of arXiv:2305.18290; with label_smoothing ε in (0, 0.5) it is cDPO, whose gradient
+    """DPO, Eq. 7 of arXiv:2305.18290. With label_smoothing ε in (0, 0.5) it is cDPO, whose gradient
     is 0 at βh = log((1-ε)/ε). logp_*, ref_logp_*: (B,) log-probs of responses, in nats: sums over
-    tokens, or means (Tülu 3's, arXiv:2411.15124). beta: β > 0, 1/nats. longer: (B,), R-DPO's
-    α(|y_w| - |y_l|). Returns (B,) losses. At logp = ref_logp, longer = 0 it is log 2, for any ε."""
+    tokens, or means as in Tülu 3 (arXiv:2411.15124). beta: β > 0, in 1/nats. longer: (B,), R-DPO's
+    α(|y_w| - |y_l|). Returns (B,) losses; if logp = ref_logp and longer = 0, each is log 2, for any
+    ε."""
     x = beta * log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l) + longer
     return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
 
 
 def robust_dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1, flip=0.1):
-    """Robust DPO (arXiv:2403.00409): unbiased for the DPO loss of clean labels if each label is
-    flipped with probability flip, ε in [0, 0.5). Arguments as in dpo_loss. Returns (B,) losses,
-    which may be negative. At logp = ref_logp it is log 2."""
+    """Robust DPO (arXiv:2403.00409). If each label was flipped with probability `flip`, ε in
+    [0, 0.5), its mean is the DPO loss under the clean labels. The other arguments are those of
+    dpo_loss. Returns (B,) losses, which may be negative; at logp = ref_logp each is log 2."""
     h = log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l)
     right, wrong = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)
     return (-(1 - flip) * right + flip * wrong) / (1 - 2 * flip)
@@ -66,14 +68,14 @@ def robust_dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1, flip=0.1):
 
 def ipo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, tau=0.1):
     """IPO, Eq. 17 of arXiv:2310.12036. logp_*, ref_logp_*: (B,) means over response tokens (or
-    sums, which give τ another scale). tau: τ > 0. Returns (B,) losses, least at h = 1/(2τ). At
-    logp = ref_logp it is 1/(4τ²)."""
+    sums, which give τ another scale). tau: τ > 0. Returns (B,) losses. A loss is 0, its minimum, at
+    h = 1/(2τ), and 1/(4τ²) at logp = ref_logp."""
     return (log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l) - 1 / (2 * tau)) ** 2
 
 
 def apo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1):
-    """APO-zero, Eq. 7 of arXiv:2408.06266: each answer moves by itself. Arguments as in dpo_loss.
-    Returns (B,) losses in (0, 2). At logp = ref_logp it is 1."""
+    """APO-zero, Eq. 7 of arXiv:2408.06266: each answer has a term of its own. The arguments are
+    those of dpo_loss. Returns (B,) losses in (0, 2); at logp = ref_logp each is 1."""
     return (beta * (ref_logp_w - logp_w)).sigmoid() + (beta * (logp_l - ref_logp_l)).sigmoid()
 
 
@@ -90,8 +92,8 @@ class Options(PairOptions):
     label_smoothing: float = opt(
         0.0, "ε: share of labels assumed to be wrong", low=0, below=0.5, only="loss=dpo|robust|norm"
     )
-    length_penalty: float = opt(0.0, "α: what a token of an answer costs", low=0, only="loss=dpo")
-    ipo_sum: bool = opt(False, "IPO of summed log-probs, as in Eq. 17", only="loss=ipo")
+    length_penalty: float = opt(0.0, "α: reward taken off per answer token", low=0, only="loss=dpo")
+    ipo_sum: bool = opt(False, "IPO sums log-probs over tokens (Eq. 17)", only="loss=ipo")
     sft_weight: float = opt(0.0, "weight of the mean NLL of chosen's tokens (Llama 3: 0.2)", low=0)
     precompute_ref: bool = opt(False, "run the reference once over a fixed set, then drop it")
 
@@ -102,7 +104,7 @@ class Options(PairOptions):
             raise UserError(f"--precompute-ref needs a fixed set: {fixed}")
 
 
-PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
+PRESETS = {  # defaults for any task, for a kind of task, for an option's value; the last match wins
     "any": dict(steps=150, lr=3e-4),
     "exact": dict(beta=0.5, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear"),
     "loss=robust": dict(label_smoothing=0.1),
@@ -113,7 +115,7 @@ PRESETS = {  # defaults for any task, a kind of task, an option's value; the las
 }
 
 
-# what --precompute-ref trains on: a pair, and the reference's log-probs of its answers
+# a row under --precompute-ref: a pair, with the reference's log-probs of both answers
 ScoredPair = namedtuple("ScoredPair", "prompt chosen rejected ref_logp_w ref_logp_l")
 
 
@@ -161,7 +163,7 @@ def held_out(task, o):
 
 
 def with_reference(ref, pairs, run):
-    """-> the pairs, each a ScoredPair"""
+    """Runs the reference once over the pairs. -> the same pairs as ScoredPairs"""
 
     def both(micro):
         logps = response_logprobs(ref, data.pad_pairs(micro, run.device))
@@ -180,7 +182,7 @@ def main(argv=None):
     batches = run.batches(task.preferences, fixed=o.pairs)
     if o.precompute_ref:
         batches.rows = with_reference(ref, batches.rows, run)
-        ref = None  # one model is left in memory
+        ref = None  # only the policy stays in memory
     run.hold(policy=policy, ref=ref)
 
     evaluator = Evaluator(run, task, held_out=held_out(task, o))

@@ -9,21 +9,21 @@ fixed seed), and so does the reference π_ref, the checkpoint that the method st
 
     reward       mean reward of the responses; ref_reward: of the reference's
     score        mean score of the reward model that the method was trained with; ref_score
-    win_rate     share of prompts on which the policy has the higher reward; a tie counts ½
+    win_rate     share of prompts for which the policy has the higher reward; a tie counts ½
     kl           KL(π‖π_ref) per response, nats: mean of Σ_t log π/π_ref over the policy's samples
     length       tokens per response, the end token included; ended: the share that has one
     entropy      of the next-token distribution, mean over response tokens, nats
     accuracy     if no reward is known: share of held-out pairs whose chosen answer it prefers
     nll          if no reward is known, after SFT: nats per token of the held-out answers
 
-On `exact` nothing is sampled: each figure is a sum over all outcomes, and the policy is compared
-with the optimum π* ∝ π_ref exp(r/β) too:
+On `exact` nothing is sampled. Each figure is a sum over all outcomes, and the policy is also
+compared with the optimum π* ∝ π_ref exp(r/β):
 
     objective    J = E_π[r] - β KL(π‖π_ref), which π* maximises: J(π*) - J(π) = β KL(π‖π*)
     kl_star      KL(π‖π*), nats; tv_star: half of Σ |π - π*|; means over prompts
 
-In these two, π_ref of an SFT checkpoint is the checkpoint itself, whatever kl and win_rate compare
-it with.
+In these figures the π_ref of an SFT checkpoint is the checkpoint itself, whatever kl and win_rate
+compare it with.
 """
 
 import importlib
@@ -52,11 +52,11 @@ ROWS = 128  # sequences per forward pass
 class Evaluator:
     """Measures a policy on held-out prompts, beside another model.
 
-    judge: what the method was trained with. compared_with: a frozen model, or the path of a
-    checkpoint, which is in memory only while it is used; if None, the reference that the run holds,
-    or else the checkpoint that the run starts from. held_out: what the method's own loss says of
-    held-out rows, if no reward is known. is_reference: the policy is what later stages call π_ref.
-    Prompts that do not fit are reported when this is made, before the training."""
+    judge: the judge that the method was trained with. compared_with: a frozen model, or the path of
+    a checkpoint, which is in memory only while it is used; if None, the reference that the run
+    holds, or else the checkpoint that the run starts from. held_out: computes the method's own loss
+    on held-out rows, if no reward is known. is_reference: later stages call this policy π_ref.
+    Prompts that do not fit are reported when an Evaluator is made, before training begins."""
 
     def __init__(
         self, run, task, judge=None, compared_with=None, held_out=None, is_reference=False
@@ -85,7 +85,7 @@ class Evaluator:
 
     @torch.no_grad()
     def measure(self, policy, prompts=0):
-        """-> the figures of this file's docstring, on the first `prompts` prompts; 0: on all"""
+        """-> the figures of this file's docstring, on the first `prompts` prompts (0: on all)"""
         ref = self._reference()
         if self.world:
             figures, self.shown = self.world.measure(policy, ref, self.is_reference, not prompts)
@@ -98,13 +98,13 @@ class Evaluator:
         return figures
 
     def held_out_figures(self, policy):
-        """-> the figures of the held-out rows alone, for which nothing is sampled"""
+        """-> only the figures of the held-out rows, which need no samples"""
         self.rows = self.rows or self.held_out.encode(self.run)
         ref = self._reference() if self.held_out.with_ref else None
         return self.held_out.measure(self.run, self.rows, policy, ref)
 
     def _reference(self):
-        """-> the model to compare with, opened if only its path is known; None if there is none"""
+        """-> the model to compare with, or None. If only its path is known, it is opened."""
         ref = self.compared_with
         if isinstance(ref, str):
             return self.run.open(ref) if ref else None
@@ -175,8 +175,8 @@ class Evaluator:
         return found
 
     def _examples(self, models):
-        """-> [(prompt, {name: (reward or None, response)})] of two prompts, if possible of such
-        whose responses differ. All models draw with the same random numbers."""
+        """-> [(prompt, {name: (reward or None, response)})] for two prompts, if possible two whose
+        responses differ. All models draw with the same random numbers."""
         prompts, rows = self.prompts[:8], {}
         for name, model in models.items():
             if model is not None:
@@ -226,7 +226,7 @@ class Evaluator:
         print(flush=True)
 
     def what_next(self, out, record):
-        """-> what can be done with the checkpoint"""
+        """-> the commands that are useful next, as text"""
         return f"talk to it: python chat.py {out}\nits curves: python compare.py --records {record}"
 
 
@@ -243,7 +243,8 @@ def side_by_side(prompt, answers):
 
 
 def standard_error(x):
-    """-> that of the mean of numbers; of verdicts, 0 or 1 and ½ for a tie, as of a share"""
+    """-> the standard error of the mean of x. If all are verdicts (0, 1, or ½ for a tie), the mean
+    is a share, and its error is computed as such."""
     if set(x) <= {0.0, 0.5, 1.0}:
         return share_error(statistics.fmean(x), len(x))
     return statistics.stdev(x) / len(x) ** 0.5
@@ -264,7 +265,7 @@ def log_ratio_and_entropy(policy, ref, rollout):
 @dataclass
 class Options:
     checkpoints: tuple = opt(..., "a language model, and one to compare it with", hub="model")
-    prompt: str = opt("", "only answer this prompt (\\n stands for a new line)", text=True)
+    prompt: str = opt("", "only answer this prompt (\\n is a new line)", text=True)
     task: str = opt("", "task to evaluate on (default: the one it was trained on)")
     eval_file: str = opt("", "JSONL file to evaluate on (default: the task's test split)")
     reference: str = opt(
@@ -276,7 +277,7 @@ class Options:
     eval_prompts: int = opt(0, "test prompts (0: as many as at the end of its training)", low=0)
     max_new_tokens: int = opt(0, "longest response, in tokens (0: as in its training)", low=0)
     chat: bool = opt(True, "a plain prompt is a user message, if the checkpoint has a template")
-    template_args: tuple = opt((), "arguments of its chat template, as enable_thinking=false")
+    template_args: tuple = opt((), "for the chat template, such as enable_thinking=false")
     truncate: bool = opt(False, "cut the beginning of prompts that do not fit")
     seed: int = opt(0, "seed of the samples", low=0)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps")
@@ -286,7 +287,7 @@ class Options:
         """The first checkpoint is the policy, a second one the reference."""
         self.checkpoint, self.reference, *more = [*self.checkpoints, self.reference]
         if any(more):
-            raise UserError("one checkpoint is measured, and compared with one; leave others out")
+            raise UserError("give one checkpoint to measure, and at most one to compare it with")
 
 
 def answer(run, prompt):
@@ -320,11 +321,11 @@ def main(argv=None):
     for option, path in (("--task", o.task), ("--eval-file", eval_file)):
         if data.kind(path) == "file" and not os.path.exists(path):
             raise UserError(
-                f"{path}, which {o.checkpoint} was trained with, is missing; name it with {option}"
+                f"{path}, which {o.checkpoint} was trained on, is missing; give it with {option}"
             )
     task = data.task(o.task, eval_file)
     if task.outcomes and (unread := o.given & {"eval_prompts", "seed", "truncate"}):
-        words = f"every outcome of {task.name} is counted; nothing is sampled or cut"
+        words = f"every outcome of {task.name} is counted, so nothing is sampled or cut"
         raise UserError(f"{flag(min(unread))}: {words}; leave it out")
     checkpoint.same_world(o.checkpoint, run.tokenizer, run.meta, task)
     task.template = run.meta["template"]
@@ -339,7 +340,7 @@ def main(argv=None):
         try:
             judge = load_judge(reward, run, task)
         except UserError as e:
-            print(f"the judge of its training is left out ({e}); --reward names another")
+            print(f"not scored by the judge of its training ({e}); give another with --reward")
     held_out = None
     if run.meta.get("held_out"):
         script = importlib.import_module(run.meta["method"])

@@ -2,10 +2,10 @@
 
     python export.py out/reviews/dpo.pt --to folder          a toy model, as a GPT-2
     python export.py out/gsm8k/dpo.pt --to folder --dtype bfloat16
-    python export.py out/gsm8k/dpo.pt --to folder --adapter  what --lora has trained, for PEFT
+    python export.py out/gsm8k/dpo.pt --to folder --adapter  only the adapters of --lora, for PEFT
 
 AutoModelForCausalLM reads a language model, AutoModelForSequenceClassification a reward model, and
-AutoTokenizer their vocabulary. What transformers cannot represent is printed.
+AutoTokenizer their vocabulary. The script prints what transformers cannot represent.
 """
 
 import json
@@ -36,7 +36,7 @@ class Options:
 
 def merged(model, tokenizer, meta, dtype):
     """-> (config.json, tensors, other files, what transformers cannot represent) of a model.
-    dtype: None if the weights stay as they are"""
+    dtype: that of the weights in the folder; None keeps theirs"""
     head = "head.weight" if isinstance(model, ScalarGPT) else "wte.weight"
     dtype = dtype or model.state_dict()[head].dtype
     files = dict(tokenizer.meta.get("files", {}))
@@ -76,9 +76,9 @@ def pad_token(tokenizer, vocab_size):
 
 
 def adapters(model, meta, path, dtype):
-    """-> (adapter_config.json, tensors, no other files, the weights they belong on) for PEFT"""
+    """-> for PEFT: (adapter_config.json, tensors, no other files, a line that names their base)"""
     if "lora" not in meta or isinstance(model, ScalarGPT):
-        what = "holds no adapters of a policy, as --lora trains them; leave --adapter out"
+        what = "holds no adapters of a policy, which --lora trains; leave --adapter out"
         raise UserError(f"{path} {what}")
     facts, config, tensors, ranks = meta["lora"], model.config, {}, {}
     base = hub.id_of(facts["start"]) or facts["start"]
@@ -126,7 +126,7 @@ def main(argv=None):
     o = parse(Options, argv)
     folder = Path(o.to or o.checkpoint.removesuffix(".pt"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--to {folder} exists already; give a new folder, or an empty one")
+        raise UserError(f"--to {folder} exists and is not empty; give a new or an empty folder")
     model, tokenizer, meta = checkpoint.load_any(o.checkpoint)
     dtype = None if o.dtype == "auto" else getattr(torch, o.dtype)
     if o.adapter:

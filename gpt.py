@@ -8,8 +8,9 @@ Shapes: B sequences, T tokens, V vocabulary, C width, H heads of queries, K of k
 D width of a head. Rows are padded on the right with id 0. Under causal attention padding
 changes nothing before it, so there is no attention mask, only the mask of trained tokens. Entry t
 of a (B, T) table of log-probs is log π(ids[t] | ids[<t]); column 0 is 0.
-Inside the model the tokens of all rows stand in one list, (N, C), without padding: packing.py.
-There is no dropout: log-probs of the same text must agree between sampling, scoring and training.
+Inside the model the tokens of all rows are in one list, (N, C), without padding; see packing.py.
+There is no dropout, because log-probs of the same text must agree between sampling, scoring and
+training.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128
     # for checkpoints of other model families
-    llama: bool = False  # RMSNorm, SwiGLU, rotary positions, no biases: all four, or GPT-2's
+    llama: bool = False  # RMSNorm, SwiGLU, rotary positions and no biases, instead of GPT-2's four
     n_kv_head: int = 0  # K: heads of keys and of values; 0: as many as query heads
     head_dim: int = 0  # D; 0: n_embd / n_head
     n_inner: int = 0  # width inside the MLP; 0: 4 n_embd
@@ -71,9 +72,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """softmax(q kᵀ / √D + causal mask) v in each head, for the q, k and v of a row: what
-    `F.scaled_dot_product_attention(q, k, v, is_causal=True)` computes. Here x holds the N tokens of
-    all rows in one list. `packed` knows which row each is in, and computes the attention."""
+    """softmax(q kᵀ / √D + causal mask) v in each head, for the q, k and v of a row, as
+    `F.scaled_dot_product_attention(q, k, v, is_causal=True)` computes it. Here x holds the N tokens
+    of all rows in one list. `packed` knows the row of each token, and computes the attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -102,9 +103,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then an MLP, each added to the residual stream. `layer` is its number;
-    when sampling, the cache of keys and values needs it. After the final block's attention only the
-    M wanted states go on."""
+    """One layer: attention, then an MLP, each added to the residual stream. `layer` is its number,
+    which the cache of keys and values needs when sampling. After the attention of the final block
+    only the M wanted states go on."""
 
     def __init__(self, config):
         super().__init__()
@@ -183,13 +184,13 @@ class GPT(nn.Module):
         return self.read(F.linear, packed).view(*ids.shape, -1)
 
     def read(self, f, packed, *how):
-        """-> f(states (M, C), head (V, C), *how): what is made of the wanted states. The weights
-        are whole in here, even those of a sharded model."""
+        """-> f(states (M, C), head (V, C), *how), computed from the wanted states. Inside f the
+        weights are whole, even if the model is sharded."""
         return f(self.hidden(packed), self.head, *how)
 
     def matmul_parameters(self):
-        """-> the number of weights that multiply every token, the head's included: a forward pass
-        costs twice as many FLOPs per token"""
+        """-> the number of weights that multiply every token, including those of the head. A
+        forward pass costs twice as many FLOPs per token."""
         inner = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
         return inner + self.head.numel()
 
@@ -212,11 +213,12 @@ class GPT(nn.Module):
 
 def rotations(config, position, dtype):
     """position (N,) -> cos and signed sin, (N, 1, D): x · cos + roll(x, D/2) · sin turns a query or
-    a key. They are computed in float32 at least. The model does not store them, as it is cast."""
+    a key. They are computed in float32 at least. The model does not store them, because its weights
+    may be cast to fewer bits."""
     D, wide = config.heads()[2], torch.promote_types(dtype, torch.float32)
     two_i = torch.arange(0, D, 2, device=position.device, dtype=wide)
     frequency = 1 / config.rope_theta ** (two_i / D)
-    if config.rope_scaling:  # the factor stretches long waves; short ones stay
+    if config.rope_scaling:  # the factor stretches long waves and leaves short ones
         factor, low, high, context = config.rope_scaling
         kept = ((context * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / factor)
@@ -226,14 +228,14 @@ def rotations(config, position, dtype):
 
 
 def scatter(x, packed, shape):
-    """x (M,), a number per wanted state -> (B, T): each at the token after its state, else 0"""
+    """x (M,), one number per wanted state -> (B, T): each at the token after its state, else 0"""
     return x.new_zeros(shape).view(-1).index_copy(0, packed.places + 1, x).view(shape)
 
 
 # ---- what the methods ask of a model
 #
-# batch: a data.Batch, which holds B unique rows, and whose `unfold` repeats results, one for each
-# row that was handed in; or a Rollout, which keeps equal rows, and whose `unfold` does nothing.
+# batch is a data.Batch or a Rollout. A Batch holds B unique rows, and its `unfold` repeats results,
+# one for each row that was handed in. A Rollout keeps equal rows, and its `unfold` does nothing.
 
 
 def token_logprobs(model, batch, temperature=1.0, entropy=False, mask=None):
@@ -250,8 +252,8 @@ def response_logprobs(model, batch):
 
 
 def response_scores(model, batch):
-    """-> (rows,) scores by a reward model. The batch must be made with ends=True: the score is read
-    at a response's last token."""
+    """-> (rows,) scores by a reward model. The batch must be made with ends=True, because the score
+    is read at the last token of a response."""
     return batch.unfold(model.score(batch.ids, batch.mask, batch.packed))
 
 
@@ -259,8 +261,8 @@ def response_scores(model, batch):
 
 
 class ScalarGPT(nn.Module):
-    """A GPT trunk with Linear(C, 1) in place of the vocabulary. A reward model is read at the end
-    token, a critic before every response token."""
+    """A GPT trunk with Linear(C, 1) in place of the vocabulary's head. A reward model is read at
+    the end token, a critic before every response token."""
 
     def __init__(self, config, seed=0, trunk=None):
         super().__init__()
@@ -275,8 +277,8 @@ class ScalarGPT(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def values(self, ids):
-        """ids (B, T) -> (B, T), float32 or float64: a number per position, computed from that token
-        and all before it."""
+        """ids (B, T) -> (B, T), float32 or float64: one number per position, computed from its
+        token and all tokens before it."""
         packed = pack(ids, torch.ones_like(ids, dtype=torch.bool))
         return self._scalar(self.trunk.hidden(packed)).view(ids.shape)
 
@@ -305,7 +307,7 @@ class ScalarGPT(nn.Module):
     forward = values
 
     def matmul_parameters(self):
-        """-> as in GPT, with the scalar head in place of the vocabulary's"""
+        """-> as in GPT, but with the scalar head instead of the vocabulary's"""
         trunk = self.trunk.matmul_parameters() - self.trunk.head.numel()
         return trunk + self.head.weight.numel()
 
@@ -326,8 +328,8 @@ class ScalarGPT(nn.Module):
 
 
 def write(obj, path):
-    """torch.save through a temporary file and a rename: `path` is never half written. If it is a
-    link, the file that it points to is replaced. Raises OSError if that cannot be written."""
+    """torch.save to a temporary file, which is then renamed, so that `path` is never half written.
+    If `path` is a link, its target is replaced. Raises OSError if the file cannot be written."""
     path = os.path.realpath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -349,15 +351,16 @@ def save(model, path, **meta):
 
 
 def load(path, mapped=False):
-    """-> (model, meta), with the weights as saved. Raises ValueError, of one line, if the file is
-    no complete checkpoint of ours. mapped: weights stay in the file until they are read."""
+    """-> (model, meta), with the weights as saved. Raises ValueError with a message of one line if
+    the file is no complete checkpoint of these scripts. mapped: weights stay in the file until they
+    are read."""
     try:
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a directory; give the .pt file in it") from None
-    except Exception as e:  # torch raises many types of error for a file that is cut short
+    except Exception as e:  # torch raises errors of many types for a truncated file
         reason = type(e).__name__
         raise ValueError(f"{path} is not a whole checkpoint ({reason}); train it again") from None
     if not isinstance(file, dict) or file.get("nanopo") not in ("GPT", "ScalarGPT"):

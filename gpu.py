@@ -1,12 +1,13 @@
-"""What only a CUDA device needs. Loaded where there is one.
+"""What only a CUDA device needs. This file is loaded only if there is one.
 
-The CPU prepares work, and the device does it from a queue. Whoever asks for a number of the device
-waits until the queue is empty, and meanwhile no new work is prepared. So:
+The CPU puts work into a queue, and the device does it. If the CPU asks for a number that the device
+computes, it waits until the queue is empty, and prepares no new work meanwhile. The functions here
+avoid such waits and other costs:
 
-    upload     many tensors in one copy, for which nobody waits
-    Moment     a point in the queue: what lies between two is timed, without waiting at each
-    captured   a function as one launch, in place of hundreds
-    attention  by a kernel that writes no scores
+    upload     copies many tensors at once, without waiting
+    Moment     marks a point in the queue; the time between two is measured without a wait at each
+    captured   turns a function into one launch, in place of hundreds
+    attention  calls a kernel that does not write the scores to memory
 """
 
 from functools import cache
@@ -19,17 +20,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def prepare(device):
-    """Sets what holds for all that is computed on a device."""
+    """Makes the settings for everything that is computed on a device."""
     torch.cuda.set_device(device.index or 0)  # streams and graphs are those of the current device
-    # on an H100 or later the first choice in 16 bits. It makes a plan for each new shape, in 0.1 to
-    # 1 s, and here nearly every step has a new width
+    # cuDNN's attention is the first choice in 16 bits on an H100 or later, but it takes 0.1 to 1 s
+    # to plan for each new shape, and here nearly every step has a new width
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_float32_matmul_precision("highest")  # float32 is float32: no TF32 in its products
 
 
 def upload(tree, device):
     """A tree of tensors on the CPU -> the same on the device. They travel in one copy, out of
-    pinned memory, from which the device fetches it when it gets there."""
+    pinned memory, from which the device reads when the copy's turn in the queue comes."""
     leaves, shape = tree_flatten(tree)
     given = [x for x in leaves if x is not None]
     if not given:
@@ -43,8 +44,8 @@ def upload(tree, device):
 
 
 class Moment:
-    """A point in the device's queue. later - earlier: the seconds in which the device got from one
-    to the other; this waits for the later one."""
+    """A point in the device's queue. later - earlier is the time in seconds that the device took
+    from one to the other; the subtraction waits for the later one."""
 
     def __init__(self):
         self.event = torch.cuda.Event(enable_timing=True)
@@ -57,14 +58,14 @@ class Moment:
 
 @cache
 def side():
-    """-> a stream and a pool of memory for captures, and the graph captured last: a pool ends with
-    its last graph"""
+    """-> a stream and a pool of memory for captures, and the graph captured last, which is kept
+    because a pool ends with its last graph"""
     return torch.cuda.Stream(), torch.cuda.graph_pool_handle(), []
 
 
 def captured(step):
-    """-> a function without arguments as a CUDA graph, which computes it on the same memory. The
-    `torch.cuda.graph` of torch would first empty the allocator's cache."""
+    """Captures `step`, a function without arguments, in a CUDA graph. -> a function that runs it
+    again on the same memory. `torch.cuda.graph` would first empty the allocator's cache."""
     stream, pool, last = side()
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
@@ -81,9 +82,9 @@ def captured(step):
 
 def attention(q, k, v):
     """Causal attention of the last Tq of Tk tokens, q (R, H, Tq, D), k and v (R, K, Tk, D), by a
-    kernel that does not write (Tq, Tk) scores to memory. A mask in a table excludes flash
-    attention, and what takes its place takes no groups of heads (K < H): then each of the H heads
-    gets a copy of its keys and values. Flash attention computes in 16 bits, and not on every card.
+    kernel that does not write (Tq, Tk) scores to memory. Flash attention computes only in 16 bits,
+    takes no mask as a table, and does not run on every card. The kernel that replaces it cannot
+    group heads (K < H), so each of the H heads then gets a copy of its keys and values.
     """
     H, K = q.size(1), k.size(1)
     if K < H and not can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True)):

@@ -1,7 +1,7 @@
 """GRPO: Group Relative Policy Optimization (DeepSeekMath, arXiv:2402.03300).
 
     A_i   = (R_i - mean R) / std R                 over the G responses to one prompt: no critic
-    R_i   = r_i, with --kl reward r_i - β Σ_t log(π_old/π_ref)
+    R_i   = r_i, or r_i - β Σ_t log(π_old/π_ref) with --kl reward
     ρ_it  = π_θ(y_it | x, y_i<t) / π_old(y_it | x, y_i<t)
     k3_it = π_ref/π_θ - log(π_ref/π_θ) - 1         of the same token
     L(θ) = 1/S Σ_i 1/|y_i| Σ_t [- min(ρ_it A_i, clip(ρ_it, 1-ε, 1+ε) A_i) + β k3_it]
@@ -15,15 +15,15 @@
     G, S                group, len(minibatch)     responses per prompt; per optimizer step
     r, R, A             reward, score, adv        (P, G) of P prompts; A (P·G, 1), one per response
     log π_θ, π_old      logp, old_logp            (B, T) of token t, nats, at --temperature
-    log π_ref           ref_logp                  (B, T); rollout.logp: log π_old, from sampling
+    log π_ref           ref_logp                  (B, T); rollout.logp is log π_old as sampled
     |y|, L_max          length, longest           response tokens, end token included
 
 Models in memory: 2 (policy, trained; ref, frozen), 1 with --kl none; a learned reward adds one.
-Data: prompts, and what judges a response.
+Data: prompts, and a judge of responses.
 Departures: 1. the std of a group is the unbiased one, and 1e-4 is added to it;
-2. one reward per response; 3. neither π_ref nor the reward model is renewed during a run.
-At a rollout's first optimizer step ρ = 1 and nothing is clipped. With the defaults grpo.py makes
-one step only; --minibatches 4 or --updates 2 turns its clip on. dapo.py makes 4 or 8 steps.
+2. one reward per response; 3. no outer iterations that refresh π_ref and retrain the reward model.
+At the first optimizer step of a rollout ρ = 1, so nothing is clipped. With its defaults grpo.py has
+one step per rollout; --minibatches 4 or --updates 2 turns the clip on. dapo.py has 4 or 8 steps.
 
     python grpo.py --task arithmetic:2          sums of two digits, reward 1 if right
 """
@@ -46,11 +46,11 @@ AGGREGATIONS = ("seq_mean", "token_mean", "const", "sum")
 
 def group_advantages(reward, eps=1e-4, norm="std"):
     """reward: (P, G), G > 1 responses to each of P prompts -> (P, G) advantages, without gradient.
-    norm: "std" (R - mean) / (std + eps), "batch" with the std of all P·G; "none" R - mean; "loo" R
-    minus the mean of the other G - 1. Each row sums to 0, and equal rewards give exactly 0."""
+    norm: "std" (R - mean) / (std + eps); "batch" the same with the std of all P·G; "none" R - mean;
+    "loo" R - mean of the other G - 1. Each row sums to 0, and equal rewards give exactly 0."""
     assert reward.dim() == 2 and reward.size(1) > 1, "a (P, G) tensor, G > 1"
     given = reward.detach()
-    reward = given - given[:, :1]  # so that equal rewards give 0, not a rounding error over eps
+    reward = given - given[:, :1]  # equal rewards give 0, not a rounding error divided by eps
     adv = reward - reward.mean(1, keepdim=True)
     G = reward.size(1)
     if norm == "std":
@@ -62,14 +62,14 @@ def group_advantages(reward, eps=1e-4, norm="std"):
 
 def k3(logp, ref_logp):
     """π_ref/π - log(π_ref/π) - 1 ≥ 0, (B, T), nats. Its mean over samples from π is KL(π‖π_ref),
-    its mean gradient is that of KL(π_ref‖π). The log-ratio is clamped to ±20."""
+    but its mean gradient is that of KL(π_ref‖π). The log-ratio is clamped to ±20."""
     x = (ref_logp - logp).clamp(-20, 20)
     return x.expm1() - x  # e^x - 1 - x; near 0 its error is eps·|x|, not eps
 
 
 def grpo_loss(logp, old_logp, ref_logp, adv, eps=0.2, beta=0.04, eps_high=None, kl="k3", clip=""):
-    """GRPO, arXiv:2402.03300; clip="weight": CISPO. logp, old_logp, ref_logp: (B, T) log-probs of
-    tokens, nats; ref_logp may be None if no k3 is wanted. adv: (B, 1). kl: "k3"; "k3-ratio", ρ k3,
+    """GRPO, arXiv:2402.03300; with clip="weight" CISPO. logp, old_logp, ref_logp: (B, T) log-probs
+    of tokens, nats; ref_logp may be None without k3. adv: (B, 1). kl: "k3", or "k3-ratio" for ρ k3,
     whose mean gradient at each token is that of KL(π‖π_ref). Returns (B, T) losses."""
     assert logp.shape == old_logp.shape and adv.shape == (len(logp), 1), "(B, T) twice, (B, 1)"
     ratio = (logp - old_logp).exp()
@@ -92,18 +92,18 @@ def sequence_old_logp(logp, old_logp, mask):
 @dataclass
 class Options(RolloutOptions):
     group: int = opt(8, "G: responses per prompt", low=2)
-    adv_norm: str = opt("std", "how A comes from a group's rewards", choices=ADVANTAGES)
+    adv_norm: str = opt("std", "how A follows from the rewards", choices=ADVANTAGES)
     agg: str = opt("seq_mean", "how the tokens' losses are averaged", choices=AGGREGATIONS)
-    ratio: str = opt("token", "what ρ is of", choices=RATIOS, clips=True, only="clip=ratio")
-    clip: str = opt("ratio", "weight: CISPO's", choices=("ratio", "weight"), clips=True)
+    ratio: str = opt("token", "seq: ρ per response", choices=RATIOS, clips=True, only="clip=ratio")
+    clip: str = opt("ratio", "PPO's clip or CISPO's", choices=("ratio", "weight"), clips=True)
     eps: float = opt(0.2, "ε: ρ is clipped to [1 - ε, 1 + ε_high]", low=0, clips=True)
     eps_high: float = opt(None, "ε_high of the clip", low=0, like="eps", clips=True)
-    tis: float = opt(None, "C: weigh tokens by π_old/π_sampler, at most C (common: 2)", above=0)
+    tis: float = opt(None, "C: weight tokens by min(π_old/π_sampler, C) (common: 2)", above=0)
     kl: str = opt("k3", "how the KL is penalised", choices=("k3", "k3-ratio", "reward", "none"))
     beta: float = opt(0.04, "β: weight of the KL", low=0, only="kl=k3|k3-ratio|reward")
 
 
-PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
+PRESETS = {  # defaults for any task, for a kind of task, for an option's value; the last match wins
     "any": dict(steps=100, batch_size=16, lr=2e-4, save_every=20),
     "arithmetic": dict(steps=200, batch_size=32),
     "exact": dict(group=64, batch_size=4, steps=1500, lr=3e-4, lr_schedule="linear", beta=0.5),
@@ -147,7 +147,7 @@ def score_rollout(reward, rollout, o):
 
 def token_weight(batch, minibatch, longest, agg):
     """The weight of each token's loss, (B, T), 0 off the response. The weighted sum over a
-    minibatch is the reduction that agg names, however the minibatch is cut."""
+    minibatch is the average that agg names, however the minibatch is cut into micro-batches."""
     S, mask = len(minibatch), batch.mask.to(batch.logp)
     if agg == "seq_mean":  # 1/S Σ_i 1/|y_i| Σ_t, GRPO
         return mask / (S * batch.length.clamp(min=1))
@@ -178,7 +178,7 @@ def main(argv=None):
     evaluator = Evaluator(run, task, judge)
     judge.try_out(policy, prompts)
     optimizer = run.adamw(policy)
-    on_policy = o.updates == o.minibatches == 1 and not o.tis  # π_old needs no pass
+    on_policy = o.updates == o.minibatches == 1 and not o.tis  # π_old is π_θ
 
     for _ in run.steps(prompts, optimizer):
         with run.clock("sample"):

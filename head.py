@@ -1,14 +1,14 @@
-"""The head: from states to the log-probs of tokens, with one table of logits.
+"""The head computes log-probs of tokens from states, with one table of logits.
 
     z = h Wᵀ / τ                                      (M, V) logits of M states
     log p(y) = z_y - log Σ_v exp z_v
     ∂ log p(y) / ∂z_v = 1[v = y] - exp z_v / Σ exp z
 
-Autograd would keep a softmax beside the logits, and make their gradient in a third table. Here the
-forward pass keeps the logits and the logsumexp, one number per state, and the backward pass turns
-the logits into their gradient in place. The table has at most TABLE bytes: the logits of the states
-beyond it are made in chunks, and the backward pass makes each chunk again. Under autocast states,
-weights and logits have 16 bits, and the softmax is computed in float32, a block of rows at a time.
+Autograd would keep a softmax beside the logits, and put their gradient into a third table. Here the
+forward pass keeps the logits and one logsumexp per state, and the backward pass turns the logits
+into their gradient in place. The table has at most TABLE bytes. The logits of further states are
+made in chunks, and the backward pass makes each chunk again. Under autocast the states, weights and
+logits have 16 bits, and the softmax is computed in float32, one block of rows at a time.
 """
 
 import torch
@@ -17,13 +17,13 @@ from torch.autograd.function import once_differentiable
 
 TABLE = {"cpu": 3 * 2**26, "cuda": 3 * 2**30}  # bytes of logits that are kept, at most
 CHUNK = {"cpu": 2**26, "cuda": 2**30}  # bytes of logits that are made at once beyond them
-BLOCK = {"cpu": 2**19, "cuda": 2**27}  # logits that are read at once
+BLOCK = {"cpu": 2**19, "cuda": 2**27}  # number of logits that are read at once
 
 
 def target_logprobs(h, W, target, temperature=1.0, entropy=False):
-    """h (M, C) states, W (V, C), target (M,) int64 -> the log-probs of the targets in nats, (M,),
-    float32 or float64; and the entropies, (M,), nats, without gradient, or None if they are not
-    wanted"""
+    """h (M, C) states, W (V, C), target (M,) int64 -> (log-probs of the targets, entropies), each
+    (M,), nats. The log-probs are float32 or float64. The entropies have no gradient, and are None
+    unless `entropy` asks for them."""
     kind = h.device.type
     low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     with torch.autocast(kind, enabled=False):
@@ -100,8 +100,8 @@ def of_device(limit, x):
 
 
 def parts(M, kept, rows):
-    """Yields slices of M states: the first `kept` of them, whose logits are one table, and then as
-    many `rows` at a time; one slice even if there are no states."""
+    """Yields slices of M states: first the `kept` states whose logits are one table, and then
+    `rows` states at a time. There is one slice even if there are no states."""
     if kept or not M:
         yield slice(0, kept)
     for first in range(kept, M, max(1, rows)):

@@ -1,7 +1,7 @@
 """KTO: Model Alignment as Prospect Theoretic Optimization (arXiv:2402.01306).
 
     r(x,y) = log π_θ(y|x) - log π_ref(y|x)
-    ẑ      = max(0, mean_i r(x_i, y_j(i)))    of mismatched pairs: y_j(i) answers another prompt
+    ẑ      = max(0, mean_i r(x_i, y_j(i)))    over mismatched pairs: y_j(i) answers another prompt
     L(θ)   = λ_D (1 - σ(β (r - ẑ)))           if y is desirable
              λ_U (1 - σ(β (ẑ - r)))           if it is not
 
@@ -13,14 +13,15 @@
     λ_D, λ_U                     w_desirable, w_undesirable  weights of the two classes
     β                            beta                        1/nats
 
-ẑ has no gradient. It is measured on the whole batch before the step, so that micro-batches change
-nothing. Row i takes the answer of the next row with another prompt. If the batch holds one prompt
-only, there is none, and ẑ is 0.
+No gradient flows through ẑ. It is measured on the whole batch before the step, so the size of the
+micro-batches does not change it. Prompt i is combined with the answer of the next row that has
+another prompt. If all rows of the batch have the same prompt, there is no such row, and ẑ is 0.
 
 Models in memory: 2 (policy, trained; ref, frozen). Data: (prompt, completion, label), not in pairs;
-a file of pairs is split into 2n examples.
-Departures from the paper: 1. AdamW with a learning rate for toy models; 2. the authors' code takes
-the next row of a micro-batch as j(i); here it is the next row of the batch with another prompt.
+a file of n pairs becomes 2n examples.
+Departures from the paper: 1. AdamW, with default learning rates that suit toy models; 2. the
+authors' code takes as j(i) the next row of a micro-batch, this script the next row of the batch
+with another prompt.
 
     python kto.py --beta 0.1                    film reviews; trains out/reviews/sft.pt if missing
     python kto.py --pairs 2000 --epochs 4       a fixed set of 2,000 examples
@@ -45,7 +46,7 @@ from training.labels import label_accuracy
 def kto_loss(logp, ref_logp, desirable, kl, beta=0.1, w_desirable=1.0, w_undesirable=1.0):
     """KTO, arXiv:2402.01306. logp, ref_logp: (B,) log-probs of responses, sums over their tokens,
     in nats. desirable: (B,) bool. kl: () the reference point ẑ ≥ 0, nats. beta: β > 0, 1/nats.
-    w_*: λ_D, λ_U. Returns (B,) losses, each in (0, λ). At logp = ref_logp and ẑ = 0 it is λ/2."""
+    w_*: λ_D, λ_U. Returns (B,) losses in (0, λ); at logp = ref_logp and ẑ = 0 each is λ/2."""
     assert logp.shape == ref_logp.shape == desirable.shape and logp.dim() == 1, "three (B,) tensors"
     a = beta * (logp - ref_logp - kl)
     # 1 - σ(a) = σ(-a)
@@ -53,8 +54,8 @@ def kto_loss(logp, ref_logp, desirable, kl, beta=0.1, w_desirable=1.0, w_undesir
 
 
 def kto_kl(logp_mismatched, ref_logp_mismatched):
-    """ẑ of the step's mismatched pairs. logp_*: (M,) log-probs of answers to other prompts, sums
-    over their tokens; M may be 0. Returns a scalar ≥ 0 without gradient, nats."""
+    """ẑ of the step's mismatched pairs. logp_*, ref_logp_*: (M,) log-probs of answers to other
+    prompts, sums over their tokens; M may be 0. Returns a scalar ≥ 0 in nats, without gradient."""
     ratio = (logp_mismatched - ref_logp_mismatched).detach()
     return ratio.sum().div(max(1, len(ratio))).clamp(min=0)
 
@@ -67,7 +68,7 @@ class Options(PairOptions):
     batch_size: int = opt(64, "examples per optimizer step", low=2)
 
 
-PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
+PRESETS = {  # defaults for any task, for a kind of task, for an option's value; the last match wins
     "any": dict(steps=150, lr=3e-4),
     "exact": dict(beta=0.5, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear"),
 }
@@ -101,13 +102,13 @@ def reference_point(policy, ref, rows, run):
 
 
 def check(rows, batches, o):
-    """Refuses rows of a single prompt, which have no ẑ. Warns of batches of one prompt, whose ẑ is
-    0, and if λ_D n_D / (λ_U n_U) leaves [1, 4/3], the range of the paper's first version and of TRL
-    (of its current text: [1, 3/2]). rows: the fixed set, or a sample of fresh rows, whose ratio may
-    miss the range by three standard errors."""
+    """Refuses rows that all have the same prompt, for which there is no ẑ. Warns of batches with
+    one prompt, whose ẑ is 0. Warns also if λ_D n_D / (λ_U n_U) is outside [1, 4/3], the range in
+    the paper's first version and in TRL (the paper now says [1, 3/2]). rows: the fixed set, or a
+    sample of fresh rows, whose ratio may miss the range by three standard errors."""
     fixed, n, n_D = batches.rows, len(rows), sum(row[2] for row in rows)
     if fixed and all(x == rows[0][0] for x, *_ in rows):
-        needs = "but ẑ needs answers to another; add rows, or raise --pairs"
+        needs = "but ẑ needs answers to other prompts; add rows, or raise --pairs"
         raise UserError(f"the training rows have one prompt only, {needs}")
     steps = batches.per_epoch or 0
     alone = sum(len({x for x, *_ in batches[step]}) == 1 for step in range(steps))
@@ -129,7 +130,7 @@ def check(rows, batches, o):
 
 
 def log_classes(run, metrics, is_desirable, n_D, n):
-    """Logs the metrics as means over the n_D desirable examples of the step ("chosen"), and over
+    """Logs the metrics as means over the n_D desirable examples of the step ("chosen") and over
     the others ("rejected"). A class without examples is left out."""
     chosen, rejected = is_desirable / max(1, n_D), (1 - is_desirable) / max(1, n - n_D)
     if n_D:

@@ -5,25 +5,27 @@
     h(θ) = [log π_θ(y_w|x) - log π_ref(y_w|x)] - [log π_θ(y_l|x) - log π_ref(y_l|x)]
     L(θ) = - log σ(βh)                                                        --loss ipo: as dpo.py
 
-Online: each pair is trained on once, as soon as it is sampled. Iterative, with --rounds N: a round
-of pairs is sampled, labelled and trained on for one epoch; then the policy as it has become samples
-the next round, and with --ref-update per-round it is the new π_ref too. With the DPO
-loss, a fixed π_ref and Bradley–Terry labels the optimum is π* ∝ π_ref exp(r/β), however pairs are
-chosen; with argmax h grows without bound, until a single best answer is left.
+By default the method is online: each pair is trained on once, as soon as it is sampled. With
+--rounds N it is iterative: it samples and labels a round of pairs and trains on them for one epoch;
+then the trained policy samples the next round and, with --ref-update per-round, becomes the new
+π_ref. With the DPO loss, a fixed π_ref and Bradley–Terry labels the optimum is π* ∝ π_ref exp(r/β),
+however pairs are chosen. With argmax labels h grows without bound, and in the end the policy gives
+a single best answer.
 
     paper                        code                        shape
     y_w, y_l                     chosen, rejected            (P,) which of the n samples
     r(x, y)                      reward                      (P, n)
     log π_θ(y|x)                 logp_w, logp_l              (B,) sums over response tokens, nats
     log π_ref(y|x)               ref_logp_w, ref_logp_l      (B,)
-                                 counts                      (P,) False, no weight: equals, ties
+                                 counts                      (P,) False for equal answers and ties
     β                            beta                        β is the τ of IPO
 
-Models in memory: 2 (policy, trained; ref, frozen), a learned reward adds one. Data: prompts, and
-what judges a response.
+Models in memory: 2 (policy, trained; ref, frozen); a learned reward adds one. Data: prompts, and a
+judge of responses.
 Departures from OAIF: 1. labels come from a reward, by Bradley–Terry, not from an LLM; 2. pairs of
-equal answers, and with argmax of equal rewards, have no weight in the mean; 3. IPO takes means over
-tokens, but sums with --ipo-sum; 4. AdamW, not Adafactor, with a learning rate for toy models.
+equal answers, and with --label argmax pairs of equal rewards, have no weight in the mean; 3. IPO
+averages log-probs over tokens, and --ipo-sum sums them; 4. the optimizer is AdamW, not Adafactor,
+and the default learning rates suit toy models.
 
     python online_dpo.py                        film reviews; trains out/reviews/sft.pt if missing
     python online_dpo.py --task exact           the distance to the known optimum π*
@@ -66,10 +68,10 @@ def log_ratio(logp_w, logp_l, ref_logp_w, ref_logp_l):
 
 
 def choose(reward, uniform=None):
-    """Best against worst. reward: (P, n), n > 1 samples of each of P prompts. uniform: (P,) numbers
-    drawn from [0, 1): the better one wins with probability σ(difference of the rewards), by
-    Bradley–Terry; None: it always wins, argmax. Returns (chosen, rejected): (P,) columns, two
-    different ones for each prompt, without gradient."""
+    """Pairs the best sample with the worst. reward: (P, n), n > 1 samples of each of P prompts.
+    uniform: (P,) numbers drawn from [0, 1), so that the better sample wins with probability
+    σ(difference of the rewards), by Bradley–Terry; if None, the better sample always wins (argmax).
+    Returns (chosen, rejected): for each prompt two different columns, (P,), without gradient."""
     assert reward.dim() == 2 and reward.size(1) > 1, "a (P, n) tensor, n > 1"
     ordered, column = reward.detach().sort(stable=True, dim=1)
     worst, best = column[:, 0], column[:, -1]
@@ -84,16 +86,16 @@ class Options(JudgedOptions):
     missing_eos_penalty: float = opt(
         1.0, "what a score loses if the response did not end", low=0, only="reward=rm|*.pt"
     )
-    label: str = opt("bt", "who wins: by Bradley–Terry, or the better", choices=("bt", "argmax"))
+    label: str = opt("bt", "who wins: by Bradley–Terry, or the best", choices=("bt", "argmax"))
     loss: str = opt("dpo", "loss of a pair", choices=("dpo", "ipo"))
     beta: float = opt(0.1, "β: strength of the KL penalty to π_ref, 1/nats; IPO's τ", above=0)
-    ipo_sum: bool = opt(False, "IPO of summed log-probs, as in Eq. 17", only="loss=ipo")
+    ipo_sum: bool = opt(False, "IPO sums log-probs over tokens (Eq. 17)", only="loss=ipo")
     rounds: int = opt(0, "rounds of sampling, one epoch each (0: online, one per step)", low=0)
     samples_per_prompt: int = opt(2, "n: the best of n is paired with the worst", low=2)
     temperature: float = opt(1.0, "of the samples; the loss is at temperature 1", above=0)
     ref_update: str = opt(
         "fixed",
-        "π_ref: the policy as the run starts, or each round",
+        "π_ref: the policy at the start of the run, or of each round",
         choices=("fixed", "per-round"),
         only="lora=0",
     )
@@ -101,16 +103,16 @@ class Options(JudgedOptions):
     def check(self):
         super().check()
         if self.ref_update == "per-round" and not self.rounds:
-            rounds = "needs --rounds N, the rounds of iterative DPO"
+            rounds = "needs --rounds N, which makes DPO iterative"
             raise UserError(f"--ref-update per-round {rounds}")
         if 0 < self.steps < self.rounds:
-            steps = f"are more than the {self.steps} steps; a round has at least one"
+            steps = f"is more than the {self.steps} steps, but a round needs one; lower it"
             raise UserError(f"--rounds {self.rounds} {steps}")
 
 
 LEARNING = dict(steps=1000, batch_size=256, lr=5e-4, lr_schedule="linear")
 
-PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
+PRESETS = {  # defaults for any task, for a kind of task, for an option's value; the last match wins
     "any": dict(steps=150, lr=3e-4),
     # a missing end costs nothing there
     "exact": LEARNING | dict(beta=0.5, missing_eos_penalty=0.0),
@@ -149,14 +151,14 @@ def compute_loss(policy, ref, batch, o):
 
 
 class Round:
-    """The labelled pairs of a round, step by step, and how many labels the run has used so far: a
-    part of its saved state."""
+    """The labelled pairs of a round, step by step, and the number of labels that the run has used
+    so far. It is a part of the run's saved state."""
 
     def __init__(self):
         self.first, self.steps, self.labels = 0, [], 0
 
     def __getitem__(self, step):
-        """-> (Rollout of 2P rows, the chosen ones first; figures of all samples) of a step"""
+        """-> (Rollout of the step's 2P rows, the chosen ones first; figures of all samples)"""
         return self.steps[step - self.first]
 
     def fill(self, first, steps):
@@ -173,8 +175,8 @@ class Round:
 
 
 def collect(policy, prompts, judge, run, o):
-    """Draws n samples per prompt, for P prompts, from the policy as it is now, and pairs the best
-    with the worst. -> (Rollout of 2P rows, the chosen ones first; figures of all samples)"""
+    """Draws n samples for each of P prompts from the current policy, and pairs the best with the
+    worst. -> (Rollout of 2P rows, the chosen ones first; figures of all samples)"""
     questions, n = next(prompts), o.samples_per_prompt
     rollout = run.sample(policy, questions, prompts.longest, n, o.temperature)
     uniform = torch.rand(len(questions), generator=run.generator).to(rollout.ids.device)

@@ -10,14 +10,15 @@
     - ℓ(y_w) = L_SFT             nll                         (B,) of chosen, mean over tokens
     λ                            lam                         λ ℓ is the implicit reward
 
-Nothing is detached: the gradient goes through both answers. One stage does the work of
-two, SFT and DPO.
+No term is detached, so the gradient flows through both answers. ORPO does in one stage what SFT
+and DPO do in two.
 
 Models in memory: 1 (policy, trained, from random weights or a base model). Data: (prompt, chosen,
 rejected).
 Departures from the authors' code: 1. the NLL covers the answer and its end token, as the paper's
-text says (with --prompt-loss the prompt too, as in the code); 2. the NLL is a mean over the tokens
-of each answer, then over pairs; 3. the mask leaves padding out; 4. a learning rate for toy models.
+text says (--prompt-loss adds the prompt, as the code does); 2. the NLL is averaged over the tokens
+of each answer, then over pairs; 3. padding counts in no mean; 4. the default learning rates suit
+toy models.
 
     python orpo.py --lam 0.5                    film reviews, from random weights: no SFT stage
     python orpo.py --task exact                 40 outcomes: the distance to the known optimum π*
@@ -41,23 +42,24 @@ from training.held_out import pair_accuracy
 
 def odds_ratio_loss(logp_w, logp_l, len_w, len_l):
     """ORPO's odds ratio term, -log σ(log odds_w - log odds_l). logp_*: (B,) log-probs of responses,
-    sums over their tokens, in nats. len_*: (B,) response tokens. Returns (B,) losses. For
-    answers of equal ℓ it is log 2."""
+    sums over their tokens, in nats. len_*: (B,) response tokens. Returns (B,) losses; if both
+    answers have the same ℓ, the loss is log 2."""
     assert logp_w.shape == logp_l.shape == len_w.shape == len_l.shape, "four (B,) tensors"
     return -F.logsigmoid(log_odds(logp_w / len_w) - log_odds(logp_l / len_l))
 
 
 def log_odds(mean_logp):
     """log p/(1-p) of p = exp(mean_logp), (B,). log(1 - e^ℓ) is computed as log(-expm1(ℓ)), which
-    does not round to log 0 near p = 1. It is constant above ℓ = -1e-7, where
-    float32 hardly tells p from 1."""
+    does not round to log 0 near p = 1. Above ℓ = -1e-7, where float32 can hardly tell p from 1, the
+    result is constant."""
     mean_logp = mean_logp.clamp(max=-1e-7)
     return mean_logp - torch.log(-torch.expm1(mean_logp))
 
 
 def orpo_loss(logp_w, logp_l, len_w, len_l, lam=0.1):
-    """ORPO, arXiv:2403.07691: the NLL of chosen, a mean over tokens, + λ · odds_ratio_loss, whose
-    arguments it takes. lam: λ ≥ 0. Returns (B,) losses."""
+    """ORPO, arXiv:2403.07691: the NLL of the chosen answer, averaged over its tokens, plus
+    λ · odds_ratio_loss. The first four arguments are those of odds_ratio_loss. lam: λ ≥ 0. Returns
+    (B,) losses."""
     return -logp_w / len_w + lam * odds_ratio_loss(logp_w, logp_l, len_w, len_l)
 
 
@@ -70,7 +72,7 @@ class Options(ScratchOptions, PairOptions):
 SMALL = dict(n_layer=2, n_embd=64, block_size=8)
 LEARNING = dict(steps=2000, batch_size=4096, lr=2e-3, lr_schedule="linear")
 
-PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
+PRESETS = {  # defaults for any task, for a kind of task, for an option's value; the last match wins
     "any": dict(steps=500, lr=4e-3, warmup=50),
     "exact": SMALL | LEARNING | dict(lam=0.25),
 }

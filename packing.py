@@ -5,9 +5,9 @@
     last_token   a mask of tokens -> True at the last one of each row
 
 A padded table of B rows and T columns wastes work twice: on padding, and on prompts that several
-rows have in common. So the tokens that matter stand in one list, without padding, and a beginning
-that rows share is in it once. An example: the log-probs of two responses, 7 8 and 9, to the prompt
-5 6:
+rows have in common. So the tokens that matter are put into one list, without padding, and a
+beginning that rows share is in it once. An example is the log-probs of two responses, 7 8 and 9, to
+the prompt 5 6:
 
     ids     5 6 7 8      wanted  - 6 7 -      the tokens that predict 7 and 8
             5 6 9 0              - 6 - -      the token that predicts 9
@@ -15,7 +15,7 @@ that rows share is in it once. An example: the log-probs of two responses, 7 8 a
     rows    0 1 2        where the tokens of each row are in the list; padding repeats the last
             0 1 1
 
-Embeddings, norms and linear layers run on the list. Attention alone needs rows: it gathers the
+Embeddings, norms and linear layers run on the list. Only attention needs rows: it gathers the
 tokens into rows, and its output back into the list.
 """
 
@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_map
 
 SPLIT_BELOW = 0.7  # prefixes are attended separately if that leaves a smaller share of B·T² pairs
 SHARE_ABOVE = 0.04  # rows without padding share tokens if that spares a larger share of them
-CALL = 2**14  # what one more call of attention costs, in pairs of a query and a key
-MOST_CALLS = 4  # for the rows of a batch
+CALL = 2**14  # the cost of one more call of attention, in pairs of a query and a key
+MOST_CALLS = 4  # calls for the rows of a batch, at most
 
 
 class Packed(NamedTuple):
@@ -58,8 +58,8 @@ class Packed(NamedTuple):
         return x.index_select(0, self.wanted)
 
     def attend(self, layer, qkv, sizes, final):
-        """qkv (N, (H + 2K) D) -> (N, H D); in the final block (M, H D). sizes: (H, K, D). layer
-        is not needed here; a sampling cache needs it"""
+        """qkv (N, (H + 2K) D) -> (N, H D); in the final block (M, H D). sizes: (H, K, D). layer is
+        unused here; a sampling cache needs it."""
         H, K, D = sizes
         q, kv = qkv.split((H * D, 2 * K * D), 1)
         starts, tails = self.tables, ()
@@ -102,8 +102,9 @@ def _causal(q, k, v):
 
 
 def pack(ids, wanted, device=None):
-    """ids (B, T) int64; wanted (B, T) bool: whose states are needed -> Packed, on `device` (that
-    of ids by default). It is made on the CPU, so that no shape waits for a GPU's numbers."""
+    """ids (B, T) int64; wanted (B, T) bool: the tokens whose states are needed. -> Packed, on
+    `device` (by default that of ids). It is computed on the CPU, because its shapes would otherwise
+    have to wait for numbers from the GPU."""
     device, ids, wanted = device or ids.device, ids.cpu(), wanted.cpu()
     length = row_lengths(wanted)  # tokens after the last wanted one are not computed
     length[0] = length[0].clamp(min=1)  # at least one token, even if no state is wanted
@@ -118,7 +119,8 @@ def pack(ids, wanted, device=None):
     shared = owner != torch.arange(B)[:, None]  # another row computes this token
     new = real & ~shared
     rows = (new.flatten().cumsum(0).view(B, T) - 1).gather(0, owner).clamp(min=0)
-    # padding repeats the row's own last token: a GPU would add all gradients of one token in turn
+    # padding repeats each row's own last token; if all rows shared one, a GPU would add its
+    # gradients one after the other
     rows = rows.gather(1, torch.arange(T).minimum((length[:, None] - 1).clamp(min=0)))
 
     n_shared = shared.sum(1)
@@ -135,8 +137,9 @@ def pack(ids, wanted, device=None):
 
 
 def on_device(tree, device):
-    """A tree of tensors on the CPU -> the same on a device; to CUDA in one copy, for which nobody
-    waits. MPS has no float64: such numbers stay where they are until they are cast."""
+    """A tree of tensors on the CPU -> the same on a device. To CUDA they go in one copy, for which
+    the program does not wait. MPS has no float64, so such tensors stay on the CPU until they are
+    cast."""
     kind = torch.device(device).type
     if kind == "cuda":
         from gpu import upload

@@ -1,6 +1,6 @@
 """PPO: Proximal Policy Optimization (arXiv:1707.06347), as RLHF uses it.
 
-InstructGPT, arXiv:2203.02155; N+ stands for the implementation details of arXiv:2403.17031.
+RLHF is that of InstructGPT (arXiv:2203.02155). N+ stands for the details of arXiv:2403.17031.
 
     r_t   = - β (log π_old(y_t|s_t) - log π_ref(y_t|s_t)),  + r_φ(x, y) at the last token
     δ_t   = r_t + γ V(s_t+1) - V(s_t),   s_t = x, y_<t,   V = 0 after the last token
@@ -19,12 +19,13 @@ InstructGPT, arXiv:2203.02155; N+ stands for the implementation details of arXiv
     ε, ε_v, c_v, K      eps, eps_v, vf_coef, updates
 
 Models in memory: 4 (policy and critic, trained; ref and reward, frozen). The critic starts from the
-reward model. With --reward task or FILE.py:function there are 3, and the critic starts from the
-policy's trunk, with V = 0. Data: prompts, and what judges a response.
-Departures from the papers: 1. the end token earns the score (N+: one slot later, which has a
-value but no action); 2. a response that did not end loses --missing-eos-penalty (N+: its score is
-replaced by -1); 3. no pretraining loss (ptx), entropy bonus, adaptive β or reward whitening;
-4. AdamW at torch's ε, one clip for the gradients of both networks, a learning rate for toy models.
+reward model. With --reward task or FILE.py:function there is no reward model, so there are 3, and
+the critic starts from the policy's trunk, with V = 0. Data: prompts, and a judge of responses.
+Departures from the papers: 1. the score is given at the end token (N+ gives it one slot later,
+which has a value but no action); 2. a response that did not end loses --missing-eos-penalty (N+
+replaces its score by -1); 3. there is no pretraining loss (ptx), no entropy bonus, no adaptive β
+and no reward whitening; 4. AdamW keeps torch's ε, the gradients of both networks are clipped by
+their common norm, and the default learning rates suit toy models.
 
     python ppo.py                               reviews: sft.py and reward_model.py run if missing
     python ppo.py --beta 0 --steps 150 --eval-every 10       over-optimisation
@@ -60,9 +61,9 @@ def token_rewards(score, logp, ref_logp, mask, kl_coef):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalized advantage estimation (arXiv:1506.02438): A_t = δ_t + γλ A_t+1, with
     δ_t = r_t + γ V_t+1 - V_t. rewards, values, mask: (B, T); values[:, t] is the value of the state
-    before token t; after a response's last token it counts as 0. Returns adv and returns =
-    adv + values, (B, T) each, 0 off the mask. At λ = γ = 1 a return is the sum of the rewards from
-    token t on."""
+    before token t, and the value after a response's last token is 0. Returns two (B, T) tables, 0
+    off the mask: adv, and returns = adv + values. If λ = γ = 1, a return is the sum of the rewards
+    from token t on."""
     assert rewards.shape == values.shape == mask.shape and mask.dtype == torch.bool, "(B, T) thrice"
     values = values * mask
     delta = (rewards + gamma * F.pad(values, (0, 1))[:, 1:] - values) * mask
@@ -98,9 +99,9 @@ def ppo_loss(logp, old_logp, adv, eps=0.2):
 
 
 def value_loss(values, old_values, returns, eps_v=0.2):
-    """½ of the larger of two squared errors: that of V, and that of V clipped to within eps_v of
+    """Half of the larger of two squared errors: that of V, and that of V clipped to within eps_v of
     the old value. values, old_values, returns: (B, T), in units of the reward. Returns (B, T)
-    losses, to be averaged as the policy's are."""
+    losses, to be averaged like those of the policy."""
     assert values.shape == old_values.shape == returns.shape, "three (B, T) tensors"
     clipped = old_values + (values - old_values).clamp(-eps_v, eps_v)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
@@ -122,7 +123,7 @@ class Options(RolloutOptions):
 ROLLOUT = dict(reward="rm", group=1, updates=2, minibatches=4, batch_size=128)
 LEARNING = dict(steps=60, lr=2e-4, lr_schedule="linear", warmup=10, save_every=20)
 
-PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
+PRESETS = {  # defaults for any task, for a kind of task, for an option's value; the last match wins
     "any": ROLLOUT | LEARNING,
     "arithmetic": dict(reward="task", steps=100, batch_size=256),
     "exact": dict(
@@ -164,7 +165,8 @@ def compute_loss(policy, critic, batch, o):
 
 def new_critic(judge, run):
     """-> a copy of the reward model, to be trained further. If there is none, or if its vocabulary
-    or its context does not fit, the policy's trunk with a head of zeros: V = 0 at first."""
+    or its context does not fit, -> the policy's trunk with a head of zeros, so that V = 0 at first
+    """
     same_vocabulary = judge.model and judge.reads_tokens
     if same_vocabulary and judge.model.config.block_size >= run.block_size:
         return run.prepare(load_scalar(judge.path, mapped=True)[0])

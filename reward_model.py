@@ -1,4 +1,4 @@
-"""Reward model: one number for a response, from preferences (InstructGPT, arXiv:2203.02155).
+"""Reward model: a score for each response, from preferences (InstructGPT, arXiv:2203.02155).
 
     P(y_w ≻ y_l | x) = σ(r_θ(x, y_w) - r_θ(x, y_l))                           Bradley–Terry
     Δ    = r_θ(x, y_w) - r_θ(x, y_l)
@@ -12,18 +12,19 @@
     η             center_rewards            keeps scores near 0 (arXiv:2312.09244)
 
 The trunk starts from the SFT checkpoint; the head's weights are drawn with standard deviation
-1/√(width+1). After the training the scores are shifted so that demonstrations average 0. Only
-differences were learned, so nothing else changes.
+1/√(width+1). After training the scores are shifted so that demonstrations average 0. Only their
+differences were learned, so the shift changes nothing else.
 
 Models in memory: 1 (reward, trained). Data: (prompt, chosen, rejected).
-Departures from the paper: 1. single pairs, not all pairs of 4 to 9 ranked answers; 2. a learning
-rate for toy models.
+Departures from the paper: 1. each row is a single pair, not all pairs of 4 to 9 ranked answers;
+2. the default learning rates suit toy models.
 
     python reward_model.py                      film reviews; trains out/reviews/sft.pt if missing
     python reward_model.py --task exact         how far its scores are from the known reward
     python reward_model.py --task my.jsonl --init out/my/sft.pt
 
-It ends with the accuracy on held-out pairs, beside the best that the labels' noise allows.
+At its end the script prints the accuracy on held-out pairs, beside the best accuracy that the
+noise of the labels allows.
 """
 
 from dataclasses import dataclass
@@ -40,9 +41,10 @@ from training.order import RewardEvaluator
 
 
 def bradley_terry_loss(reward_w, reward_l, margin=0.0, p=1.0):
-    """Negative log-likelihood of a preference. reward_w, reward_l: (B,) scores, whose differences
-    are log-odds. margin: () or (B,), by how much w should win. p: () or (B,) in [0, 1], the
-    probability that w is preferred. Returns (B,) losses in nats."""
+    """Negative log-likelihood of a preference. reward_w, reward_l: (B,) scores, whose difference is
+    the log-odds that w is preferred. margin: () or (B,), by how much the score of w should be
+    higher. p: () or (B,) in [0, 1], the probability that w is preferred. Returns (B,) losses in
+    nats."""
     assert reward_w.shape == reward_l.shape and reward_w.dim() == 1, "two (B,) tensors"
     delta = reward_w - reward_l - margin
     return -p * F.logsigmoid(delta) - (1 - p) * F.logsigmoid(-delta)
@@ -57,7 +59,7 @@ class Options(PairOptions):
     save: str = opt("whole", "unused: a reward model's head is trained whole", choices=("whole",))
 
 
-PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
+PRESETS = {  # defaults for any task, for a kind of task, for an option's value; the last match wins
     "any": dict(steps=300, lr=1e-3, eval_prompts=2048),
     "exact": dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear"),
 }

@@ -15,19 +15,20 @@
     r_φ, A                 reward, adv                   (P, G) of G samples to P prompts; (P·G, 1)
     log π_θ, π_old, π_SL   logp, rollout.logp, ref_logp  (B, T) nats
 
-Models in memory: skills 1 (policy); SL-CAI 1, and before it 1 frozen that writes; PM 1, and before
-it 2 frozen (π_SL, judge); RL-CAI 3 (policy, π_SL, PM). The model with the skills is not counted; it
-judges, and win rate and KL compare with it. Data: prompts and a constitution; each critique and
-each comparison draws a principle from it. After the skills the training reads no reward and no
-label but the model's own. Each phase leaves a checkpoint beside --out.
-Departures: 1. a small model cannot criticise by itself, so data/skills.py shows it how,
-and the same model judges; 2. p averages both orders (RLAIF); 3. there is no helpfulness data;
-4. SL-CAI starts from the model with the skills; 5. a leave-one-out baseline (RLOO) replaces RLAIF's
-learned value; 6. a response that did not end loses --missing-eos-penalty.
+Models in memory: skills 1 (policy); SL-CAI 1, after 1 frozen model has written the revisions; PM 1,
+after 2 frozen models (π_SL, judge) have answered and compared; RL-CAI 3 (policy, π_SL, PM). The
+model with the skills, which is the default judge and with which win rate and KL compare, is not
+counted. Data: prompts and a constitution, from which each critique and each comparison draws a
+principle. After the skills, training reads no reward, and no labels but the model's own. Each phase
+leaves a checkpoint beside --out.
+Departures: 1. a small model cannot criticise by itself, so data/skills.py shows it how, and the
+same model judges; 2. p averages both orders, as in RLAIF; 3. there is no helpfulness data;
+4. SL-CAI starts from the model with the skills; 5. a leave-one-out baseline (RLOO) replaces the
+learned value of RLAIF; 6. a response that did not end loses --missing-eos-penalty.
 
     python rlaif.py                          reviews, all phases, four minutes on a laptop
     python rlaif.py --init out/reviews/rlaif-skills.pt --beta 0.2       with skills learned before
-    python rlaif.py --constitution my.txt    some of the four principles; others need your --init
+    python rlaif.py --constitution my.txt    some of the four principles; new ones need --init
 """
 
 import time
@@ -52,9 +53,10 @@ KEPT += "models models_asked wall_s step_ms".split()  # of each phase, in RL-CAI
 
 def ai_label(ab, ba, clamp=0.0):
     """The soft label of a comparison. ab, ba: (N, 2) log-probs of the options A and B; y_a is
-    option A in ab and option B in ba. Each is normalised over the two options, and the orders are
-    averaged (arXiv:2309.00267). clamp: p is kept in [clamp, 1 - clamp] (arXiv:2212.08073, after
-    chains of thought: 0.4). Returns (N,) the probability that y_a is better, without gradient."""
+    option A in ab and option B in ba. Each is normalised over the two options, and the two orders
+    are averaged (arXiv:2309.00267). clamp: p is kept in [clamp, 1 - clamp]; arXiv:2212.08073 does
+    so after a chain of thought, with 0.4. Returns (N,) the probability that y_a is better, without
+    gradient."""
     assert ab.shape == ba.shape and ab.size(1) == 2, "two (N, 2) tensors"
     p = (ab.softmax(1)[:, 0] + ba.softmax(1)[:, 1]) / 2
     return p.clamp(clamp, 1 - clamp).detach()
@@ -82,7 +84,7 @@ class Options(ScratchOptions):
     judge: str = opt(
         "", "language model that judges (default: the one with skills)", file=True, hub="model"
     )
-    save: str = opt("whole", "unused: phases read each other's checkpoints", choices=("whole",))
+    save: str = opt("whole", "unused: a phase reads whole checkpoints", choices=("whole",))
     loss_every: int = opt(0, "unused: there is no held-out loss", high=0)
     clamp: float = opt(0.0, "keep labels in [clamp, 1 - clamp] (the paper: 0.4)", low=0, below=0.5)
     revisions: int = opt(2, "rounds of critique and revision, all trained on (paper: 4)", low=1)
@@ -136,7 +138,7 @@ def compute_loss(policy, batch, o):
 
 
 class Pipeline:
-    """What the phases share, and which of them --resume finds ended."""
+    """What the phases share, and which of them --resume finds complete."""
 
     def __init__(self, o):
         self.task = data.task(o.task, o.eval_file, o.strict)
@@ -167,7 +169,7 @@ class Pipeline:
         return feedback.Writer(run.freeze(model), run, self.task, self.principles)
 
     def open(self):
-        """Opens the model with the skills, from which all phases start, and says what is cut."""
+        """Opens the model with the skills, from which all phases start, and prints what is cut."""
         run = self.run
         self.skilled = self.writer(run, self.start)
         self.judge = self.judge or feedback.AIJudge(self.skilled.model, run.tokenizer, run)
@@ -175,13 +177,13 @@ class Pipeline:
         self.prompts = run.prompts(self.split)
 
     def do(self, name, learn):
-        """Trains a phase, unless --resume finds that it has ended. Training a phase makes what
-        earlier runs left of later phases stale, so their records and states are removed."""
+        """Trains a phase, unless --resume finds that it has ended. Training a phase makes the
+        records and states that earlier runs left of later phases stale, so they are removed."""
         run, since = self.runs[name], time.time()
         run.figures.run_began = since
         final = run.state.past() if run.o.resume else None
         if final:
-            say(f"--resume: {run.method} has ended, {run.o.out} is its checkpoint")
+            say(f"--resume: {run.method} has ended; its checkpoint is {run.o.out}")
         else:
             final = learn(self, run)
             for later in self.runs.keys() - self.ended.keys() - {name}:
@@ -193,7 +195,8 @@ class Pipeline:
 
 
 def fit(run, model, batches, compute_loss, evaluator, pad, count, **figures):
-    """The loop of the first three phases. count(row): the weight of a row in a step's mean."""
+    """The training loop of the first three phases. count(row): the weight of a row in a step's
+    mean."""
     optimizer = run.adamw(model)
 
     for step in run.steps(batches, optimizer):
@@ -211,7 +214,8 @@ def fit(run, model, batches, compute_loss, evaluator, pad, count, **figures):
 
 
 def learn_skills(p, run):
-    """Next-token prediction on demonstrations. Turns weigh the same, however long they are."""
+    """Next-token prediction on demonstrations. All turns have the same weight, whatever their
+    length."""
     policy = run.create(p.task)
     run.hold(policy=policy)
     draw = partial(demonstrate, p.task, principles=p.principles)
@@ -233,8 +237,8 @@ def learn_revisions(p, run):
     if not made:
         what = "answer, critique and revision, so there is nothing to learn"
         more = "another --init" if o.init else "more --skill-steps"
-        remedy = f"it needs {more}, or more --max-new-tokens"
-        raise Stopped(f"{p.start} ended no {what}: {remedy}")
+        remedy = f"give {more}, or more --max-new-tokens"
+        raise Stopped(f"{p.start} finished no {what}; {remedy}")
     rows = [(x.prompt, x.b) for x in made]
     policy = run.load(p.start, p.task)
     run.hold(policy=policy)
@@ -251,7 +255,7 @@ def learn_preferences(p, run):
     helpers = feedback.frozen_records("to answer and compare", **models)
     pairs = writer.pairs(o.comparisons, "comparisons", p.split)
     if not pairs:
-        raise Stopped("no two answers to a prompt differed and ended, so nothing can be compared")
+        raise Stopped("no prompt got two different answers that ended, so none can be compared")
     labels = ai_label(*p.judge.compare(pairs), o.clamp).tolist()
     rows = [data.Graded(x.prompt, x.a, x.b, p=label) for x, label in zip(pairs, labels)]
     held_out = writer.pairs(o.eval_prompts, "held out", "test")
@@ -315,13 +319,13 @@ def summary(p):
     if rows:
         x = max(rows, key=lambda row: len(row.critique))
         ab, ba = p.judge.compare([x])
-        print(f"\nof {len(rows)} held-out answers the one with the longest critique:\n{x.prompt}")
+        print(f"\nthe longest of {len(rows)} critiques of held-out answers:\n{x.prompt}")
         texts = {"answer": x.a, "principle": x.principle, "critique": x.critique, "revision": x.b}
         for name, text in texts.items():
             print(f"  {name:>9} | {printable(text)}")
         orders = f"{ab.softmax(1)[0, 1]:.3f} as option B, {ba.softmax(1)[0, 0]:.3f} as option A"
         better = 1 - ai_label(ab, ba)[0]
-        print(f"  P(the revision is better), by the judge: {better:.3f} ({orders})")
+        print(f"  the judge's P(the revision is better): {better:.3f} ({orders})")
     print(flush=True)
 
 

@@ -7,17 +7,17 @@
     m            batch.mask                 (B, T), True on the response and its end token
     log π_θ      logp                       (B, T), nats per token, 0 off the mask
 
-Both sums run over the whole optimizer step: every response token weighs the same, however the batch
-is cut. The other methods, except ORPO and RLAIF, start from its model.
+Both sums run over the whole optimizer step, so every response token has the same weight, however
+the batch is cut into micro-batches. All other methods except ORPO and RLAIF start from this model.
 
 Models in memory: 1 (policy, trained). Data: (prompt, completion).
-Departures from the paper: no dropout and no loss on the prompt. One end token follows every
-response that was not cut.
+Departures from the paper: 1. there is no dropout; 2. there is no loss on the prompt. Every response
+that was not cut ends with one end token.
 
     python sft.py                               reviews, from random weights, half a minute
     python sft.py --task arithmetic:2           sums of two digits; --task exact: 40 outcomes
     python sft.py --task my.jsonl --block-size 1024 --truncate
-    python sft.py --task chats.jsonl --turns all    every answer of a conversation, not the last one
+    python sft.py --task chats.jsonl --turns all    every answer of a chat, not only the last
     python sft.py --task my.jsonl --init out/reviews/sft.pt
 """
 
@@ -34,19 +34,19 @@ from training.held_out import nll_per_token
 
 
 def nll(logp):
-    """Negative log-likelihood. logp: (B, T) token log-probs in nats, 0 if it is not trained.
-    Returns (B,) sums, nats."""
+    """Negative log-likelihood. logp: (B, T) token log-probs in nats, 0 for tokens that are not
+    trained on. Returns (B,) sums, in nats."""
     return -logp.sum(1)
 
 
 @dataclass
 class Options(ScratchOptions):
-    turns: str = opt("last", 'the answers of "messages" that are trained', choices=("last", "all"))
+    turns: str = opt("last", 'answers of "messages" that are trained on', choices=("last", "all"))
 
 
 SMALL = dict(n_layer=2, n_embd=64, block_size=8)
 
-PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
+PRESETS = {  # defaults for any task, for a kind of task, for an option's value; the last match wins
     "any": dict(steps=500, lr=4e-3, warmup=50),
     "arithmetic": dict(steps=1600, batch_size=64, lr=2e-3),
     "exact": SMALL | dict(steps=1000, batch_size=4096, lr=2e-3, lr_schedule="linear"),

@@ -10,9 +10,10 @@
     β, γ                         beta, gamma                 the option is γ/β, nats per token
 
 Models in memory: 1 (policy, trained). Data: (prompt, chosen, rejected).
-Departures from the paper: 1. a learning rate for toy models; 2. --sft-weight w adds w times the
-negative log-likelihood of the chosen answer, a mean over its tokens. CPO (arXiv:2401.08417) takes
-sums, γ = 0 and that term; CPO-SimPO, with means, is --gamma-beta-ratio 0 --sft-weight 1.
+Departures from the paper: 1. the default learning rates suit toy models; 2. --sft-weight w adds w
+times the negative log-likelihood of the chosen answer, averaged over its tokens. CPO
+(arXiv:2401.08417) has that term too, with γ = 0 and with sums instead of means; its variant with
+means, CPO-SimPO, is --gamma-beta-ratio 0 --sft-weight 1.
 
     python simpo.py --beta 2                    film reviews; trains out/reviews/sft.pt if missing
     python simpo.py --gamma-beta-ratio 0.25
@@ -35,8 +36,8 @@ from training.held_out import pair_accuracy
 
 def simpo_loss(logp_w, logp_l, len_w, len_l, beta=2.0, gamma=1.0):
     """SimPO, arXiv:2405.14734. logp_*: (B,) log-probs of responses, sums over their tokens, in
-    nats. len_*: (B,) response tokens. beta: β > 0; gamma: γ ≥ 0, the margin itself, not its ratio
-    to β. Returns (B,) losses. For equal answers it is -log σ(-γ)."""
+    nats. len_*: (B,) response tokens. beta: β > 0. gamma: γ ≥ 0, the margin itself, not its ratio
+    to β. Returns (B,) losses; for two equal answers the loss is -log σ(-γ)."""
     assert logp_w.shape == logp_l.shape == len_w.shape == len_l.shape, "four (B,) tensors"
     return -F.logsigmoid(beta * (logp_w / len_w - logp_l / len_l) - gamma)
 
@@ -50,7 +51,7 @@ class Options(PairOptions):
     sft_weight: float = opt(0.0, "weight of the mean NLL of chosen's tokens", low=0)
 
 
-PRESETS = {  # defaults for any task, a kind of task, an option's value; the last match wins
+PRESETS = {  # defaults for any task, for a kind of task, for an option's value; the last match wins
     "any": dict(steps=150, lr=3e-4),
     "exact": dict(
         gamma_beta_ratio=0.25, steps=2000, batch_size=4096, lr=5e-4, lr_schedule="linear"

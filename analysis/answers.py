@@ -1,4 +1,4 @@
-"""The answers of several checkpoints to the same held-out prompts, to be read side by side."""
+"""Collects the answers of several checkpoints to the same held-out prompts, side by side."""
 
 import torch
 
@@ -11,8 +11,8 @@ PROMPTS = 10
 
 def answers(path, task, o, n=PROMPTS):
     """Samples one response of a checkpoint to each of n test prompts, at temperature 1 and --seed.
-    -> [{"prompt", "text", "tokens", "ended", "reward"}]. tokens counts the end token; reward is the
-    task's own, None if it has none."""
+    -> [{"prompt", "text", "tokens", "ended", "reward"}]. tokens includes the end token; reward is
+    that of the task, or None."""
     run = Compute(o)
     model, tokenizer, meta = checkpoint.load(path)
     run.tokenizer, longest = tokenizer.with_chat(None, {}), meta["max_new_tokens"]

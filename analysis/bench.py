@@ -1,17 +1,17 @@
-"""Measures the scripts' speed: CPU time and memory of a step beside the floor of its arithmetic.
+"""Measures the CPU time and memory of each script's step, beside the floor of its arithmetic.
 
     python -m analysis.bench                       every script, sampling, long prompts
     python -m analysis.bench --n-embd 256          the same with a wider model
     python -m analysis.bench --vocab-size 50257    the same with the vocabulary of GPT-2
-    python -m analysis.bench --only head           the head alone; or ragged, rollout, decode
+    python -m analysis.bench --only head           only the head; or ragged, rollout, decode
     python -m analysis.bench --peers               TRL and transformers on the same shapes, in turn
 
 The floor is the time that the matrix products of a step would take at the rate of a large float32
-product, which is measured first: for N weights 2N FLOPs per token forward and 4N backward, and
-attention, before anything is shared or skipped. A small product never reaches that rate; a step
-that shares prompts can stay below its floor. Times are CPU time of one thread, medians of --repeats
-processes, which take turns so that a noisy machine disturbs all alike. --peers needs trl and
-transformers.
+product, which is measured first. It counts attention and, for N weights, 2N FLOPs per token in the
+forward pass and 4N in the backward pass, before anything is shared or skipped. A small product
+never reaches that rate, but a step that shares prompts can stay below its floor. Times are CPU time
+of one thread, as medians of --repeats processes, which take turns so that a noisy machine disturbs
+all of them alike. --peers needs trl and transformers.
 """
 
 import base64
@@ -107,7 +107,7 @@ class Options:
     def check(self):
         for row in self.methods:
             if row not in ROWS:
-                raise UserError(f"--methods {row}: no such row; there are {', '.join(ROWS)}")
+                raise UserError(f"--methods {row}: no such row; give some of {', '.join(ROWS)}")
         if self.n_embd % self.n_head:
             raise UserError(f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}")
         if self.peers:
@@ -146,8 +146,8 @@ def rate(n=1536, dtype=torch.float32, device="cpu", now=time.process_time):
 
 
 def head(M, V, C):
-    """The head alone, forward and backward pass. -> CPU ms and bytes at the peak, and those of the
-    formula by autograd"""
+    """Measures only the head, forward and backward pass. -> CPU ms and bytes at the peak, of this
+    head and of the formula by autograd"""
     h, W = torch.randn(M, C, requires_grad=True), (0.02 * torch.randn(V, C)).requires_grad_()
     target, found = torch.randint(V, (M,)), {}
     ways = {
@@ -275,8 +275,8 @@ def run_all(o, folder):
 
 
 def write_vocabulary(folder, size):
-    """Writes a vocabulary of that many tokens: the bytes, and strings that are in no text; the end
-    token is the last. -> the name of the file"""
+    """Writes a vocabulary of that many tokens: the bytes, strings that occur in no text, and last
+    the end token. -> the name of the file"""
     words = [bytes([b]) for b in range(256)]
     words += [b"\xff" + i.to_bytes(3, "big") for i in range(size - 257)]
     lines = (f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words))
@@ -313,7 +313,7 @@ def run(command, folder):
 
 
 def process(command, folder, limit=None):
-    """Runs a command as a process of one thread, for so many seconds at most. -> the process"""
+    """Runs a command as a process of one thread, with a limit in seconds. -> the process"""
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     env |= {"PYTHONPATH": os.pathsep.join(paths)} | against_trl.OFFLINE
@@ -322,7 +322,7 @@ def process(command, folder, limit=None):
 
 
 def last_line(done):
-    """A process that has failed -> the last line of what it said"""
+    """A process that has failed -> the last line of its output"""
     return (done.stderr.strip().splitlines() or ["it was killed"])[-1]
 
 

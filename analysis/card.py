@@ -1,22 +1,22 @@
-"""Measures what nanoPO does on a GPU, the first time there is one.
+"""Measures nanoPO on a GPU, as soon as there is one.
 
     python -m analysis.card                          everything, into out/card; prints the tables
     python -m analysis.card --only 124m kernels      some of the parts
     python -m analysis.card --small --device cpu     a dry run with tiny sizes, without a GPU
 
     scripts     every script in several precisions: its losses beside the CPU's, exit code, time
-    waits       how often the host waits for the GPU in the second step, and where
+    waits       how often and where the host waits for the GPU in the second step
     sampling    tokens per second, step by step and by a captured graph
     124m        SFT and DPO of GPT-2's smallest size, beside a plain padded loop and beside TRL
-    memory      bytes at the peak beside those that are predicted
+    memory      bytes at the peak, beside the predicted bytes
     kernels     where the time of a DPO step goes, and which kernel attends
 
-A part is a process of its own with a limit of time. A row that fails ends its process and says so;
-the next process goes on with the rest. What is measured stays in --out, so that the same command
-measures what is missing, and prints all of it.
-Time: at most 10 minutes, the sum of the limits. That is an estimate for one card of 80 GB, as none
-was at hand: about 130 short runs at 1 to 2 s each, 11 compilations at 10 s, and some 40 figures of
-a 124M model, of which each takes less than 5 s at a third of the card's rate.
+Each part runs in a process of its own with a time limit. If a row fails, its process ends with a
+message, and the next process goes on with the rest. The measurements stay in --out, so the same
+command measures only what is missing, and prints all of it.
+Time: at most 10 minutes, the sum of the limits. This is an estimate for one card of 80 GB, made
+without one: about 130 short runs at 1 to 2 s each, 11 compilations at 10 s, and some 40 figures of
+a 124M model, each of which takes less than 5 s at a third of the card's rate.
 """
 
 import json
@@ -50,7 +50,7 @@ PARTS = {  # -> (what measures, limit in seconds, what its table shows)
 @dataclass
 class Options:
     only: tuple = opt((), "which parts (default: all)")
-    out: str = opt("out/card", "folder of what is measured")
+    out: str = opt("out/card", "folder of the measurements")
     device: str = opt("auto", "cpu, cuda, cuda:1")
     small: bool = opt(False, "tiny sizes: a dry run")
     again: bool = opt(False, "measure these parts anew")
@@ -58,7 +58,7 @@ class Options:
 
     def check(self):
         if wrong := set(self.only) - set(PARTS):
-            raise UserError(f"--only {min(wrong)}: no such part; there are {', '.join(PARTS)}")
+            raise UserError(f"--only {min(wrong)}: no such part; give some of {', '.join(PARTS)}")
 
     def begin(self):
         """Sets the device and the sizes."""
@@ -91,8 +91,8 @@ def add(file, **line):
 
 
 def complete(o, part):
-    """Measures what a part lacks, in one process after the other until none fails or the time is
-    over. -> the lines of its file"""
+    """Measures the missing rows of a part, in one process after the other until none fails or the
+    time is over. -> the lines of its file"""
     file, limit, start = o.folder / f"{part}.jsonl", PARTS[part][1], time.time()
     lines = parsed(file) if file.exists() and not o.again else []
     if lines and "seconds" in lines[-1]:
@@ -150,7 +150,7 @@ def main(argv=None):
         say(f"\n{PARTS[part][2]}:\n\n{table(rows_of(lines))}")
         failed += [part] * any("failed" in line for line in lines)
     if failed:
-        raise Stopped(f"failed: {', '.join(failed)}; the same command tries again what has failed")
+        raise Stopped(f"failed: {', '.join(failed)}; the same command tries these again")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What analysis.card measures. A part is a function that yields (row, column, a function that gives
-cells of the row): what is set up before the first row is all parts' own, and each row can fail
-alone. o: the Options of the card. A part's process runs in a folder for what its runs write.
+"""The parts that analysis.card measures. A part is a generator of (row, column, a function that
+gives cells of the row). All rows of the part share what it sets up before the first one, and each
+row can fail alone. o: the Options of the card. The process of a part runs in a folder for the files
+of its runs.
 """
 
 import contextlib
@@ -56,8 +57,8 @@ GPT2 = "--dtype bfloat16 --warmup 1 --eval-prompts 2 "
 
 
 def ran(name, arguments, path, device):
-    """Runs a script in this process, in silence. -> its record: the first line, the lines of its
-    steps, its closing figures"""
+    """Runs a script in this process, without output. -> its record: the first line, the lines of
+    its steps, its closing figures"""
     gc.collect()  # what an earlier run held is not in the peak of this one
     argv = [*arguments.split(), "--device", str(device), "--out", path]
     with contextlib.redirect_stdout(io.StringIO()), locks.given_back():
@@ -66,7 +67,7 @@ def ran(name, arguments, path, device):
 
 
 def milliseconds(o, f):
-    """-> how long f takes, a mean of five"""
+    """-> the time that f takes, a mean of five"""
     now = clock_of(o.place)
     f()
     began = now()
@@ -86,8 +87,8 @@ def scripts(o):
 
 
 def make_starts():
-    """Writes what the runs start from: a small model that ends some responses early, a reward
-    model, and a model with RLAIF's skills."""
+    """Writes the checkpoints that the runs start from: a small model that ends some responses
+    early, a reward model, and a model with RLAIF's skills."""
     if not Path("skilled.pt").exists():
         ran("sft", f"{SHORT} {CASES['sft']} --steps 100", "start.pt", "cpu")
         ran("reward_model", SHORT + CASES["reward_model"], "judge.pt", "cpu")
@@ -140,7 +141,7 @@ def in_step(number, watching):
 
 @contextlib.contextmanager
 def debugged():
-    """-> a list of warnings, with those of torch that the host waits"""
+    """-> a list of warnings, including torch's warnings that the host waits"""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -243,7 +244,8 @@ def trl_step(o, job, start):
 
 
 def plain_step(o, job, start):
-    """A loop without packing: every token passes every layer, and the head gives all its logits."""
+    """A loop without packing: every token goes through every layer, and the head computes logits
+    for all of them."""
     model, ref = (load(start)[0].to(o.place) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
     P, dpo = job["prompt"], job["name"] == "dpo"

@@ -1,5 +1,5 @@
-"""Small experiments for analysis.questions: runs of the scripts, which are kept under
-out/questions, and figures read from them."""
+"""Small experiments for analysis.questions: runs scripts, keeps the runs under out/questions, and
+reads figures from them."""
 
 import contextlib
 import importlib
@@ -25,9 +25,10 @@ TOLD = []  # the commands of a question, as the reader types them
 
 
 def run(command, seed=0, **paths):
-    """Runs a command as "dpo.py --task exact" with a seed, from its task's start, unless its record
-    exists. paths: checkpoints that replace those in the command, as reward=… that of --reward rm.
-    -> the run's path, its options, the figures of its steps, of its evaluations, and of its end"""
+    """Runs a command such as "dpo.py --task exact" with a seed, from the task's start, unless its
+    record exists. paths: checkpoints that replace those in the command; reward=… replaces that of
+    --reward rm. -> the run's path, its options, the figures of its steps, of its evaluations, and
+    of its end"""
     script, *argv = command.split()
     if script not in ("sft.py", "orpo.py"):
         argv += ["--init", start("exact" if "exact" in argv else "reviews")]
@@ -55,7 +56,7 @@ def start(task):
 
 
 def rows_read(done):
-    """-> the rows that a run has trained on"""
+    """-> the rows that a run trained on"""
     return done.options["steps"] * done.options["batch_size"]
 
 

@@ -1,8 +1,8 @@
-"""Which setting of each method fits a card: python compare.py --predict FOLDER --card 24
+"""Finds the setting of each method that fits a card: python compare.py --predict FOLDER --card 24
 
-The settings are tried from the strongest on. What changes no number comes first: activations that
-are made again, smaller micro-batches. Then moments of 8 bits, bfloat16 weights, and at last
-adapters. A setting whose models alone do not fit is passed over without a prediction.
+The settings are tried in this order. First come those that change no number: recomputed
+activations, smaller micro-batches. Then come moments of 8 bits, bfloat16 weights, and at last
+adapters. If the models of a setting do not fit, it is skipped without a prediction of its step.
 """
 
 import time
@@ -41,8 +41,8 @@ SETTINGS = (
 
 
 def strongest(row, o, task, config):
-    """-> (the first setting of a row that fits o.card GB, its entry as predict.ask gives it, its
-    command), or None"""
+    """-> (the first setting of a row that fits o.card GB, its entry from predict.ask, its command),
+    or None"""
     smallest = 2 if EVERY[row].pairs else 1
     for setting in SETTINGS:
         micro = smallest if setting.small else 0
@@ -59,14 +59,14 @@ def strongest(row, o, task, config):
 
 
 def held(row, argv, task, config, optimizer):
-    """-> the bytes of a row's models alone: weights, gradients and moments"""
+    """-> the bytes of only the models of a row: weights, gradients and moments"""
     options = predict.options(row, "--task", task, *argv)
     models = predict.outlines(EVERY[row].models.split(), options, config, Compute(options))
     return sum(m["bytes"] for m in memory.records(models, optimizer))
 
 
 def command(row, o, argv, setting):
-    """-> what to type"""
+    """-> the command to type"""
     start = o.predict if o.predict not in ("own", *predict.SIZES) else "FOLDER"
     words = ["python", f"{EVERY[row].script}.py", "--init", start]
     words += ["--task", "ROWS.jsonl"] if row != "rlaif" else []
@@ -77,7 +77,7 @@ def command(row, o, argv, setting):
 
 
 def table_of(o):
-    """Predicts what is needed of each of the rows. -> (the table, its entries, as plain facts)"""
+    """Makes the predictions that the table needs. -> (the table, its entries as plain facts)"""
     task, config = predict.settings(o)
     lines, found = [], []
     for row in o.methods:

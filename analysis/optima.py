@@ -1,12 +1,12 @@
-"""What each method aims at on `exact`: the distribution that minimises its population loss. GRPO's
-KL penalties per token are no loss's gradient; there it is the policy at which the mean gradient
-vanishes.
+"""Computes the optimum of each method on `exact`: the policy that minimises its population loss.
+GRPO's KL penalties per token are not the gradient of a loss; for them the optimum is the policy at
+which the mean gradient vanishes.
 
-There is no model and no sampling: a policy is a table of log-probs (4 prompts, 40 outcomes) in
-float64, and the population is the task's own tables: `pairs` (x, w, l) and `labels` (x, y,
-[undesirable, desirable]), each summing to 1. Descent on the table finds the minimum; DPO's is known
-in closed form, and KTO's infimum lies on the boundary (`kto_limit`). The losses are written here
-from their formulas, not taken from the scripts, so that the two check one another.
+There is no model and no sampling. A policy is a table of log-probs (4 prompts, 40 outcomes) in
+float64, and the population is the tables of the task: `pairs` (x, w, l) and `labels` (x, y,
+[undesirable, desirable]), each of which sums to 1. Descent on the table finds the minimum. DPO's is
+known in closed form, and KTO's infimum is on the boundary (`kto_limit`). The losses are written
+here from their formulas, not taken from the scripts, so that the two check each other.
 
     u = log π/π_ref, n = response tokens, all of (y); w, l = chosen, rejected; E is over the pairs
     dpo      E[- (1-ε) log σ(βh) - ε log σ(-βh)],  h = u_w - u_l       ε = 0: π*, whatever the pairs
@@ -80,8 +80,8 @@ def orpo(log_p, pairs, n, lam):
 
 
 def kto(log_p, log_ref, labels, beta, w_desirable=1.0, w_undesirable=1.0, z=None):
-    """z: the reference point ẑ; by default that of the population, max(0, mean of u over pairs of a
-    prompt and another prompt's answer)."""
+    """z: the reference point ẑ. By default it is that of the population: max(0, mean of u over
+    pairs of a prompt and an answer to another prompt)."""
     u = log_p - log_ref
     if z is None:
         answers = labels.sum(2)  # (x, y), 1/4 per prompt
@@ -102,8 +102,8 @@ def _difference(s):
 
 
 def minimise(loss, start, iterations=2000, converged=True):
-    """-> the log-probs (x, y) at the minimum of loss(log_p), by L-BFGS on the table of logits, from
-    `start`. Raises NoOptimum if `converged` is wanted and the gradient has not vanished."""
+    """-> the log-probs (x, y) at the minimum of loss(log_p), found by L-BFGS on the table of logits
+    from `start`. With `converged`, raises NoOptimum if the gradient has not vanished."""
     theta = start.detach().clone().requires_grad_()
     limits = {"max_iter": iterations, "max_eval": 2 * iterations, "history_size": 50}
     limits |= {"tolerance_grad": 1e-10, "tolerance_change": 0.0}
@@ -201,10 +201,11 @@ def own_minimum(loss, beats, log_p, rounds=200):
 
 def optimum(task, log_ref, method, o):
     """-> (the method's population loss as a function of log-probs (4, 40), the log-probs at its
-    minimum), with a checkpoint's options `o`. The loss is None if the point is known, but minimises
-    no loss. Returns None for a fixed set of rows, which has another optimum; for losses not written
-    above (robust DPO, made for flipped labels; an added SFT term; KTO at β ≥ 1; advantages divided
-    by std; γ below 1); if the loss needs a π_ref and log_ref is None; if no minimum is found."""
+    minimum), with a checkpoint's options `o`. The loss is None if the point is known but minimises
+    no loss. Returns None in these cases: a fixed set of rows, which has another optimum; a loss not
+    written above (robust DPO, which is for flipped labels; an added SFT term; KTO at β ≥ 1;
+    advantages divided by std; γ below 1); a loss that needs π_ref if log_ref is None; a loss whose
+    minimum is not found."""
     find = FIND.get(method)
     if find and not (log_ref is None and "ref" in EVERY[method].models.split()):
         with suppress(NoOptimum):
@@ -271,7 +272,7 @@ def _grpo(task, log_ref, o):
         return None
     if o.kl == "reward":
         return _j(task, log_ref, o.beta)
-    if o.adv_norm == "batch":  # β is another at every step
+    if o.adv_norm == "batch":  # β differs at every step
         return None
     beta = o.beta
     if o.adv_norm == "none":  # r - mean is (G-1)/G of the leave-one-out advantage
@@ -304,7 +305,7 @@ def _j(task, log_ref, beta):
 
 
 def _lengths(task, ones=False):
-    """-> (40,) the number of tokens of each outcome; or ones, if the loss has sums, not means"""
+    """-> (40,) the number of tokens of each outcome, or ones if the loss has sums, not means"""
     return torch.tensor(
         [1 if ones else min(len(y) + 1, task.max_new_tokens) for y in task.outcomes]
     )

@@ -9,7 +9,7 @@ from data.ours import refuse_others
 
 
 def writes(folder, *names):
-    """Refuses, before anything runs, to replace what these scripts did not write."""
+    """Refuses, before anything runs, to replace files that these scripts did not write."""
     for name in names:
         refuse_others(f"--out {folder}", folder / name)
 
@@ -22,7 +22,7 @@ def write(path, text):
 
 
 def publish(folder, record, text, pictures, more=(), shown=""):
-    """Writes a report and its pictures, and prints it. shown: what is printed in its place"""
+    """Writes a report and links to its pictures, and prints it. shown: text to print instead"""
     write(folder / "compare.json", json.dumps(record, indent=1))
     links = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
     write(folder / "README.md", f"# {record['command']}\n\n{text}\n{links}")

@@ -263,7 +263,7 @@ def stacked(plt, rows, unit, name, marks=(), parts=HATCH):
 
 
 def entropy(plt, lines):
-    """Reward against entropy over the steps of GRPO and DAPO"""
+    """Plots reward against entropy over the steps of GRPO and DAPO"""
     if not lines:
         return None
     figure, axes = plt.subplots(figsize=(6, 4.5))
@@ -280,8 +280,8 @@ def entropy(plt, lines):
 
 
 def trends(plt, lines):
-    """Loss, reward and KL over the sequences trained on: means over seeds, and a band from the
-    least to the greatest."""
+    """Plots loss, reward and KL over the sequences trained on: means over seeds, and a band from
+    the smallest to the largest."""
     if not lines:
         return None
     names = ("loss on what is trained on", "reward", "KL(π‖π_ref), nats", "KL(π‖π*), nats")

@@ -1,4 +1,4 @@
-"""A plugin of pytest: runs tests with a bug of break_it.py or a mistake of mistakes.txt in place.
+"""A pytest plugin that runs tests with a bug of break_it.py or a mistake of mistakes.txt in place.
 
     python -m pytest -p analysis.plugin --break-it wrong_kl_sign tests/test_losses.py
     python -m pytest -n0 -p analysis.plugin --break-it every tests/test_steps.py
@@ -17,7 +17,7 @@ from analysis.mistakes import MISTAKES
 from data import UserError
 
 ALL = BUGS | MISTAKES
-SEEN = AssertionError, pytest.fail.Exception, UserError  # what a test raises that catches a mistake
+SEEN = AssertionError, pytest.fail.Exception, UserError  # raised by a test that catches a mistake
 
 
 def pytest_addoption(parser):
@@ -50,7 +50,7 @@ class Every:
         items[:] = filter(self.wanted, items)
 
     def wanted(self, item):
-        """Whether the item's test has mistakes, and its parameters are those that they name"""
+        """Whether mistakes name the item's test with its parameters"""
         name = item.callspec.params.get("planted_mistake")
         test = ALL[name].test if name in ALL else ""
         return name in (*ALL, "none") and test.partition("[")[2].rstrip("]") in item.name

@@ -1,8 +1,9 @@
 """Predicts the memory of a step at any size: runs the scripts' own losses on fake tensors.
 
-A fake tensor has a shape, but no numbers. Models, batch and AdamW's moments are made of them, and
-training.memory counts one optimizer step, as it counts a run's second step. rows.py says which
-models a script holds; this file says what its loop makes around compute_loss.
+A fake tensor has a shape, but no numbers. The models, the batch and AdamW's moments are made of
+fake tensors, and training.memory counts one optimizer step, as it counts the second step of a run.
+rows.py names the models that a script holds; this file knows what its loop makes around
+compute_loss.
 """
 
 import contextlib
@@ -56,8 +57,8 @@ def predict(row, o, config, ranks=1, shard=False):
 
 @contextlib.contextmanager
 def pretended(ranks):
-    """Makes this process the first of so many for the body of a with statement; messages between
-    them do nothing."""
+    """Makes this process the first of `ranks` processes for the body of a with statement. Messages
+    between them do nothing."""
     import torch.testing._internal.distributed.fake_pg as fake
 
     distributed.mesh.cache_clear()
@@ -129,8 +130,8 @@ def options(row, *argv):
 
 
 def outlines(held, o, config, compute):
-    """held: as ["policy*", "ref"], * is trained -> {role: model}, with shapes but no storage. There
-    is a reward model only if the options make one the judge."""
+    """held: a list such as ["policy*", "ref"], in which * marks trained models -> {role: model},
+    with shapes but no storage. There is a reward model only if the options make one the judge."""
     reward = getattr(o, "reward", "rm")
     models = {}
     for name in held:
@@ -163,7 +164,7 @@ def labelled(method, o, task, tokenizer, block_size):
 
 
 class Sampled:
-    """A step of a script that samples: its prompts, responses as long as they may get, and the
+    """A step of a script that samples: its prompts, responses of the greatest length, and the
     micro-batches of both."""
 
     def __init__(self, method, o, prompts, response, ranks):
@@ -189,7 +190,7 @@ class Sampled:
         assert all(part.tokens for part in self.drawn + self.share)  # packed, of real numbers
 
     def rollout(self, group):
-        """-> a Rollout with `group` responses per prompt, as it comes from sampling"""
+        """-> a Rollout with `group` responses per prompt, as sampling returns it"""
         digits = torch.Generator().manual_seed(0)
         answers = torch.randint(10, (group * len(self.prompts), self.response), generator=digits)
         prompts = [tuple(prompt) for prompt in self.prompts for _ in range(group)]
@@ -220,7 +221,7 @@ class Sampled:
         return rollout | self.columns(rollout), (self.batch(part) for part in self.share)
 
     def sample(self, policy, compute):
-        """Allocates what `sampling.sample` holds at the last token."""
+        """Allocates the tensors that `sampling.sample` holds at the last token."""
         n, lengths = len(self.prompts) * self.group, [len(prompt) for prompt in self.prompts]
         uniform = torch.empty(n, self.response)
         _kept = torch.zeros(n, self.response).long(), torch.ones(n, self.response)
@@ -256,7 +257,7 @@ def fake(x):
 
 
 def cut(rollout, size, tokens=0):
-    """Yields `size` rows at a time (0: all), as many as have at most so many tokens (0: any)."""
+    """Yields at most `size` rows at a time (0: all), with at most so many tokens (0: any)."""
     for part in distributed.cut(len(rollout), size or len(rollout), lengths(rollout), tokens):
         yield rollout[part]
 
@@ -344,10 +345,10 @@ def ask(
 
 
 def fits_on(card, size):
-    """Whether so many bytes leave room on a card of so many GB"""
+    """Whether a step of that many bytes fits a card of that many GB, with room to spare"""
     return size / 2**30 + SPARE <= card
 
 
 def fits(size):
-    """Bytes -> the smallest card that holds them"""
+    """Bytes -> the smallest card that has room for them"""
     return next((f"{card} GB" for card in CARDS if fits_on(card, size)), "none")

@@ -1,8 +1,8 @@
-"""Writes one HTML page that holds everything: figures, pictures and answers.
+"""Writes one HTML page with all results: figures, pictures and answers.
 
-The page loads nothing: pictures are embedded, and so is the script that sorts the table. This file
-gathers what the page shows as lists and dicts; report.html.jinja writes it, and escapes every text
-that a model or a file wrote. Only the last part of a path is shown.
+The page loads nothing: the pictures and the script that sorts the table are embedded. This file
+collects the contents of the page as lists and dicts. report.html.jinja writes them, and escapes
+every text that comes from a model or a file. Only the last part of a path is shown.
 """
 
 import base64
@@ -91,7 +91,7 @@ def shown(x):
 
 
 def slug(name):
-    """-> a name that fits into an address: "KL, nats" is kl-nats"""
+    """-> a name that can be part of an address: "KL, nats" becomes kl-nats"""
     return re.sub(r"\W+", "-", name.lower()).strip("-")
 
 
@@ -148,8 +148,8 @@ def curves(rows):
 
 
 def chart(name, lines, heights):
-    """lines: [[(step, y), …], …], one for each seed; heights: all y on the same scale -> what a
-    small picture shows"""
+    """lines: [[(step, y), …], …], one for each seed; heights: all y on the same scale -> the
+    contents of a small picture"""
     return {
         "name": name,
         "lines": [thinned(line) for line in lines],

@@ -1,4 +1,4 @@
-"""The rows of a comparison: for each its script, its options and the models that it holds; and the
+"""The rows of a comparison, each with its script, its options and the models that it holds; and the
 commands that a comparison runs."""
 
 import re
@@ -13,12 +13,12 @@ class Row(NamedTuple):
 
     script: str
     data: str  # what it learns from: rows that the task draws, or samples of the policy
-    models: str  # the models it holds, in the order of the record; * is trained
+    models: str  # the models it holds, in the order of the record; * marks trained ones
     look: str  # colour and marker in the pictures
-    arguments: str = ""  # what the row adds to the command line
+    arguments: str = ""  # the row's options on the command line
     strength: str = ""  # the option that limits how far the policy may move
     others: tuple = ()  # other values of that option, for --sweep
-    columns: str = ""  # what the script's loop adds to a rollout, one number per token
+    columns: str = ""  # the columns that the loop adds to a rollout, one number per token
     like: str = ""  # the row that holds the same models
 
     @property
@@ -92,7 +92,7 @@ QUICK = {
 
 
 class Sizes(NamedTuple):
-    """How long a comparison's runs are on a task, and how large their steps"""
+    """The length of a comparison's runs on a task, and the size of their steps"""
 
     budget: int  # the response sequences that a run trains on
     quick: int  # the same with --quick
@@ -136,7 +136,8 @@ def shape(task, row):
 
 
 def longest_context(task):
-    """-> the context that `tokens:P+C` needs: at least 256, the longest response at most half"""
+    """-> the context that `tokens:P+C` needs: at least 256, the prompt and the response together,
+    and twice the response"""
     found = re.fullmatch(r"tokens:(\d+)\+(\d+)", task)
     prompt, response = map(int, found.groups()) if found else (0, 0)
     return max(256, prompt + response, 2 * response)
@@ -146,7 +147,7 @@ def longest_context(task):
 
 
 class Item(NamedTuple):
-    """A run: its name, its row, its command without "python", whether it belongs to the sweep"""
+    """A run: its name, its row, its command without "python", and whether the sweep adds it"""
 
     name: str
     row: str

@@ -131,8 +131,8 @@ def course(steps):
 
 
 def evaluations(runs, per_step):
-    """runs: the lines of steps of each run of a row -> the row's evaluations, each figure a list
-    with one entry per run; the loss is the mean of the steps since the evaluation before"""
+    """runs: the lines of steps of each run of a row -> the evaluations of the row, each figure a
+    list with one entry per run. The loss is the mean over the steps since the last evaluation."""
     out = {}
     for steps in runs:
         losses = []
@@ -176,13 +176,13 @@ def run_of(path):
         final = rest[-1].get("final", {}) if rest else {}
         return first["options"], [line for line in rest if "step" in line], final
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        why = "is no record of a run; give the .jsonl beside a checkpoint"
+        why = "is not the record of a run; give the .jsonl beside a checkpoint"
         raise UserError(f"--records {path} {why}") from None
 
 
 def short(paths):
-    """Paths of records -> short names that differ: their last part, or as many last parts as that
-    needs"""
+    """Paths of records -> short names that differ: the last part of each path, or as many of the
+    last parts as are needed"""
     parts = [os.path.splitext(path)[0].replace(os.sep, "/").split("/") for path in paths]
     for n in range(1, max(map(len, parts)) + 1):
         names = ["/".join(x[-n:]) for x in parts]
@@ -210,7 +210,7 @@ def records(runs):
 
 
 def labels(row, options, final):
-    """-> how many labels of pairs or answers the run has used; None if it learns from
+    """-> the number of labels of pairs or answers that the run has used; None if it learns from
     demonstrations, from a reward of every response, or from a teacher"""
     if EVERY[row].data == "demonstrations" or EVERY[row].grouped:
         return None
@@ -222,7 +222,7 @@ def labels(row, options, final):
 
 
 def table(rows):
-    """rows: [{column: cell}, …] -> a Markdown table, padded so that it can be read as plain text"""
+    """rows: [{column: cell}, …] -> a Markdown table, padded so that it is readable as plain text"""
     head = list(dict.fromkeys(name for row in rows for name in row))
     cells = [head, *([str(row.get(name, "")) for name in head] for row in rows)]
     width = [max(map(len, column)) for column in zip(*cells)]

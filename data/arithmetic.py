@@ -2,7 +2,7 @@
 
 The prompt is "47+85=", the completion "132", the reward 1 or 0. In 40 % of the demonstrations one
 digit is wrong, as in people's answers. A model that imitates them gives about 60 % right answers;
-the others it can only learn from the verifier.
+it can learn the others only from the verifier.
 """
 
 from itertools import product
@@ -24,7 +24,7 @@ class Arithmetic(Toy):
         numbers = range(10 ** (self.digits - 1) if self.digits > 1 else 0, 10**self.digits)
         if self.digits <= 2:
             pairs = product(numbers, repeat=2)
-        else:  # too many to list: a fixed set of 10,000
+        else:  # too many to list, so a fixed set of 10,000
             rng = self._rng("sums", 0, "all")
             pairs = sorted({(rng.choice(numbers), rng.choice(numbers)) for _ in range(10_000)})
         return [(f"{a}+{b}=", {"answer": str(a + b)}) for a, b in pairs]

@@ -1,4 +1,4 @@
-"""From text to tensors: encode, choose a step's rows or prompts, pad."""
+"""From text to tensors: encodes rows, chooses those of a step, and pads them."""
 
 import contextlib
 import random
@@ -17,8 +17,8 @@ from packing import Packed, before, on_device, pack
 
 class Rows:
     """Rows (prompt ids, *answers, *columns), all of one shape: like a list of tuples, but in only 2
-    or 4 bytes per token. The ids of a text are a tuple. A row with columns is a named tuple, whose
-    fields have the columns' names."""
+    or 4 bytes per token. The ids of a text are a tuple. A row with columns is a named tuple whose
+    fields have the names of the columns."""
 
     def __init__(self, rows=()):
         self.make = tuple  # makes a row of its values
@@ -78,11 +78,11 @@ class Rows:
 def encode(rows, tokenizer, block_size, truncate=False, many=False):
     """Turns the texts of rows (prompt, *answers) into tuples of token ids, each answer with its end
     token; labels and numbers stay. Returns (rows, a note). many: the rows are a Rows, and a bar
-    shows the progress if it takes long.
+    shows the progress if this takes long.
 
     If rows do not fit in block_size tokens, a UserError says how many. With `truncate` they are
     cut: first the prompt loses its beginning, down to one token, then each answer loses what is
-    behind block_size. A pair whose answers are equal after that is dropped.
+    beyond block_size. A pair whose answers are then equal is dropped.
     """
     out, long = Rows() if many else [], []
     prompt_ids = lru_cache(4096)(lambda prompt, facts: tuple(tokenizer.prompt(prompt)))
@@ -106,7 +106,7 @@ def encode(rows, tokenizer, block_size, truncate=False, many=False):
     if long and not truncate:
         raise UserError(
             f"{len(long)} of {len(rows)} rows do not fit in {block_size} tokens (the longest has "
-            f"{max(long)}): --truncate cuts them, and sft.py takes a larger --block-size"
+            f"{max(long)}): --truncate cuts them; or give sft.py a larger --block-size"
         )
     if not out:
         remedy = "a larger --block-size keeps more"
@@ -120,7 +120,7 @@ def encode(rows, tokenizer, block_size, truncate=False, many=False):
 
 @contextlib.contextmanager
 def _placed(prompt):
-    """Names the row of a file if its tokenizer, or the chat template there, refuses it."""
+    """If the tokenizer or its chat template refuses a row of a file, the error names the row."""
     try:
         yield
     except UserError as e:
@@ -129,8 +129,7 @@ def _placed(prompt):
 
 
 def _note(rows, *more):
-    """-> the note on rows that were drawn: what became of the other rows of a file, and what more
-    there is to say"""
+    """-> the note on rows that were drawn: what became of the other rows of a file, then `more`"""
     return "\n".join(filter(None, (getattr(rows, "account", ""), *more)))
 
 
@@ -168,13 +167,13 @@ def _room(least, limit):
 
 
 class Batches:
-    """batches[step] -> the rows of that optimizer step. They depend on step and seed alone, so that
-    a resumed run sees the same rows.
+    """batches[step] -> the rows of that optimizer step. They depend only on the step and the seed,
+    so a resumed run sees the same rows.
 
     draw: a task's method demonstrations, preferences, graded or feedback. count: the size of a
     fixed set, which is shuffled anew for each epoch; None for every row of a file; 0 for fresh rows
     at every step. A batch is never larger than the set; the last one of an epoch may be smaller.
-    make(f) -> f(), the rows of a fixed set; if there are many processes, one may make them for all.
+    make(f) -> f(), the rows of a fixed set, which one process may make for all others.
     """
 
     def __init__(self, draw, count, tokenizer, block_size, o, make=lambda f: f()):
@@ -199,13 +198,13 @@ class Batches:
 
 
 class Shuffled:
-    """shuffled[step] -> which rows of a fixed set are the batch of that step"""
+    """shuffled[step] -> the numbers of the rows of a fixed set that are the batch of that step"""
 
     def __init__(self, rows, batch_size, seed):
         self.n, self.seed = len(rows), seed
         self.batch_size = min(batch_size, self.n)
         if batch_size > self.n:
-            set_of = f"the {self.n} rows of the set: every step takes all of them"
+            set_of = f"the {self.n} rows of the set, so every step takes all of them"
             say(f"--batch-size {batch_size} is more than {set_of}")
         rest = self.n % self.batch_size  # a single last row joins the batch before it
         self.per_epoch = self.n // self.batch_size + (rest > 1)
@@ -222,8 +221,8 @@ class Shuffled:
 
 class Prompts:
     """next(prompts) -> the next batch of rows (ids, prompt, columns). The task's training prompts
-    are shuffled anew for each pass. `longest`: the most tokens of a response. A world that is
-    enumerated has few prompts, and a batch has each of them equally often."""
+    are shuffled anew for each pass. `longest`: the most tokens of a response. An enumerated world
+    has few prompts, and a batch has each of them equally often."""
 
     def __init__(self, task, tokenizer, block_size, o, split="train", make=lambda f: f()):
         self.longest, self.cursor = task.longest(o.max_new_tokens, block_size), 0
@@ -251,9 +250,10 @@ class Prompts:
 
 def mismatched(rows, block_size):
     """Rows (prompt, response, …) -> rows (prompt, response to another prompt). Each row takes the
-    response of the next row whose prompt differs; after the last row comes the first. If all
-    prompts are equal, no row is left. If the two do not fit in block_size, the response loses its
-    end. With the prompts a, a, b rows 0 and 1 take the response of row 2, and row 2 that of row 0.
+    response of the next row whose prompt differs; after the last row comes the first. With the
+    prompts a, a, b rows 0 and 1 take the response of row 2, and row 2 takes that of row 0. If all
+    prompts are equal, no row is left. If prompt and response do not fit in block_size, the response
+    loses its end.
     """
     ring = [*rows, *rows]  # in which the first row follows the last
     partner = {}  # place of a row -> place of the next row with another prompt
@@ -268,14 +268,14 @@ def mismatched(rows, block_size):
 
 class Batch(NamedTuple):
     """B unique rows of prompt and response. Each is scored once, and `unfold` copies the scores to
-    all rows that were handed in, so that a row which is there twice costs no more."""
+    all rows that were handed in, so that a repeated row costs nothing."""
 
     ids: torch.Tensor  # (B, T) int64, padded on the right with 0
     mask: torch.Tensor  # (B, T) bool, True = a response token, its end token included
     text: torch.Tensor  # (B, T) bool, True = a token of prompt or response, False = padding
-    inverse: torch.Tensor  # int64, for each row that was handed in: its place among the B
-    columns: dict  # what the rows hold beside their texts: name -> tensor, one entry per row
-    packed: Packed  # which tokens are computed
+    inverse: torch.Tensor  # int64: for each row that was handed in, its index among the B
+    columns: dict  # the other columns of the rows: name -> tensor, one entry per row
+    packed: Packed  # the tokens that are computed
 
     def unfold(self, x):
         """x (B, …), one entry per unique row -> one entry for each row that was handed in"""
@@ -288,13 +288,13 @@ class Batch(NamedTuple):
 
     @property
     def tokens(self):
-        """how many tokens are computed"""
+        """the number of tokens that are computed"""
         return len(self.packed.ids)
 
 
 def pad(rows, device="cpu", ends=False):
     """Rows of (prompt ids, response ids, *columns) -> Batch, for the log-probs of the responses or,
-    with `ends`, for what is read at each row's last token"""
+    with `ends`, for a score at the last token of each row"""
     unique = {}
     texts = rows if len(rows[0]) == 2 else [row[:2] for row in rows]
     inverse = torch.tensor([unique.setdefault(text, len(unique)) for text in texts])
@@ -319,6 +319,6 @@ def pad_pairs(pairs, device="cpu", ends=False):
 
 
 def _columns(rows, first):
-    """-> {name: tensor} of what the rows hold from place `first` on"""
+    """-> {name: tensor} of the columns of the rows from index `first` on"""
     names = getattr(rows[0], "_fields", ())[first:]
     return {name: torch.from_numpy(np.array([getattr(x, name) for x in rows])) for name in names}

@@ -1,4 +1,4 @@
-"""Messages of a file: how these scripts write a prompt of them as text, and where it stands."""
+"""Messages of a file: writes a prompt of them as text, and keeps the place of its row."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ TEMPLATE = {
     "assistant": "Assistant: {}\n\n",
     "tool": "Tool: {}\n\n",
     "answer": "Assistant:",
-    "before": " ",  # what stands before an answer
+    "before": " ",  # between the prompt and an answer
 }
 
 
@@ -19,8 +19,8 @@ class Message(NamedTuple):
 
 
 class Chat(str):
-    """A prompt of messages, or an answer of one. As a string it is what TEMPLATE makes of them, for
-    tokenizers that have no template of their own. place: "path:number" of its row"""
+    """A prompt of messages, or an answer of one message. As a string it is the text that TEMPLATE
+    makes of them, for tokenizers without a template. place: "path:number" of its row"""
 
     columns = ""  # "tools" and other columns that a template may read, as JSON
     conversation = ()  # its messages to the last one, if every answer in it is trained
@@ -32,15 +32,15 @@ class Chat(str):
 
     @property
     def facts(self):
-        """What its tokens depend on, beside the text"""
+        """All that its tokens depend on, apart from the text"""
         return self.messages, self.columns, self.conversation
 
 
 def facts(text):
-    """-> what the tokens of a prompt or an answer depend on, beside its text"""
+    """-> all that the tokens of a prompt or an answer depend on, apart from its text"""
     return getattr(text, "facts", ())
 
 
 def same(a, b):
-    """Whether two answers are one"""
+    """Whether two answers are the same"""
     return a == b and facts(a) == facts(b)

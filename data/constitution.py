@@ -1,8 +1,8 @@
-"""A constitution, and what a model is asked under one of its principles (Constitutional AI,
+"""A constitution, and the questions that a model is asked about its principles (Constitutional AI,
 arXiv:2212.08073).
 
-A dialogue is a list of texts in turn: what the model is asked, what it writes, what it is asked
-next … Each text that the model writes ends with the end token. A question is a dialogue that stops
+A dialogue is a list of texts: what the model is asked, what it writes, what it is asked next, and
+so on. Each text that the model writes ends with the end token. A question is a dialogue that stops
 before the model's turn.
 """
 
@@ -49,8 +49,8 @@ def ask_rating(prompt, answer, principle):
 
 
 def spell(dialogue, tokenizer):
-    """-> (ids, weight) of a dialogue, as tuples. The tokens of each turn of the model share
-    a weight of 1 equally; those of the other turns weigh 0."""
+    """-> (ids, weight) of a dialogue, as tuples. The tokens of each turn of the model share a
+    weight of 1 equally; the tokens of other turns have the weight 0."""
     ids = []
     weight = []
     for turn, text in enumerate(dialogue):

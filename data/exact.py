@@ -2,15 +2,15 @@
 method's distance to it.
 
     x          one of four prompts, strings of the symbols a, b, c
-    y          every string of at most three symbols: 1 + 3 + 9 that end with the end token, and
-               27 of full length, which have none: 40 outcomes (exact:1, at most one symbol: 4)
+    y          one of 40 outcomes, the strings of at most three symbols: 1 + 3 + 9 that end with the
+               end token, and 27 of full length, which have none (exact:1, at most one symbol: 4)
     r(x, y)    the reward, fixed draws from N(0, 1)
     d(y|x)     the distribution of the demonstrations, 0.8 softmax(N(0, 1)) + 0.2 uniform
     π*(y|x)    ∝ π_ref(y|x) exp(r(x, y) / β); every report has β = 0.5, `world_beta`
 
-Pairs are two different demonstrations, labelled by Bradley–Terry from r. All draws are from tables:
+A pair is two different demonstrations, labelled by Bradley–Terry from r. All draws are from tables:
 `pairs` (x, chosen, rejected) and `labels` (x, y, label) hold the probability of every row that can
-be drawn, and each loss's own optimum is computed from them.
+be drawn, and the optimum of each loss is computed from them.
 """
 
 import base64
@@ -32,7 +32,7 @@ class Exact(Toy):
 
     bound = None
     world_beta = 0.5
-    # no prompt is the beginning of another, so no text has two readings
+    # no prompt is the beginning of another, so every text has only one reading
     contexts = ("a", "bb", "bca", "cab")
 
     def __init__(self, longest=3):

@@ -4,11 +4,12 @@ grade_school_math/data of github.com/openai/grade-school-math:
     python -m data.gsm8k train.jsonl example_model_solutions.jsonl
 
     gsm8k_sft.jsonl.gz           prompt, completion: the first 3,000 questions of train.jsonl
-    gsm8k_preferences.jsonl.gz   prompt, chosen, rejected: of each question the first right solution
-                                 with the first wrong one, the second with the second, …
+    gsm8k_preferences.jsonl.gz   prompt, chosen, rejected: per question the first right solution
+                                 with the first wrong one, the second with the second, and so on
     gsm8k_feedback.jsonl.gz      prompt, completion, label: every solution, and whether it is right
 
-train.jsonl alone makes the first. The same files in give the same files out, to the byte.
+If you give only train.jsonl, only the first is made. The same input always gives the same files, to
+the byte.
 """
 
 import argparse

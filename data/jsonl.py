@@ -1,16 +1,16 @@
-"""A task from a JSONL file (.gz too), in the shapes that TRL documents:
+"""Makes a task of a JSONL file (.gz too). Its rows may have these shapes, which TRL documents:
 
     {"prompt", "completion"}               {"prompt", "chosen", "rejected"}
     {"prompt", "completion", "label"}      {"prompt", …}               {"messages"}
 
-Each is a string or a message list [{"role", "content"}]; a content of text parts, [{"type": "text",
-"text"}], is their texts joined. If chosen and rejected begin alike, "prompt" may be left out, or be
-repeated in both. The last of "messages" is the completion, the others are the prompt; if `turns` is
-"all", every answer in it makes a row. A single user message is read as plain text, as a string is.
-A longer chat is rendered by TEMPLATE, or by the checkpoint's own template, which may read more
-columns and keys. A hash puts 5 % of the prompts into the test split. A bad line stops the run with
-file:line. Rows that are well formed but useless (an empty answer, chosen equal to rejected) are
-dropped and counted, or refused if `strict`.
+Each value is a string or a message list [{"role", "content"}]; the parts of a content [{"type":
+"text", "text"}] are joined. If chosen and rejected begin alike, "prompt" may be left out, or be
+repeated in both. The last of "messages" is the completion, and the others are the prompt; if
+`turns` is "all", every answer in them makes a row. A single user message is read as plain text, as
+a string is. A longer chat is rendered by TEMPLATE, or by the template of the checkpoint, which may
+read more columns and keys. A hash puts 5 % of the prompts into the test split. A bad line stops the
+run with file:line. Rows that are well formed but useless (an empty answer, chosen equal to
+rejected) are dropped and counted, or refused if `strict`.
 """
 
 import json
@@ -31,7 +31,7 @@ REASONS = ("empty", "equal", "undesirable", "not drawn")  # why rows are left ou
 class Drawn(list):
     """Rows of a file."""
 
-    account = ""  # of training rows: lines that say what became of every row of the file
+    account = ""  # for training rows: lines that say what became of every row of the file
 
 
 class Jsonl(Task):
@@ -74,7 +74,7 @@ class Jsonl(Task):
             self._note(f"{what} are prompts of {self.name} too: they are trained on")
 
     def _split(self, path):
-        """Moves the test prompts out of train: those with a low hash, at least the lowest one."""
+        """Moves prompts with a low hash, but at least one, from the train to the test split."""
         lines = self.lines["train"]
         prompts = [self._prompt(*line)[0] for line in lines]
         share = {prompt: hash_share(prompt) for prompt in prompts}
@@ -96,8 +96,8 @@ class Jsonl(Task):
         return list(dict.fromkeys(name for _, columns in rows for name in columns))
 
     def lacks(self, column, *types):
-        """-> the place of the first row, of any split, that has no such column, or one of another
-        type; "" if every row has it"""
+        """-> the place of the first row, of any split, that lacks the column or has it with another
+        type; "" if there is no such row"""
         for lines in self.lines.values():
             for place, row in lines:
                 name = "completion" if column == "reference" and column not in row else column
@@ -108,7 +108,7 @@ class Jsonl(Task):
     # ---- what a script draws
 
     def prompts(self, n, seed, split="train"):
-        """-> (prompt, the row's other columns), among which `completion` is called `reference`"""
+        """-> (prompt, the other columns of the row). `completion` is called `reference` there."""
         return self._draw(self._questions, n, seed, split)
 
     def demonstrations(self, n, seed, split="train"):
@@ -121,8 +121,8 @@ class Jsonl(Task):
         return self._draw(self._pairs, n, seed, split)
 
     def graded(self, n, seed, split="train"):
-        """-> Graded pairs. If a row does not give them, its margin is 0, and its p, the probability
-        that chosen is better, is 1"""
+        """-> Graded pairs. Without these columns the margin is 0, and p, the probability that
+        chosen is better, is 1."""
         return self._draw(self._graded, n, seed, split)
 
     def feedback(self, n, seed, split="train"):
@@ -137,8 +137,8 @@ class Jsonl(Task):
 
     def reward(self, prompt, completion, ended=True, answer=None, **columns):
         """-> 1 if the completion is the row's `answer`, else 0; every row must have one
-        (`has_reward`). Spaces around it do not count. An answer that is a number is compared as a
-        number, however the file or the completion spells it: 5, 5.0 and 5e0 are one answer."""
+        (`has_reward`). Spaces around it do not count. If the answer is a number, numbers are
+        compared, not their spelling: 5, 5.0 and 5e0 are one answer."""
         text = completion.strip()
         if isinstance(answer, str):
             return float(ended and text == answer.strip())
@@ -210,7 +210,7 @@ class Jsonl(Task):
             rows.append(Labelled(*self._answers(place, row, "completion"), row["label"]))
         return rows
 
-    # ---- which of them are drawn, and what became of the others
+    # ---- the rows that are drawn, and what became of the others
 
     def _draw(self, rows_of, n, seed, split):
         """-> n of the useful rows of rows_of(split), all of them if n is None"""
@@ -225,7 +225,8 @@ class Jsonl(Task):
         return drawn
 
     def _note_template(self):
-        """Says what a chat template reads beside roles and contents, and what it does not."""
+        """Prints which columns and keys beside role and content the chat template reads, and which
+        it does not."""
         reads, found = self.template.get("reads", ()), {}
         for place, row in self.lines["train"]:
             for name, what in for_template(row).items():
@@ -236,13 +237,13 @@ class Jsonl(Task):
             self._note(f"{place}: {what}: {done if name in reads else lost}")
 
     def _teaches(self, answer):
-        """Whether an answer says anything: a text, or what a chat template reads beside it"""
+        """Whether an answer has any content: a text, or something else that a template reads"""
         reads = self.template.get("reads", ())
         more = [json.loads(x.more or "{}") for x in getattr(answer, "messages", ())]
         return answer.strip() or any(key in reads for keys in more for key in keys)
 
     def _useful(self, rows_of, split):
-        """-> the rows that teach something, {reason: how many others are left out for it}"""
+        """-> (the rows that teach something, {reason: the number of rows left out for it})"""
         rows, kept = rows_of(split), []
         lost = Counter({"undesirable": len(self.lines[split]) - len(rows)})
         for row in rows:
@@ -263,8 +264,8 @@ class Jsonl(Task):
         return kept, lost
 
     def _account(self, used, lost, held_out, lost_there):
-        """-> what became of each row, one line per file. used: how many rows are trained on.
-        held_out: the rows that are held out. lost, lost_there: the others of the two splits"""
+        """-> what became of each row, one line per file. used: the number of rows trained on.
+        held_out: the rows held out. lost, lost_there: the rows left out of the two splits"""
         held, prompts = len(held_out), len({row[0] for row in held_out})
         train, test = f"{used:,} train", f"{held:,} held out ({prompts:,} prompts)"
         n_train, n_test = len(self.lines["train"]), len(self.lines["test"])
@@ -285,7 +286,7 @@ class Jsonl(Task):
 
 
 def account(path, rows, words, lost):
-    """-> a line on the rows of a file. lost: {reason: how many are left out for it}"""
+    """-> a line on the rows of a file. lost: {reason: the number of rows left out for it}"""
     why = ", ".join(f"{lost[reason]:,} {reason}" for reason in REASONS if lost[reason])
     dropped = f", {sum(lost.values()):,} dropped ({why})" if why else ""
     return f"{path}: {rows:,} rows: {words}{dropped}"

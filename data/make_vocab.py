@@ -6,8 +6,8 @@ vocabulary from your own text:
     python -m data.make_vocab
     python -m data.make_vocab my.jsonl.gz --size 2048 --out my.tiktoken
 
-Byte-pair encoding (arXiv:1508.07909) begins with the 256 bytes. The most frequent pair of
-neighbours becomes a new token, again and again.
+Byte-pair encoding (arXiv:1508.07909) begins with the 256 bytes. Again and again, the most frequent
+pair of neighbours becomes a new token.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from data.tokenizer import DEFAULT, PATTERN
 
 
 def toy_texts():
-    """Yields the texts that the committed vocabulary is made of: 20,000 reviews, as many sums, and
-    every fourth of their prompts, which a model only reads."""
+    """Yields the texts of which the committed vocabulary is made: 20,000 reviews, as many sums, and
+    one in four of their prompts, because a model only reads these."""
     for name in ("reviews", "arithmetic:2"):
         rows = task(name).demonstrations(20_000, seed=0)
         yield from (completion for _, completion in rows)
@@ -90,7 +90,7 @@ def main(argv=None):
     out = Path(os.path.realpath(args.out or DEFAULT))
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text("")  # a path that cannot be written stops here, before the work
+        temporary.write_text("")  # a path that cannot be written is refused before the work
         temporary.unlink()
     except OSError as e:
         parser.error(f"--out {args.out} cannot be written ({e.strerror}); give another path")

@@ -1,4 +1,4 @@
-"""The messages of a row, [{"role", "content", …}], and what a chat template reads beside them."""
+"""The messages of a row, [{"role", "content", …}], and the other columns that a template reads."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ def messages_of(place, key, value):
 
 
 def more_of(message):
-    """-> what a message has beside role and content; null says that it has none"""
+    """-> the other keys of a message beside role and content; one that is null counts as absent"""
     return {k: x for k, x in message.items() if k not in ("role", "content") and x is not None}
 
 
@@ -59,7 +59,7 @@ class Turns(list):
 
 
 def turns(row):
-    """-> a row per answer of "messages", the first answer first; [row] if it had none"""
+    """-> one row per answer of "messages", in their order; [row] if it has no "messages" """
     prompt = row.get("prompt")
     if not isinstance(prompt, Turns):
         return [row]
@@ -73,8 +73,8 @@ def turns(row):
 
 
 def column_of(place, name, x):
-    """-> what a chat template reads of a column; it may be written as a text of JSON, as `datasets`
-    needs it if the rows have different tools"""
+    """-> the value of a column for a chat template. It may be JSON as text, which `datasets` needs
+    if the rows have different tools."""
     kind = dict if name == "chat_template_kwargs" else list
     with contextlib.suppress(ValueError):
         x = json.loads(x) if isinstance(x, str) else x
@@ -84,7 +84,7 @@ def column_of(place, name, x):
 
 
 def for_template(row):
-    """-> {name: how a message names it} of what only a chat template reads: columns, the names of
+    """-> {name: a description of it} for all that only a chat template reads: columns, arguments in
     chat_template_kwargs, keys of messages"""
     found = {name: f'the column "{name}"' for name in COLUMNS[:2] if row.get(name)}
     if isinstance(names := row.get("chat_template_kwargs"), dict):

@@ -1,11 +1,11 @@
-"""What is said of a path where nothing is. Loaded only then."""
+"""The message for a path that does not exist. It is loaded only then."""
 
 import difflib
 import os
 
 
 def missing(path, what="no such file"):
-    """-> the message, with the nearest name in the path's folder, if one is near"""
+    """-> the message, with the most similar name in the folder of the path, if there is one"""
     folder, name = os.path.split(path)
     names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
     near = difflib.get_close_matches(name, names, 1)

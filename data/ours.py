@@ -1,11 +1,11 @@
-"""Nothing of the user's is replaced: what lies at a path of ours must be ours, or empty."""
+"""Protects the user's files: these scripts replace only files that they wrote, or empty ones."""
 
 import os
 import re
 
 from data.error import UserError
 
-HEADS = {  # the end of a path -> how the files begin that these scripts write there
+HEADS = {  # the end of a path -> the beginning of files that these scripts write there
     ".pt": rb"PK.*nanopo",
     ".state": rb"PK.*nanopo",
     ".jsonl": rb'\{"method": "[\w-]+", "task": ".*?", "options": \{',
@@ -19,8 +19,9 @@ HEADS = {  # the end of a path -> how the files begin that these scripts write t
 
 
 def refuse_others(option, path, kind=""):
-    """Raises UserError if a file lies at a path that these scripts did not write; an empty file is
-    nobody's. option: where the path comes from. kind: the end that it could have, if not its own"""
+    """Raises UserError if there is a file at `path` that these scripts did not write; an empty file
+    may be replaced. option: where the path comes from. kind: an end of the path that determines the
+    kind of the file, if its own does not"""
     path = str(path)
     try:
         with open(path, "rb") as file:

@@ -4,12 +4,12 @@ same grammar.
     A western, The Crooked Harbor:                                                  the prompt
      The ending is superb, but the dialogue feels wooden. Bring a friend.           the completion
 
-A sentence is a shape with its slots filled. Each word that judges has a value in [-1, 1]. A
-sentence's sentiment is the mean of its values, and the reward is 3 × the mean sentiment per
-sentence: it lies in [-3, 3] and does not depend on length. A sentence that the grammar cannot read,
-or that names another genre than the prompt's, counts -1. A review that is empty or does not end is
-worth -3. Good and bad words are alike in number and strength, so that the mean reward of the
-demonstrations is 0.
+A sentence is a shape with its slots filled. Each word that judges has a value in [-1, 1]. The
+sentiment of a sentence is the mean of these values, and the reward of a review is 3 × the mean
+sentiment of its sentences. So it is in [-3, 3] and does not depend on length. A sentence that the
+grammar cannot read, or that names another genre than the prompt, has the sentiment -1. A review
+that is empty or does not end has the reward -3. Good and bad words have the same number and
+strength, so the mean reward of the demonstrations is 0.
 """
 
 import re
@@ -37,7 +37,7 @@ def worth(value, words):
     return dict.fromkeys(words.split(), value)
 
 
-MILD = 2 / 3  # a strong word is worth 3 of the reward's points, a mild one 2
+MILD = 2 / 3  # a strong word is worth 3 points of reward, a mild one 2
 GOOD = worth(1, "superb brilliant dazzling masterful wonderful unforgettable gripping beautiful")
 GOOD |= worth(MILD, "fresh charming pleasant solid warm clever tidy amusing")
 BAD = worth(-1, "dreadful hopeless unbearable lifeless painful insulting ridiculous awful")
@@ -88,7 +88,7 @@ class Reviews(Toy):
         return [(f"A {genre}, {title}:", {}) for title in titles for genre in GENRES]
 
     def respond(self, rng, prompt, columns):
-        """-> a review in one mood, kind or not: one to three sentences, no shape twice"""
+        """-> a kind or an unkind review of one to three sentences, no shape twice"""
         genre, kind = genre_of(prompt), rng.random() < 0.5
         shapes = rng.sample(SHAPES, rng.choice((1, 2, 2, 3, 3)))
         return "".join(" " + self._fill(rng, text, sign, genre, kind) for text, sign in shapes)
@@ -138,7 +138,7 @@ READERS = [_pattern(text) for text, _ in SHAPES]
 
 
 def parse(review):
-    """-> its sentences, each (shape, sign, [(slot, word)]), or None if no shape fits"""
+    """-> the sentences of a review, each (shape, sign, [(slot, word)]), or None if no shape fits"""
     return [_read(s.strip()) for s in re.findall(r"[^.!?]+[.!?]*|[.!?]+", review)]
 
 
@@ -150,7 +150,7 @@ def _read(sentence):
 
 
 def values(sentence):
-    """-> the judging words of a parsed sentence, each (place among its slots, value in [-1, 1])"""
+    """-> the judging words of a parsed sentence, each (index of its slot, value in [-1, 1])"""
     _, sign, words = sentence
     return [
         (place, sign * value)
@@ -160,7 +160,8 @@ def values(sentence):
 
 
 def sentiment(sentence, genre):
-    """-> that of a parsed sentence, in [-1, 1]; -1 if no shape fits, or for another genre"""
+    """-> the sentiment of a parsed sentence, in [-1, 1]. It is -1 without a shape, or if the genre
+    is another."""
     if not sentence or any(slot == "genre" and word != genre for slot, word in sentence[2]):
         return -1.0
     judged = [value for _, value in values(sentence)]

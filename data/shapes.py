@@ -1,5 +1,5 @@
-"""Reads the rows of a JSONL file, refuses a bad one with file:line, and brings each to one shape: a
-prompt, and answers that do not repeat it."""
+"""Reads the rows of a JSONL file, refuses a bad one with file:line, and converts each to one shape:
+a prompt, and answers that do not repeat it."""
 
 import codecs
 import gzip
@@ -25,7 +25,7 @@ from data.messages import (
 TURN = "\n\nAssistant:"  # where an answer begins in a transcript, as in HH
 FRAME = ".to_json({out!r}, orient='records', lines=True)"
 PARQUET = "a Parquet file; write it as JSONL: pandas.read_parquet({path!r})" + FRAME
-OTHERS = {  # how a file of another kind begins, or how its name ends -> how to make JSONL of it
+OTHERS = {  # the beginning of a file of another kind, or the end of its name -> how to convert it
     "PAR1": PARQUET,
     ".parquet": PARQUET,
     ".csv": "a CSV file; write it as JSONL: pandas.read_csv({path!r}, dtype=str)" + FRAME,
@@ -106,7 +106,7 @@ def _parse(place, line):
             join_parts(place, key, message)
     if "messages" in row and "prompt" not in row:
         row = _last_turn(place, row)
-    if "label" in row and "completion" in row:  # elsewhere a column of the user's own
+    if "label" in row and "completion" in row:  # in other rows it is the user's own column
         x = row["label"]
         if type(x) not in (bool, int, float) or x not in (0, 1):
             raise UserError(f'{place}: "label" must be true or false, not {shorten(json.dumps(x))}')

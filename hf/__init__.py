@@ -1,4 +1,4 @@
-"""Folders of Hugging Face: weights, tokenizer, chat template, and a vocabulary written as theirs.
+"""Reads and writes folders of Hugging Face: weights, tokenizer, chat template, vocabulary.
 
 Nothing here is loaded before a folder is used, and the package transformers is never imported.
 """

@@ -1,10 +1,10 @@
 """The tokens that a checkpoint's files add to its vocabulary.
 
-A token is a control token if any file says so: tokenizer.json, tokenizer_config.json (in its
-`added_tokens_decoder`, or by the name of a role, such as eos_token), or special_tokens_map.json;
-added_tokens.json says it of a token that no other file describes. A token that tokenizer.json lacks
-is added if another file gives the id that comes next. Every other added token is an ordinary word,
-which any text may hold.
+A token is a control token if one of these files says so: tokenizer.json, tokenizer_config.json (in
+its `added_tokens_decoder`, or by the name of a role, such as eos_token), special_tokens_map.json.
+It is also one if only added_tokens.json names it. A token that tokenizer.json lacks is added if
+another file gives it the next free id. Every other added token is an ordinary word, which any text
+may contain.
 """
 
 import re
@@ -25,7 +25,7 @@ def text_of(token):
 
 
 def roles(files):
-    """files: what tokenizer_config.json and special_tokens_map.json hold -> {role: token}"""
+    """files: the contents of tokenizer_config.json and special_tokens_map.json -> {role: token}"""
     said = {role: [text_of(file.get(role)) for file in files] for role in ROLES}
     return {role: next(filter(None, texts), "") for role, texts in said.items() if any(texts)}
 
@@ -84,9 +84,9 @@ def refuse_others(made, facts, ids, name):
 
 
 def refuse_unknown(made, said, tokens, name):
-    """Refuses a template that writes a token which the vocabulary lacks: it would be read letter by
-    letter. said: what it writes around short messages; tokens: those that the files name. Marks
-    such as <|user|> are words if no token has that shape."""
+    """Refuses a template that writes a token which the vocabulary lacks, because it would be read
+    letter by letter. said: the text that it writes around short messages. tokens: those that the
+    files name. If no token has the shape of <|user|>, such marks are words."""
     shaped = set(SHAPED.findall(said)) if any(map(SHAPED.fullmatch, tokens)) else set()
     unknown = shaped | {token for token in tokens if token in said}
     for token in sorted(token for token in unknown if made.token_to_id(token) is None):

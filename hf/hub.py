@@ -1,9 +1,10 @@
-"""Models of a hub by their ids, such as HuggingFaceTB/SmolLM2-135M-Instruct: the one file of these
-scripts that downloads.
+"""Fetches models of a hub by their ids, such as HuggingFaceTB/SmolLM2-135M-Instruct. No other file
+of these scripts downloads anything.
 
-An id is what no path is: owner/name, or owner/name@revision, whose owner is no folder here, and
-which does not end as a file does. Only what these scripts read is fetched, into the cache of
-huggingface_hub, whose environment variables hold: HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME.
+An id is owner/name or owner/name@revision. It is taken for an id if there is no folder `owner` here
+and if it does not end like the name of a file. Only the files that these scripts read are fetched,
+into the cache of huggingface_hub, whose environment variables apply: HF_ENDPOINT, HF_HUB_OFFLINE,
+HF_HOME.
 """
 
 import os
@@ -22,11 +23,11 @@ TEXTS = (  # the small files of a model that these scripts read
 )
 MODEL = (*TEXTS, "model*.safetensors", "model.safetensors.index.json", "adapter_*")
 INSTALL = "pip install -r requirements-hf.txt"
-PATIENCE = 8.0  # seconds until a hub that does not answer is given up
+PATIENCE = 8.0  # seconds to wait for a hub that does not answer
 
 
 def is_id(path):
-    """Whether an option's value is the id of a model, and no path"""
+    """Whether an option's value is the id of a model and not a path"""
     found = ID.fullmatch(path)
     return bool(found) and not (
         os.path.exists(path) or os.path.isdir(found[1]) or re.search(FILES, path)
@@ -34,7 +35,7 @@ def is_id(path):
 
 
 def fetch(path, files=MODEL):
-    """-> the folder in the cache with a model's files, some of which may have to be downloaded"""
+    """-> the folder in the cache with the files of a model. Missing files are downloaded."""
     name, _, revision = path.partition("@")
     command = f"hf download {name}{f' --revision {revision}' * bool(revision)} --local-dir FOLDER"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it is read at the import
@@ -56,7 +57,7 @@ def fetch(path, files=MODEL):
 
 
 def unreachable(name, revision):
-    """-> why the hub does not show a model within PATIENCE; "" if it does"""
+    """-> why the hub does not give facts of a model within PATIENCE seconds; "" if it does"""
     from huggingface_hub import HfApi
 
     found = [f"no answer within {PATIENCE:g} s"]
@@ -90,7 +91,7 @@ def reason(e):
 
 
 def id_of(folder):
-    """-> the id of the model that a folder of the cache holds, owner/name; "" of other folders"""
+    """-> the id, owner/name, of the model in a folder of the cache; "" for other folders"""
     above = Path(os.path.abspath(folder)).parent
     cached = above.name == "snapshots" and above.parent.name.startswith("models--")
     return "/".join(above.parent.name.split("--")[1:]) if cached else ""

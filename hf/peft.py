@@ -1,7 +1,8 @@
 """Folders of PEFT: adapter_config.json and adapter_model.safetensors, as save_pretrained() writes.
 
-PEFT gives q, k and v adapters of their own, and gate and up; here each of the two is one layer. Its
-adapter is theirs side by side: A is one below the other, B has a block for each of them.
+PEFT has an adapter for each of q, k and v, and for each of gate and up. Here q, k and v are one
+layer, and so are gate and up. The adapter of such a layer joins those of PEFT: its A has their A
+one below the other, its B has one block for each.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from data import UserError
 from hf import hub, weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-UNREAD = {  # facts that change what is computed or trained, and their only values that are read
+UNREAD = {  # settings that change what is computed or trained, and their only supported values
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none",),
@@ -34,7 +35,7 @@ def holds(path):
 
 
 def read_facts(folder):
-    """-> adapter_config.json. Raises UserError if it says what is not read here."""
+    """-> adapter_config.json. Raises UserError if it has a setting that is not supported here."""
     facts = weights.read_json(folder, CONFIG)
     for name, values in UNREAD.items():
         if facts.get(name, values[0]) not in values:
@@ -63,16 +64,16 @@ def base_of(folder, facts):
 
 
 def digest(folder, of):
-    """-> the digest of the adapters and of their base. of: a function that gives that of a path"""
+    """-> the digest of the adapters and of their base. of: a function that gives a path's digest"""
     paths = [os.path.join(folder, name) for name in (CONFIG, WEIGHTS)]
-    with contextlib.suppress(UserError):  # whoever reads it says what is wrong
+    with contextlib.suppress(UserError):  # the function that reads it reports what is wrong
         paths.append(base_of(folder, read_facts(folder)))
     return hashlib.sha256(" ".join(map(of, paths)).encode()).hexdigest()
 
 
 def read(folder, facts, config):
     """-> (rank, α/r, {name.A or name.B: tensor}) of the adapters, on a model of that config. If a
-    layer has another scale, its B makes up for it."""
+    layer has another scale, its B is multiplied to make up for it."""
     tensors, found = load(folder), {}
     scale = facts["lora_alpha"] / facts["r"]
     for layer in range(config.n_layer):
@@ -129,8 +130,8 @@ def scale_of(facts, part, pair):
 
 
 def joined(pairs, scales, sizes):
-    """The adapters (A, B), or None, of layers that are one layer here, their scales and numbers of
-    rows -> (A, B) of that layer, in float32"""
+    """Joins the adapters of layers that are one layer here. pairs: (A, B) or None for each of them;
+    scales; sizes: their numbers of rows. -> (A, B) of the joint layer, in float32"""
     A = [pair[0].float() for pair in pairs if pair]
     B = [scale * pair[1].float() if pair else None for pair, scale in zip(pairs, scales)]
     if len(A) == len(pairs) and all(torch.equal(x, A[0]) for x in A):

@@ -1,4 +1,4 @@
-"""What a folder may hold in place of a model that these scripts read, and how to mend it."""
+"""Recognises folders that hold no model which these scripts can read, and says how to mend them."""
 
 import os
 from pathlib import Path
@@ -45,6 +45,6 @@ def wrapped(names):
 
 
 def inner(folder):
-    """-> the first folder in it with a config.json, in a few words; "" if there is none"""
+    """-> the first folder in it with a config.json, for a message; "" if there is none"""
     found = [x for way in ("*", "snapshots/*") for x in Path(folder).glob(f"{way}/config.json")]
     return f"{min(found).parent}, " if found else ""

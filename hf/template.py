@@ -1,7 +1,8 @@
 """The chat template of a Hugging Face checkpoint: a Jinja program that renders messages as text.
 
-It is a stranger's program. It runs in Jinja's immutable sandbox, where it reaches no file and no
-code, and cannot change its messages. Its time and memory are not limited. Jinja comes with torch.
+The program may come from anybody. It runs in the immutable sandbox of Jinja, where it can reach no
+file and no code, and cannot change its messages. But its time and memory are not limited. Jinja
+comes with torch.
 """
 
 import json
@@ -14,14 +15,14 @@ from data import UserError, user_errors
 from data.chat import Message
 
 GIVEN = {"messages", "add_generation_prompt", "tools", "documents"}  # not by --template-args
-DAY = datetime(2024, 7, 26)  # Llama's default, for every run: none depends on the day
-MARK, OPEN, CLOSE = "\ufdd1\ufdd3\ufdd4"  # code points that are no characters: no text has them
+DAY = datetime(2024, 7, 26)  # Llama's default, used always, so that no run depends on the day
+MARK, OPEN, CLOSE = "\ufdd1\ufdd3\ufdd4"  # code points that are no characters, so no text has them
 MARKED = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 class Template:
     """A compiled template. arguments: what it may read beside the messages, such as bos_token and
-    those of --template-args. If it fails, a UserError says `name`."""
+    those of --template-args. If it fails, a UserError with `name` is raised."""
 
     def __init__(self, source, name, arguments):
         self.name, self.arguments = name, dict(arguments)
@@ -38,8 +39,8 @@ class Template:
         self.marked = lru_cache(64)(self.marked)
 
     def render(self, messages, generation_prompt, columns=""):
-        """-> the text of a conversation. generation_prompt: with an opened answer; columns: what
-        else the row has for the template, as JSON"""
+        """-> the text of a conversation. generation_prompt: whether it ends with the beginning of
+        an answer. columns: the other columns of the row that a template may read, as JSON"""
         rows = [json.loads(x.more or "{}") | x._asdict() for x in starmap(Message, messages)]
         for row in rows:
             row["content"] = row.pop("text")
@@ -53,7 +54,7 @@ class Template:
             return self.template.render(given)
 
     def prompt(self, messages, columns=""):
-        """-> the text that an answer follows. An answer in the last message stays open."""
+        """-> the text before an answer. If the last message is an answer, it stays open."""
         if messages[-1][0] != "assistant":
             return self.render(messages, True, columns)
         *before, (role, text, *more) = messages
@@ -64,7 +65,7 @@ class Template:
         return before
 
     def marked(self, messages, columns=""):
-        """-> the text of a conversation in parts; every second one is in {% generation %}"""
+        """-> the text of a conversation in parts, of which every second is in {% generation %}"""
         self.environment.marks = OPEN, CLOSE
         try:
             return re.split(f"[{OPEN}{CLOSE}]", self.render(messages, False, columns))
@@ -89,7 +90,7 @@ def _environment():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} … {% endgeneration %} is what the model says."""
+        """{% generation %} … {% endgeneration %} encloses the text that the model says."""
 
         tags = {"generation"}
 

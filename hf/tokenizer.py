@@ -1,9 +1,9 @@
 """The tokenizer of a Hugging Face checkpoint, by the package `tokenizers`, and how its chat
 template joins a prompt and an answer.
 
-The template renders a prompt of messages, and the same messages with their answer; what stands
-behind the prompt there is the answer. Control tokens that the template writes are read as such; one
-that a message spells stays text. A plain string is one user message if `chat` is on.
+The template renders a prompt of messages, and then the same messages with their answer. The text
+after the prompt there is the answer. Control tokens that the template writes are read as such, but
+one that a message spells stays text. If `chat` is on, a plain string is one user message.
 """
 
 import json
@@ -21,8 +21,8 @@ SYSTEM, ANSWERED = ("system", "1"), [("user", "1"), ("assistant", MARK)]
 
 
 class HFTokenizer(Tokenizer):
-    """As Tokenizer. `meta` holds the texts of the checkpoint's files, whether a plain string is a
-    user message (`chat`), and the template's arguments (`args`)."""
+    """Like Tokenizer. `meta` holds the texts of the checkpoint's files, whether a plain string is a
+    user message (`chat`), and the arguments of the template (`args`)."""
 
     longest = None
     remedy = "resize its embedding to that (resize_token_embeddings), or take the new tokens out"
@@ -51,9 +51,9 @@ class HFTokenizer(Tokenizer):
         self.answers = self.apart = 0  # how many were encoded, and do not go on from their prompts
 
     def _read(self, text, special):
-        """Sets hf, the tokenizer; controls, {control token: id}; written and tail, the token that
-        the template writes behind an answer, or None, and the text behind that; word, the same
-        token if any text can spell it. special: the control tokens that other files name"""
+        """Sets these attributes. hf: the tokenizer. controls: {control token: id}. written: the
+        token that the template writes after an answer, or None. tail: the text after that token.
+        word: the same token if any text can spell it. special: control tokens of other files"""
         try:
             import tokenizers
         except ImportError:
@@ -83,11 +83,12 @@ class HFTokenizer(Tokenizer):
         self.word = self.written if written and self._is_word(written, self.written) else None
 
     def _is_word(self, token, i):
-        """Whether any text that has a token in it is read so, as if "!" were the padding"""
+        """Whether a text that spells the token is read as the token, as if "!" were the padding"""
         return self.hf.encode(token, add_special_tokens=False).ids == [i]
 
     def _try(self, messages, generation_prompt):
-        """-> what the template writes; "" if it fails, as it may still work on a user's prompts"""
+        """-> the text that the template writes; "" if it fails, because it may still work on the
+        user's prompts"""
         try:
             return self.template.render(messages, generation_prompt) if self.template else ""
         except UserError:
@@ -104,9 +105,9 @@ class HFTokenizer(Tokenizer):
         return found
 
     def _ends(self):
-        """-> the ids that end an answer. The first one ends those that are trained: what the
-        template writes behind an answer or, if prompts stay bare, what the checkpoint's own files
-        say."""
+        """-> the ids that end an answer. The first one ends the answers that are trained on. It is
+        the token that the template writes after an answer or, if prompts stay bare, the one that
+        the checkpoint's own files name."""
         own = []
         for name in ("generation_config.json", "config.json"):
             said = self._json(name).get("eos_token_id")
@@ -124,7 +125,7 @@ class HFTokenizer(Tokenizer):
 
     @cached_property
     def begin(self):
-        """The ids that the tokenizer puts before a text: the beginning of a sequence"""
+        """The ids that the tokenizer puts before a text, to begin a sequence"""
         bare, full = self._ids("1"), self.hf.encode("1").ids
         n = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
         bos = self.hf.token_to_id(self.named.get("bos_token", ""))
@@ -150,8 +151,9 @@ class HFTokenizer(Tokenizer):
         return self.vocabulary, self.source, self.chat, self.meta["args"]
 
     def fits(self, vocab_size):
-        """The logits may be padded. A token has none only if nothing writes it: a control token
-        that is not in the template, and neither begins nor ends a text."""
+        """Whether a model of that vocabulary fits. Its logits may be padded. A token may lack a
+        logit only if nothing writes it: a control token that is not in the template, and neither
+        begins nor ends a text."""
         if self.size <= vocab_size:
             return True
         written = {self.hf.id_to_token(i) for i in (*self.begin, self.end_id)}
@@ -194,9 +196,9 @@ class HFTokenizer(Tokenizer):
         return self._spell(self.template.prompt(messages, columns), hidden)
 
     def answer(self, text, prompt=""):
-        """-> what the template makes of an answer, as it stands behind its prompt. If the rendering
-        does not begin with the prompt, the answer's content follows the prompt as it is. A bare
-        prompt, or none, is followed by the bare answer."""
+        """-> the text of an answer as the template writes it after its prompt. If the rendering
+        does not begin with the prompt, only the content of the answer follows the prompt. After a
+        bare prompt, or none, the answer is bare."""
         messages = self.messages(prompt) if prompt else None
         if messages is None:
             return [*self.encode(text), self.end_id]
@@ -218,8 +220,8 @@ class HFTokenizer(Tokenizer):
         return ids if ids and ids[-1] == self.written else [*ids, self.end_id]
 
     def _turn(self, prompt):
-        """-> what stands before an answer, and the answer, each with what is hidden in it, of a
-        conversation whose answers are all trained, if the template marks them, else None"""
+        """-> for a conversation whose answers are all trained on: the text before an answer, and
+        the answer, each with what is hidden in it. None if the template does not mark answers"""
         conversation = getattr(prompt, "conversation", ())
         if not conversation or not self.template.marks:
             return None
@@ -233,12 +235,12 @@ class HFTokenizer(Tokenizer):
     def notes(self):
         apart, answers, self.apart, self.answers = self.apart, self.answers, 0, 0
         words = f"the chat template of {self.name} writes {apart} of {answers} conversations so"
-        how = "that they do not begin with the prompt: the answer's content alone follows it there"
+        how = "that they do not begin with the prompt: there only the answer's content follows it"
         return f"warning: {words} {how}" if apart else ""
 
     def _hide(self, messages, prompt):
-        """-> (messages, the columns for the template, {code: text}), in which a private code point
-        stands for each control token that they spell, while the template runs"""
+        """-> (messages, the columns for the template, {code: text}). While the template runs, a
+        private code point replaces each control token that the messages spell."""
         hidden, columns = {}, getattr(prompt, "columns", "")
 
         def hide(token):
@@ -254,8 +256,8 @@ class HFTokenizer(Tokenizer):
         return tuple(Message(x.role, text, more) for x, text, more in texts), columns, hidden
 
     def _spell(self, said, hidden):
-        """-> the ids of what the template wrote. What is hidden is text again when its piece is
-        encoded."""
+        """-> the ids of the text that the template wrote. Hidden tokens are put back as text before
+        their piece is encoded."""
         if not hidden:
             return self._ids(said, control=True)
         ids, before = [], ""
@@ -275,8 +277,8 @@ class HFTokenizer(Tokenizer):
         return ids
 
     def cut(self, prompt, n):
-        """As Tokenizer.cut, but the template's tokens stay, and at least one of each message. If
-        these are more than n, so is the result."""
+        """Like Tokenizer.cut, but the template's tokens stay, and at least one of each message. If
+        these are more than n, the result is longer than n."""
         messages, ids = self.messages(prompt), self.prompt(prompt)
         if messages is None:
             return self.begin + self.encode(prompt)[-max(1, n - len(self.begin)) :]
@@ -305,12 +307,12 @@ class HFTokenizer(Tokenizer):
 
 
 def any_of(tokens):
-    """-> a pattern that finds each of them, the longest if several begin alike"""
+    """-> a pattern that finds each of the tokens, the longest if several begin alike"""
     names = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
 
 def first_of(tokens, text):
-    """-> the token that comes first in a text, or None, and what stands behind it"""
+    """-> (the token that comes first in a text, or None; the text after it)"""
     found = any_of(tokens).search(text)
     return (found[0], text[found.end() :]) if found else (None, text)

@@ -5,7 +5,7 @@ import json
 from data import UserError
 from data.tokenizer import END
 
-PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2 shows as they are
+PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2 writes unchanged
 SHOWN = {b: chr(b) for b in PLAIN}
 SHOWN |= {b: chr(256 + i) for i, b in enumerate(x for x in range(256) if x not in SHOWN)}
 

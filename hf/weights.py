@@ -1,9 +1,9 @@
-"""Checkpoints of Hugging Face: a folder with config.json, model.safetensors and tokenizer.json.
+"""Reads and writes a Hugging Face folder: config.json, model.safetensors and tokenizer.json.
 
 It reads GPT-2, Llama 2 and 3, SmolLM2, Mistral, Qwen2 and 2.5, and Qwen3. Other models are refused
 by name, and so are pickled and quantised weights. The package transformers is not imported:
-`theirs` translates the names of weights, and three matrices there (q, k, v) are one here, one below
-the other.
+`theirs` translates the names of weights. The three matrices q, k and v of a folder are one matrix
+here, in which they follow one below the other.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ GPT2_NAMES = {
 
 
 def theirs(name, config):
-    """The name of a weight here -> the names of the tensors there that it joins"""
+    """The name of a weight here -> the names of the tensors of the folder that it joins"""
     module, _, kind = name.removeprefix("trunk.").rpartition(".")
     if module in ("lm_head", "head"):
         return [f"score.{kind}" if module == "head" else name]
@@ -61,13 +61,13 @@ def theirs(name, config):
 
 
 def transposed(name, config):
-    """Whether a weight is stored transposed there: GPT-2's are (in, out)"""
+    """Whether the folder stores a weight transposed, as GPT-2 does: (in, out)"""
     inner = name.endswith(("qkv.weight", "proj.weight", "up.weight", "down.weight"))
     return inner and not config.llama
 
 
 def cuts(name, config):
-    """-> how many rows each of the tensors has that a weight joins"""
+    """-> the number of rows of each tensor that a weight joins"""
     H, K, D = config.heads()
     if ".qkv." in name:
         return [H * D, K * D, K * D]
@@ -78,9 +78,9 @@ def cuts(name, config):
 
 
 def load(folder, mapped=False):
-    """-> (GPT or ScalarGPT, meta). The model takes the tensors of the files: no weight is drawn
-    first, and only those that are joined are copied. Raises UserError. mapped: the model stays on
-    "meta", and each parameter has `read`, a function that gives its tensor."""
+    """-> (GPT or ScalarGPT, meta). The model takes over the tensors of the files: no weights are
+    drawn before, and only tensors that are joined are copied. Raises UserError. mapped: the model
+    stays on "meta", and each parameter has `read`, a function that gives its tensor."""
     config = read_config(folder)
     facts = read_json(folder, "config.json")
     scalar = str(facts.get("architectures")).count("ForSequenceClassification")
@@ -149,7 +149,8 @@ def refused(folder, why):
 
 
 class Tensors:
-    """The weights of a folder, by their names without the trunk's. `left`: those not taken yet"""
+    """The weights of a folder, by their names without that of the trunk. `left`: those that no
+    `take` has taken yet"""
 
     def __init__(self, folder):
         try:
@@ -174,7 +175,7 @@ class Tensors:
         self.left = set(self.files)
 
     def tied(self, config):
-        """Whether the head is the embedding: no file has another one"""
+        """Whether the head is the embedding, because no file has another head"""
         if "lm_head.weight" not in self.files:
             return True
         head, wte = self.take("lm_head.weight"), self.take(theirs("wte.weight", config)[0])
@@ -240,7 +241,7 @@ def read_json(folder, name):
 
 
 def read_texts(folder):
-    """-> {name: text} of the small files, so that a checkpoint can do without the folder"""
+    """-> {name: text} of the small files, so that a checkpoint does not need the folder"""
     texts = {}
     for name in hub.TEXTS:
         path = Path(folder, name)
@@ -320,7 +321,8 @@ def read_config(folder):
 
 
 def context(facts, fact):
-    """-> the longest sequence. A sliding window limits it: within it full attention is the same"""
+    """-> the longest sequence. A sliding window limits it, because full attention is the same only
+    within that window."""
     longest, mistral = fact("max_position_embeddings"), facts["model_type"] == "mistral"
     slides = facts.get("use_sliding_window", mistral)
     if not slides or facts.get("sliding_window", 4096) is None:
@@ -344,7 +346,7 @@ def rope(folder, facts):
 
 
 def digest(folder, of):
-    """-> the digest of what `load` reads, texts and weights; other files do not count. of: a
+    """-> the digest of the texts and weights that `load` reads, and of no other files. of: a
     function that gives the digest of a path"""
     paths = [path for name in hub.TEXTS if (path := Path(folder, name)).is_file()]
     with contextlib.suppress(UserError):  # `load` says what is wrong
@@ -357,7 +359,7 @@ def digest(folder, of):
 
 
 def write_config(model, facts, dtype):
-    """-> config.json of a model. facts: that of the folder it comes from, {} for a toy's"""
+    """-> config.json of a model. facts: that of the folder it comes from, {} for a toy model"""
     c, scalar = model.config, isinstance(model, ScalarGPT)
     kind = facts.get("model_type")
     if not facts and not c.llama:
@@ -404,7 +406,7 @@ def cast(name, x, dtype):
     over = x[y.isinf() & x.isfinite()]
     if len(over):
         most, kind = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
-        words = f"{name} holds {over[0]:.6g}, and {kind} ends at {most:.6g}"
+        words = f"{name} holds {over[0]:.6g}, but {kind} ends at {most:.6g}"
         raise UserError(f"{words}; give a --dtype with more room, such as bfloat16 or float32")
     return y
 

@@ -1,5 +1,6 @@
-"""--optimizer adamw8bit: what it refuses, its bytes by hand; and if bitsandbytes is installed, that
-it is AdamW, and that a run with it is clipped, scaled and resumed as any other."""
+"""The optimizer of --optimizer adamw8bit: the options that it refuses, its bytes counted by hand
+and, if bitsandbytes is installed, that it agrees with AdamW, and that a run with it is clipped,
+scaled and resumed like any other."""
 
 import importlib.util
 import json
@@ -47,7 +48,7 @@ def test_a_missing_package_is_one_line(script, tmp_path, monkeypatch, capsys):
     "script, more, why",
     [
         ("dpo", ["--shard"], "--shard splits weights into DTensors"),
-        ("dpo", ["--dtype", "float64"], "it steps in float32, and not in --dtype float64"),
+        ("dpo", ["--dtype", "float64"], "it steps in float32, not in --dtype float64"),
         ("dpo", ["--device", "mps"], "it has no kernels for --device mps"),
         ("compare", ["--predict", "7b", "--shard", "--ranks", 2], "--shard splits weights into"),
     ],

@@ -1,4 +1,4 @@
-"""Adapters in files: merged as the base has it, alone, and those of PEFT."""
+"""Files of adapters: merged into the precision of their base, saved alone, and read from PEFT."""
 
 import json
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_adapters_alone_are_read_on_their_base(base, capsys):
 @pytest.mark.parametrize(
     "script, args, words",
     [
-        ("dpo", [], "--save adapters: there are none without --lora R; give both"),
+        ("dpo", [], "--save adapters needs --lora R; give both, or leave it out"),
         ("reward_model", ["--lora", 2], "argument --save: invalid choice: 'adapters'"),
     ],
 )

@@ -1,4 +1,5 @@
-"""training/bar.py: what is seen of a run while it lasts."""
+"""The progress of a run on the screen (training/bar.py): a bar in a terminal, lines in a log
+file."""
 
 import io
 import sys

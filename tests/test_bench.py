@@ -1,4 +1,5 @@
-"""analysis/bench.py: what a floor counts, what a measurement gives, how the tables read."""
+"""The speed measurements of analysis/bench.py: the work that the floor counts, the figures that a
+measurement gives, and the text of the tables."""
 
 import json
 import shutil

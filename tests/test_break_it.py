@@ -1,5 +1,5 @@
-"""analysis/break_it.py and docs/break-it.md: each bug is put in, shows where the page says, and is
-caught by the test that the page names."""
+"""The bugs of analysis/break_it.py and docs/break-it.md: each one moves the figures as the page
+says, and the test that the page names catches it."""
 
 import contextlib
 import inspect

@@ -1,4 +1,5 @@
-"""analysis/card.py: what its parts measure, and what becomes of a part that fails or was done."""
+"""The measurements of analysis/card.py on a GPU: what each part measures, that a part may fail
+alone, and that finished parts are not measured again."""
 
 import json
 import os

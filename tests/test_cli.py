@@ -1,4 +1,5 @@
-"""Mistakes at the command line: each is one line, exit code 2, and nothing is written."""
+"""Mistakes at the command line: each one gets a message of one line and exit code 2, and nothing is
+written."""
 
 import gzip
 import json
@@ -35,7 +36,7 @@ dpo --micro-batch 5 | --micro-batch 5 does not divide --batch-size 32
 dpo --task reviewz | no such task
 dpo --task arithmetic:x | arithmetic:1
 dpo --eval-file ok.jsonl | --eval-file
-dpo --device cuda:99 | --device cpu always is
+dpo --device cuda:99 | give --device cpu
 dpo --device abacus | --device
 dpo --dtype int8 | --dtype
 dpo --out a_file/x.pt | --out a_file/x.pt cannot be written
@@ -87,7 +88,7 @@ dpo FILE ./table.tsv.gz | is a TSV file
 dpo FILE a.parquet | a.parquet is a Parquet file; write it as JSONL: pandas.read_parquet(
 dpo FILE parquet.jsonl | parquet.jsonl is a Parquet file
 dpo FILE gzipped.jsonl | gzipped.jsonl is compressed; give it a name that ends with .jsonl.gz
-dpo FILE pointer.jsonl | pointer.jsonl is a pointer of Git LFS, and not the file itself; run git
+dpo FILE pointer.jsonl | pointer.jsonl is a pointer of Git LFS, not the file itself; run git
     lfs pull
 sft --tokenizer pointer.jsonl | pointer.jsonl is a pointer of Git LFS
 dpo FILE data.jsonl | data.jsonl is a directory
@@ -240,14 +241,14 @@ dapo --batch-size 1 --group 2 | --minibatches 8 does not divide --batch-size 1 Ã
 dapo --beta 0.1 | --beta
 dapo --max-rounds 0 | --max-rounds
 dapo --no-overlong --overlong-cache 4 | --overlong-cache is read with --overlong only
-dapo --overlong-cache 97 | --overlong-cache 97 is above a response's 96
+dapo --overlong-cache 97 | --overlong-cache 97 must be at most L_max = 96
 dapo --reward raises.py:f | raised KeyError ('x', line 1) at the prompt 'A
 dapo FILE ok.jsonl | --reward task: not every row of ok.jsonl has an "answer" to check
 dapo --micro-batch 5 | --micro-batch 5 does not divide
 online_dpo --samples-per-prompt 1 | --samples-per-prompt: must be at least 2, not 1
 online_dpo --ref-update per-round | --ref-update per-round needs --rounds N
 online_dpo --task exact --reward rm --missing-eos-penalty 1 | a missing end costs nothing on exact
-online_dpo --rounds 11 --steps 10 --reward good.py:f | --rounds 11 are more than the 10 steps
+online_dpo --rounds 11 --steps 10 --reward good.py:f | --rounds 11 is more than the 10 steps
 online_dpo --reward none.pt | none.pt: no such file
 online_dpo --reward out/reviews/sft.pt | is a language model; give a reward model
 online_dpo --reward exact_rm.pt | exact has a vocabulary of its own
@@ -299,8 +300,8 @@ evaluate rm.pt | rm.pt is a reward model
 evaluate none.pt | none.pt: no such file
 evaluate out/reviews/sft.pt --max-new-tokens 300 | --max-new-tokens
 evaluate | checkpoint
-evaluate a.pt b.pt c.pt | one checkpoint is measured, and compared with one; leave others out
-evaluate a.pt b.pt --reference c.pt | one checkpoint is measured, and compared with one
+evaluate a.pt b.pt c.pt | give one checkpoint to measure, and at most one to compare it with
+evaluate a.pt b.pt --reference c.pt | give one checkpoint to measure, and at most one
 evaluate out/reviews/sft.pt --reward gold | give task, rm, the X.pt of a reward model
 evaluate out/reviews/sft.pt --reward none.pt | none.pt: no such file
 """

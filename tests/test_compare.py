@@ -1,4 +1,5 @@
-"""compare.py: what it starts, what it keeps, what it prints."""
+"""The comparison of compare.py: the runs that it starts, the files that it keeps, and the tables
+that it prints."""
 
 import importlib
 import itertools
@@ -154,8 +155,8 @@ def test_other_options_run_anew(stubs):
         (["--task", "my.jsonl"], "--init is needed with a file"),
         (["--task", "exact", "--methods", "rlaif"], "rlaif learns its skills on reviews only"),
         (["--out", "sft.py"], "--out sft.py is a file; give a folder"),
-        (["--records", "none.jsonl"], "--records none.jsonl is no record of a run"),
-        (["--records", "a.jsonl", "--seeds", "2"], "--records runs nothing"),
+        (["--records", "none.jsonl"], "--records none.jsonl is not the record of a run"),
+        (["--records", "a.jsonl", "--seeds", "2"], "--records only draws"),
     ],
 )
 def test_mistakes_of_a_comparison(args, said, stubs, capsys):

@@ -1,7 +1,8 @@
-"""The scripts on a CUDA device that is emulated on the CPU (fake_cuda): pytest -m cuda
+"""The scripts on a CUDA device that is emulated on the CPU by fake_cuda; run it with pytest -m
+cuda.
 
-What a GPU refuses raises here too, its memory holds NaN until it is written, and each wait of the
-host for the device is counted. Speed and rounding are those of the CPU.
+Operations that a GPU refuses raise here too, memory holds NaN until it is written, and each wait of
+the host for the device is counted. Speed and rounding are those of the CPU.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""Tasks, files, tokenizer, batches; the enumerable world and its tables."""
+"""Tasks, files, the tokenizer and batches; also the enumerable world and its tables."""
 
 import gzip
 import json
@@ -530,7 +530,8 @@ def test_a_batch_that_is_larger_than_the_set_is_said(capsys):
         batches = data.Batches(data.task("reviews").preferences, n, TOKENIZER, 128, options())
         assert len(batches[0]) == n
     (said,) = capsys.readouterr().out.splitlines()
-    assert said == "--batch-size 8 is more than the 7 rows of the set: every step takes all of them"
+    words = "more than the 7 rows of the set, so every step takes all of them"
+    assert said == f"--batch-size 8 is {words}"
 
 
 def test_prompts_pass_over_the_training_split():

@@ -1,4 +1,5 @@
-"""distill.py: its losses by hand, their gradients by enumeration, its states, its fixed point."""
+"""The distillation of distill.py: losses by hand, gradients by enumeration, the states that it
+trains on, and its fixed point."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Many processes are one: the same weights and figures, whatever their number."""
+"""Runs of many processes: weights and figures are the same for any number of processes."""
 
 import hashlib
 import json
@@ -288,7 +288,7 @@ def test_float16_is_close_to_float32(shop):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["--shard"], "and this is one; start it with torchrun --nproc-per-node N, N ≥ 2"),
+        (["--shard"], "but this is one; start it with torchrun --nproc-per-node N, N ≥ 2"),
         (["--compile"], "--compile needs a C++ compiler"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The yardstick against figures counted by hand."""
+"""The evaluation in evaluate.py, compared with figures counted by hand."""
 
 import io
 import json

@@ -1,4 +1,5 @@
-"""analysis/fits.py: the strongest setting that fits a card, and the command that trains with it."""
+"""The search of analysis/fits.py: it finds the strongest setting that fits a card, and the command
+that trains with it."""
 
 import json
 from types import SimpleNamespace

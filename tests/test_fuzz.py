@@ -1,5 +1,5 @@
-"""Thousands of broken files, command lines and interruptions: each ends as it should, or in one
-line that a person can read."""
+"""Thousands of broken files, command lines and interruptions: each run either ends as it should or
+prints one readable line."""
 
 import copy
 import importlib

@@ -1,4 +1,4 @@
-"""The model: causality, the cache, sampling, log-probs, files."""
+"""The model in gpt.py: causality, the cache, sampling, log-probs and files."""
 
 import math
 

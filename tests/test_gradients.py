@@ -1,5 +1,6 @@
-"""Gradients: estimators against enumeration, and what is trained, old or without weight. The steps
-of the scripts themselves are held to their equations in test_steps.py."""
+"""Gradients of the estimators, compared with enumeration; and which tokens, rows and models are
+trained, and which have no weight. test_steps.py compares the steps of the scripts themselves with
+their equations."""
 
 import copy
 import math

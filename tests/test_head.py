@@ -1,5 +1,5 @@
-"""head.py: log-probs and their gradient from one table of logits, beside what autograd makes of the
-plain formula."""
+"""The head in head.py: log-probs and their gradient from one table of logits, compared with what
+autograd computes from the plain formula."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Checkpoints of Hugging Face: six families against golden numbers, broken folders, and back."""
+"""Checkpoints of Hugging Face: six model families compared with golden numbers, broken folders, and
+export."""
 
 import copy
 import json
@@ -267,7 +268,7 @@ BROKEN = {
         "is a directory without config.json; give x/checkpoint-9, the .pt file in it",
     ),
     **{
-        f"{name} is a pointer": (pointer(name), f"x/{name} is a pointer of Git LFS, and not the f")
+        f"{name} is a pointer": (pointer(name), f"x/{name} is a pointer of Git LFS, not the f")
         for name in ("model.safetensors", "tokenizer.json", "config.json")
     },
     "a pickle with the name": (lambda p: (p / W).write_bytes(pickle.dumps({"a": 1})), "complete"),
@@ -418,7 +419,7 @@ def test_what_overflows_does_not_go_out(tmp_path, monkeypatch, capsys):
     large[3] = -70_000
     weights(folder(tmp_path / "a"), **{"model.norm.weight": large})
     assert main("export", "a", "--to", "b", "--dtype", "float16") == 2
-    words = "model.norm.weight holds -70000, and float16 ends at 65504; give a --dtype with more"
+    words = "model.norm.weight holds -70000, but float16 ends at 65504; give a --dtype with more"
     assert words in capsys.readouterr().err and sorted(os.listdir()) == ["a"]
     assert main("export", "a", "--to", "b", "--dtype", "bfloat16") == 0
 
@@ -497,7 +498,7 @@ def test_no_chat_is_kept_and_toys_have_none(chats, capsys):
     meta = checkpoint.load("y.pt")[1].meta
     assert meta["chat"] is False and meta["args"] == {"think": True}
     assert main("sft", *ARGS[:6], *MORE, "--truncate", "--init", "base", "--out", "z.pt") == 0
-    assert "warning: --lr 0.004 is made for toy models" in capsys.readouterr().out
+    assert "warning: --lr 0.004 is for toy models" in capsys.readouterr().out
     assert main("sft", *ARGS, "--no-chat") == 2
     assert "are for checkpoints with a chat template" in capsys.readouterr().err
     assert main("sft", *ARGS, "--init", "base", "--template-args", "think") == 2

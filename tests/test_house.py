@@ -1,4 +1,5 @@
-"""The rules of the house, read from the sources: floors, widths, the size of a loop, the README."""
+"""The rules of the house, checked in the sources: floors, line widths, the size of loops, the
+README."""
 
 import ast
 import graphlib

@@ -1,5 +1,5 @@
-"""Models by their ids on a hub: which options take one, what is fetched, and what is said if none
-can be. The hub is a small server of this machine."""
+"""Models named by their ids on a hub: which options accept one, which files are fetched, and the
+message if none can be fetched. The hub is a small server on this machine."""
 
 import http.server
 import io

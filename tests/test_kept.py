@@ -1,4 +1,4 @@
-"""Checkpoints that a run keeps on its way, and held-out losses without samples."""
+"""Checkpoints that a run keeps on its way (--keep-every), and held-out losses without samples."""
 
 from pathlib import Path
 

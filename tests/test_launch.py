@@ -1,5 +1,5 @@
-"""How processes are started: an environment that is whole, a launch that is started again, the
-command that goes on, and the file that they share."""
+"""The launch of processes (training/launch.py): a complete environment, a restart by torchrun, the
+command that resumes a run, and the file that the processes share."""
 
 import os
 from types import SimpleNamespace

@@ -1,4 +1,5 @@
-"""That the methods learn on `exact`: near the known optimum, and not where they should not."""
+"""Learning on `exact`: the methods end near the known optimum; shuffled rewards or a missing
+penalty lead elsewhere."""
 
 import math
 

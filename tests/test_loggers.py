@@ -1,4 +1,5 @@
-"""--log-to: what TensorBoard and Weights & Biases get, and that --resume goes on with it."""
+"""The loggers of --log-to: what TensorBoard and Weights & Biases receive, and that --resume
+continues their curves."""
 
 import importlib.util
 import json

@@ -1,4 +1,5 @@
-"""Adapters: by hand, without a second copy of the reference, saved, merged and gone on with."""
+"""Adapters of --lora: computed by hand, without a second copy of the reference, saved, merged and
+trained further."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The losses of the scripts against numbers derived by hand."""
+"""The losses of the scripts, compared with numbers derived by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""training/memory.py: bytes counted by hand, the ledger and FLOPs."""
+"""The memory counts of training/memory.py: bytes counted by hand, the ledger, and FLOPs."""
 
 import gc
 

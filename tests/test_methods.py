@@ -1,4 +1,4 @@
-"""What every method is tested for once it has a row in analysis/rows.py, and how one is added."""
+"""The tests that every method gets once it has a row in analysis/rows.py; also how one is added."""
 
 import importlib
 import json

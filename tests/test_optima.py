@@ -1,5 +1,5 @@
-"""analysis/optima.py: each loss's own optimum, by hand, by descent and by the mean gradient; that
-the methods reach it, that broken DPO does not, and what the command prints."""
+"""The optima in analysis/optima.py: the optimum of each loss by hand, by descent and by the mean
+gradient; that the methods reach it and that broken DPO does not; and what the command prints."""
 
 import copy
 import math

@@ -1,4 +1,5 @@
-"""The command line: defaults of each task and variant, bounds, and what the help says."""
+"""The command line: the defaults of each task and variant, the bounds of options, and the help
+text."""
 
 import importlib.util
 import re
@@ -333,7 +334,7 @@ def test_an_unknown_option_names_the_nearest(argv, near):
 
 HELPS = """
 dpo | 1/nats; IPO's τ (default: 0.1; exact: 0.5; loss=ipo: 1.0; loss=norm: 5.0; exact loss=ipo: 0.3
-dpo | π_ref and of comparisons (default: the start) --
+dpo | π_ref and comparisons (default: the start) --
 dpo | with a file: one epoch (default: 150; exact: 2000)
 dpo | --no-chat turns off: read a plain prompt as a user message, if there is a chat template
 dapo | --no-overlong turns off: add R_len to the reward (exact: off)
@@ -357,7 +358,7 @@ def test_a_home_in_a_path_is_found_even_if_no_shell_has_read_it(monkeypatch):
     assert (o.init, o.task, o.out) == ("/home/me/a.pt", "/home/me/b.jsonl", "c~/d")
     o = parse(import_module("evaluate").Options, ["~/a.pt", "--prompt", "~/b"])
     assert (o.checkpoint, o.prompt) == ("/home/me/a.pt", "~/b")
-    with pytest.raises(UserError, match="--records /home/me/c is no record"):
+    with pytest.raises(UserError, match="--records /home/me/c is not the record"):
         parse(import_module("compare").Options, ["--records", "~/c"])
 
 

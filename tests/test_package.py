@@ -1,4 +1,5 @@
-"""What `pip install .` installs, and that the papers of the project agree."""
+"""The package that `pip install .` installs, and that pyproject.toml, CITATION.cff and CHANGELOG.md
+name the same version."""
 
 import re
 import shutil

@@ -1,4 +1,5 @@
-"""analysis/parity.py: how it judges, what its page says, and the mistakes that it sees."""
+"""The comparison with TRL in analysis/parity.py: how it judges, what its page says, and which
+mistakes it sees."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""training/parts.py: the saved state of a run with --shard, in a process of its own."""
+"""The saved state of a run with --shard (training/parts.py), in a process of its own."""
 
 import os
 import pickle

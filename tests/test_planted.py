@@ -1,5 +1,5 @@
-"""Every mistake of analysis/mistakes.txt and every bug of analysis/break_it.py can be put in, and
-the test that it names fails under it."""
+"""Every mistake of analysis/mistakes.txt and every bug of analysis/break_it.py can be planted, and
+then the test that it names fails."""
 
 import os
 import re

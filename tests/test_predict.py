@@ -1,5 +1,6 @@
-"""analysis/predict.py: the bytes predicted are the bytes measured, for every script; what rows.py
-says that a script holds; and that nothing is allocated, written or left changed."""
+"""The predictions of analysis/predict.py: for every script the predicted bytes equal the measured
+ones, rows.py names the models that the script holds, and a prediction allocates, writes and changes
+nothing."""
 
 import json
 import resource

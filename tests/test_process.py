@@ -1,4 +1,5 @@
-"""What a run meets outside its own code: streams, signals, other runs, disks, moved folders."""
+"""Events outside the code of a run: closed streams, signals, other runs, full disks, moved
+folders."""
 
 import json
 import os
@@ -372,7 +373,7 @@ def test_a_checkpoint_is_evaluated_from_another_folder(shop, call, monkeypatch, 
     assert f"{final['kl']:.2f} ±" in said
     (shop / "q.jsonl").unlink()
     assert main("evaluate", "../out/q/grpo.pt", *INIT[2:]) == 2
-    assert "is missing; name it with --task" in capsys.readouterr().err
+    assert "is missing; give it with --task" in capsys.readouterr().err
     assert from_checkpoint(str(shop / "out/q/x.pt")) == os.path.join("..", "..", "elsewhere")
 
 

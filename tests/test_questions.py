@@ -1,5 +1,5 @@
-"""docs/questions.md: its questions are those of analysis.questions, and its commands print what
-stands there."""
+"""The questions of docs/questions.md: they are those of analysis.questions, and their commands
+print the output on the page."""
 
 import json
 import os

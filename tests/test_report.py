@@ -1,4 +1,5 @@
-"""report.html and curves.html: what they show, that they load nothing, and that they sort."""
+"""The pages report.html and curves.html: what they show, that they load nothing from elsewhere, and
+that their tables sort."""
 
 import json
 import re

@@ -1,5 +1,5 @@
-"""training/reward.py: what judges a response. The task, users' functions, learned rewards of any
-vocabulary, and what a response that does not end loses."""
+"""The judges in training/reward.py: the task, users' functions, and learned rewards of any
+vocabulary; also what a response that does not end loses."""
 
 import json
 import re

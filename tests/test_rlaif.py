@@ -1,5 +1,5 @@
-"""Constitutional AI: labels, losses and skills by hand; what each phase trains on, and what it does
-not read; interruptions."""
+"""Constitutional AI in rlaif.py: labels, losses and skills by hand, what each phase trains on and
+what it must not read, and interruptions."""
 
 import itertools
 import math

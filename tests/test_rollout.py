@@ -1,4 +1,5 @@
-"""Rollouts: cut, shuffled and trimmed whole; DAPO's dynamic sampling; the rounds of online DPO."""
+"""Rollouts: all columns are cut, shuffled and trimmed together; DAPO's dynamic sampling; the rounds
+of online DPO."""
 
 import math
 import shutil

@@ -1,4 +1,4 @@
-"""Runs as their user meets them: figures, files, gradients, interruptions."""
+"""Whole runs as a user sees them: figures, files, gradients, interruptions."""
 
 import json
 import math

@@ -1,5 +1,5 @@
-"""training/sampling.py: samples follow the distribution that is trained, however rows are batched,
-read and dropped."""
+"""Sampling in training/sampling.py: samples follow the distribution that is trained, however rows
+are batched, read and dropped."""
 
 import gc
 import weakref

@@ -1,9 +1,10 @@
-"""Steps of every script against the equations in its docstring, written out once more in plain
-Python: the loss, the gradient of every weight, and every figure that is logged.
+"""The steps of every script, compared with the equations of its docstring written out again in
+plain Python: the loss, the gradient of every weight, and every figure that is logged.
 
-Each row is scored alone, from plain logits in float64. The policy is never the reference, which is
-other.pt, and after the first optimizer step on a rollout it is no longer the policy that sampled
-it. So a missing β, a wrong sign or two exchanged bounds cannot hide behind a log-ratio of 0.
+Each row is scored alone, from plain logits in float64. The policy always differs from the
+reference, other.pt, and after the first optimizer step on a rollout it also differs from the policy
+that sampled. So a missing β, a wrong sign or two exchanged bounds cannot hide behind a log-ratio of
+0.
 """
 
 import copy

@@ -1,4 +1,5 @@
-"""chat.py: what is read once and what is drawn, the commands of a terminal, a prompt on a pipe."""
+"""The chat of chat.py: each token is read once, answers are drawn as the options say, and commands
+in a terminal and prompts on a pipe work."""
 
 import contextlib
 import io

@@ -1,5 +1,6 @@
-"""Against transformers itself, where it is installed, and on real weights, where NANOPO_MODEL names
-the folder of a checkpoint with a chat template: pytest -m slow tests/test_transformers.py"""
+"""Comparisons with the package transformers, if it is installed, and with real weights, if
+NANOPO_MODEL names the folder of a checkpoint with a chat template. Run it with pytest -m slow
+tests/test_transformers.py."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""docs/walk.ipynb: its cells print what it keeps, and it stays small."""
+"""The notebook docs/walk.ipynb: its cells print the output that it keeps, and it stays small."""
 
 import json
 import re

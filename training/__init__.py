@@ -1,4 +1,4 @@
-"""Everything around a training loop that appears in no equation."""
+"""Everything that a training loop needs and that appears in no equation."""
 
 from training.device import Compute
 from training.options import (

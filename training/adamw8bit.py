@@ -1,8 +1,8 @@
 """--optimizer adamw8bit: bitsandbytes' AdamW, whose moments have 8 bits (arXiv:2110.02861).
 
-A moment is kept as the number of a row in a table of 256, to be multiplied by the largest moment of
-its block, 256 neighbours. So a number of a large parameter has 2 + 8/256 bytes of moments, and not
-the 8 of float32. A parameter with few numbers keeps its moments in float32.
+Each moment is stored as an index into a table of 256 values, which are multiplied by the largest
+moment of its block of 256 neighbours. So each number of a large parameter has 2 + 8/256 bytes of
+moments instead of the 8 of float32. A parameter with few numbers keeps its moments in float32.
 """
 
 import importlib.util
@@ -12,13 +12,13 @@ import torch
 from data import UserError
 
 BLOCK, SMALL = 256, 4096  # numbers of a block; a parameter with fewer numbers is not quantized
-SHARD = "--shard splits weights into DTensors, and its kernels read plain tensors"
+SHARD = "--shard splits weights into DTensors, but its kernels read only plain tensors"
 
 
 def check(o):
     """Refuses what the package cannot do, and a machine without it."""
     refuse(o.shard, SHARD)
-    refuse(o.dtype == "float64", "it steps in float32, and not in --dtype float64")
+    refuse(o.dtype == "float64", "it steps in float32, not in --dtype float64")
     refuse(o.device == "mps", "it has no kernels for --device mps")
     if importlib.util.find_spec("bitsandbytes") is None:
         install = "pip install -r requirements-gpu.txt"
@@ -52,8 +52,8 @@ def size(parameters):
 
 
 class Outline(torch.optim.Optimizer):
-    """Holds the moments and tables of bitsandbytes' optimizer, and moves nothing. It stands for it
-    where tensors have no numbers."""
+    """Holds the moments and tables of bitsandbytes' optimizer, and moves nothing. It takes the
+    place of that optimizer if tensors have no numbers."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {})

@@ -1,7 +1,7 @@
-"""Adapters in files: what a run with --lora writes, and adapters on the model they belong on.
+"""Adapters in files: writes what a run with --lora trains, and puts adapters on their model.
 
-A whole checkpoint has the adapters merged into its weights. With --save adapters it has them alone,
-and names the model that they belong on. Such a file and a folder of PEFT are read in the same way.
+A whole checkpoint has the adapters merged into its weights. With --save adapters it has only the
+adapters, and names the model that they belong on. A folder of PEFT is read in the same way.
 """
 
 import os
@@ -22,14 +22,14 @@ def holds(path):
     try:
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return file["nanopo"] == "adapters"
-    except Exception:  # whatever it is, it is not that
+    except Exception:  # whatever the file is, it holds no adapters
         return False
 
 
 class Adapters:
-    """The adapters of a path. `base`: the path of the model that they belong on; `rank`; `scale`,
-    α/r; `tensors`: {layer.A: (rank, in), layer.B: (out, rank)}, of which layers that are several in
-    PEFT may have a higher rank. `meta`: what a file says of the run that made them"""
+    """The adapters in a file or folder. `base`: the path of the model that they belong on. `rank`.
+    `scale`: α/r. `tensors`: {layer.A: (rank, in), layer.B: (out, rank)}; a layer that joins several
+    of PEFT's may have a higher rank. `meta`: what the file says of the run that made them"""
 
     def __init__(self, path):
         self.path, self.meta = path, {}
@@ -48,8 +48,8 @@ class Adapters:
         self.read = lambda config: found
 
     def on(self, model, meta, mapped):
-        """Merges the adapters into a model; mapped: as its weights are read, at least in float32.
-        -> (the model, what its checkpoint says of itself)"""
+        """Merges the adapters into a model, in float32 at least. mapped: each weight is merged when
+        it is read. -> (the model, the meta of its checkpoint)"""
         self.rank, self.scale, self.tensors = self.read(model.config)
         self.reads = {
             f"{layer}.weight": values(model)[f"{layer}.weight"]
@@ -69,7 +69,7 @@ class Adapters:
         return model, meta | own | {"lora": facts | {"tensors": self.tensors}}
 
     def _check(self, name, p):
-        """Refuses adapters of another shape than the weight."""
+        """Refuses adapters that do not have the shape of the weight."""
         layer = name.removesuffix(".weight")
         found = len(self.tensors[f"{layer}.B"]), self.tensors[f"{layer}.A"].size(1)
         if found != p.shape:
@@ -82,7 +82,7 @@ class Adapters:
         return lora.merged_weight(read(), A, B, self.scale)
 
     def keep(self, model, o):
-        """Leaves the adapters out of the model's weights: a run with --lora trains them."""
+        """Leaves the adapters out of the model's weights, because a run with --lora trains them."""
         own = self.scale * self.rank
         if o.lora != self.rank:
             has = f"{self.path} has adapters of rank {self.rank}"
@@ -95,7 +95,7 @@ class Adapters:
             model.get_parameter(name).read = read
 
     def start(self, model):
-        """Gives a model's new adapters the values of these; one that is not here starts at 0."""
+        """Copies these adapters into a model's new ones. One that is missing here starts at 0."""
         for layer, adapter in adapters(model).items():
             if f"{layer}.A" in self.tensors:
                 for name in "AB":
@@ -104,8 +104,8 @@ class Adapters:
 
 
 def write(run, policy, path, meta):
-    """Writes the checkpoint of a policy with adapters, which stay as they are. One tensor after the
-    other is merged, in the precision of the file that the run started from."""
+    """Writes the checkpoint of a policy with adapters, without changing the policy. The tensors are
+    merged one after the other, in the precision of the file that the run started from."""
     o, given = run.o, getattr(policy, "given", None)
     layers = adapters(policy)
     own = {f"{layer}.{x}": getattr(layers[layer], x) for layer in layers for x in "AB"}

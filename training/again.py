@@ -36,7 +36,7 @@ class Again(Compute):
             path = path if os.path.exists(path) else moved  # beside the checkpoint, if that moved
         if not path or not os.path.exists(path) and not self.o.reference:
             missing = f" ({path} is missing)" if path else ""
-            left_out = "win rate and KL are not reported; --reference names one"
+            left_out = "win rate and KL are not reported; give one with --reference"
             print(f"no reference checkpoint{missing}: {left_out}")
             return ""
         model, tokenizer, _ = checkpoint.load(path)
@@ -47,8 +47,8 @@ class Again(Compute):
         return path
 
     def meant(self, path):
-        """A path, as the checkpoint recorded it in its folder -> the path from here. What names no
-        file stays as it is."""
+        """A path as the checkpoint recorded it, from its folder -> the path from here. A name that
+        is no file stays as it is."""
         if not path or path in ("task", "rm") or data.kind(path) in data.BUILT_IN:
             return path
         folder = os.path.dirname(os.path.realpath(self.o.checkpoint))

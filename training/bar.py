@@ -1,4 +1,4 @@
-"""What is seen of a run while it lasts: a bar in a terminal or a notebook, lines in a log file."""
+"""Shows the progress of a run: as a bar in a terminal or a notebook, as lines in a log file."""
 
 import sys
 import time
@@ -30,7 +30,7 @@ class Bar:
         self.bar.close()
 
     def show(self, line, tokens):
-        """Shows the figures of a recorded step. tokens: how many were trained on so far"""
+        """Shows the figures of a recorded step. tokens: the number trained on so far"""
         o, done = self.o, line["step"]
         names = [name for name in o.shown.split() if name in line][:3]
         text = ", ".join(f"{name.split('/')[-1]} {line[name]:.3g}" for name in names)

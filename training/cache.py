@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that sampling has read, so that each token is read once."""
+"""Keeps the keys and values of the tokens that sampling has read, so that each is read once."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Checkpoints with what belongs to them: tokenizer, chat template, and the stage that makes one."""
+"""Opens checkpoints with their tokenizer and chat template, and runs the stage that makes one."""
 
 import os
 import runpy
@@ -49,8 +49,8 @@ def load(path, task=None, mapped=False):
 
 
 def start(path, task, o, scalar):
-    """-> (GPT, Tokenizer, meta), mapped, of the checkpoint that a policy starts from. With --lora
-    its adapters, if it has any, are left out of the weights, and trained."""
+    """-> (GPT, Tokenizer, meta), mapped, of the checkpoint that a policy starts from. With --lora,
+    adapters that it has are not merged into the weights, because they are trained further."""
     model, tokenizer, meta = load(path, task, True)
     model.dtypes = {name: p.dtype for name, p in model.named_parameters()}
     if o.lora and hasattr(model, "given") and not scalar:
@@ -159,7 +159,7 @@ def same_world(path, tokenizer, meta, task):
 
 def find_reference(run):
     """-> the path of the checkpoint that a policy is compared with: the one that it started from,
-    else an earlier out/<task>/sft.pt, else "". If that cannot be compared with, says so."""
+    else an earlier out/<task>/sft.pt, else "". Prints why if that one cannot be compared with."""
     path = run.baseline or default_path(run.task.name, "sft")
     try:
         ref, own, _ = load(path)
@@ -176,7 +176,7 @@ def find_reference(run):
 
 
 def describe(meta):
-    """-> a checkpoint in a few words, so that two steps of a test are not mistaken for training"""
+    """-> a description of a checkpoint, so that a test of two steps is not mistaken for training"""
     if "steps" not in meta:
         return meta["method"]
     reward = "" if meta["reward"] is None else f", reward {meta['reward']:.2f}"

@@ -13,9 +13,10 @@ def lengths(rows):
 
 
 def by_tokens(length, rows, tokens):
-    """length (n,) -> which rows each part has, (at most `rows`,) each: rows of like length, with at
-    most `tokens` tokens together. A longer row is alone. It follows from lengths alone, so that all
-    processes cut alike. With lengths 5 9 4 8 and 13 tokens: rows 0 and 2, row 3, row 1"""
+    """length (n,) -> the rows of each part, at most `rows` of them. A part has rows of similar
+    length, with at most `tokens` tokens together; a longer row is alone. The cut depends only on
+    lengths, so all processes cut alike. Lengths 5 9 4 8 and 13 tokens give the parts 0 2, 3 and 1.
+    """
     parts, used = [[]], 0
     for i in length.argsort(stable=True).tolist():
         if parts[-1] and (len(parts[-1]) == rows or used + int(length[i]) > tokens):

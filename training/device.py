@@ -13,7 +13,7 @@ from training.placement import Whole, adapters, attach, full, like, linear
 
 
 class Compute:
-    """A device and a precision, and what they mean for a model."""
+    """A device and a precision, and how models are moved, cast and run there."""
 
     largest_reward = 0.0  # the largest absolute value that a judge has given
     compile = False  # whether models are compiled
@@ -25,17 +25,17 @@ class Compute:
         self.pure = o.dtype == "bfloat16-pure"  # the weights themselves are bfloat16
         wide = torch.promote_types(self.dtype, torch.float32)
         self.weights = torch.bfloat16 if self.pure else wide
-        # autocast's, in which linear layers compute; None: in that of the weights
+        # autocast's precision, in which linear layers compute; None: that of the weights
         self.low = self.dtype if self.dtype.itemsize == 2 and not self.pure else None
         self.placement = Whole(self.device, self.weights)  # of the models
 
     def place(self, model, frozen=False):
-        """The one place where a model is moved, and cast to the precision of its master weights;
-        the linear layers of a frozen one have the compute precision at once."""
+        """Moves a model, and casts it to the precision of its master weights. The linear layers of
+        a frozen model are cast to the compute precision at once."""
         return self.placement.place(model.requires_grad_(not frozen), self.low if frozen else None)
 
     def adapt(self, model):
-        """-> the model; with --lora it is frozen, and has adapters that are trained"""
+        """-> the model. With --lora its weights are frozen, and its new adapters are trained."""
         o = self.o
         if o.lora:
             from training import lora
@@ -46,8 +46,8 @@ class Compute:
         return model
 
     def complete(self, model, source=None):
-        """-> the model with the weights of `source`, or its own; with --compile its blocks are
-        compiled"""
+        """-> the model with the weights of `source`, or with its own. With --compile its blocks are
+        compiled."""
         if self.compile:
             for block in model.blocks:
                 block.compile(dynamic=True)
@@ -66,8 +66,8 @@ class Compute:
 
     @torch.no_grad()
     def _copy(self, model, take):
-        """-> a frozen copy with the weights take(p); those that `take` leaves as they are, and no
-        cast changes, are shared"""
+        """-> a frozen copy with the weights take(p). Weights that neither `take` nor a cast changes
+        are shared."""
         copy, low = like(model), linear(model) if self.low else ()
         for name, p in model.named_parameters():
             x = take(p)
@@ -77,13 +77,14 @@ class Compute:
         return copy.eval()
 
     def gathered(self, model):
-        """-> the model with all its weights; a frozen copy if this process has parts of them"""
+        """-> the model with all its weights. If this process has only parts of them, it is a frozen
+        copy."""
         return self.placement.gathered(model, self._copy)
 
     def to_sample(self, model):
         """-> the model in the compute precision, with all its weights. In float32 its adapters are
-        merged, which bfloat16 would round. Under autocast it is a copy that is cast once, and not
-        again at every token: the embedding stays in float32, linear layers and head are cast."""
+        merged; bfloat16 would round them. Under autocast it is a copy that is cast once instead of
+        at every token: the embedding stays in float32, the linear layers and the head are cast."""
         if not self.low:
             model = self.gathered(model)
             if self.pure or not adapters(model):
@@ -98,9 +99,9 @@ class Compute:
         return model
 
     def reference(self, policy):
-        """-> π_ref, frozen: a copy of the policy as it starts, without adapters, or the checkpoint
-        of --reference. With --lora no weight of the policy is held twice. Adapters that it has
-        started from are part of π_ref."""
+        """-> π_ref, frozen: a copy of the policy at the start, without new adapters, or the
+        checkpoint of --reference. With --lora no weight of the policy is held twice. Adapters that
+        the policy starts from are part of π_ref."""
         if self.o.reference:
             return self.freeze(self.place(self.other_reference(), frozen=True))
         if self.o.lora and not hasattr(policy, "given"):
@@ -141,7 +142,7 @@ class Compute:
     @torch.no_grad()
     def scores(self, rows, f, size=0):
         """-> f of all rows, (len(rows), …), without a graph. Each process computes its share,
-        `size` rows at a time (0: all). f(n of the rows) -> (n, …)"""
+        `size` rows at a time (0: all). f maps n rows to (n, …)."""
         take, limits = self.cutter(rows, size)
 
         def score(part):
@@ -151,8 +152,8 @@ class Compute:
         return distributed.shared(len(rows), score, *limits)
 
     def cutter(self, rows, size=0, lengths=None):
-        """-> a function that takes a part of the rows, and what limits the parts, as
-        `distributed.shares` takes it. lengths: the rows' tokens, if they are not rows of ids"""
+        """-> (a function that takes a part of the rows; the limits of the parts, for
+        `distributed.shares`). lengths: the tokens of each row, if they are not rows of ids"""
         if not self.micro_tokens:
             return rows.__getitem__, (size,)
         from training import cut
@@ -184,7 +185,7 @@ class Compute:
 
 
 def choose_placement(shard, device, dtype):
-    """--shard -> where the weights of the run's models lie"""
+    """--shard -> the placement of the run's weights"""
     if not shard:
         return Whole(device, dtype)
     from training.sharding import Parts
@@ -210,7 +211,7 @@ def choose_device(name, dtype):
 
             gpu.prepare(device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        remedy = "start fewer processes" if distributed.many else "--device cpu always is"
+        remedy = "start fewer processes" if distributed.many else "give --device cpu"
         raise UserError(f"--device {name} is not on this machine; {remedy}") from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name}: give cpu, cuda, cuda:N or mps")

@@ -1,9 +1,9 @@
-"""Many processes, started by torchrun: which one this is, its share, and how results are joined.
+"""Shares the work of a step among the processes that torchrun has started, and joins the results.
 
 Every process knows the whole step: its rows, all random numbers, every rollout. Only the passes
-through a model are shared out. All results are joined in the same way: each process fills its own
-rows of a table of zeros, and the sum over the processes is the complete table, exactly. Gradients
-are summed once per optimizer step. A single process sends no message.
+through a model are divided among the processes. All results are joined in the same way: each
+process fills its own rows of a table of zeros, and the sum over the processes is exactly the
+complete table. Gradients are summed once per optimizer step. A single process sends no message.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ if started:
 
     rank, size, local, mistake = launch.place()
 is_first, many = rank == 0, size > 1
-store = None  # of short texts that all processes can read
+store = None  # short texts that all processes can read
 saved = ""  # the path of the state that was saved last
-PATIENCE = timedelta(hours=2)  # with a process that writes, or waits for another run
-SAID = 3.0  # seconds in which the first process prints a mistake that all of them have met
+PATIENCE = timedelta(hours=2)  # for a process that writes or waits for another run
+SAID = 3.0  # seconds that the first process has to print a mistake that all of them have met
 
 
 class Lost(Exception):
@@ -42,7 +42,8 @@ class Lost(Exception):
 
 @contextlib.contextmanager
 def joined():
-    """Within it the processes can reach each other. After success they disconnect at its end."""
+    """Within this block the processes can reach each other. If all went well, they disconnect at
+    its end."""
     global store
     if mistake:
         raise UserError(mistake)
@@ -63,7 +64,7 @@ def joined():
 
 
 def part():
-    """Disconnects the processes, only after success: after an error it could wait for ever."""
+    """Disconnects the processes, but only after success: after an error it could wait for ever."""
     wait()
     dist.destroy_process_group()
 
@@ -75,9 +76,10 @@ def wait():
 
 
 def to_say(message, alone=False, by_one=False):
-    """The message of a failure -> what this process prints of it. The first process prints what all
-    of them meet; what one meets alone, it prints itself, with its rank. by_one: whichever comes
-    first prints it. message: "" if this process could not reach another one"""
+    """The message of a failure -> what this process prints of it. A failure that all processes meet
+    is printed by the first one. A process that fails alone prints the message itself, with its
+    rank. by_one: the process that comes first prints it. message: "" if this process could not
+    reach another one"""
     if not store:
         return message
     if by_one:
@@ -98,7 +100,7 @@ def to_say(message, alone=False, by_one=False):
 
 
 def end(code):
-    """Ends one of many processes that has failed, at once, even if messages are under way."""
+    """Ends at once one of many processes that has failed, even if messages are under way."""
     if many:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -111,12 +113,12 @@ def is_lost(e):
 
 
 def launches():
-    """-> the names of this launch, one for each machine; none if torchrun has not started it"""
+    """-> the names of this launch, one per machine; none if torchrun has not started it"""
     return {x for x in gathered(launch.name()) if x} if started else set()
 
 
 def goes_on(record):
-    """Whether torchrun has started a run again whose record this launch has begun"""
+    """Whether this launch of torchrun began the record, and has now restarted the run"""
     if not started or not total(launch.restarts(), "MAX"):
         return False
     return of_first(partial(launch.has_begun, record, launches()))
@@ -124,7 +126,7 @@ def goes_on(record):
 
 @contextlib.contextmanager
 def agreed():
-    """If one process meets a mistake within it, all of them stop: the others raise Lost."""
+    """If one process meets a mistake within this block, all stop: the others raise Lost."""
     mistake = None
     try:
         yield
@@ -148,12 +150,12 @@ def mesh(kind):
 
 
 def mine(n):
-    """-> which of n things are this process's, as a slice"""
+    """-> this process's share of n things, as a slice"""
     return slice(n * rank // size, n * (rank + 1) // size)
 
 
 def cut(n, rows, lengths=None, tokens=0, processes=1):
-    """-> which of n rows each part has, as `shares` deals them to so many processes"""
+    """-> the rows of each part, for `shares` to distribute among the processes"""
     parts = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
     if tokens and any(lengths[part].sum() > tokens for part in parts):
         from training.cut import by_tokens
@@ -163,11 +165,11 @@ def cut(n, rows, lengths=None, tokens=0, processes=1):
 
 
 def shares(n, rows=0, lengths=None, tokens=0):
-    """Yields this process's parts of n rows, at most `rows` at a time (0: its share at once), as
-    (slice, whether it counts). All processes make equally many passes: one that has a part less
-    than others gets the first part in its place, which does not count. If a part would have more
-    than `tokens` tokens (0: any), it is cut by the rows' lengths, (n,), and rows are numbers, not a
-    slice."""
+    """Yields this process's parts of n rows, at most `rows` at a time (0: its whole share), as
+    (slice, whether it counts). All processes make the same number of passes: a process that has one
+    part less than others gets the first part instead, which does not count. If a part would have
+    more than `tokens` tokens (0: any number), it is cut by the lengths of the rows, (n,), and a
+    tensor of row numbers takes the place of the slice."""
     share = max(1, -(-n // size))
     parts = cut(n, min(rows or share, share), lengths, tokens, size)
     for i in range(rank, -(-len(parts) // size) * size, size):
@@ -175,8 +177,8 @@ def shares(n, rows=0, lengths=None, tokens=0):
 
 
 def shared(n, f, *limits):
-    """-> f of all n rows, (n, …); each process computes its share, cut as `shares` does. f(rows)
-    -> of those rows"""
+    """-> f of all n rows, (n, …). Each process computes its share, cut as `shares` does. f(rows)
+    gives the results of these rows."""
     found = torch.zeros(0)
     for part, counts in shares(n, *limits):
         x = f(part)

@@ -1,14 +1,14 @@
-"""How a run ends before its last step: its loss is not finite, or no more samples are found."""
+"""Ends a run before its last step, if its loss is not finite or no more samples are found."""
 
 import math
 
 from data import Stopped, say
 
-LARGE = 1e6  # a larger reward is mentioned
+LARGE = 1e6  # the message mentions a reward above this
 
 
 def give_up(run, loss, norm):
-    """Keeps the last good state, and says what was found and what may help."""
+    """Keeps the last good state, and prints what was found and what may help."""
     run.state.keep()
     path = run.files.state_path
     kept = f"the last good state is kept in {path}" if run.files.interrupted() else "no state"
@@ -23,7 +23,7 @@ def give_up(run, loss, norm):
 
 
 def cut_short(run, why):
-    """Ends the run with the step before this one; raises Stopped if there is none."""
+    """Ends the run after the step before this one. Raises Stopped if there is none."""
     if (step := run.step) == 0:
         raise Stopped(why)
     say(f"{why}. The run ends after step {step} of {run.o.steps}, with what it has learned")

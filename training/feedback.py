@@ -1,4 +1,4 @@
-"""AI feedback: a model that answers, criticises and revises, a model that judges, and how far both
+"""AI feedback: a model that answers, criticises and revises, a model that judges, and how well both
 agree with the gold reward, if a task has one."""
 
 import random
@@ -114,7 +114,7 @@ class AIJudge:
 
 
 def frozen_records(what, **models):
-    """Shows which frozen models work before a phase, and at what. -> their records"""
+    """Prints which frozen models work before a phase, and what they do. -> their records"""
     data.say(f"used {what}\n{memory.ledger(memory.records(models))}")
     return memory.records(models)
 
@@ -129,8 +129,8 @@ def gold(task, pairs):
 
 
 def agreement(task, pairs, *verdicts):
-    """verdicts: (N,) bool each, whether a is the better one. -> the share of verdicts that agree
-    with the gold reward, over the pairs whose gold rewards differ; None if no pair is such"""
+    """verdicts: (N,) bool each, whether a is the better answer. -> the share of verdicts that agree
+    with the gold reward, over the pairs whose gold rewards differ; None if there is no such pair"""
     rewards = gold(task, pairs)
     differ = [i for i, (a, b) in enumerate(rewards) if a != b]
     right = [(rewards[i][0] > rewards[i][1]) == bool(wins[i]) for wins in verdicts for i in differ]
@@ -138,9 +138,9 @@ def agreement(task, pairs, *verdicts):
 
 
 def label_figures(task, pairs, ab, ba, a_wins=()):
-    """-> how good the labels of pairs are that a judge's (ab, ba) make; {} if there are no pairs.
-    a_wins: (N,) bool, the verdicts of a model that learned from such labels; with them also how
-    often it agrees with the judge and with the gold reward"""
+    """-> figures of the quality of the labels that a judge's (ab, ba) give to pairs; {} without
+    pairs. a_wins: (N,) bool, the verdicts of a model that learned from such labels; with these also
+    how often that model agrees with the judge and with the gold reward"""
     if not pairs:
         return {}
     first, second = ab.softmax(1)[:, 0], ba.softmax(1)[:, 1]

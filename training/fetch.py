@@ -1,4 +1,4 @@
-"""What an option names as a checkpoint: a path, or the id of a model on a hub, which is fetched."""
+"""Finds the checkpoint that an option names, by its path or by the id of a model on a hub."""
 
 from data import UserError
 from hf import hub
@@ -6,8 +6,9 @@ from training import distributed
 
 
 def path_of(name, files):
-    """-> the path of a checkpoint, or of each in a list. files: "model", or "config" if that alone
-    is read. Of many processes the first one of each machine fetches a model; the others wait."""
+    """-> the path of a checkpoint, or of each in a list. files: "model", or "config" if only that
+    is read. If there are many processes, the first one of each machine fetches the model, and the
+    others wait."""
     if isinstance(name, list):
         return [path_of(one, files) for one in name]
     if not hub.is_id(name):

@@ -1,4 +1,4 @@
-"""The figures of a run: what its steps log, how long they take, the passes through its models."""
+"""The figures of a run: what its steps log, how long they take, and how often models are read."""
 
 import contextlib
 import statistics
@@ -14,7 +14,7 @@ SHOWN_EVALUATED = "loss reward score kl kl_star held_out_loss accuracy rms nll".
 
 
 class Figures:
-    """A run logs into it; the record's lines come out of it."""
+    """Takes what a run logs, and gives the lines of the record."""
 
     def __init__(self, device):
         self.device = device
@@ -47,8 +47,8 @@ class Figures:
 
     @torch.no_grad()
     def log(self, metrics, weight):
-        """Adds Σ weight · metric. What is logged in several optimizer steps is averaged over
-        them."""
+        """Adds Σ weight · metric. A figure that is logged in several optimizer steps is averaged
+        over them."""
         for name, x in metrics.items():
             x = weight * x
             x = x.sum() if torch.is_tensor(x) else x
@@ -76,7 +76,7 @@ class Figures:
 
     @contextlib.contextmanager
     def shared(self):
-        """Within it each of many processes logs its share; at its end the shares are summed."""
+        """Within this block each process logs its share; at its end the shares are summed."""
         if not distributed.many:
             yield
             return
@@ -118,7 +118,7 @@ class Figures:
 
     @contextlib.contextmanager
     def passing(self, responses):
-        """Counts so many responses, however they are split, for each model that is read within."""
+        """Counts `responses` passes, however they are split, for each model that is read within."""
         self.reading = set()
         yield
         self.counts = True
@@ -162,7 +162,7 @@ class Figures:
 
     def medians(self, steps, updates):
         """-> the median times of a step and of its parts, and the tokens per second, over the steps
-        of this process. The first one, which loads kernels or compiles them, counts only for what
+        of this process. The first step, which loads or compiles kernels, counts only for parts that
         no later step has."""
         seconds = {}
         for parts in reversed(self.times):
@@ -205,7 +205,7 @@ def _now(synchronize):
 
 
 def means(sums, logged_in):
-    """-> a step's figures, as numbers, of which a device is asked once"""
+    """-> a step's figures, as numbers, which are read from the device at once"""
     tensors = {name: x for name, x in sums.items() if torch.is_tensor(x) and not x.is_cpu}
     read = torch.stack([x.float() for x in tensors.values()]).tolist() if tensors else []
     numbers = sums | dict(zip(tensors, read))

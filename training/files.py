@@ -1,4 +1,4 @@
-"""A run's files: the record, the state that --resume goes on from, and what the run reads."""
+"""A run's files: its record, the state that --resume goes on from, and the files that it reads."""
 
 import contextlib
 import errno
@@ -22,8 +22,8 @@ from training.options import flag
 
 
 def logger(log_to, method, out):
-    """-> the logger that --log-to names, which gets the record's lines too; else one that does
-    nothing with them"""
+    """-> the logger that --log-to names, which also gets the record's lines; without --log-to one
+    that does nothing"""
     if not log_to:
         return Logger(method, out)
     from training.loggers import LOGGERS
@@ -67,20 +67,20 @@ class Files:
 
     def reads(self, path, part, known_by=""):
         """Notes a file that the run reads: the run must not overwrite it, and --resume needs it
-        unchanged. part: its part in the run, such as "init"; its path does not matter. known_by:
-        what --resume compares in place of its content, which the user may mend."""
+        unchanged, though its path may change. part: its part in the run, such as "init". known_by:
+        what --resume compares instead of the content, if the user may correct the file."""
         if path and os.path.realpath(path) in map(os.path.realpath, self.written):
             words = f"--out {self.out} would overwrite {path}, which this run reads"
             raise UserError(f"{words}; give another path")
         if os.path.isfile(path) or is_model_folder(path):
             self.paths[part] = path
             self.digests[part] = known_by or (digest(path) if distributed.is_first else "")
-            distributed.wait()  # so that all meet a mistake in it at once
+            distributed.wait()  # so that all processes find a mistake in it at once
 
     # ---- the record
 
     def begin(self, options):
-        """Opens the record, with the lines that a resumed run has already."""
+        """Opens the record. In a resumed run it has lines already."""
         if not distributed.is_first:
             return
         self.logger.begin(options, [json.loads(line) for line in self.lines])
@@ -89,7 +89,7 @@ class Files:
             self.file.write("".join(self.lines).encode())
 
     def record(self, line):
-        """Writes each line at once, so that a killed run or a full disk leaves whole lines."""
+        """Writes each line at once, so that a killed run or a full disk leaves only whole lines."""
         self.lines.append(json.dumps(line) + "\n")
         if not distributed.is_first:
             return
@@ -102,7 +102,7 @@ class Files:
 
     @contextlib.contextmanager
     def writes(self, path):
-        """Ends the run in one line if a file cannot be written; the line says what is complete."""
+        """If a file cannot be written, ends the run with one line that says what is complete."""
         try:
             yield
         except OSError as e:
@@ -113,8 +113,8 @@ class Files:
     # ---- the state
 
     def save(self, state):
-        """Called within `writes`. The folder of parts that an older state named is not needed any
-        more when the new one stands."""
+        """Called within `writes`. Once the new state is written, the folder of parts that an older
+        state named is not needed any more."""
         distributed.saved = self.state_path
         if distributed.is_first:
             state = {"nanopo": "state"} | state | {"files": self.digests, "lines": self.lines}
@@ -129,8 +129,8 @@ class Files:
             parts.drop(self.state_path)
 
     def load(self, method, options):
-        """-> the saved state. Raises UserError if it is of a run with other options, or if a file
-        that was read has changed. Its tensors stay in the file until they are read."""
+        """-> the saved state. Raises UserError if a run with other options saved it, or if a file
+        that the run read has changed. Its tensors stay in the file until they are read."""
         where = {"map_location": "cpu", "mmap": True}
         try:
             state = torch.load(self.state_path, weights_only=True, **where)
@@ -148,22 +148,22 @@ class Files:
         return state
 
     def past(self, method, options):
-        """-> the closing figures of this very run if it has finished, else None. A run that was
-        begun again has not finished: it has a state, or no closing figures yet. If --out is the
-        checkpoint of another run, raises UserError."""
+        """-> the closing figures of this very run if it has finished, else None. A run that began
+        again has not finished: it has a state, or no closing figures yet. Raises UserError if --out
+        is the checkpoint of another run."""
         if self.interrupted():
             return None
         try:
             meta = torch.load(self.out, map_location="cpu", weights_only=True)["meta"]
             differ = self._differs(meta, method, options)
             final = json.loads(Path(self.record_path).read_text().splitlines()[-1])["final"]
-        except Exception:  # whatever stands at --out, it is no finished run
+        except Exception:  # whatever --out is, it is no finished run
             return None
         self._refuse(f"{self.out} belongs to a finished run", differ)
         return final
 
     def replaces(self, method, options):
-        """-> in a few words the checkpoint of another run that this one replaces, or "" """
+        """-> a description of the other run's checkpoint that this run replaces, or "" """
         try:
             file = torch.load(self.out, map_location="cpu", weights_only=True, mmap=True)
             differ = self._differs(file["meta"], method, options)
@@ -175,7 +175,7 @@ class Files:
 
     def _differs(self, saved, method, options):
         """-> how a saved run differs from this one, or "". If both have read a file for an option,
-        the contents are compared, and not the paths."""
+        its content is compared, not its path."""
         if saved["method"] != method:
             return f"of {saved['method']}.py"
         files, both = saved["files"], self.digests.keys() & saved["files"].keys()
@@ -217,8 +217,8 @@ def is_model_folder(path):
 
 
 def digest(path):
-    """-> the digest of the content of a file, or of what is read of a checkpoint's folder; "" if
-    there is neither"""
+    """-> the digest of a file's content, or of those files in a checkpoint's folder that are read;
+    "" if there is neither"""
     if is_model_folder(path):
         from hf import peft, weights
 
@@ -233,7 +233,8 @@ def digest(path):
 
 
 def remove_half_written(out):
-    """Removes the temporary files of earlier runs of this --out: its lock shows that they ended."""
+    """Removes the temporary files of earlier runs with this --out. Its lock shows that these have
+    ended."""
     name = re.escape(out.name.removesuffix(".pt"))
     ours = re.compile(name + r"((-\d{6})?\.pt|\.state|\.jsonl)?\.\d+\.tmp")
     for path in out.parent.iterdir():
@@ -242,7 +243,8 @@ def remove_half_written(out):
 
 
 def from_checkpoint(out):
-    """-> the way from the checkpoint's folder to the working folder, where its paths start"""
+    """-> the relative path from the checkpoint's folder to the working folder, where the paths of
+    the run start"""
     try:
         return os.path.relpath(os.getcwd(), os.path.dirname(os.path.realpath(out)))
     except ValueError:  # on another drive

@@ -14,9 +14,9 @@ from data import UserError, say
 
 
 class UserReward:
-    """reward(prompt, completion, ended, **columns) -> float. The user's function gets those of them
-    that its parameters name, as copies. Raises UserError if the function is missing, names what no
-    row has, raises, or returns something other than a finite number."""
+    """reward(prompt, completion, ended, **columns) -> float. The user's function gets copies of
+    those arguments that its parameters name. Raises UserError if the function is missing, names
+    something that no row has, raises an error, or returns anything but a finite number."""
 
     def __init__(self, name, task):
         path, _, attribute = name.rpartition(":")
@@ -26,7 +26,7 @@ class UserReward:
         if not os.path.isfile(path):
             raise UserError(f"--reward {name}: {path} is no file; give FILE.py:function")
         self.name = name
-        self.folder = os.getcwd()  # the user's code's: it may change it
+        self.folder = os.getcwd()  # of the user's code, which may change it
         self.function = self._find(path, attribute)
         self.names, self.takes_all = self._parameters(task)
 
@@ -96,8 +96,8 @@ class UserReward:
 
     @contextlib.contextmanager
     def _users_code(self):
-        """Within it the user's code runs, without gradients and in a working folder of its own, so
-        that the run's relative paths keep their meaning."""
+        """The user's code runs within this block, without gradients and in a working folder of its
+        own, so that the relative paths of the run keep their meaning."""
         ours = os.getcwd()
         try:
             os.chdir(self.folder)

@@ -1,4 +1,4 @@
-"""Figures of held-out rows: what a method's own loss says of them, if no reward is known."""
+"""Figures of held-out rows by the method's own loss, for tasks whose reward is not known."""
 
 import torch
 
@@ -7,12 +7,12 @@ from data import say
 
 
 class HeldOut:
-    """Held-out rows, and what a method's own loss says of them. A script picks `nll_per_token`,
-    `pair_accuracy`, or `label_accuracy` of labels.py."""
+    """Held-out rows, and the figures that a method's own loss gives of them. Each script picks
+    `nll_per_token`, `pair_accuracy`, or `label_accuracy` of labels.py."""
 
     def __init__(self, draw, score, figures, pad=data.pad, with_ref=False):
-        """draw: a task's function that gives rows; score(policy, ref, batch) -> a number per row or
-        pair; figures(these numbers, rows) -> what is measured; with_ref: scores need a reference"""
+        """draw: a task's function that gives rows. score(policy, ref, batch) -> a number per row or
+        pair. figures(these numbers, rows) -> the figures. with_ref: scores need a reference."""
         self.draw, self.score, self.figures = draw, score, figures
         self.pad, self.with_ref = pad, with_ref
 
@@ -45,8 +45,8 @@ def nll_per_token(task, compute_loss):
 
 def pair_accuracy(task, compute_loss, with_ref=False):
     """Measures the mean loss of pairs, and the share of them whose chosen answer has the higher
-    implicit reward, as compute_loss logs it. That takes (policy, batch), or with_ref
-    (policy, ref, batch)."""
+    implicit reward. compute_loss(policy, batch), or compute_loss(policy, ref, batch) if with_ref,
+    gives the losses and logs the rewards."""
 
     def score(policy, ref, batch):
         models = (policy, ref) if with_ref else (policy,)
@@ -61,11 +61,12 @@ def pair_accuracy(task, compute_loss, with_ref=False):
 
 
 def share(found, n=0):
-    """(…) bool -> the figures of an accuracy. n: how many of them are independent, if not all"""
+    """(…) bool -> the figures of an accuracy. n: the number of independent ones, if not all are"""
     n, accuracy = n or found.numel(), found.float().mean().item()
     return {"accuracy": accuracy, "accuracy_se": share_error(accuracy, n), "accuracy_n": n}
 
 
 def share_error(share, n):
-    """-> half of Wilson's interval of a share of n at one standard error: not 0 for 16 of 16"""
+    """-> half of the Wilson interval of a share of n, at one standard error. Unlike the usual
+    formula it is not 0 for 16 of 16."""
     return (n * share * (1 - share) + 0.25) ** 0.5 / (n + 1)

@@ -1,4 +1,4 @@
-"""What --help and --help-all print, and what is said of an option that there is not."""
+"""Prints --help and --help-all, and suggests an option if the command line has an unknown one."""
 
 import difflib
 import re
@@ -30,13 +30,13 @@ max-new-tokens: max-completion-length | micro-batch: gradient-accumulation-steps
 out: output output-dir | reference: ref-model | resume: resume-from-checkpoint
 save-every: save-steps | steps: max-steps | task: data dataset dataset-name train-file
 updates: num-iterations | warmup: warmup-steps
-"""  # our option: what other libraries call it
+"""  # our option: its names in other libraries
 WIDTH, COLUMN = 80, 25
 KINDS = {int: "I", float: "F", str: "S", tuple: "S ..."}
 
 
 def show(cls, presets, full):
-    """Prints the help of a script. full: with all of its docstring and all options"""
+    """Prints the help of a script. full: with the whole docstring and all options"""
     module = sys.modules[cls.__module__]
     text = module.__doc__.strip()
     print(text if full else head(text))
@@ -70,8 +70,8 @@ def head(text):
 
 
 def fit(line):
-    """-> the lines of an equation or a command, broken between its columns. A single equation that
-    is as wide as the screen begins at its left."""
+    """-> the lines of an equation or a command, broken between its columns. An equation of one
+    column that is as wide as the screen begins at the left."""
     if len(line) <= WIDTH:
         return [line]
     lines = [""]
@@ -92,7 +92,7 @@ def unbroken(x):
 
 
 def entry(f, presets):
-    """-> the lines of an option. Of a switch they show the form that changes its default."""
+    """-> the lines of an option. For a switch they show the form that changes its default."""
     on = f.type is bool and default_of(f, presets)
     choices = f.metadata.get("choices")
     form = flag(f.name) if f.default is not ... else f.name
@@ -114,7 +114,7 @@ def wrapped(text, first, rest):
 
 
 def described(f, presets):
-    """-> the help text of an option, with its default, and those of some tasks or variants"""
+    """-> the help text of an option, with its default and the defaults of some tasks or variants"""
     text, default, found = f.metadata["help"], default_of(f, presets), []
     said = "default" in text or default == 0 and "(0:" in text
     if default not in ("", (), None, ...) and not said and f.type is not bool:
@@ -134,7 +134,7 @@ def default_of(f, presets):
 
 
 def unknown(words, cls):
-    """-> what to say of words on the command line that no option knows"""
+    """-> the message about words on the command line that belong to no option"""
     names = [flag(f.name) for f in fields(cls)]
     names += [flag(f"no_{f.name}") for f in fields(cls) if f.type is bool]
     usual, found = {}, ""

@@ -1,4 +1,4 @@
-"""The judge of sampled responses."""
+"""The judge, which gives a reward to each sampled response."""
 
 import torch
 
@@ -28,18 +28,19 @@ class Judge:
         return on_device(rewards, rollout.ids.device)
 
     def reward(self, questions, rollout):
-        """-> (N,) what is trained on"""
+        """-> (N,) the rewards to train on"""
         return self(questions, rollout)
 
     def correct(self, questions, rollout):
-        """-> (N,) bool: what the task calls correct; with another reward, what is above 0"""
+        """-> (N,) bool: whether the task calls a response correct; with another reward, whether
+        that is above 0"""
         if self.user:
             return self(questions, rollout) > 0
         verdicts = self._judged(questions, rollout, self.task.correct)
         return on_device(verdicts, rollout.ids.device) > 0
 
     def _judged(self, questions, rollout, judge):
-        """-> (N,) judge(prompt, completion, ended, **columns) of each response, on the CPU. Each
+        """-> (N,) on the CPU: judge(prompt, completion, ended, **columns) of each response. Each
         process judges its share."""
         part = distributed.mine(len(rollout))
         wide = torch.float32 if rollout.ids.device.type == "mps" else torch.float64

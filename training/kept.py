@@ -1,4 +1,4 @@
-"""What a run does between steps: checkpoints by --keep-every, held-out losses by --loss-every."""
+"""Between steps: writes the checkpoints of --keep-every, measures the losses of --loss-every."""
 
 import os
 
@@ -17,8 +17,8 @@ def between_steps(run, evaluator, policy):
 
 
 def keep(run, evaluator, policy):
-    """Writes the policy as it is now: to out/dpo-000200.pt after step 200. With --keep K this run's
-    checkpoint of K times earlier is removed."""
+    """Writes the current policy, after step 200 to out/dpo-000200.pt. With --keep K, removes all
+    but the last K of the checkpoints that this run has written so."""
     o, step = run.o, run.step + 1
     path, old = (name(o.out, n) for n in (step, step - o.keep * o.keep_every))
     again = " again" if distributed.is_first and os.path.exists(path) else ""

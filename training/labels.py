@@ -1,4 +1,4 @@
-"""What held-out labels say of a policy that learns from them, as KTO does."""
+"""Measures a policy that learns from labels, as KTO does, on held-out labels."""
 
 import torch
 
@@ -8,8 +8,8 @@ from training.held_out import HeldOut, share
 
 def label_accuracy(task, compute_loss):
     """Measures the share of pairs (a desirable answer, an undesirable one) whose desirable answer
-    has the higher implicit reward. A file of pairs has these pairs; of a file of single answers
-    each desirable one makes a pair with each undesirable one. compute_loss(policy, ref, batch)"""
+    has the higher implicit reward. A file of pairs gives these pairs; in a file of single answers
+    each desirable one is paired with each undesirable one. compute_loss(policy, ref, batch)"""
 
     def draw(n, seed, split):
         rows = task.feedback(n, seed, split=split)

@@ -1,5 +1,6 @@
 """How these processes were started, by torchrun or by a cluster that sets the same environment,
-and how they send gradients. Only one with RANK or WORLD_SIZE in its environment reads this file.
+and how they send gradients. A process reads this file only if its environment has RANK or
+WORLD_SIZE.
 """
 
 import json
@@ -14,14 +15,14 @@ import torch.distributed as dist
 
 from data import UserError, say
 
-ARGV = sys.argv[1:]  # of the script that torchrun has started, and not of an earlier stage
+ARGV = sys.argv[1:]  # of the script that torchrun has started, not of an earlier stage
 BUCKET = 2**25  # bytes of gradients in one message; a larger one travels alone
 NEEDED = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 
 
 def place():
-    """-> (the rank of this process, how many there are, its rank on this machine, what is wrong
-    with the environment or "")"""
+    """-> (the rank of this process, the number of processes, its rank on this machine, what is
+    wrong with the environment or "")"""
     found = {k: os.environ[k] for k in (*NEEDED, "LOCAL_RANK") if k in os.environ}
     found = {"LOCAL_RANK": "0"} | found
     alone = found.get("WORLD_SIZE") == "1"  # needs no address
@@ -40,7 +41,7 @@ def place():
         wrong = [f"RANK={rank} with WORLD_SIZE={size}"]
     needs = f"a process of many needs {', '.join(NEEDED)} in its environment"
     remedy = "start it with torchrun, which sets them, or unset RANK and WORLD_SIZE for one process"
-    return 0, 1, 0, f"{needs}, and this one has {' and '.join(wrong)}; {remedy}"
+    return 0, 1, 0, f"{needs}, but this one has {' and '.join(wrong)}; {remedy}"
 
 
 def connect(rank, size, patience):
@@ -66,8 +67,9 @@ def connect(rank, size, patience):
 
 
 def name():
-    """-> what this machine's torchrun alone has: a folder with a random name, in which each of its
-    starts has a folder; "" if it writes none. Its run id is "none" every time"""
+    """-> a name that only the torchrun of this machine has: a folder with a random name, in which
+    each of its starts has a folder; "" if it writes none. Its run id cannot serve: it is always
+    "none"."""
     return os.environ.get("TORCHELASTIC_ERROR_FILE", "").rpartition(f"{os.sep}attempt_")[0]
 
 
@@ -76,7 +78,7 @@ def restarts():
 
 
 def has_begun(record, names):
-    """-> whether a launch of these names has begun a record; if not, says so"""
+    """-> whether a launch of these names has begun a record; if not, prints so"""
     try:
         with open(record) as file:
             ours = not names.isdisjoint(json.loads(file.readline())["launch"])
@@ -88,8 +90,8 @@ def has_begun(record, names):
 
 
 def words():
-    """-> the words of the command that has started these processes, before the script's name: those
-    of the process above this one, or what torchrun says of them in the environment"""
+    """-> the words before the script's name in the command that has started these processes, taken
+    from the parent process, or from what torchrun puts into the environment"""
     if "LOCAL_WORLD_SIZE" not in os.environ:  # no torchrun
         return ["python"]
     try:
@@ -135,8 +137,8 @@ def stored(rows):
 
 
 def total_gradients(gradients):
-    """Sums each gradient over the processes, in place. Hundreds of small messages would take longer
-    than their bytes, so neighbours travel together."""
+    """Sums each gradient over the processes, in place. Neighbours are sent together, because each
+    of hundreds of small messages would cost more than its bytes."""
     for bucket in buckets(gradients):
         flat = torch.cat([x.flatten() for x in bucket]) if len(bucket) > 1 else bucket[0]
         dist.all_reduce(flat)

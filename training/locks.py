@@ -16,7 +16,7 @@ def path_of(out):
 
 
 def take(out):
-    """-> whether this process may write there, as no other one does. The lock's file stays."""
+    """-> whether this process may write there because no other one does. The lock's file stays."""
     try:
         from filelock import FileLock, Timeout
     except ImportError:
@@ -41,7 +41,7 @@ def take(out):
 
 def take_or_refuse(out):
     if not take(out):
-        raise UserError(f"--out {out}: another run is writing there; wait for it, or give another")
+        raise UserError(f"--out {out}: another run is writing there; wait, or give another path")
 
 
 def wait(out, why):
@@ -54,7 +54,7 @@ def wait(out, why):
 
 @contextlib.contextmanager
 def given_back():
-    """Releases at its end the locks that are taken within it."""
+    """At the end of this block, releases the locks that were taken within it."""
     before = set(HELD)
     try:
         yield
@@ -64,6 +64,6 @@ def given_back():
 
 
 def wait_until_free(out, why):
-    """Waits for another run's end, and writes nothing."""
+    """Waits until another run has ended, and writes nothing."""
     with given_back():
         wait(out, why)

@@ -9,11 +9,11 @@ class Logger:
         self.step = 0  # of the last line
 
     def begin(self, options, lines):
-        """lines: what a resumed run has of its record already; a new run has none"""
+        """lines: those that the record of a resumed run has already; a new run has none"""
 
     def facts(self):
         """-> what the record's first line keeps, so that a resumed run finds its curve again"""
         return {}
 
     def take(self, line):
-        """line: the record's next one: the first, or that of a step, an evaluation or the end"""
+        """line: the next of the record: the first, or that of a step, an evaluation or the end"""

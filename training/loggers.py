@@ -43,7 +43,7 @@ def check(name):
 
 
 class TensorBoard(Logger):
-    """Into the folder out/<task>/<method>.tb; `tensorboard --logdir out` shows all of them."""
+    """Writes to the folder out/<task>/<method>.tb; `tensorboard --logdir out` shows all runs."""
 
     def __init__(self, method, out):
         super().__init__(method, out)
@@ -70,7 +70,8 @@ class TensorBoard(Logger):
 
 
 class WandB(Logger):
-    """Into the project nanopo; with WANDB_MODE=offline into out/<task>/wandb, for `wandb sync`."""
+    """Writes to the project nanopo, or with WANDB_MODE=offline to out/<task>/wandb, for `wandb
+    sync`."""
 
     id = ""
 

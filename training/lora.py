@@ -30,7 +30,7 @@ class LoRA(Linear):
     __call__ = forward
 
     def over(self, linear):
-        """-> the same adapter of another layer, on "meta" and without numbers"""
+        """-> the same adapter for another layer, on "meta" and without numbers"""
         return LoRA(linear, self.A.to("meta"), self.scale)
 
     def merged(self):
@@ -50,8 +50,8 @@ def merged_weight(W, A, B, scale):
 
 
 def adapt(model, rank, alpha, seed):
-    """Freezes all of a model but a scalar head, and gives every linear layer of its blocks an
-    adapter, unless it has adapters."""
+    """Freezes a model except for a scalar head, and gives every linear layer of its blocks an
+    adapter, unless the model has adapters already."""
     if adapters(model):
         return
     for name, p in model.named_parameters():
@@ -68,8 +68,8 @@ def adapt(model, rank, alpha, seed):
 
 
 def base(model):
-    """-> the same model without its adapters: new modules that share its weights; the model itself
-    if it has none"""
+    """-> the same model without its adapters, as new modules that share its weights. A model
+    without adapters is returned itself."""
     if not adapters(model):
         return model
     bare = like(model, adapted=False)

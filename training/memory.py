@@ -1,24 +1,25 @@
-"""What a training step holds in memory: the models, and the bytes of all tensors at its peak.
+"""Measures what a training step holds in memory: models, and the bytes of all tensors at its peak.
 
     ledger     the models that a script holds, by role, as text; `records` as plain facts
-    Tracker    while it is on, it counts every tensor storage from its making to its end
+    Tracker    while it is on, it counts every tensor storage from its creation to its end
     track      turns on a Tracker that knows weights, gradients and AdamW's moments
     Meter      the bytes of one step of a run
 
 A tracker counts the bytes of live storages, each of them once, however many views it has. A CUDA
-device also needs its context (about 0.5 GB), workspaces of libraries, and rounding. Categories:
+device also needs memory for its context (about 0.5 GB), for workspaces of libraries, and for
+rounding. The categories are:
 
     weights       parameters of all models
     casts         their copies in bfloat16, which autocast makes
     gradients     .grad of the parameters
     optimizer     AdamW's two moments
     logits        what has the vocabulary as its last axis: logits, softmax and their gradients
-    sampling      all that sampling makes: the KV cache, uniforms, next-token distributions; and
-                  what judges the samples
+    sampling      all that sampling makes, such as the KV cache, uniforms and next-token
+                  distributions, and all that judging the samples makes
     gathered      with --shard: full weights while they are needed, gradients while they are summed
     activations   the rest: what the backward pass keeps and makes, log-probs, the batch
 
-Each of many processes counts what it holds itself.
+If there are many processes, each counts only what it holds itself.
 """
 
 import weakref
@@ -37,9 +38,9 @@ PRODUCTS = aten.mm.default, aten.addmm.default, aten.linear.default, aten.bmm.de
 
 
 def records(models, optimizer="adamw"):
-    """{role: model} -> a plain record for each: role, trainable, parameters, how many of them are
-    trained, bytes, their parts. Weights shared with an earlier model count there. The bytes of a
-    sharded model are those of this process. optimizer: --optimizer, which moves the trained ones"""
+    """{role: model} -> a plain record for each: role, trainable, the number of parameters and of
+    trained ones, bytes, their parts. Weights that an earlier model shares are counted there. The
+    bytes of a sharded model are those of this process. optimizer: the value of --optimizer"""
     out, counted = [], set()
     for role, model in models.items():
         parameters = list(model.parameters())
@@ -99,8 +100,8 @@ def size_unit(size):
 
 
 def peak_text(parts, most):
-    """Bytes by category, at the peak and the most of each at any time -> the sum, the parts, and
-    what is larger at another time, as text"""
+    """Bytes by category, at the peak and at the maximum of each category -> the sum, the parts, and
+    the categories that are larger at another time, as text"""
     total = sum(parts.values())
     unit, symbol = size_unit(total)
 
@@ -133,7 +134,7 @@ def flops(models, forward, backward, recompute=False):
 
 @contextmanager
 def track(models, optimizer):
-    """Counts what happens within it, beginning with the weights and moments. -> the Tracker"""
+    """Counts what happens within this block, beginning with weights and moments. -> the Tracker"""
     languages = [model for model in models.values() if isinstance(model, GPT)]
     tracker = Tracker(languages)
     hooks = []
@@ -157,8 +158,8 @@ def track(models, optimizer):
 
 
 class Tracker(TorchDispatchMode):
-    """`total`: bytes of the live storages. `peak`: the largest total so far. `parts`: that peak by
-    category. `most`: the largest size of each category so far"""
+    """`total`: bytes of the live storages. `peak`: the largest total so far. `parts`: the peak by
+    category. `most`: the largest size of each category so far."""
 
     def __init__(self, languages=()):
         super().__init__()
@@ -171,13 +172,13 @@ class Tracker(TorchDispatchMode):
         self.start()
 
     def start(self):
-        """Begins anew with the peak, at what is live now."""
+        """Starts a new peak, at the storages that are live now."""
         self.peak = self.total
         self.parts = dict(self.now)
         self.most = dict(self.now)
 
     def during(self, phase):
-        """Puts what is made from now on in this category; None: in that of its kind."""
+        """Counts new storages in this category from now on; None: in that of their kind."""
         self.phase = phase
 
     def own(self, tensor, category, head=False):
@@ -241,13 +242,13 @@ class Tracker(TorchDispatchMode):
                 self.own(x, "gradients" if summed and i == 0 else "gathered")
 
     def _heads(self):
-        """-> the storages of the vocabulary's weights, which FSDP2 changes"""
+        """-> the storages of the vocabulary's weights, which change under FSDP2"""
         now = [local(model.head).untyped_storage()._cdata for model in self.languages]
         return self.heads.union(now)
 
     def _kind(self, func, given, out):
-        """-> the category of what `func` has made of the tensors given, and whether it is a copy of
-        the vocabulary's weights"""
+        """-> the category of the tensors that `func` has made, and whether they are a copy of the
+        vocabulary's weights"""
         kinds = [self.live[key][1] if key in self.live else "" for _, key in given]
         if func is aten._to_copy.default and kinds[0] in ("weights", "gathered"):
             return self.phase or "casts", given[0][1] in self._heads()
@@ -260,15 +261,15 @@ class Tracker(TorchDispatchMode):
 
 
 def _end(tracker, key):
-    """A storage has ended. Its finalizer keeps no tracker alive, and so none of the models."""
+    """Called when a storage has ended. A finalizer keeps no tracker alive, and so no models."""
     if tracker():
         tracker()._end(key)
 
 
 class Meter:
-    """Measures the bytes of one step: on a CPU those of its tensors, unless its code is compiled,
-    which hides them; on a GPU those that its allocator gave out. `peak`: (bytes by category at the
-    peak, the most of each category), once they are known"""
+    """Measures the bytes of one step: on a CPU those of its tensors (compiled code hides them), on
+    a GPU those that its allocator gave out. `peak`: once known, (bytes by category at the peak, the
+    most of each category)"""
 
     def __init__(self, device, compiled):
         self.device, self.compiled = device, compiled
@@ -290,7 +291,7 @@ class Meter:
 
     @contextmanager
     def during(self, phase):
-        """Puts what is made within it in this category; None: in that of its kind."""
+        """Counts storages made within this block in a category; None: in that of their kind."""
         if self.tracker:
             self.tracker.during(phase)
         yield
@@ -298,14 +299,14 @@ class Meter:
             self.tracker.during(None)
 
     def figures(self):
-        """-> the peak's figures for the record"""
+        """-> the figures of the peak, for the record"""
         if not self.peak:
             return {}
         parts, most = self.peak
         return {"peak_bytes": sum(parts.values()), "peak": parts, "peak_most": most}
 
     def read(self):
-        """Reads the peak after the optimizer's step, so that an evaluation does not count."""
+        """Reads the peak right after the optimizer's step, so that an evaluation does not count."""
         if self.tracker:
             self.peak = self.tracker.parts, dict(self.tracker.most)
         elif self.device.type == "cuda":

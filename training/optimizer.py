@@ -1,4 +1,4 @@
-"""AdamW, its learning rate, and the scale that float16's gradients need."""
+"""AdamW, its learning rate, and the loss scale that float16 gradients need."""
 
 import math
 
@@ -8,7 +8,7 @@ from training.placement import is_part
 
 
 def adamw(models, o, device):
-    """AdamW with betas (0.9, 0.95), weight decay on the matrices only."""
+    """AdamW with betas (0.9, 0.95) and weight decay on the matrices only."""
     parameters = [p for model in models for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.dim() >= 2]
     rest = [p for p in parameters if p.dim() < 2]
@@ -27,7 +27,7 @@ def adamw(models, o, device):
 
 def step_if(finite, optimizer):
     """Makes an optimizer step if `finite`, a bool tensor, is True. -> whether it is. On CUDA a
-    fused step itself looks, so that it need not wait for the answer to reach the CPU."""
+    fused step looks itself, so that it need not wait until the answer has reached the CPU."""
     (p, *_), *_ = [group["params"] for group in optimizer.param_groups]
     if finite.is_cuda and optimizer.defaults.get("fused") and not is_part(p):
         optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None
@@ -54,8 +54,8 @@ class Scaler(torch.amp.GradScaler):
     skipped = 0
 
     def skips(self, loss):
-        """-> whether to skip a step whose gradient is not finite, as too large for float16. If so,
-        the scale is halved."""
+        """-> whether to skip a step because its gradient, too large for float16, is not finite. If
+        so, the scale is halved."""
         if not (self.is_enabled() and math.isfinite(loss) and self.get_scale() >= 1):
             return False
         self.skipped += 1
@@ -64,6 +64,6 @@ class Scaler(torch.amp.GradScaler):
         return True
 
     def figures(self):
-        """-> its figures in the line of a step"""
+        """-> the figures of the scale for the line of a step"""
         on = self.is_enabled()
         return {"skipped": self.skipped, "scale": self.get_scale()} if on else {}

@@ -25,7 +25,7 @@ BOUNDS = {  # of a number: how it compares with the bound, in words
 
 
 def opt(default, help, **rules):
-    """One option: its default (... for one that must be given), what it means, and its rules.
+    """One option: its default (... if it must be given), its help text, and its rules.
 
     choices, low, high, above, below    the values that it allows
     like="eps"                          its default is the value of --eps
@@ -49,7 +49,7 @@ class Options:
         "", "checkpoint to start from (default: out/<task>/sft.pt)", file=True, hub="model"
     )
     reference: str = opt(
-        "", "checkpoint of π_ref and of comparisons (default: the start)", file=True, hub="model"
+        "", "checkpoint for π_ref and comparisons (default: the start)", file=True, hub="model"
     )
     out: str = opt("", "checkpoint to write (default: out/<task>/<method>.pt)")
     name: str = opt("", "write out/<task>/<method>-NAME.pt, beside other runs", only="out=")
@@ -57,19 +57,19 @@ class Options:
     steps: int = opt(300, "optimizer steps; with a file: one epoch", low=1)
     epochs: int = opt(0, "passes over a file or a fixed set, in place of --steps", low=1)
     batch_size: int = opt(32, "examples per optimizer step", low=1)
-    micro_batch: int = opt(0, "examples per forward pass; a few save memory (0: all)", low=0)
-    micro_tokens: int = opt(0, "tokens per forward pass, rows of like length (0: all)", low=0)
+    micro_batch: int = opt(0, "examples per forward pass; fewer save memory (0: all)", low=0)
+    micro_tokens: int = opt(0, "most tokens per forward pass, sorted by length (0: all)", low=0)
     lr: float = opt(1e-3, "AdamW learning rate at its peak", above=0)
     lr_schedule: str = opt("cosine", "constant, linear to 0, or cosine to 10 %", choices=SCHEDULES)
     warmup: int = opt(20, "steps over which the learning rate rises from 0", low=0)
     weight_decay: float = opt(0.0, "AdamW's decay of the weight matrices", low=0)
     optimizer: str = opt("adamw", "adamw8bit: AdamW's moments in 8 bits", choices=OPTIMIZERS)
-    grad_clip: float = opt(1.0, "a gradient with a larger norm is scaled down to it", above=0)
+    grad_clip: float = opt(1.0, "largest norm of a gradient; larger ones are scaled down", above=0)
     max_new_tokens: int = opt(0, "longest sampled response, in tokens (0: the task's)", low=0)
     block_size: int = opt(0, "longest sequence, in tokens (0: the checkpoint's)", low=0)
-    lora: int = opt(0, "r: train adapters of this rank, and no other weights (0: none)", low=0)
+    lora: int = opt(0, "r: train only adapters of this rank (0: train all weights)", low=0)
     lora_alpha: float = opt(None, "α: adapters are scaled by α/r", above=0, like="lora")
-    save: str = opt("whole", "whole: adapters are merged in the checkpoint", choices=SAVED)
+    save: str = opt("whole", "whole: adapters are merged into the weights", choices=SAVED)
     chat: bool = opt(True, "read a plain prompt as a user message, if there is a chat template")
     template_args: tuple = opt((), "for the chat template, such as enable_thinking=false")
     truncate: bool = opt(False, "cut rows that do not fit: first the beginning of the prompt")
@@ -82,16 +82,16 @@ class Options:
     shard: bool = opt(False, "under torchrun: each process holds a part of each weight (FSDP2)")
     resume: bool = opt(False, "go on from the state that an interrupted run left beside --out")
     save_every: int = opt(100, "steps between saved states", low=1)
-    keep_every: int = opt(0, "steps between checkpoints that are kept, as dpo-000200.pt", low=0)
-    keep: int = opt(0, "how many of them, the last ones (0: all)", low=0)
-    log_every: int = opt(10, "steps between lines of the record", low=1)
+    keep_every: int = opt(0, "steps between checkpoints to keep, such as dpo-000200.pt", low=0)
+    keep: int = opt(0, "of those checkpoints keep only the last I (0: all)", low=0)
+    log_every: int = opt(10, "steps between lines of the .jsonl record", low=1)
     log_to: str = opt("", "also write the record as curves", choices=("tensorboard", "wandb"))
     eval_prompts: int = opt(512, "test prompts and held-out rows of the last evaluation", low=1)
     eval_every: int = opt(0, "steps between evaluations (0: at the end; exact: 20 per run)", low=0)
     loss_every: int = opt(0, "steps between held-out losses, without samples (0: none)", low=0)
 
     def endless(self):
-        """Whether every step has rows of its own, so that there are no passes over a set"""
+        """Whether every step draws new rows, so that there are no passes over a fixed set"""
         return data.kind(self.task) != "file"
 
     def rows(self):
@@ -120,7 +120,7 @@ class Options:
         if "lora_alpha" in self.given and not self.lora:
             raise UserError("--lora-alpha is read with --lora R only; leave it out, or give both")
         if self.save == "adapters" and not self.lora:
-            raise UserError("--save adapters: there are none without --lora R; give both")
+            raise UserError("--save adapters needs --lora R; give both, or leave it out")
         rows, words = self.rows()
         if self.micro_batch and rows % self.micro_batch:
             raise UserError(f"--micro-batch {self.micro_batch} does not divide {words}")
@@ -133,7 +133,7 @@ class Options:
 
             compiler.check()
         if 0 < self.block_size < 8:
-            raise UserError(f"--block-size {self.block_size} leaves no room; 8 is the least")
+            raise UserError(f"--block-size {self.block_size} leaves no room; give at least 8")
 
 
 @dataclass
@@ -176,8 +176,8 @@ class JudgedOptions(Options):
         "task", "the judge: task, rm, the X.pt of a reward model, FILE.py:function", hub="model"
     )
     loss_every: int = opt(0, "unused: there is no held-out loss", high=0)
-    temperature: float = opt(1.0, "of the samples, and of the log-probs that are trained", above=0)
-    micro_tokens: int = opt(2**14, "tokens per forward pass, rows of like length (0: all)", low=0)
+    temperature: float = opt(1.0, "of the samples and of the trained log-probs", above=0)
+    micro_tokens: int = opt(2**14, "most tokens per forward pass, sorted by length (0: all)", low=0)
 
     def endless(self):
         return False
@@ -210,11 +210,11 @@ class RolloutOptions(JudgedOptions):
 
 
 def parse(cls, argv=None, presets=None):
-    """The command line -> an instance of `cls`, with `given`: the names that stood on it.
+    """The command line -> an instance of `cls`, with `given`: the names of the options on it.
 
     presets: {"any": …, "exact": …, "loss=ipo": …, "exact loss=ipo": …}, dicts of defaults.
-    One applies if all its words hold: the kind of the task, or an option's value. Later ones win
-    over earlier ones, and the command line wins over all.
+    A preset applies if all words of its key are true. A word is the kind of the task or the value
+    of an option. Later presets win over earlier ones, and the command line wins over all.
     """
     presets, argv = presets or {}, sys.argv[1:] if argv is None else argv
     if wanted := {"-h", "--help", "--help-all"} & {*argv}:

@@ -1,4 +1,4 @@
-"""How well a reward model orders held-out pairs."""
+"""Measures how well a reward model orders held-out pairs."""
 
 import statistics
 from functools import partial
@@ -12,8 +12,8 @@ from training.held_out import share_error
 
 
 class RewardEvaluator:
-    """Measures a reward model on held-out pairs, and on `exact` on every outcome. The pairs are
-    encoded before the training, so that those that do not fit are reported then."""
+    """Measures a reward model on held-out pairs, and for `exact` on every outcome. The pairs are
+    encoded before training, so that those that do not fit are reported then."""
 
     def __init__(self, run, task):
         self.run, self.task = run, task
@@ -31,7 +31,7 @@ class RewardEvaluator:
         return self.run.scores(rows, lambda x: response_scores(reward, pad(x)), 512).cpu()
 
     def center(self, reward):
-        """Shifts the scores so that demonstrations average 0. -> what it has subtracted"""
+        """Shifts the scores so that demonstrations average 0. -> the number subtracted"""
         shift = self.scores(reward, self.demonstrations).mean().item()
         with torch.no_grad():
             reward.head.bias -= shift
@@ -66,8 +66,8 @@ class RewardEvaluator:
         return {name: float(x) for name, x in figures.items()} | {"pairs": len(pairs)}
 
     def _distance(self, reward):
-        """-> the rms distance between the scores and r, up to a constant per prompt; an outcome has
-        the weight d(y|x), its share of the demonstrations"""
+        """-> the rms distance between the scores and r, up to a constant per prompt. The weight of
+        an outcome is d(y|x), its share of the demonstrations."""
         error = self.scores(reward, self.world).double().view(self.task.r.shape)
         error = error - torch.from_numpy(self.task.r)
         d = torch.from_numpy(self.task.d)

@@ -1,8 +1,9 @@
 """The saved state of a run with --shard: each process writes its parts of weights and moments.
 
-The parts of all processes are one folder beside the state, in the format of
-torch.distributed.checkpoint, which any number of processes can read. The state itself, which the
-first process writes when the folder is complete, names it, and has a Stored in place of each part.
+The parts of all processes are in one folder beside the state, in the format of
+torch.distributed.checkpoint, which any number of processes can read. When the folder is complete,
+the first process writes the state itself, which names the folder and has a Stored in place of each
+part.
 """
 
 import errno
@@ -34,8 +35,8 @@ FACTS = re.compile(  # the classes of a folder's .metadata, which is a pickle
 
 
 def write(state, path):
-    """Writes the parts in the tree `state` to a folder beside `path`. -> the tree to write there.
-    Every process calls it. Raises OSError in all of them if one of them cannot write."""
+    """Writes the parts in the tree `state` to a folder beside `path`. -> the tree to write to
+    `path`. Every process must call it. Raises OSError in all of them if one cannot write."""
     found = {}
 
     def taken(where, x):
@@ -55,7 +56,7 @@ def write(state, path):
 
 
 def unused(path):
-    """-> the name of a folder beside a state that is not there yet"""
+    """-> a name for a new folder beside a state"""
     taken = {int(x.rpartition("-")[2]) for x in folders(path)}
     return f"{path}.parts-{max(taken, default=0) + 1:06d}"
 
@@ -66,8 +67,8 @@ def folders(path):
 
 
 def opened(state, path):
-    """A state as it is in its file -> the same, whose parts can be read. Raises OSError if their
-    folder is not complete, and UnpicklingError if its .metadata is not that of a state."""
+    """A state as read from its file -> the same with parts that can be read. Raises OSError if the
+    folder of parts is not complete, and UnpicklingError if its .metadata is not that of a state."""
     folder = f"{path}.{state['parts'].rpartition('.')[2]}"
     with open(os.path.join(folder, ".metadata"), "rb") as file:
         files = Facts(file).load().storage_data.values()
@@ -83,8 +84,8 @@ def opened(state, path):
 
 
 def drop(path):
-    """Removes the folders of parts that the state `path`, if there is one, does not name. Keeps all
-    if the state cannot be read."""
+    """Removes the folders of parts that the state `path`, if there is one, does not name. If the
+    state cannot be read, keeps all of them."""
     named = None
     try:
         if os.path.exists(path):

@@ -1,6 +1,6 @@
-"""Where the weights of a model lie. Without --shard each process holds whole models on its device;
-with --shard it holds a part of each (sharding.py). A run calls its placement
-without asking which of the two it is.
+"""Places the weights of models. Without --shard each process holds whole models on its device; with
+--shard it holds a part of each (sharding.py). A run calls its placement without asking which of the
+two it is.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""What a process meets outside its own code: streams that end, and signals."""
+"""Handles what reaches a process from outside: streams that end, and signals."""
 
 import contextlib
 import os
@@ -10,8 +10,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def streams():
-    """Within it a character that an encoding cannot show is replaced, and a stream that the process
-    lacks is the null device. Whether a reader has left is known at its end."""
+    """Within this block a character that an encoding cannot show is replaced, and the null device
+    takes the place of a stream that the process lacks. At its end a reader that has left is
+    noticed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # or a file of ours would get its number
             setattr(sys, name, open(os.devnull, mode))
@@ -22,9 +23,9 @@ def streams():
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM, which both raise KeyboardInterrupt. But a loop that is `patient` finishes
-    its step first, and what is `held` is finished however often they come. The object is true once
-    the first of them has come."""
+    """Ctrl-C and SIGTERM both raise KeyboardInterrupt. But a `patient` loop finishes its step
+    first, and a `held` block is finished however often they come. This object is true once the
+    first of them has come."""
 
     def __init__(self):
         self.depth = 0  # of nested commands: a run may make an earlier stage
@@ -67,8 +68,8 @@ class Interrupts:
 
     @contextlib.contextmanager
     def caught(self):
-        """Within it the signals come here. Once one of them ends the process, further ones are
-        ignored to the very end."""
+        """Within this block the signals come here. Once one of them ends the process, further ones
+        are ignored to the very end."""
         try:
             before = {number: signal.signal(number, self) for number in SIGNALS}
         except ValueError:  # only the main thread may handle signals

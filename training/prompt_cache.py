@@ -1,4 +1,4 @@
-"""The cache of sampling if the responses to a long prompt read it from one copy."""
+"""A cache for sampling in which all responses to a long prompt read one copy of it."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""How many processes draw samples together."""
+"""Draws samples with many processes, each of them for its share of the prompts."""
 
 from packing import on_device
 from training import distributed, sampling

@@ -14,8 +14,8 @@ class Reader:
     """A model, with the keys and values of the tokens that it has read last, `known`.
 
     `GPT.hidden` takes a Reader in place of a Packed: it has the `ids` of N new tokens, their
-    `position`, and how they attend to all that stand before them. `cache`: of each layer
-    (2K, columns, D), of which the first len(known) are in use.
+    `position`, and a method by which they attend to all tokens before them. `cache`: for each layer
+    (2K, columns, D), of which the first len(known) columns are in use.
     """
 
     def __init__(self, model):
@@ -23,8 +23,8 @@ class Reader:
         self.known, self.cache = [], []
 
     def read(self, ids):
-        """ids, a list: a whole text -> logits (V,) of the token after it. The beginning that it has
-        in common with the text before is not read again."""
+        """ids, a list: a whole text -> logits (V,) of the token after it. The beginning that this
+        text shares with the previous one is not read again."""
         self.known = os.path.commonprefix([self.known, ids[:-1]])  # of lists too
         n, device = len(self.known), self.head.device
         self.ids = torch.tensor(ids[n:], device=device)
@@ -55,8 +55,8 @@ class Reader:
 
 
 def drawn_from(logits, temperature, top_p, generator):
-    """logits (V,) -> a token, from the likeliest ones that have the share top_p of the probability;
-    temperature 0: the likeliest one"""
+    """logits (V,) -> a token drawn from the likeliest ones, which together have the probability
+    top_p. If temperature is 0, -> the likeliest token"""
     logits = logits.float().cpu()
     if temperature == 0:
         return int(logits.argmax())

@@ -1,4 +1,4 @@
-"""Which judge a run has: the task's own reward, a reward model, or a user's function."""
+"""Chooses the judge of a run: the task's own reward, a reward model, or a user's function."""
 
 import os
 from functools import partial
@@ -15,8 +15,8 @@ ROWS = 128  # sequences per forward pass of a reward model
 
 
 def load_judge(how, run, task, missing_eos_penalty=0.0):
-    """-> the Judge of the responses. A wrong `how` is refused at once. missing_eos_penalty: what is
-    subtracted from a reward model's score if the response did not end.
+    """-> the Judge of the responses. A wrong `how` is refused at once. missing_eos_penalty: what a
+    reward model's score loses if the response did not end.
 
     "task"              the task's own reward
     "rm"                out/<task>/reward_model.pt, made first if it is missing
@@ -49,9 +49,9 @@ def load_judge(how, run, task, missing_eos_penalty=0.0):
 
 
 class ModelJudge(Judge):
-    """The judge is a reward model. One with the policy's vocabulary reads its tokens; one that was
-    trained elsewhere reads text. A row that is longer than its context loses the prompt's
-    beginning, then the response's end."""
+    """The judge is a reward model. If it has the policy's vocabulary, it reads the policy's tokens,
+    otherwise text. A row that is longer than its context loses the beginning of the prompt, then
+    the end of the response."""
 
     name = "score"
     user = False
@@ -84,7 +84,7 @@ class ModelJudge(Judge):
         return scores - self.missing_eos_penalty * (~rollout.finished).to(scores)
 
     def encode(self, questions, rollout):
-        """-> rows in the judge's own vocabulary; a response that did not end has no end token"""
+        """-> rows in the judge's own vocabulary. A response that did not end has no end token."""
         texts = []
         for (prompt, text, ended), _ in self.each(questions, rollout):
             cut = text if ended else tuple(self.tokenizer.encode(text))

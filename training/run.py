@@ -24,7 +24,7 @@ from training.state import State
 
 
 class Run(Compute):
-    """What surrounds a script's loop, in the order in which the script calls it:
+    """What surrounds a script's loop. A script calls it in this order:
 
     run = Run("dpo", o)                            refuses what cannot work, before it writes
     policy = run.load(path, task)                  a checkpoint on this device
@@ -49,19 +49,19 @@ class Run(Compute):
         o.out = o.out or checkpoint.default_path(o.task, name)
         self.files = Files(o.out, logger(o.log_to, method, o.out), o.keep_every)
         o.resume = o.resume or distributed.goes_on(self.files.record_path)
-        self.generator = torch.Generator().manual_seed(o.seed)  # of samples and minibatches
+        self.generator = torch.Generator().manual_seed(o.seed)  # for samples and minibatches
         self.figures = Figures(self.device)  # what is logged, timed and counted
         self.state = State(self)  # what --resume goes on from
         self.meter = memory.Meter(self.device, o.compile)  # bytes of one step
         self.scaler = Scaler(self.device.type, enabled=self.dtype == torch.float16)
-        # set by `load` or `create`: what is learned, in which tokens, and how many at most
+        # set by `load` or `create`: the task, its tokens, and the longest sequence
         self.task = self.tokenizer = self.block_size = None
         self.start = ""  # the path of the checkpoint that the policy starts from
-        self.baseline = o.reference  # path of what it is compared with: --reference, or the start
+        self.baseline = o.reference  # path of the model to compare with: --reference, or the start
         # set by `hold` and `steps`
-        self.models, self.ledger = {}, []  # by role; and their sizes, as plain facts
+        self.models, self.ledger = {}, []  # the models by role; their sizes, as plain facts
         self.optimizer = None  # of all that is trained
-        self.first_step = self.step = 0  # where the run begins or resumes, and where it is
+        self.first_step = self.step = 0  # the step at which the run begins or resumes; this step
         for f in fields(o):
             if f.metadata.get("file"):
                 self.reads(getattr(o, f.name), f.name)
@@ -86,7 +86,7 @@ class Run(Compute):
         self.start, self.baseline = path, self.o.reference or path
         say(f"starts from {path}: {checkpoint.describe(meta)}")
         if os.path.isdir(path) and "lr" not in self.o.given and not self.o.lora:
-            toys = "is made for toy models; a pretrained one needs 1e-6 to 1e-5"
+            toys = "is for toy models; a pretrained model needs 1e-6 to 1e-5"
             say(f"warning: --lr {self.o.lr:g} {toys}")
         return self._adopt(model, tokenizer, task, meta["template"])
 
@@ -103,7 +103,7 @@ class Run(Compute):
     def _adopt(self, model, tokenizer, task, template):
         own, wanted = model.config.block_size, self.o.block_size
         if wanted > own:
-            more = f"is more than the checkpoint's {own}; it may only shorten it"
+            more = f"is more than the checkpoint's {own}; give at most that"
             raise UserError(f"--block-size {wanted} {more}")
         self.task, self.block_size = task, wanted or own
         self.tokenizer = self.with_chat(tokenizer)
@@ -130,8 +130,8 @@ class Run(Compute):
         return adamw(models, self.o, self.device)
 
     def batches(self, draw, fixed=0):
-        """-> data.Batches of what `draw` draws. fixed: the size of a fixed set (0: as the task has
-        it, fresh rows or all rows of a file)"""
+        """-> data.Batches of the rows that `draw` gives. fixed: the size of a fixed set (0: fresh
+        rows, or all rows of a file)"""
         count, make = fixed or self.task.size, distributed.in_one_process
         return data.Batches(draw, count, self.tokenizer, self.block_size, self.o, make)
 
@@ -143,7 +143,7 @@ class Run(Compute):
     # ---- forward passes without a graph
 
     def sample(self, model, questions, longest, group=1, temperature=1.0, generator=None):
-        """As Compute.sample. Without a generator the run's own is used, and the samples count."""
+        """Like Compute.sample. Without a generator the run's own is used, and the samples count."""
         source = generator or self.generator
         rollout = super().sample(model, questions, longest, group, temperature, source)
         if generator is None:
@@ -151,12 +151,12 @@ class Run(Compute):
         return rollout
 
     def kept(self, rollout, rows):
-        """-> these rows of a rollout; the passes of the others do not count"""
+        """-> these rows of a rollout. The passes of the other rows do not count."""
         self.figures.dropped(len(rollout) - int(rows.sum()))
         return rollout[rows]
 
     def logprobs(self, model, rollout, temperature=1.0):
-        """-> (N, T) log-probs of all responses of a rollout, a micro-batch at a time"""
+        """-> (N, T) log-probs of all responses of a rollout, computed in micro-batches"""
         f = partial(model.logprobs, temperature=temperature)
         return self._table(rollout, lambda x: f(x.ids, x.mask, packed=x.packed))
 
@@ -175,8 +175,8 @@ class Run(Compute):
     # ---- the loop
 
     def micro_batches(self, rows, responses=1, lengths=None):
-        """Yields the micro-batches of an optimizer step, shared out among the processes. What each
-        logs inside the loop is summed when it ends. responses: how many a row stands for"""
+        """Yields the micro-batches of an optimizer step that are this process's share. What the
+        processes log inside the loop is summed at its end. responses: the number per row"""
         take, limits = self.cutter(rows, self.o.micro_batch, lengths)
         with self.figures.shared(), self.figures.passing(responses * len(rows)):
             for part, counts in distributed.shares(len(rows), *limits):
@@ -185,8 +185,8 @@ class Run(Compute):
 
     def steps(self, batches, optimizer, **restored):
         """Yields the number of each step from 0; between two of them the step is recorded, shown
-        and saved. batches: the data, whose passes may set the number of steps. restored: what
-        else --resume must restore: name = object with state_dict and load_state_dict."""
+        and saved. batches: the data; --epochs may set the number of steps by it. restored: what
+        else --resume must restore, as name = object with state_dict and load_state_dict."""
         o, figures = self.o, self.figures
         self._plan(batches)
         self.optimizer = optimizer
@@ -236,7 +236,7 @@ class Run(Compute):
         return {"step": done} | means(sums, logged_in) | self.scaler.figures() | facts
 
     def backward(self, loss, tokens):
-        """tokens: how many tokens the loss was computed on, those of prompts too, but no padding"""
+        """tokens: the number that the loss was computed on, with prompts but without padding"""
         counts = self.figures.counts  # False: this process only keeps pace with the others
         self.scaler.scale(loss if counts else 0 * loss).backward()
         self.figures.tokens += tokens * counts
@@ -247,7 +247,7 @@ class Run(Compute):
 
     @contextlib.contextmanager
     def clock(self, part):
-        """Times a part of the step; the medians stand in the record as <part>_ms."""
+        """Times a part of the step. The record has the medians, as <part>_ms."""
         with self.meter.during("sampling" if part == "sample" else None):
             with self.figures.clock(part):
                 yield
@@ -277,7 +277,7 @@ class Run(Compute):
         self.state.keep()
 
     def cut_short(self, why):
-        """Ends the run with the step before this one; raises Stopped if there is none."""
+        """Ends the run after the step before this one. Raises Stopped if there is none."""
         from training import ending
 
         ending.cut_short(self, why)
@@ -297,7 +297,7 @@ class Run(Compute):
             say(f"{self.method} step {done}/{o.steps}: {text}")
 
     def finish(self, evaluator, policy, **figures):
-        """Measures the policy, writes its checkpoint, and ends the record. figures: further ones"""
+        """Measures the policy, writes its checkpoint, and ends the record. figures: more of them"""
         o = self.o
         try:
             final = evaluator.measure(policy) | figures

@@ -12,11 +12,11 @@ from packing import before, on_device, pack, row_lengths
 from training.cache import OwnCache
 
 CHECK_ENDS_EVERY = 4  # tokens
-CHECK_ENDS_SELDOM = 8  # tokens: on CUDA, where the question waits for all work under way
+CHECK_ENDS_SELDOM = 8  # tokens: on CUDA, because the check waits for all work under way
 DROP_AT = 0.9  # finished rows are dropped once at most this share of all rows is alive
-DROP_AT_STATIC = 0.5  # the same with `static`: each new number of rows is captured anew,
-DROP_STATIC_FOR = 128  # which is worth it if so many tokens may follow
-SHARE_PROMPT_FROM = 64  # tokens: the rows of a group share one copy of a prompt as long as this
+DROP_AT_STATIC = 0.5  # the same with `static`: each new number of rows needs a new capture,
+DROP_STATIC_FOR = 128  # which is worth it if this many tokens may follow
+SHARE_PROMPT_FROM = 64  # tokens: from this length on the rows of a group share one prompt
 
 
 class Rollout:
@@ -40,7 +40,7 @@ class Rollout:
         return len(self.ids)
 
     def __getitem__(self, rows):
-        """-> these rows, in this order, without the columns that are padding in all of them"""
+        """-> these rows, in this order, without columns that are padding in all of them"""
         width, host = self.ids.size(1), None
         if self.host is not self:
             rows = torch.arange(len(self))[rows if isinstance(rows, slice) else rows.cpu()]
@@ -71,8 +71,8 @@ class Rollout:
 
     @property
     def host(self):
-        """ids, mask and finished on the CPU, so that nobody waits for the device to read them; on a
-        CPU the rollout itself"""
+        """ids, mask and finished on the CPU, so that reading them does not wait for the device; on
+        a CPU the rollout itself"""
         if self.ids.is_cpu:
             return self
         if self._host is None:
@@ -87,33 +87,34 @@ class Rollout:
 
     @property
     def packed(self):
-        """which tokens are computed for the log-probs of the responses"""
+        """the tokens that are computed for the log-probs of the responses"""
         if not hasattr(self, "_packed"):
             self._packed = self.pack(before)
         return self._packed
 
     def pack(self, select):
-        """-> the Packed in which select(mask) says whose states are wanted"""
+        """-> the Packed in which the states of the tokens select(mask) are wanted"""
         return pack(self.host.ids, select(self.host.mask), self.ids.device)
 
     def leave_out_unfinished(self):
-        """Responses that did not end keep their rows, but no token of them counts any more."""
+        """Responses that did not end keep their rows, but none of their tokens counts any more."""
         for rows in {self, self.host}:
             rows.mask = rows.mask & rows.finished[:, None]
 
     @property
     def tokens(self):
-        """how many tokens are computed"""
+        """the number of tokens that are computed"""
         return len(self.packed.ids)
 
     def unfold(self, x):
-        """As data.Batch.unfold, but in a rollout no row stands for others."""
+        """Like data.Batch.unfold, but in a rollout each row stands for itself only."""
         return x
 
     def minibatches(self, updates, parts, generator):
-        """Yields the rows in `parts` shuffled minibatches, once for each of the updates; a single
-        minibatch in all is not shuffled. The first one has no old_logp: until the
-        first optimizer step π_θ is π_old. In a minibatch the rows of a group stay together."""
+        """Yields the rows in `parts` shuffled minibatches, once for each of the updates. If there
+        is only one minibatch in all, it is not shuffled. The first one has no old_logp, because
+        π_θ is π_old until the first optimizer step. In a minibatch the rows of a group stay
+        together."""
         n = len(self)
         if updates == parts == 1:
             yield self | {"old_logp": None}
@@ -125,12 +126,12 @@ class Rollout:
                 yield minibatch | {"old_logp": None} if update == i == 0 else minibatch
 
     def old_logp_or(self, logp):
-        """-> log π_old of the tokens, (N, T). In a rollout's first minibatch it is log π_θ itself,
-        so that the ratio of the two is exactly 1."""
+        """-> log π_old of the tokens, (N, T). In the first minibatch of a rollout it is log π_θ
+        itself, so that the ratio of the two is exactly 1."""
         return logp.detach() if self.old_logp is None else self.old_logp
 
     def summary(self):
-        """-> the responses' figures for the record"""
+        """-> the figures of the responses, for the record"""
         return {
             "completions/mean_length": self.length.float().mean(),
             "completions/clipped_ratio": 1 - self.finished.float().mean(),
@@ -153,9 +154,9 @@ def sample(
 
     prompts: B non-empty lists of token ids, of mixed length. Row i·group + j answers prompt i. Each
     prompt is read once. ends: the tokens that end a response. uniform: (B·group, max_new_tokens),
-    the random numbers; if there are none, `generator` draws them all at the start. Each belongs to
-    a row, so that no sample depends on how rows are batched or dropped. static: every step runs on
-    buffers of one size, and CUDA captures one step and replays it (None: if it can).
+    random numbers; by default `generator` draws all of them at the start. Each number belongs to a
+    row, so no sample depends on how rows are batched or dropped. static: every step runs on buffers
+    of one size, and CUDA captures one step and replays it (None: if it can).
     """
     lengths = [len(prompt) for prompt in prompts]
     longest, R, device = max(lengths), len(prompts) * group, model.head.device
@@ -187,7 +188,7 @@ def sample(
                     drawn[place], p_drawn[place] = rows.drawn, rows.p
                     place = place[rows.drop_finished(alive)]
                     step, capture = rows.step, static and on_cuda
-            step()  # the first one of its shape also loads what a capture must find loaded
+            step()  # the first step of a shape also loads what a capture must find loaded
             if capture and t + 1 < max_new_tokens:
                 from gpu import captured
 
@@ -199,7 +200,7 @@ def sample(
 def _rollout(ids, lengths, group, drawn, p_drawn, ends):
     """Prompts ids (P, L) on the CPU, drawn tokens and their probabilities, (P·group,
     max_new_tokens) each -> a Rollout, in which each response follows its prompt, and stops after
-    its end token. On a GPU only what was drawn is waited for."""
+    its end token. On a GPU this waits only for the drawn tokens."""
     device, drawn, most = p_drawn.device, drawn.cpu(), drawn.size(1)
     is_end = is_any(drawn, ends)
     finished = is_end.any(1)
@@ -211,14 +212,14 @@ def _rollout(ids, lengths, group, drawn, p_drawn, ends):
     ids = F.pad(ids.repeat_interleave(group, 0), (0, len(column) - ids.size(1)))
     ids[mask] = drawn[torch.arange(most) < n]
     columns = {"ids": ids, "mask": mask, "finished": finished}
-    token = (column - start).clamp(0, most - 1)  # which of the drawn ones stands in each column
+    token = (column - start).clamp(0, most - 1)  # the index of the drawn token in each column
     there, token = on_device((columns, token), device)
     logp = p_drawn.gather(1, token).log().where(there["mask"], 0.0)
     return Rollout(Rollout(**columns), logp=logp, **there)
 
 
 def is_any(ids, some):
-    """-> which of the ids (N, T) are one of some tokens, (N, T) bool"""
+    """-> (N, T) bool: whether each of the ids (N, T) is one of the tokens `some`"""
     return torch.stack([ids == one for one in some]).any(0)
 
 
@@ -228,14 +229,14 @@ def wide(model):
 
 
 def uniforms(rows, tokens, generator=None):
-    """-> the random numbers of so many samples, (rows, tokens), on the generator's device"""
+    """-> the random numbers of `rows` samples, (rows, tokens), on the generator's device"""
     device = generator.device if generator else "cpu"
     return torch.rand(rows, tokens, generator=generator, device=device)
 
 
 def encode_prompts(prompts, device):
     """-> ids (P, L) of the prompts on the CPU, padded on the right, and their Packed, in which the
-    state at the end of each is wanted"""
+    last state of each prompt is wanted"""
     lengths = torch.tensor([len(prompt) for prompt in prompts])[:, None]
     column = torch.arange(int(lengths.max()))
     ids = torch.zeros(len(prompts), len(column), dtype=torch.int64)
@@ -248,7 +249,7 @@ class Drawing:
 
     The drawn tokens begin at the same column in every row, after the longest prompt; the columns
     after a shorter prompt are masked. `GPT.hidden` takes a Drawing in place of a Packed: it has one
-    token per row, its position, and how it attends, which it leaves to a cache.
+    token per row and its position, and leaves attention to a cache.
     """
 
     def __init__(self, model, packed, lengths, group, uniform, temperature=1.0, static=False):
@@ -308,12 +309,12 @@ class Drawing:
         self.cache.column += 1
 
     def alive_rows(self, alive):
-        """alive (P·G,) bool, on the CPU -> how many rows `drop_finished` would leave"""
+        """alive (P·G,) bool, on the CPU -> the number of rows that `drop_finished` would leave"""
         return self.cache.alive_rows(alive)
 
     def drop_finished(self, alive):
-        """Keeps for each prompt as many rows as the prompt with most of them has alive, living ones
-        first, and drops prompts without any. alive (P·G,) bool -> which rows are left"""
+        """Drops finished prompts, and keeps for all others the same number of rows: as many as the
+        prompt with most living rows has, living ones first. alive (P·G,) bool -> the rows left"""
         rows = self.cache.drop_finished(alive)
         for name in ("ids", "position", "drawn", "p", "uniform"):
             setattr(self, name, getattr(self, name)[rows])
@@ -336,8 +337,8 @@ class Reading:
 
 
 def plain(module):
-    """-> a function that computes what a module does, by the same formula, from bare tensors. With
-    one token per row, finding the weights in modules would take as long as the products."""
+    """-> a function that computes the same formula as a module, from bare tensors. With one token
+    per row, finding the weights in modules would take as long as the products."""
     kind, own = type(module), dict(module.named_parameters(recurse=False))
     if kind is nn.ModuleList:
         return [plain(x) for x in module]
@@ -350,7 +351,7 @@ def plain(module):
         return partial(torch.layer_norm, normalized_shape=shape, eps=eps, **own)
     if kind not in (gpt.Attention, gpt.Block, gpt.GPT):
         return module
-    bare = kind.__new__(kind)  # its methods, and none of what makes it a module
+    bare = kind.__new__(kind)  # has the methods of the kind, but nothing of a module
     vars(bare).update({name: x for name, x in vars(module).items() if name[0] != "_"})
     vars(bare).update({name: plain(x) for name, x in module.named_children()})
     return bare if kind is gpt.GPT else bare.forward

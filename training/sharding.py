@@ -1,9 +1,9 @@
 """--shard: FSDP2. Each process holds a part of every weight, gradient and moment (PyTorch ≥ 2.8).
 
-A part is some of the rows of a tensor, which torch calls a DTensor. Blocks are gathered one by one
-as they are needed, and freed again; what is outside the blocks is gathered around them. A model is
-laid out on "meta", where tensors have a shape and no numbers; then each process takes its own rows
-of one full tensor after another, so that no process holds a whole model.
+A part is some of the rows of a tensor; torch calls a tensor in parts a DTensor. Blocks are gathered
+one by one when they are needed, and then freed; weights outside the blocks stay gathered around
+them. A model is laid out on "meta", where tensors have a shape but no numbers. Then each process
+takes its own rows of one full tensor after another, so that no process holds a whole model.
 """
 
 import gc
@@ -72,10 +72,10 @@ def check(processes):
     """Refuses --shard for one process, and with a torch that has no FSDP2 as it is used here."""
     if processes == 1:
         start = "start it with torchrun --nproc-per-node N, N ≥ 2"
-        raise UserError(f"--shard cuts models for many processes, and this is one; {start}")
+        raise UserError(f"--shard cuts models for many processes, but this is one; {start}")
     found = torch.__version__.partition("+")[0]
     if tuple(map(int, found.split(".")[:2])) < (2, 8):
-        raise UserError(f"--shard needs torch 2.8 or later, and this is {found}; leave it out")
+        raise UserError(f"--shard needs torch 2.8 or later, but this is {found}; leave it out")
 
 
 def cut(model, kind):

@@ -1,4 +1,4 @@
-"""How a script runs from the shell: an error ends it with one line and an exit code."""
+"""Runs a script from the shell, so that an error ends it with one line and an exit code."""
 
 import os
 import shlex
@@ -12,7 +12,7 @@ from training.process import interrupts, streams
 
 
 def command(main, argv=None, torchrun=True):
-    """Runs main. torchrun: whether it can run as one of many processes"""
+    """Runs main. torchrun: whether main can run as one of many processes"""
     argv = sys.argv[1:] if argv is None else argv
     with interrupts.caught():
         try:
@@ -39,8 +39,8 @@ def command(main, argv=None, torchrun=True):
 
 
 def ending(e, argv):
-    """-> (exit code, message) for the error that has ended a script; None if it is a bug. A message
-    is "" if another process prints it, and None if nobody is there to read it."""
+    """-> (exit code, message) for the error that has ended a script; None if it is a bug. The
+    message is "" if another process prints it, and None if nobody is there to read it."""
     match e:
         case UserError():
             return e.code, str(e)

@@ -1,4 +1,4 @@
-"""What --resume goes on from: what was trained, what was drawn, and the options of the run."""
+"""The saved state that --resume goes on from: weights, moments, draws, and the run's options."""
 
 import platform
 import sys
@@ -16,7 +16,7 @@ from training.optimizer import learning_rate
 from training.placement import local, put
 from training.process import interrupts
 
-# options that do not change a run's bits; --shard changes them by rounding alone
+# options that do not change the results of a run, except that --shard changes their rounding
 FREE = "resume log_every log_to save_every keep_every keep loss_every out name shard".split()
 
 
@@ -26,13 +26,13 @@ class State:
 
     def __init__(self, run):
         self.run = run
-        self.options = {}  # that set the run's bits, once its steps are known
+        self.options = {}  # those that determine the results, once the steps are known
         self.trained = {}  # name -> what the optimizer moves, as objects with state_dict
         self.others = {}  # name -> what else a step moves: data, figures, a script's own objects
         self.before = {}  # states of these, of the generator and the scaler, before this step
 
     def hold(self, optimizer, others):
-        """Says what is to be saved from now on."""
+        """Sets what is saved from now on."""
         run = self.run
         self.options = self.bits()
         roles = [m["role"] for m in run.ledger if m["trainable"]]
@@ -44,7 +44,7 @@ class State:
         self.others = others | {"figures": run.figures}
 
     def bits(self):
-        """-> the options that set a run's bits"""
+        """-> the options that determine the results of a run to the bit"""
         kept = {name: x for name, x in asdict(self.run.o).items() if name not in FREE}
         return kept | {"device": self.run.device.type}
 
@@ -78,7 +78,7 @@ class State:
         return states | {"skipped": skipped, "generator": generator}
 
     def save(self, step, others=None):
-        """step: how many are done. others: `before`, to save it in place of what is now"""
+        """step: the number of steps done. others: `before`, to save it instead of the present"""
         run = self.run
         state = {"step": step, "method": run.method, "options": self.options}
         state |= {"processes": self._processes()}
@@ -109,7 +109,7 @@ class State:
         the run has finished."""
         run = self.run
         if self.past():
-            say(f"--resume: this run has finished, {run.o.out} is its checkpoint")
+            say(f"--resume: this run has finished; its checkpoint is {run.o.out}")
             sys.exit(0)
         if not distributed.of_first(run.files.interrupted):
             say(f"--resume: there is no {run.files.state_path} yet, so this run starts afresh")
@@ -140,7 +140,7 @@ class State:
 
 
 class Weights:
-    """The trained weights of a model, as --resume saves them; with `frozen` all of its weights"""
+    """The trained weights of a model, as they are saved for --resume; with `frozen` all weights"""
 
     def __init__(self, model, frozen=False):
         self.model, self.frozen = model, frozen
@@ -157,7 +157,7 @@ class Weights:
 
 
 class Moments:
-    """What AdamW keeps of earlier steps"""
+    """The moments that AdamW keeps of earlier steps"""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer

@@ -1,7 +1,7 @@
-"""What a student needs: its teacher, both distributions at its states, and answers that are given.
+"""What a student needs: its teacher, both distributions at its states, and given answers.
 
 load        the student, to be trained, and the teacher, frozen
-compared    f(log π_θ, log π_T) at the states of a batch, a chunk of logits at a time
+compared    f(log π_θ, log π_T) at the states of a batch, one chunk of logits at a time
 Answers     the rows' own answers, as rows of a rollout
 """
 
@@ -24,9 +24,9 @@ TABLE = {"cpu": 2**24, "cuda": 2**28, "mps": 2**28}
 
 
 def load(run, task, path):
-    """-> (the student, to be trained; the teacher, frozen). path: of the teacher; "" for that which
-    ppo.py makes. Without --init the student is an SFT model of half the teacher's width. Raises
-    UserError if they have not the same vocabulary."""
+    """-> (the student, to be trained; the teacher, frozen). path: that of the teacher, or "" for
+    the checkpoint that ppo.py writes. Without --init the student is an SFT model of half the
+    teacher's width. Raises UserError if their vocabularies differ."""
     if data.kind(run.o.task) == "file" and not (run.o.init and path):
         both = "the student, --init, and its teacher, --teacher, are needed"
         raise UserError(f"{both} with a file as the task; give both")
@@ -50,14 +50,14 @@ def load(run, task, path):
 #     h (M, C), W (V, C)      the policy's states and its head; the teacher's may have another width
 #     log π_θ, log π_T        (m, V) of a chunk of m states, nats
 #
-# No table of all states is made. If there is more than one chunk, the backward pass makes each one
-# again. The teacher has no graph.
+# No table of all states is made. If there is more than one chunk, the backward pass computes each
+# chunk again. The teacher has no graph.
 
 
 def compared(policy, teacher, batch, f, temperature=1.0):
-    """-> what f(log π_θ, log π_T) gives at the state before each response token: a tuple of tables
+    """-> f(log π_θ, log π_T) at the state before each response token, as a tuple of tables
     (rows, T), 0 off the response. f: two (m, V) tables of log-probs, nats -> a tuple of (m,).
-    temperature: of both distributions"""
+    temperature: that of both distributions"""
     with torch.no_grad():
         states = teacher.read(lambda h, W: h, batch.packed)  # (M, C)
         head = full(teacher.head)
@@ -86,10 +86,10 @@ def _at(h, states, W, head, f, temperature):
 
 
 class Answers:
-    """The task's demonstrations. Raises UserError if its rows have no answers."""
+    """The answers in the rows of a task. Raises UserError if the rows have none."""
 
     def __init__(self, run, task, n):
-        """n: how many prompts of a step have given answers, `group` of them each"""
+        """n: the number of prompts per step with given answers, `group` answers for each"""
         o = run.o
         self.device, self.group = run.device, o.group
         how = run.tokenizer, run.block_size, replace(o, batch_size=n * o.group)
@@ -100,7 +100,7 @@ class Answers:
             raise UserError(f"--answers {o.answers:g} needs the rows' own answers: {e}") from None
 
     def joined(self, rollout, step, n):
-        """-> the rollout, and the answers to n prompts of this step, whose column `own` is False"""
+        """-> the rollout joined with the answers to n prompts of this step, whose `own` is False"""
         batch = data.pad(self.batches[step][: n * self.group], self.device)
         ids, mask = batch.unfold(batch.ids), batch.unfold(batch.mask)
         given = {
