@@ -12,8 +12,8 @@
 Models in memory: 1 (policy, trained). Data: (prompt, chosen, rejected).
 Departures from the paper: 1. the default learning rates suit toy models; 2. --sft-weight w adds w
 times the negative log-likelihood of the chosen answer, averaged over its tokens. CPO
-(arXiv:2401.08417) has that term too, with γ = 0 and with sums instead of means; its variant with
-means, CPO-SimPO, is --gamma-beta-ratio 0 --sft-weight 1.
+(arXiv:2401.08417) has that term too, with γ = 0 and with sums instead of means. SimPO with the
+term is known as CPO-SimPO: --sft-weight 1.
 
     python simpo.py --beta 2                    film reviews; trains out/reviews/sft.pt if missing
     python simpo.py --gamma-beta-ratio 0.25
