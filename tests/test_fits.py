@@ -27,6 +27,7 @@ def options(size):
     )
 
 
+@pytest.mark.slow
 def test_the_first_setting_that_fits_is_taken(monkeypatch):
     """A card one byte too small for a setting gets the next one; of settings whose models alone
     are too large nothing is predicted."""
@@ -48,6 +49,7 @@ def test_the_first_setting_that_fits_is_taken(monkeypatch):
     assert fits.strongest("dpo", options(1000), TASK, CONFIG) is None
 
 
+@pytest.mark.slow
 def test_a_stronger_setting_holds_more_or_computes_more():
     """Each setting needs less than the one before it of the same kind; but at this size a smaller
     micro-batch spares no more than its casts take."""

@@ -36,6 +36,7 @@ def test_shuffled_rewards_do_not_learn(world, monkeypatch):
     assert gains[0] > 0.8 and gains[1] < 0.3, gains
 
 
+@pytest.mark.slow
 def test_online_dpo_comes_nearer_and_asks_each_prompt_as_often(world, monkeypatch):
     """A batch of 64 prompts has each of the four as often; the policy comes nearer to π* than 1.5
     nats, where it starts."""

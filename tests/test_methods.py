@@ -159,6 +159,7 @@ def both(ends, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_are_one(script, both):
     one, two = (torch.load(both / f"{script}-{n}.pt", weights_only=True)["model"] for n in (1, 2))

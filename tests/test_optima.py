@@ -206,6 +206,7 @@ def test_dpo_s_means_have_an_optimum_of_their_own():
     assert kl(point, optima.minimise(loss, random_table(1))).max() < 1e-8
 
 
+@pytest.mark.slow
 def test_apo_zero_goes_to_the_boundary():
     """Its infimum is KTO's, with ẑ = 0, of the pairs' answers: outcomes more often rejected
     than chosen vanish."""
@@ -251,6 +252,7 @@ def test_weights_that_reject_everything_have_no_limit():
         optima.kto_limit(LOG_D, LABELS, 0.5, w_undesirable=13.0)
 
 
+@pytest.mark.slow
 def test_kto_goes_to_the_boundary():
     """Descent on the population's KTO loss, ẑ recomputed and detached, ends where kto_limit says:
     rejected outcomes vanish, ẑ = 0. By hand: of two outcomes, one desirable with probability 0.9,

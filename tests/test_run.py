@@ -418,6 +418,7 @@ def press_ctrl_c(process, record, after=1):
     return out, said.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_stage_ends_with_its_parent_and_goes_on_with_it(tmp_path):
     """Ctrl-C while sft.py, which dpo.py runs in its own process, trains: both end, and the command
     that is printed goes on with the stage where it stopped."""
