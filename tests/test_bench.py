@@ -12,6 +12,8 @@ import data
 from analysis import bench
 from gpt import GPTConfig
 
+pytestmark = pytest.mark.machine
+
 
 @pytest.fixture
 def job(tiny, tmp_path, monkeypatch):

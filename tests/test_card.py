@@ -17,6 +17,8 @@ from conftest import ROOT, main
 from analysis import bench, card, card_parts
 from training import parse
 
+pytestmark = pytest.mark.machine
+
 SMALL = ["--small", "--device", "cpu", "--out", "card"]
 
 

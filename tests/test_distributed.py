@@ -31,6 +31,8 @@ from training.cut import by_tokens
 from training.optimizer import Scaler
 from training.sampling import sample, uniforms
 
+pytestmark = pytest.mark.machine
+
 TINY = "--steps 2 --batch-size 4 --log-every 1 --warmup 1 --device cpu --eval-prompts 6".split()
 SHORT = [*TINY, "--init", "ends.pt"]
 WIDE = [*SHORT, "--max-new-tokens", 6, "--dtype", "float64"]

@@ -10,6 +10,8 @@ from conftest import main
 from analysis import fits, predict
 from gpt import GPTConfig
 
+pytestmark = pytest.mark.machine
+
 CONFIG, TASK = GPTConfig(512, 64, 3, 4, 128), "tokens:24+24"
 
 

@@ -385,6 +385,7 @@ checkpoint.load("x")
 """
 
 
+@pytest.mark.machine
 def test_the_packages_are_asked_for_by_folders_alone(tmp_path):
     """Every script is imported without them; a folder names what to install."""
     folder(tmp_path / "x")
@@ -554,6 +555,7 @@ def test_a_folder_that_has_changed_is_not_gone_on_with(chats, monkeypatch, capsy
     assert "an interrupted run that read another base" in capsys.readouterr().err
 
 
+@pytest.mark.machine
 def test_predict_reads_config_json_alone(chats, capsys):
     for name in ("model.safetensors", "tokenizer.json"):
         (chats / "base" / name).unlink()

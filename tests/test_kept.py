@@ -9,6 +9,8 @@ from conftest import TINY, TRAIN, few_prompts, killed, lines, main
 from gpt import load
 from training import sampling
 
+pytestmark = pytest.mark.machine
+
 STEPS = [*TINY, "--steps", 6, "--keep-every", 2]
 
 

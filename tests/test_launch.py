@@ -12,6 +12,8 @@ from conftest import TINY, killed, main, run
 from data import UserError
 from training import distributed, launch
 
+pytestmark = pytest.mark.machine
+
 INIT = ["--init", "ends.pt", "--device", "cpu"]
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 

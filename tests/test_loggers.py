@@ -12,6 +12,8 @@ from data import UserError
 from training import distributed, files, loggers
 from training.files import Files
 
+pytestmark = pytest.mark.machine
+
 RUN = [*TINY, "--eval-every", "2", "--save-every", "1", "--out", "a/x.pt"]
 
 

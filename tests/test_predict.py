@@ -19,6 +19,8 @@ from analysis.rows import EVERY
 from gpt import GPT, GPTConfig, ScalarGPT, load, save
 from training import Compute
 
+pytestmark = pytest.mark.machine
+
 SAMPLES = {
     "ppo": ["--group", 1, "--minibatches", 2],
     "grpo": ["--group", 4],

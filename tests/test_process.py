@@ -22,6 +22,8 @@ from training import checkpoint, locks
 from training.files import Files, commit, from_checkpoint
 from training.process import interrupts, streams
 
+pytestmark = pytest.mark.machine
+
 INIT = ["--init", "ends.pt", "--device", "cpu"]
 
 

@@ -219,6 +219,7 @@ def test_a_function_that_fails_later_names_the_prompt(ends, monkeypatch, capsys)
 # ---- a learned reward
 
 
+@pytest.mark.machine
 def test_a_missing_reward_model_is_made_first(ends, tmp_path, monkeypatch, judge):
     """--reward rm runs reward_model.py of the same task, and the ledger holds it."""
     shutil.copytree(ends / "out", tmp_path / "out")

@@ -518,6 +518,7 @@ def killed_before(method, args, monkeypatch):
         ("rlaif", 3),
     ],
 )
+@pytest.mark.machine
 def test_resume_between_and_inside_phases_gives_the_same_bits(
     method, at, done, tmp_path, monkeypatch, capsys
 ):
@@ -547,6 +548,7 @@ def test_resume_between_and_inside_phases_gives_the_same_bits(
     assert "this run has finished" in capsys.readouterr().out
 
 
+@pytest.mark.machine
 def test_stale_phases_are_made_anew(done, tmp_path, monkeypatch, capsys):
     """Interrupted in SL-CAI, beside the later phases of an earlier run with other options: --resume
     takes none of these."""
@@ -565,6 +567,7 @@ def test_stale_phases_are_made_anew(done, tmp_path, monkeypatch, capsys):
         same(tmp_path / "cut/a", tmp_path / "whole/a", name)
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("at, more", [(3, []), (33, []), (37, ["--sl-lr", 0.01])])
 def test_killed_before_the_first_save_beside_an_older_run(
     at, more, done, tmp_path, monkeypatch, capsys

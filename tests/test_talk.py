@@ -229,6 +229,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
 
 
+@pytest.mark.machine
 def test_a_conversation_in_a_terminal(ends, tmp_path):
     """With a model that never ends an answer. Ctrl-C stops the answer, and at the prompt only the
     line; Ctrl-D ends the program."""
