@@ -105,7 +105,7 @@ def saved(plt, folder, figures):
 
 
 def few(lines):
-    """-> the lines of at most FEW methods, and of those that LESS does not name"""
+    """-> all lines; of more than FEW methods, those of the methods that LESS does not name"""
     many = len({line["method"] for line in lines}) > FEW
     return [line for line in lines if not (many and line["method"] in LESS)]
 
@@ -156,12 +156,13 @@ def scatter(plt, task, lines, x, name):
 def learning(plt, lines, said):
     """The reward of four methods over their training, and the answer that each then gives to one
     prompt. said: [(prompt, [(method, answer)])], the reference's answer first"""
-    shown = [line for line in few(lines) if line.get("evals") and "reward" in line["evals"][0]]
+    prompt, answers = (said[0][0], dict(said[0][1])) if said else ("", {})
+    shown = [line for line in few(lines) if line["method"] in answers and line.get("evals")]
+    shown = [line for line in shown if "reward" in line["evals"][0]]
     best = [line for line in shown if line["method"] in ("dpo", "kto", "ppo", "grpo")]
     shown = best or shown[:4]
-    if not shown or not said:
+    if not shown:
         return None
-    prompt, answers = said[0][0], dict(said[0][1])
     figure, axes = plt.subplots(figsize=(11, 4.6))
     ends = []
     for line in shown:

@@ -180,8 +180,8 @@ grpo --reward rm --adv-norm loo --agg sum --kl reward --steps 24 --batch-size 16
 grpo --reward rm --adv-norm loo --agg sum --kl reward --steps 24 --batch-size 16 --group 4 --lr 1e-3
     --warmup 5 --eval-prompts 128 --max-new-tokens 48 --beta 1 | steps=24 group=4 lr=0.001
     warmup=5 eval_prompts=128 max_new_tokens=48 adv_norm=loo agg=sum kl=reward beta=1.0
-grpo --task gsm8k_sft.jsonl.gz --init out/gsm8k_sft.gz/sft.pt --truncate --reward my_rewards.py:number |
-    steps=0 truncate=True
+grpo --task gsm8k_sft.jsonl.gz --init out/gsm8k_sft.gz/sft.pt --truncate
+    --reward my_rewards.py:number | steps=0 truncate=True
 grpo --task gsm8k_sft.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens 96
     --warmup 2 --steps 10 --batch-size 2 --group 8 --micro-batch 8 --block-size 384 --lr 3e-6
     --reward my_rewards.py:steps | truncate=True eval_prompts=24 max_new_tokens=96 warmup=2
