@@ -1,14 +1,14 @@
-"""Prints the figures of the pages again, and says which of them are older than the code.
+"""Makes the figures of the pages again, and says which of them are older than the code.
 
     python -m analysis.publish --check             which places today's code has not printed
     python -m analysis.publish                     runs what is missing, and writes the pages
     python -m analysis.publish --only questions    the sources whose names begin so
 
-A place is a block of a page below a line <!-- from: NAME -->. Each NAME has a command, and a
-function that takes the block out of what the command prints. A run that has ended is kept as
-docs/runs/NAME.json, so that a call that was interrupted goes on where it stopped, and a reader sees
-on which machine, with which torch and from which commit a figure was printed. Weights stay under
-out/publish.
+A place is a block of a page below a line <!-- from: NAME -->: printed text, or a table. Each NAME
+is a Source: a command, what is kept of its result, and how the block is made from that. A run that
+has ended is kept as docs/runs/NAME.json, so that a call that was interrupted goes on where it
+stopped, and a reader sees on which machine, with which torch and from which commit a figure was
+made. Weights stay under out/publish.
 
 The digest of a run is that of the syntax of all sources that its command may import, without
 comments, docstrings and help texts. A run with another digest than today's is made again.
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 import training
-from analysis import processor
+from analysis import processor, tables
 from analysis.break_it import BUGS
 from analysis.questions import QUESTIONS
 from data import Stopped, UserError
@@ -42,29 +43,104 @@ ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "docs/runs"
 MARK = re.compile(r"^<!-- from: (\S+) -->\n+", re.M)
 ENDS = ".py", "/__init__.py"
-FENCE = re.compile(r"```\n.*?^```\n", re.M | re.S)
+BLOCK = re.compile(r"```\n.*?^```\n|(\|.*\n)+", re.M | re.S)  # printed text, or a table
 
 
 class Source(NamedTuple):
     command: tuple  # the words after "python"
-    block: object  # a function: what the command prints -> the block on the page
     group: str  # runs of one group share checkpoints, and are made one after the other
+    take: object  # a function: what the command prints, its folder -> the result that is kept
+    block: object  # a function: the result -> the block on the page
 
 
-def printed(text):
-    return text.strip("\n")
+# ---- from what is printed
 
 
-def figures(text):
+def text_of(said, folder):
+    return said
+
+
+def fenced(said):
+    return f"```\n{said.strip(chr(10))}\n```\n"
+
+
+def figures_of(said):
     """-> the table of analysis.break_it, without the lines of code above it"""
-    return text[text.index(f"{'':<24}{'healthy':>10}") :].partition("\n\n")[0]
+    return fenced(said[said.index(f"{'':<24}{'healthy':>10}") :].partition("\n\n")[0])
 
+
+# ---- from predictions of memory
+
+
+def written(said, folder):
+    """-> the rows of the compare.json that a comparison says it has written"""
+    path = re.search(r"^(\S+)/README\.md, ", said, re.M)[1]
+    return json.loads((folder / path / "compare.json").read_text("utf-8"))["methods"]
+
+
+def peaks(said, folder):
+    """-> [method, dtype, GiB, card] of each prediction with activations checkpointed"""
+    return [
+        [x["method"], x["dtype"], round(x["predicted_bytes"] / 2**30, 1), x["card"]]
+        for x in written(said, folder)
+        if x["checkpoint_activations"]
+    ]
+
+
+def both_precisions(note, mixed, found):
+    """-> the table of `peaks`, pure bf16 first. note: behind a method's name; mixed: the other
+    precision's name"""
+    rows = {}
+    for method, dtype, size, card in found:
+        rows.setdefault(method, {})[dtype] = [f"{size:.1f}", card.replace("no card", "none")]
+    head = ["method", "7B, GiB: pure bf16", "fits", f"7B, GiB: {mixed}", "fits"]
+    cells = [
+        [TITLES[method] + note, *sizes["bfloat16-pure"], *sizes["bfloat16"]]
+        for method, sizes in rows.items()
+    ]
+    return markdown([head, *cells])
+
+
+def settings(said, folder):
+    return [
+        [x["method"], x["setting"], x["predicted_bytes"] / 2**30] for x in written(said, folder)
+    ]
+
+
+def fitting(found):
+    cells = [[method, words, f"{size:.1f}"] for method, words, size in found]
+    return markdown([["method", "setting", "GiB"], *cells])
+
+
+def markdown(rows):
+    return "".join(line.replace(" --- ", "---") + "\n" for line in tables.markdown(rows))
+
+
+TITLES = {"dpo": "DPO", "simpo": "SimPO", "ppo": "PPO"}
+PREDICT = "compare.py --predict 7b --methods dpo simpo"
+
+
+def predicted(more, take, block):
+    return Source(tuple(f"{PREDICT} {more}".split()), "memory", take, block)
+
+
+# ---- all of them
 
 SOURCES = {
-    f"questions/{name}": Source(("-m", "analysis.questions", name), printed, "questions")
+    "memory/adapters": predicted(
+        "ppo --lora 16", peaks, partial(both_precisions, ", LoRA", "bf16 autocast")
+    ),
+    "memory/adamw8bit": predicted(
+        "ppo --optimizer adamw8bit", peaks, partial(both_precisions, "", "float32 + autocast")
+    ),
+    "memory/card": predicted("--card 24", settings, fitting),
+}
+SOURCES |= {
+    f"questions/{name}": Source(("-m", "analysis.questions", name), "questions", text_of, fenced)
     for name in QUESTIONS
-} | {
-    f"break-it/{name}": Source(("-m", "analysis.break_it", name), figures, "break-it")
+}
+SOURCES |= {
+    f"break-it/{name}": Source(("-m", "analysis.break_it", name), "break-it", text_of, figures_of)
     for name in BUGS
 }
 
@@ -129,7 +205,7 @@ def pages():
 def places(text):
     """Yields (name, begin, end) of the blocks of a page that come from a source"""
     for mark in MARK.finditer(text):
-        block = FENCE.match(text, mark.end())
+        block = BLOCK.match(text, mark.end())
         if not block:
             raise UserError(f"<!-- from: {mark[1]} --> has no block below it")
         yield mark[1], block.start(), block.end()
@@ -144,7 +220,7 @@ def kept(name):
 def block_of(name):
     """-> the block of a source as its kept run prints it; None if there is no run"""
     run = kept(name)
-    return run and f"```\n{SOURCES[name].block(run['printed'])}\n```\n"
+    return run and SOURCES[name].block(run["result"])
 
 
 def is_old(name):
@@ -160,7 +236,8 @@ def make(name):
     folder = Path(f"out/publish/{source.group}-{key[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    begun, command = time.time(), [sys.executable, *source.command]
+    first = [] if source.command[0] == "-m" else [ROOT / source.command[0]]
+    begun, command = time.time(), [sys.executable, *first, *source.command[len(first) :]]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no words"])[-1]
@@ -168,7 +245,8 @@ def make(name):
     run |= {"machine": processor(), "torch": torch.__version__, "commit": commit(), "digest": key}
     path = RUNS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(run | {"printed": done.stdout}, indent=1, ensure_ascii=False)
+    run["result"] = source.take(done.stdout, folder)
+    text = json.dumps(run, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", "utf-8")
     return ""
 

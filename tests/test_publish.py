@@ -42,7 +42,7 @@ def test_kept_runs_say_where_they_were_made():
     assert sum(path.stat().st_size for path in kept) <= 1_000_000
     for path in kept:
         run = json.loads(path.read_text("utf-8"))
-        assert {*run} == {*"command seconds machine torch commit digest printed".split()}
+        assert {*run} == {*"command seconds machine torch commit digest result".split()}
         assert str(path.relative_to(publish.RUNS).with_suffix("")) in SOURCES
 
 
@@ -60,7 +60,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(publish, "ROOT", tmp_path)
     monkeypatch.setattr(publish, "RUNS", tmp_path / "docs/runs")
     monkeypatch.setattr(publish, "SOURCES", {})
-    publish.SOURCES["x/tell"] = Source((str(tmp_path / "tell.py"),), str.strip, "x")
+    publish.SOURCES["x/tell"] = Source(("tell.py",), "x", publish.text_of, publish.fenced)
     forget()
     yield tmp_path
     forget()
@@ -112,3 +112,25 @@ def test_a_mark_without_a_block_is_refused(project):
     (project / "README.md").write_text("<!-- from: x/tell -->\n\nno block\n")
     with pytest.raises(UserError, match="no block below it"):
         list(publish.places((project / "README.md").read_text()))
+
+
+def test_tables_by_hand(tmp_path):
+    """GiB of 2^30 bytes, pure bf16 first; only predictions with activations checkpointed are taken"""
+    entry = {"method": "dpo", "predicted_bytes": 3 * 2**29, "card": "24 GB"}
+    rows = [
+        entry | {"dtype": dtype, "checkpoint_activations": on}
+        for dtype in ("bfloat16", "bfloat16-pure")
+        for on in (False, True)
+    ]
+    rows[3] |= {"predicted_bytes": 2**30, "card": "no card"}
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/compare.json").write_text(json.dumps({"methods": rows}))
+    found = publish.peaks("dpo 3 s\np/README.md, compare.json\n", tmp_path)
+    assert found == [["dpo", "bfloat16", 1.5, "24 GB"], ["dpo", "bfloat16-pure", 1.0, "no card"]]
+    assert publish.both_precisions(", LoRA", "mixed", found) == (
+        "| method | 7B, GiB: pure bf16 | fits | 7B, GiB: mixed | fits |\n|---|---|---|---|---|\n"
+        "| DPO, LoRA | 1.0 | none | 1.5 | 24 GB |\n"
+    )
+    assert publish.fitting([["dpo", "full", 1.26]]).endswith(
+        "|---|---|---|\n| dpo | full | 1.3 |\n"
+    )
