@@ -115,7 +115,7 @@ def test_a_mark_without_a_block_is_refused(project):
 
 
 def test_tables_by_hand(tmp_path):
-    """GiB of 2^30 bytes, pure bf16 first; only predictions with activations checkpointed are taken"""
+    """GiB of 2^30 bytes, pure bf16 first, and only with activations checkpointed"""
     entry = {"method": "dpo", "predicted_bytes": 3 * 2**29, "card": "24 GB"}
     rows = [
         entry | {"dtype": dtype, "checkpoint_activations": on}
