@@ -43,6 +43,7 @@ ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "docs/runs"
 MARK = re.compile(r"^<!-- from: (\S+) -->\n+", re.M)
 ENDS = ".py", "/__init__.py"
+DOCUMENTED = ast.Module, ast.FunctionDef, ast.ClassDef
 BLOCK = re.compile(r"```\n.*?^```\n|(\|.*\n)+", re.M | re.S)  # printed text, or a table
 
 
@@ -153,7 +154,7 @@ def tree(path):
     """-> the syntax of a source, without its docstrings and the help texts of its options"""
     found = ast.parse(path.read_text("utf-8"))
     for x in ast.walk(found):
-        if isinstance(getattr(x, "body", None), list) and ast.get_docstring(x, clean=False):
+        if isinstance(x, DOCUMENTED) and ast.get_docstring(x, clean=False):
             x.body = x.body[1:]
         if isinstance(x, ast.Call) and getattr(x.func, "id", "") == "opt":
             x.args = x.args[:1]

@@ -54,7 +54,7 @@ def project(tmp_path, monkeypatch):
     """A folder with tell.py, which imports figure.py, and a page with its place"""
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("a\n\n<!-- from: x/tell -->\n```\nold\n```\n\nb\n")
-    (tmp_path / "figure.py").write_text('"""A figure."""\n\nx = 4  # first\n')
+    (tmp_path / "figure.py").write_text('"""A figure."""\n\nif True:\n    x = 4  # first\n')
     (tmp_path / "tell.py").write_text("import figure\n\nprint(figure.x)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(publish, "ROOT", tmp_path)
@@ -83,7 +83,7 @@ def test_a_run_is_made_once_and_written(project, capsys):
 
 def test_what_changes_no_figure_makes_no_run_old(project):
     main("analysis.publish")
-    (project / "figure.py").write_text('"""Another word."""\n\nx = 4  # second\n')
+    (project / "figure.py").write_text('"""Other."""\n\nif True:\n    x = 4  # second\n')
     forget()
     assert main("analysis.publish", "--check") == 0
     (project / "figure.py").write_text("x = 5\n")
