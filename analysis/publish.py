@@ -44,7 +44,7 @@ RUNS = ROOT / "docs/runs"
 MARK = re.compile(r"^<!-- from: (\S+) -->\n+", re.M)
 ENDS = ".py", "/__init__.py"
 DOCUMENTED = ast.Module, ast.FunctionDef, ast.ClassDef
-BLOCK = re.compile(r"```\n.*?^```\n|(\|.*\n)+", re.M | re.S)  # printed text, or a table
+BLOCK = re.compile(r"```\n[\s\S]*?^```\n|(\|.*\n)+", re.M)  # printed text, or a table
 
 
 class Source(NamedTuple):

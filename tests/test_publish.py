@@ -114,6 +114,13 @@ def test_a_mark_without_a_block_is_refused(project):
         list(publish.places((project / "README.md").read_text()))
 
 
+def test_a_block_ends_where_it_ends():
+    text = "<!-- from: a -->\n| x |\n|---|\n| 1 |\n\nb\n\n| y |\n\n"
+    text += "<!-- from: c -->\n```\nd\n```\n\n```\n"
+    found = [(name, text[begin:end]) for name, begin, end in publish.places(text)]
+    assert found == [("a", "| x |\n|---|\n| 1 |\n"), ("c", "```\nd\n```\n")]
+
+
 def test_tables_by_hand(tmp_path):
     """GiB of 2^30 bytes, pure bf16 first, and only with activations checkpointed"""
     entry = {"method": "dpo", "predicted_bytes": 3 * 2**29, "card": "24 GB"}
