@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 import training
-from analysis import processor, tables
+from analysis import output, processor, tables
 from analysis.break_it import BUGS
 from analysis.questions import QUESTIONS
 from data import Stopped, UserError
@@ -248,7 +248,7 @@ def make(name):
     path.parent.mkdir(parents=True, exist_ok=True)
     run["result"] = source.take(done.stdout, folder)
     text = json.dumps(run, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", "utf-8")
+    output.write(path, text + "\n")
     return ""
 
 
@@ -260,7 +260,7 @@ def write(names):
             if name in names and (block := block_of(name)):
                 text = text[:begin] + block + text[end:]
         if text != page.read_text("utf-8"):
-            page.write_text(text, "utf-8")
+            output.write(page, text)
 
 
 # ---- the command
