@@ -1,7 +1,7 @@
 """Compares the methods by reward, KL, memory and time, from one SFT checkpoint and equal budgets.
 
     python compare.py                           every method on reviews, into out/compare/reviews
-    python compare.py --seeds 3 --sweep         three seeds, and other values of β, λ
+    python compare.py --seeds 5 --sweep 3       five seeds; three at other values of β, λ
     python compare.py --methods dpo simpo --task exact
     python compare.py --methods dpo-few dpo iterative_dpo online_dpo --course
     python compare.py --quick                   a smoke pass of all methods, under four minutes
@@ -55,7 +55,7 @@ class Options:
     methods: tuple = opt((), f"rows of the table, of {' '.join(EVERY)} (default: {' '.join(ROWS)})")
     seeds: int = opt(1, "runs per row, from one SFT checkpoint", low=1, only="predict=")
     budget: int = opt(0, "sequences trained on per run (0: the task's)", low=0, only="predict=")
-    sweep: bool = opt(False, "other values of β and λ too, one seed", only="predict=")
+    sweep: int = opt(0, "seeds at a third of β (λ) and at three times it", low=0, only="predict=")
     course: bool = opt(False, "evaluate every run twenty times", only="predict=")
     quick: bool = opt(False, "a smoke pass: short stages, a small budget", only="predict=")
     init: str = opt(

@@ -20,13 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import data
-from analysis.rows import EVERY, longest_context
+from analysis.rows import EVERY, longest_context, options
 from data import UserError
 from dpo import ScoredPair
 from gpt import GPT, GPTConfig, ScalarGPT, load
 from hf import weights
 from packing import last_token, pack
-from training import Compute, Rollout, distributed, lora, memory, parse, sampling, sharding
+from training import Compute, Rollout, distributed, lora, memory, sampling, sharding
 from training.adamw8bit import Outline
 from training.checkpoint import is_checkpoint
 from training.cut import lengths
@@ -120,13 +120,6 @@ def _predict(row, o, config, ranks, shard):
         "predicted": tracker.parts,
         "predicted_most": dict(tracker.most),
     }
-
-
-def options(row, *argv):
-    """-> the options of a row's script, as its command line gives them, on a CPU"""
-    script = importlib.import_module(EVERY[row].script)
-    argv = [*EVERY[row].arguments.split(), *map(str, argv), "--device", "cpu"]
-    return parse(script.Options, argv, script.PRESETS)
 
 
 def outlines(held, o, config, compute):

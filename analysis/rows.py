@@ -1,11 +1,12 @@
 """The rows of a comparison, each with its script, its options and the models that it holds; and the
 commands that a comparison runs."""
 
+import importlib
 import re
 from typing import NamedTuple
 
 import data
-from training.options import flag
+from training.options import flag, parse
 
 
 class Row(NamedTuple):
@@ -16,8 +17,7 @@ class Row(NamedTuple):
     models: str  # the models it holds, in the order of the record; * marks trained ones
     look: str  # colour and marker in the pictures
     arguments: str = ""  # the row's options on the command line
-    strength: str = ""  # the option that limits how far the policy may move
-    others: tuple = ()  # other values of that option, for --sweep
+    strength: str = ""  # the option that limits how far the policy may move; --sweep varies it
     columns: str = ""  # the columns that the loop adds to a rollout, one number per token
     like: str = ""  # the row that holds the same models
 
@@ -46,29 +46,26 @@ PAIRS = "preferences"
 REWARDS, SAMPLED_PAIRS = "rewards of samples", "pairs of samples"
 STATES = "a teacher at the states of samples"
 TWO = "policy* ref"
-BETAS = (0.03, 0.3, 1.0)
 RLOO = "--adv-norm loo --agg sum --kl reward"
 OLD = "old_logp ref_logp"
 PPO = f"{OLD} old_values rewards returns adv"
 THREE = "policy* ref reward"
 FOUR = "policy* critic* ref reward"
-GROUPS = (0.01, 0.16, 0.64)
 
 ROWS = {
     "sft": Row("sft", "demonstrations", "policy*", "C0 *"),
-    "dpo": Row("dpo", PAIRS, TWO, "C1 o", "", "beta", BETAS),
-    "cdpo": Row("dpo", PAIRS, TWO, "C2 s", "--label-smoothing 0.1", "beta", BETAS, like="dpo"),
-    "ipo": Row("dpo", PAIRS, TWO, "C3 D", "--loss ipo", "beta", (0.3, 3.0, 10.0), like="dpo"),
-    "simpo": Row("simpo", PAIRS, "policy*", "C4 ^", "", "beta", (0.5, 5.0, 10.0)),
-    "orpo": Row("orpo", PAIRS, "policy*", "C5 v", "--lr 3e-4 --warmup 20", "lam", BETAS),
-    "kto": Row("kto", "feedback", TWO, "C6 <", "", "beta", BETAS),
-    "online_dpo": Row("online_dpo", SAMPLED_PAIRS, TWO, "C7 p", "", "beta", BETAS),
-    "ppo": Row("ppo", REWARDS, FOUR, "C8 >", "", "beta", (0.02, 0.2, 0.5), PPO),
-    "grpo": Row("grpo", REWARDS, TWO, "C9 P", "", "beta", GROUPS, OLD),
-    "rloo": Row("grpo", REWARDS, TWO, "navy X", RLOO, "beta", GROUPS, OLD, like="grpo"),
+    "dpo": Row("dpo", PAIRS, TWO, "C1 o", "", "beta"),
+    "cdpo": Row("dpo", PAIRS, TWO, "C2 s", "--label-smoothing 0.1", "beta", like="dpo"),
+    "ipo": Row("dpo", PAIRS, TWO, "C3 D", "--loss ipo", "beta", like="dpo"),
+    "simpo": Row("simpo", PAIRS, "policy*", "C4 ^", "", "beta"),
+    "orpo": Row("orpo", PAIRS, "policy*", "C5 v", "--lr 3e-4 --warmup 20", "lam"),
+    "kto": Row("kto", "feedback", TWO, "C6 <", "", "beta"),
+    "online_dpo": Row("online_dpo", SAMPLED_PAIRS, TWO, "C7 p", "", "beta"),
+    "ppo": Row("ppo", REWARDS, FOUR, "C8 >", "", "beta", PPO),
+    "grpo": Row("grpo", REWARDS, TWO, "C9 P", "", "beta", OLD),
+    "rloo": Row("grpo", REWARDS, TWO, "navy X", RLOO, "beta", OLD, like="grpo"),
     "dapo": Row("dapo", REWARDS, "policy*", "crimson h", columns="old_logp"),  # it has no KL
-    # rlaif's last phase
-    "rlaif": Row("rlaif", REWARDS, THREE, "teal d", "", "beta", columns="ref_logp"),
+    "rlaif": Row("rlaif", REWARDS, THREE, "teal d", columns="ref_logp"),  # its last phase
 }
 MORE = {  # rows that only --methods shows; a prediction shows the first three anyway
     "reward_model": Row("reward_model", "graded", "reward*", "gold 8"),
@@ -147,12 +144,13 @@ def longest_context(task):
 
 
 class Item(NamedTuple):
-    """A run: its name, its row, its command without "python", and whether the sweep adds it"""
+    """A run: its name, its row, its command without "python", and the strength that a sweep gives
+    it, or None"""
 
     name: str
     row: str
     command: list
-    swept: bool = False
+    swept: float = None
 
 
 def plan(o, folder):
@@ -174,7 +172,7 @@ def plan(o, folder):
         where = ["--task", o.task, "--device", o.device, "--dtype", o.dtype]
         where += [*EVERY[row].arguments.split(), *more, "--seed", seed]
         command = [f"{EVERY[row].script}.py", *where, "--out", folder / f"{name}.pt"]
-        return Item(name, row, [str(x) for x in command], value is not None)
+        return Item(name, row, [str(x) for x in command], value)
 
     if not o.init:
         stages.append(item("sft", o.seed, sft))
@@ -195,9 +193,24 @@ def plan(o, folder):
                 more += ["--teacher", str(folder / f"ppo-{o.seed}.pt")]
             made = seeds[:1] if row == "ppo" and teaches else ()  # a stage already
             runs += [item(row, seed, more) for seed in seeds if seed not in made]
-            others = EVERY[row].others if o.sweep else ()
-            runs += [item(row, o.seed, more, value) for value in others]
+            swept = range(o.seed, o.seed + o.sweep)
+            runs += [item(row, seed, more, x) for x in strengths(row, o.task) for seed in swept]
     return stages, runs
+
+
+def strengths(row, task):
+    """-> a third of the row's default strength on a task, and three times that default"""
+    if not EVERY[row].strength:
+        return []
+    default = getattr(options(row, "--task", task), EVERY[row].strength)
+    return [float(f"{default * factor:.2g}") for factor in (1 / 3, 3)]
+
+
+def options(row, *argv):
+    """-> the options of a row's script, as its command line gives them, on a CPU"""
+    script = importlib.import_module(EVERY[row].script)
+    argv = [*EVERY[row].arguments.split(), *map(str, argv), "--device", "cpu"]
+    return parse(script.Options, argv, script.PRESETS)
 
 
 def needs_judge(o):

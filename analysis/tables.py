@@ -69,7 +69,7 @@ def summary(o, folder, items, errors):
     out = []
     for row in o.methods:
         mine = [item for item in items if item.row == row]
-        main = [item for item in mine if not item.swept]
+        main = [item for item in mine if item.swept is None]
         line, records = row_of(row, main, folder, errors)
         if records:
             line |= of_run(row, records[0][0])
@@ -78,7 +78,9 @@ def summary(o, folder, items, errors):
                 per_step = shape(o.task, row)[1]
                 line["evals"] = evaluations([steps for _, steps, _ in records], per_step)
         out.append(line)
-        out += [row_of(row, [item], folder, errors)[0] for item in mine if item.swept]
+        for value in dict.fromkeys(item.swept for item in mine if item.swept is not None):
+            swept = [item for item in mine if item.swept == value]
+            out.append(row_of(row, swept, folder, errors)[0])
     timed = [line for line in out if "step_ms" in line]
     for simpo in [line for line in timed if line["method"] == "simpo"][:1]:
         for line in timed:
@@ -155,7 +157,7 @@ def curves(folder, items):
     for item in items:
         record = read(folder, item.name)
         for name, key in (("loss", "loss"), ("reward", "reward"), ("KL", "kl")):
-            points = points_of(record[1], key) if record and not item.swept else []
+            points = points_of(record[1], key) if record and item.swept is None else []
             if points:
                 out.setdefault(item.row, {}).setdefault(name, []).append(points)
     return out

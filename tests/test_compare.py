@@ -134,14 +134,14 @@ def test_a_moved_folder_is_kept_and_other_rows_run_anew(stubs):
 
 def test_other_options_run_anew(stubs):
     for budget in (256, 512):
-        args = ["--methods", "simpo", "--task", "exact", "--budget", str(budget), "--sweep"]
+        args = ["--methods", "simpo", "--task", "exact", "--budget", str(budget), "--sweep", "1"]
         compare.main(args)
     calls = (stubs / "out/compare/exact/calls").read_text().split()
-    assert calls == ["sft.py", *["simpo.py"] * 8]
+    assert calls == ["sft.py", *["simpo.py"] * 6]
     found = rows_of(stubs / "out/compare/exact")
-    assert [line["swept"] for line in found] == [False, True, True, True]
-    assert [line["steps"] for line in found] == [2] * 4
-    assert [line["value"] for line in found] == [0.1, 0.5, 5.0, 10.0]
+    assert [line["swept"] for line in found] == [False, True, True]
+    assert [line["steps"] for line in found] == [2] * 3
+    assert [line["value"] for line in found] == [0.1, 0.67, 6.0]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_other_options_run_anew(stubs):
         (["--methods", "dpo", "ddpo"], "--methods ddpo: no such row; there is dpo, "),
         (["--batch-size", "8"], "--batch-size is read with --predict only"),
         (["--predict", "7b", "--jobs", "2"], "--jobs is read without --predict only"),
-        (["--predict", "7b", "--sweep"], "--sweep is read without --predict only"),
+        (["--predict", "7b", "--sweep", "1"], "--sweep is read without --predict only"),
         (["--init", "missing.pt"], "missing.pt: no such file"),
         (["--task", "my.jsonl"], "--init is needed with a file"),
         (["--task", "exact", "--methods", "rlaif"], "rlaif learns its skills on reviews only"),
@@ -203,16 +203,14 @@ def test_budgets_are_equal(row, task):
 def test_strengths_and_judges_are_the_scripts_options(tmp_path):
     """IPO's τ is --beta, RLOO sums over tokens, PPO gets the reward model that is made first, and
     every command is one that its script reads."""
-    stages, runs = planned(tmp_path, "--sweep", "--seeds", "2", "--n-layer", "2")
+    stages, runs = planned(tmp_path, "--sweep", "2", "--seeds", "2", "--n-layer", "2")
     assert [item.name for item in stages] == ["sft-0", "reward_model-0"]
     commands = {item.name: item.command for item in stages + runs}
     assert len(commands) == len(stages + runs) and "sft-1" in commands and "dpo-1" in commands
-    assert (
-        commands["ipo-beta-10-0"][-4:-2] == ["--seed", "0"] and "10.0" in commands["ipo-beta-10-0"]
-    )
+    assert commands["ipo-beta-3-1"][-4:-2] == ["--seed", "1"] and "3.0" in commands["ipo-beta-3-1"]
     assert "--adv-norm loo --agg sum --kl reward" in " ".join(commands["rloo-0"])
     judge = f"--reward {tmp_path}/reward_model-0.pt"
-    assert judge in " ".join(commands["ppo-0"]) and judge in " ".join(commands["ppo-beta-0.5-0"])
+    assert judge in " ".join(commands["ppo-0"]) and judge in " ".join(commands["ppo-beta-0.15-0"])
     assert "--n-layer 2" in " ".join(commands["rlaif-0"]) and "rlaif-1" in commands
     for command in commands.values():
         script = __import__(command[0].removesuffix(".py"))

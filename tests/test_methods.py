@@ -201,7 +201,7 @@ CPO = [  # simpo.py -> cpo.py
     (r"    data\.say\(.*?\n", ""),
     (r'Run\("simpo"', 'Run("cpo"'),
 ]
-ROW = '    "cpo": Row("cpo", PAIRS, "policy*", "pink *", "", "beta", BETAS),\n'
+ROW = '    "cpo": Row("cpo", PAIRS, "policy*", "pink *", "", "beta"),\n'
 README = "| `cpo.py` | CPO [2401.08417](https://arxiv.org/abs/2401.08417) | 1: policy | prompt, "
 README += "chosen, rejected | −log σ(β(log π_θ(y_w) − log π_θ(y_l))) − α log π_θ(y_w)/\\|y_w\\| |\n"
 

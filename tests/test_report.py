@@ -116,7 +116,7 @@ def test_curves_are_of_evaluations_where_there_are_such(tmp_path):
     for seed in (0, 1):
         text = "\n".join(map(json.dumps, record))
         (tmp_path / f"dpo-{seed}.jsonl").write_text(text)
-    items = [SimpleNamespace(name=f"dpo-{seed}", row="dpo", swept=False) for seed in (0, 1)]
+    items = [SimpleNamespace(name=f"dpo-{seed}", row="dpo", swept=None) for seed in (0, 1)]
     loss, kl = [(1, 2.0)], [(1, 0.5)]
     assert tables.curves(tmp_path, items) == {"dpo": {"loss": [loss, loss], "KL": [kl, kl]}}
 
