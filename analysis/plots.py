@@ -71,8 +71,12 @@ def draw(task, lines, folder, said=()):
 def draw_prediction(found, symbol, folder):
     """-> [the path of the picture of a prediction]: memory at the peak with activations
     checkpointed, one row per method, with a bar for each of the two precisions"""
-    plt, rows = pyplot(), {}
-    unit = {"GiB": 2**30, "MB": 1e6}[symbol]
+    plt = pyplot()
+    return saved(plt, folder, {"memory": prediction(plt, found, symbol)}) if plt else []
+
+
+def prediction(plt, found, symbol):
+    rows, unit = {}, {"GiB": 2**30, "MB": 1e6}[symbol]
     for x in found:
         if x["checkpoint_activations"]:
             bar = PRECISIONS[x["dtype"]], x["predicted"]
@@ -82,9 +86,7 @@ def draw_prediction(found, symbol, folder):
     if symbol == "GiB":
         marks = CARDS
         name += f"; dashed: cards of {', '.join(map(str, CARDS))} GB"
-    if not plt:
-        return []
-    return saved(plt, folder, {"memory": stacked(plt, list(rows.items()), unit, name, marks)})
+    return stacked(plt, list(rows.items()), unit, name, marks)
 
 
 def draw_records(runs, folder):

@@ -4,20 +4,18 @@
     python -m analysis.publish                     runs what is missing, and writes the pages
     python -m analysis.publish --only questions    the sources whose names begin so
 
-A place is a block of a page below a line <!-- from: NAME -->: printed text, or a table. Each NAME
-is a Source: a command, what is kept of its result, and how the block is made from that. A run that
-has ended is kept as docs/runs/NAME.json, so that a call that was interrupted goes on where it
-stopped, and a reader sees on which machine, with which torch and from which commit a figure was
-made. Weights stay under out/publish.
+A place is a block of a page below a line <!-- from: NAME -->: printed text, or a table. PLACES in
+analysis/places.py says from which sources a block is made and how, and PICTURES does so for the
+pictures of docs/figures. SOURCES in analysis/sources.py has the commands, and what is kept of each.
 
-The digest of a run is that of the syntax of all sources that its command may import, without
-comments, docstrings and help texts. A run with another digest than today's is made again.
+A run that has ended is kept as docs/runs/SOURCE.json, so that a call that was interrupted goes on
+where it stopped, and a reader sees on which machine, with which torch and from which commit a
+figure was made. Weights stay under out/publish. A run is made again if the code that its command
+uses has changed: see analysis/digest.py.
 """
 
 import argparse
-import ast
-import functools
-import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -25,175 +23,23 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import training
-from analysis import output, processor, tables
-from analysis.break_it import BUGS
-from analysis.questions import QUESTIONS
+from analysis import output, processor
+from analysis.digest import ROOT
+from analysis.places import PICTURES, PLACES
+from analysis.sources import SOURCES
 from data import Stopped, UserError
 from training.files import commit
 
-ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "docs/runs"
+FIGURES = ROOT / "docs/figures"
 MARK = re.compile(r"^<!-- from: (\S+) -->\n+", re.M)
-ENDS = ".py", "/__init__.py"
-DOCUMENTED = ast.Module, ast.FunctionDef, ast.ClassDef
 BLOCK = re.compile(r"```\n[\s\S]*?^```\n|(\|.*\n)+", re.M)  # printed text, or a table
-
-
-class Source(NamedTuple):
-    command: tuple  # the words after "python"
-    group: str  # runs of one group share checkpoints, and are made one after the other
-    take: object  # a function: what the command prints, its folder -> the result that is kept
-    block: object  # a function: the result -> the block on the page
-
-
-# ---- from what is printed
-
-
-def text_of(said, folder):
-    return said
-
-
-def fenced(said):
-    return f"```\n{said.strip(chr(10))}\n```\n"
-
-
-def figures_of(said):
-    """-> the table of analysis.break_it, without the lines of code above it"""
-    return fenced(said[said.index(f"{'':<24}{'healthy':>10}") :].partition("\n\n")[0])
-
-
-# ---- from predictions of memory
-
-
-def written(said, folder):
-    """-> the rows of the compare.json that a comparison says it has written"""
-    path = re.search(r"^(\S+)/README\.md, ", said, re.M)[1]
-    return json.loads((folder / path / "compare.json").read_text("utf-8"))["methods"]
-
-
-def peaks(said, folder):
-    """-> [method, dtype, GiB, card] of each prediction with activations checkpointed"""
-    return [
-        [x["method"], x["dtype"], round(x["predicted_bytes"] / 2**30, 1), x["card"]]
-        for x in written(said, folder)
-        if x["checkpoint_activations"]
-    ]
-
-
-def both_precisions(note, mixed, found):
-    """-> the table of `peaks`, pure bf16 first. note: behind a method's name; mixed: the other
-    precision's name"""
-    rows = {}
-    for method, dtype, size, card in found:
-        rows.setdefault(method, {})[dtype] = [f"{size:.1f}", card.replace("no card", "none")]
-    head = ["method", "7B, GiB: pure bf16", "fits", f"7B, GiB: {mixed}", "fits"]
-    cells = [
-        [TITLES[method] + note, *sizes["bfloat16-pure"], *sizes["bfloat16"]]
-        for method, sizes in rows.items()
-    ]
-    return markdown([head, *cells])
-
-
-def settings(said, folder):
-    return [
-        [x["method"], x["setting"], x["predicted_bytes"] / 2**30] for x in written(said, folder)
-    ]
-
-
-def fitting(found):
-    cells = [[method, words, f"{size:.1f}"] for method, words, size in found]
-    return markdown([["method", "setting", "GiB"], *cells])
-
-
-def markdown(rows):
-    return "".join(line.replace(" --- ", "---") + "\n" for line in tables.markdown(rows))
-
-
-TITLES = {"dpo": "DPO", "simpo": "SimPO", "ppo": "PPO"}
-PREDICT = "compare.py --predict 7b --methods dpo simpo"
-
-
-def predicted(more, take, block):
-    return Source(tuple(f"{PREDICT} {more}".split()), "memory", take, block)
-
-
-# ---- all of them
-
-SOURCES = {
-    "memory/adapters": predicted(
-        "ppo --lora 16", peaks, partial(both_precisions, ", LoRA", "bf16 autocast")
-    ),
-    "memory/adamw8bit": predicted(
-        "ppo --optimizer adamw8bit", peaks, partial(both_precisions, "", "float32 + autocast")
-    ),
-    "memory/card": predicted("--card 24", settings, fitting),
-}
-SOURCES |= {
-    f"questions/{name}": Source(("-m", "analysis.questions", name), "questions", text_of, fenced)
-    for name in QUESTIONS
-}
-SOURCES |= {
-    f"break-it/{name}": Source(("-m", "analysis.break_it", name), "break-it", text_of, figures_of)
-    for name in BUGS
-}
-
-
-# ---- what a command runs
-
-
-@functools.cache
-def tree(path):
-    """-> the syntax of a source, without its docstrings and the help texts of its options"""
-    found = ast.parse(path.read_text("utf-8"))
-    for x in ast.walk(found):
-        if isinstance(x, DOCUMENTED) and ast.get_docstring(x, clean=False):
-            x.body = x.body[1:]
-        if isinstance(x, ast.Call) and getattr(x.func, "id", "") == "opt":
-            x.args = x.args[:1]
-    return found
-
-
-def imported(path):
-    """-> the sources of ours that a source imports, at its top or inside a function"""
-    names = set()
-    for x in ast.walk(tree(path)):
-        if isinstance(x, ast.Import):
-            names |= {alias.name for alias in x.names}
-        elif isinstance(x, ast.ImportFrom):
-            names |= {x.module, *(f"{x.module}.{alias.name}" for alias in x.names)}
-    names |= {name.partition(".")[0] for name in names}
-    files = [ROOT / f"{name.replace('.', '/')}{end}" for name in names for end in ENDS]
-    return {file for file in files if file.exists()}
-
-
-def named(path):
-    """-> the scripts that a source names in a string, such as "dpo.py --task exact" """
-    constants = [x.value for x in ast.walk(tree(path)) if isinstance(x, ast.Constant)]
-    words = {x.partition(" ")[0].removesuffix(".py") for x in constants if isinstance(x, str)}
-    files = {ROOT / f"{word}.py" for word in words if word.isidentifier()}
-    return {file for file in files if file.exists()}
-
-
-@functools.cache
-def digest(command):
-    """-> the digest of the sources that a command may import"""
-    first = f"{command[1].replace('.', '/')}.py" if command[0] == "-m" else command[0]
-    todo, seen = [ROOT / first], set()
-    while todo:
-        path = todo.pop()
-        if path not in seen:
-            seen.add(path)
-            todo += imported(path) | named(path)
-    text = "".join(f"{path.relative_to(ROOT)} {ast.dump(tree(path))}\n" for path in sorted(seen))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---- places and runs
@@ -218,49 +64,98 @@ def kept(name):
     return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
+def results(names):
+    """-> what is kept of each source; None if one has no run"""
+    runs = list(map(kept, names))
+    return [run["result"] for run in runs] if all(runs) else None
+
+
 def block_of(name):
-    """-> the block of a source as its kept run prints it; None if there is no run"""
-    run = kept(name)
-    return run and SOURCES[name].block(run["result"])
+    """-> the block of a place as the kept runs of its sources print it; None if one has none"""
+    place = PLACES[name]
+    found = results(place.sources)
+    return found and place.block(*found)
 
 
 def is_old(name):
     """Whether a source has no run, or one of other code than today's"""
     run = kept(name)
-    return not run or run["digest"] != digest(SOURCES[name].command)
+    return not run or run["digest"] != SOURCES[name].digest
 
 
-def make(name):
-    """Runs a source and keeps what it printed. -> what went wrong, or "" """
-    source = SOURCES[name]
-    key = digest(source.command)
-    folder = Path(f"out/publish/{source.group}-{key[:8]}")
-    folder.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    first = [] if source.command[0] == "-m" else [ROOT / source.command[0]]
-    begun, command = time.time(), [sys.executable, *first, *source.command[len(first) :]]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or ["no words"])[-1]
-    run = {"command": " ".join(["python", *source.command]), "seconds": round(time.time() - begun)}
-    run |= {"machine": processor(), "torch": torch.__version__, "commit": commit(), "digest": key}
-    path = RUNS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run["result"] = source.take(done.stdout, folder)
-    text = json.dumps(run, indent=1, ensure_ascii=False)
-    output.write(path, text + "\n")
+def lacks(source):
+    """-> what a source cannot run without, as text, or "" """
+    package, _, file = source.needs.partition(": ")
+    if package and not importlib.util.find_spec(package):
+        return f"needs the package {package}: pip install -r {file}"
     return ""
 
 
+def make(name, done=lambda: None):
+    """Runs a source and keeps what it gives. done: called after each command. -> what went wrong,
+    or "" """
+    source, printed = SOURCES[name], []
+    folder = Path(f"out/publish/{source.group}-{source.digest[:8]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = time.time()
+    if why := lacks(source) or (source.prepare and source.prepare(folder)):
+        return why
+    for command in source.commands:
+        said = "" if has_ended(command, folder) else run(command, folder, source.threads)
+        if isinstance(said, Stopped):
+            return str(said)
+        printed.append(said)
+        done()
+    commands = [f"python {command}" for command in source.commands]
+    result = source.take(printed, folder)
+    found = {"commands": commands, "seconds": round(time.time() - begun), "threads": source.threads}
+    found |= {"machine": processor(), "torch": torch.__version__, "commit": commit()}
+    path = RUNS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found |= {"digest": source.digest, "result": result}
+    output.write(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    return ""
+
+
+def has_ended(command, folder):
+    """Whether an earlier call has made the run of a command with --name"""
+    _, _, name = command.partition(" --name ")
+    paths = list(folder.glob(f"out/*/{name}.jsonl")) if name else []
+    return any('{"final"' in path.read_text() for path in paths)
+
+
+def run(command, folder, threads):
+    """-> what a command prints; if it fails, a Stopped with the last line of its errors"""
+    scripts = {path.name for path in ROOT.glob("*.py")}
+    words = [str(ROOT / word) if word in scripts else word for word in command.split()]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    words = [sys.executable, *words]
+    ended = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
+    if ended.returncode:
+        return Stopped((ended.stderr.strip().splitlines() or ["no words"])[-1])
+    return ended.stdout
+
+
 def write(names):
-    """Writes the kept runs of the named sources into the pages."""
+    """Writes the blocks and draws the pictures that are made from the named sources."""
     for page in pages():
         text = page.read_text("utf-8")
         for name, begin, end in reversed(list(places(text))):
-            if name in names and (block := block_of(name)):
+            if names & {*PLACES[name].sources} and (block := block_of(name)):
                 text = text[:begin] + block + text[end:]
         if text != page.read_text("utf-8"):
             output.write(page, text)
+    for name, picture in PICTURES.items():
+        found = results(picture.sources)
+        if found and not is_drawn(name):
+            picture.draw(FIGURES / f"{name}.png", picture.key(found), *found)
+
+
+def is_drawn(name):
+    """Whether a picture is that of the kept runs, by today's plots.py"""
+    picture, path = PICTURES[name], FIGURES / f"{name}.png"
+    found = results(picture.sources)
+    return found and path.exists() and picture.key(found).encode() in path.read_bytes()
 
 
 # ---- the command
@@ -273,7 +168,7 @@ def options(argv):
     add = parser.add_argument
     add("--check", action="store_true", help="run nothing: list what is older than the code")
     add("--only", default="", metavar="NAME", help="the sources whose names begin so")
-    add("--jobs", type=int, default=2, help="groups of runs at a time, each on one thread (2)")
+    add("--jobs", type=int, default=2, help="groups of runs at a time (2); timed runs run alone")
     o = parser.parse_args(argv)
     o.names = [name for name in SOURCES if name.startswith(o.only)]
     if not o.names:
@@ -291,33 +186,45 @@ def check(names):
         why = f"printed by other code ({run['commit'][:7]})" if run else "not printed yet"
         print(f"{name:<32} {why}")
     print(f"{len(names) - len(old)} of {len(names)} sources are printed by the code of today")
-    if old:
-        raise Stopped(f"{len(old)} are not: python -m analysis.publish prints them")
+    chosen = {name: picture for name, picture in PICTURES.items() if {*picture.sources} & {*names}}
+    undrawn = [name for name in chosen if not is_drawn(name)]
+    if undrawn:
+        print(f"drawn from other runs, or by other code: {', '.join(undrawn)}")
+    if old or undrawn:
+        words = f"{len(old)} sources and {len(undrawn)} pictures are not"
+        raise Stopped(f"{words}: python -m analysis.publish makes them")
+
+
+def make_all(names, jobs):
+    """Makes the named sources, those that are timed one after the other, alone. -> name -> what
+    went wrong"""
+    failed, groups = {}, {}
+    for name in names:
+        source = SOURCES[name]
+        groups.setdefault((source.alone, source.group), []).append(name)
+    count = sum(len(SOURCES[name].commands) for name in names)
+    with tqdm(total=count, unit="run", disable=not names) as bar:
+
+        def one_after_the_other(group):
+            for name in group:
+                bar.set_postfix_str(name)
+                failed[name] = make(name, bar.update)
+
+        for alone in (False, True):
+            with ThreadPoolExecutor(1 if alone else jobs) as pool:
+                todo = [group for (apart, _), group in groups.items() if apart == alone]
+                list(pool.map(one_after_the_other, todo))
+    return {name: why for name, why in failed.items() if why}
 
 
 def main(argv=None):
     o = options(argv)
-    names = o.names
     if o.check:
-        return check(names)
-    old = [name for name in names if is_old(name)]
-    groups = {}
-    for name in old:
-        groups.setdefault(SOURCES[name].group, []).append(name)
-    failed = {}
-    with tqdm(total=len(old), unit="run", disable=not old) as bar:
-
-        def run(group):
-            for name in group:
-                bar.set_postfix_str(name)
-                failed[name] = make(name)
-                bar.update()
-
-        with ThreadPoolExecutor(o.jobs) as pool:
-            list(pool.map(run, groups.values()))
-    write(names)
-    failed = {name: why for name, why in failed.items() if why}
-    print(f"{len(old) - len(failed)} runs made, {len(names) - len(old)} were there")
+        return check(o.names)
+    old = [name for name in o.names if is_old(name)]
+    failed = make_all(old, o.jobs)
+    write({*o.names})
+    print(f"{len(old) - len(failed)} sources made, {len(o.names) - len(old)} were there")
     if failed:
         raise Stopped("; ".join(f"{name}: {why}" for name, why in failed.items()))
 

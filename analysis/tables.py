@@ -13,29 +13,9 @@ from training.options import flag
 
 COURSE = ("loss", "reward", "kl", "kl_star")  # figures of evaluations during training
 MEANS = (
-    *(
-        "reward",
-        "score",
-        "win_rate",
-        "kl",
-        "length",
-        "entropy",
-        "kl_star",
-        "kl_teacher",
-        "objective",
-    ),
-    *(
-        "ref_reward",
-        "accuracy",
-        "nll",
-        "step_ms",
-        "sample_ms",
-        "logprobs_ms",
-        "update_ms",
-        "wall_s",
-    ),
-    *("trained_tokens", "sampled_tokens"),
-)
+    "reward score win_rate kl length entropy kl_star kl_teacher objective ref_reward accuracy nll "
+    "step_ms sample_ms logprobs_ms update_ms wall_s trained_tokens sampled_tokens"
+).split()
 POINTS = ("reward", "kl", "length")  # of which a picture shows each run
 ENDS = ("reward", "win_rate", "kl", "kl_star", "length", "accuracy", "nll", "step_ms", "wall_s")
 KEPT = (
@@ -321,10 +301,11 @@ def course_rows(lines):
 
 
 def pm(line, key, digits=2):
-    """-> a mean as text, ± its standard deviation if there are several runs"""
+    """-> a mean as text, ± its standard error if there are several runs"""
     if key not in line:
         return ""
-    spread = f" ± {line[key + '_sd']:.{digits}f}" if line["runs"] > 1 else ""
+    error = line.get(f"{key}_sd", 0) / line["runs"] ** 0.5
+    spread = f" ± {error:.{digits}f}" if line["runs"] > 1 else ""
     return minus(f"{line[key]:.{digits}f}{spread}")
 
 

@@ -58,6 +58,9 @@ FLOORS = {  # a folder or a file -> what of ours it may import, and what else
     "analysis/plugin.py": ("analysis data", "pytest"),
     "analysis/walk.py": ("", "matplotlib"),
     "analysis/publish.py": ("data training analysis", "torch tqdm"),
+    "analysis/digest.py": ("", ""),
+    "analysis/places.py": ("analysis", ""),
+    "analysis/sources.py": ("analysis", ""),
     "analysis/plots.py": (f"data training analysis {' '.join(METHODS)}", "matplotlib"),
 }
 FLOORS |= {f"{name}.py": ("packing gpt data training evaluate", "torch") for name in METHODS}
