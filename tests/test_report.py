@@ -40,7 +40,7 @@ def test_the_page_has_every_row_and_why_one_failed(made):
     body = page[page.index("<tbody>") :]
     assert re.findall(r"<tr><td class=\"text\">(\w+)</td>", body) == ["simpo", "dpo", "kto"]
     assert "dpo-0: exit code -9: killed" in page
-    assert "1.50 ± 0.71" in page and "reward −1.00, 3 tokens" in page
+    assert "1.50 ± 0.50" in page and "reward −1.00, 3 tokens" in page
     assert page.index("<b>reference</b>") < page.index("<b>simpo</b>")
     answered = json.loads((made[0].parent / "compare.json").read_text())["answers"]
     assert answered[0][0] == EVIL
