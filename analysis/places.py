@@ -333,12 +333,12 @@ def optimizers(*found):
     return markdown(*lines)
 
 
-def ranks(whole, parts):
+def ranks(replicas, sharded):
     """-> GiB of one of eight cards, under autocast / in pure bfloat16"""
     lines = [["method", "8 cards, replicas", "8 cards, `--shard`"]]
-    whole, parts = precisions(whole), precisions(parts)
-    for method in whole:
-        cells = [f"{gib(x[method][1])} / {gib(x[method][0])}" for x in (whole, parts)]
+    replicas, sharded = precisions(replicas), precisions(sharded)
+    for method in replicas:
+        cells = [f"{gib(x[method][1])} / {gib(x[method][0])}" for x in (replicas, sharded)]
         lines.append([method, *cells])
     return markdown(*lines)
 

@@ -309,14 +309,14 @@ SOURCES |= {
     f"lesson/{name}": series(command, "lesson")._replace(prepare=real_model)
     for name, command in LESSON.items()
 }
-ASKED = "analysis/experiment.py", ""
+EXPERIMENT = "analysis/experiment.py", ""
 SOURCES |= {
     f"questions/{name}": printed(
         f"-m analysis.questions {name}",
         "questions",
-        begins=((f"{asked.__module__.replace('.', '/')}.py", asked.__name__), ASKED),
+        begins=((f"{answer.__module__.replace('.', '/')}.py", answer.__name__), EXPERIMENT),
     )
-    for name, asked in QUESTIONS.items()
+    for name, answer in QUESTIONS.items()
 }
 SOURCES |= {
     f"break-it/{name}": printed(f"-m analysis.break_it {name}", "break-it") for name in BUGS
