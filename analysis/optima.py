@@ -32,7 +32,6 @@ here from their formulas, not taken from the scripts, so that the two check each
 """
 
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -43,7 +42,7 @@ import torch.nn.functional as F
 import data
 import training
 from analysis.rows import EVERY
-from data import UserError
+from data import UserError, say
 from data.exact import kl, star, tv
 from training import opt, parse
 from training.again import Again
@@ -204,12 +203,11 @@ def optimum(task, log_ref, method, o):
     minimum), with a checkpoint's options `o`. The loss is None if the point is known but minimises
     no loss. Returns None in these cases: a fixed set of rows, which has another optimum; a loss not
     written above (robust DPO, which is for flipped labels; an added SFT term; KTO at β ≥ 1;
-    advantages divided by std; γ below 1); a loss that needs π_ref if log_ref is None; a loss whose
-    minimum is not found."""
+    advantages divided by std; γ below 1); a loss that needs π_ref if log_ref is None. Raises
+    NoOptimum if the minimum is not found."""
     find = FIND.get(method)
     if find and not (log_ref is None and "ref" in EVERY[method].models.split()):
-        with suppress(NoOptimum):
-            return find(task, log_ref, o)
+        return find(task, log_ref, o)
 
 
 def _dpo(task, log_ref, o):
@@ -337,8 +335,12 @@ def distances(o):
     log_ref, figures = None, {}
     if run.reference:
         log_ref = world.table(run.open(run.reference))
-    with torch.enable_grad():
-        found = optimum(task, log_ref, run.meta["method"], run.trained)
+    found = None
+    try:
+        with torch.enable_grad():
+            found = optimum(task, log_ref, run.meta["method"], run.trained)
+    except NoOptimum as e:
+        say(f"{o.checkpoint}: no optimum was found: {e}")
     if found:
         loss, point = found
         figures = {"kl_optimum": kl(log_p, point).mean(), "tv_optimum": tv(log_p, point).mean()}

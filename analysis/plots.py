@@ -1,5 +1,6 @@
 """Draws pictures from the records of runs."""
 
+import itertools
 import math
 import statistics
 import textwrap
@@ -292,13 +293,8 @@ def trends(plt, lines):
     shown = [(key, name) for key, name in zip(COURSE, names) if key in known]
     if len(lines) > TOGETHER:
         return multiples(plt, lines, dict(shown))
-    across = min(2, len(shown))
-    down = -(-len(shown) // across)
-    shape = {"figsize": (4.6 * across, 3.6 * down), "squeeze": False}
-    figure, panels = plt.subplots(down, across, **shape)
-    for axes in panels.flat[len(shown) :]:
-        axes.set_visible(False)
-    for (key, name), axes in zip(shown, panels.flat):
+    figure, panels = grid(plt, len(shown), 2, (4.6, 3.6))
+    for (key, name), axes in zip(shown, panels):
         for line in lines:
             evals = [x for x in line["evals"] if key in x]
             xs = [x["sequences"] / 1000 for x in evals]
@@ -317,32 +313,35 @@ def trends(plt, lines):
 
 def multiples(plt, lines, names):
     """Reward, then KL: a panel for each method, with those of all others in grey"""
-    across = 4
-    rows = -(-len(lines) // across)
-    keys = [key for key in ("reward", "kl") if key in names]
-    shape = {"figsize": (2.6 * across, 2.1 * rows * len(keys)), "sharex": True, "squeeze": False}
-    figure, panels = plt.subplots(rows * len(keys), across, **shape)
-    for axes in panels.flat:
-        axes.set_visible(False)
-    for key, part in zip(keys, range(0, len(panels), rows)):
-        known = [line for line in lines if key in line["evals"][-1]]
-        found = {
-            line["method"]: [
-                (x["sequences"] / 1000, statistics.fmean(x[key])) for x in line["evals"] if key in x
-            ]
-            for line in known
-        }
-        for axes, (method, points) in zip(panels[part : part + rows].flat, found.items()):
-            axes.set_visible(True)
-            for other in found.values():
-                axes.plot(*zip(*other), color="0.85", linewidth=1)
-            axes.plot(*zip(*points), color=style(method)["color"], linewidth=2)
-            axes.set_title(f"{method}: {names[key].partition('(')[0]}", fontsize=11)
-            axes.tick_params(labelsize=10)
-    for axes in panels[-1]:
+    found = {key: {} for key in ("reward", "kl") if key in names}
+    for key, line in itertools.product(found, lines):
+        if key in line["evals"][-1]:
+            points = [(x["sequences"] / 1000, x[key]) for x in line["evals"] if key in x]
+            found[key][line["method"]] = [(x, statistics.fmean(ys)) for x, ys in points]
+    shown = [(key, method) for key, rows in found.items() for method in rows]
+    figure, panels = grid(plt, len(shown), 4, (2.6, 2.1))
+    for (key, method), axes in zip(shown, panels):
+        for other in found[key].values():
+            axes.plot(*zip(*other), color="0.85", linewidth=1)
+        axes.plot(*zip(*found[key][method]), color=style(method)["color"], linewidth=2)
+        axes.set_title(f"{method}: {names[key].partition('(')[0]}", fontsize=11)
+        axes.tick_params(labelsize=10)
+    for axes in panels[-4:]:
         axes.set_xlabel("k sequences", fontsize=10)
     figure.tight_layout()
     return figure
+
+
+def grid(plt, n, across, size):
+    """-> a figure of n panels, at most `across` beside each other, each of a size in inches; the
+    panels"""
+    across = min(across, n)
+    down = -(-n // across)
+    shape = {"figsize": (size[0] * across, size[1] * down), "squeeze": False}
+    figure, panels = plt.subplots(down, across, **shape)
+    for axes in panels.flat[n:]:
+        axes.set_visible(False)
+    return figure, panels.flat[:n]
 
 
 def curves(plt, runs, keys=CURVES):
@@ -352,20 +351,15 @@ def curves(plt, runs, keys=CURVES):
     found = {key: lines for key, lines in found.items() if any(lines.values())}
     if not found:
         return None
-    across = min(3, len(found))
-    down = -(-len(found) // across)
-    shape = {"figsize": (4.6 * across, 3.3 * down), "squeeze": False}
-    figure, panels = plt.subplots(down, across, **shape)
-    for axes in panels.flat[len(found) :]:
-        axes.set_visible(False)
-    for (key, lines), axes in zip(found.items(), panels.flat):
+    figure, panels = grid(plt, len(found), 3, (4.6, 3.3))
+    for (key, lines), axes in zip(found.items(), panels):
         for i, (name, points) in enumerate(lines.items()):
             if points:
                 axes.plot(*zip(*points), f"C{i % 10}{STROKES[i // 10 % 4]}", label=name)
         axes.set_title(", ".join(filter(None, (key, CURVES.get(key)))), fontsize=11)
         axes.set_xlabel("step", fontsize=10)
     figure.tight_layout()
-    marks = {line.get_label(): line for axes in panels.flat for line in axes.lines}
+    marks = {line.get_label(): line for axes in panels for line in axes.lines}
     where = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 4, "fontsize": 10}
     figure.legend(marks.values(), marks, **where)
     return figure

@@ -244,12 +244,18 @@ def test_the_options_reach_the_optima():
     assert tv(limit, optima.kto_limit(LOG_D, LABELS, 0.4, 1.2, 1.0)[0]).max() < 1e-9
     assert loss(limit) < loss(LOG_D)
     assert of(WORLD, LOG_D, "kto", o, beta=1.0) is None and of(WORLD, None, "kto", o) is None
-    assert of(WORLD, LOG_D, "kto", o, w_undesirable=13.0) is None
+    with pytest.raises(optima.NoOptimum, match="to keep"):  # weights that reject everything
+        of(WORLD, LOG_D, "kto", o, w_undesirable=13.0)
 
 
-def test_weights_that_reject_everything_have_no_limit():
-    with pytest.raises(optima.NoOptimum, match="to keep"):
-        optima.kto_limit(LOG_D, LABELS, 0.5, w_undesirable=13.0)
+def test_the_command_says_why_no_optimum_was_found(world, monkeypatch, capsys):
+    def fails(*_):
+        raise optima.NoOptimum("descent ended at a gradient of 0.1")
+
+    monkeypatch.setattr(optima, "optimum", fails)
+    assert main("analysis.optima", world / "out/exact/sft.pt") == 0
+    said = capsys.readouterr()
+    assert "no optimum was found: descent ended at a gradient of 0.1" in said.out + said.err
 
 
 @pytest.mark.slow
