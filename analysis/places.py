@@ -107,21 +107,24 @@ def reviews(found):
 
 def principles(found):
     """-> the table of the phases of rlaif.py"""
-    lines = [
-        ["seed", "gold reward: skills", "SL-CAI", "RL-CAI", "win rate: SL-CAI", "RL-CAI"]
-        + ["KL: SL-CAI", "RL-CAI", "label is gold's: both orders", "one order", "orders agree"]
-        + ["PM agrees with the label", "with gold", "revision better", "equal"]
-    ]
+    head = ["seed", "gold reward: skills, SL-CAI, RL-CAI", "win rate: SL-CAI, RL-CAI"]
+    head += ["KL: SL-CAI, RL-CAI", "AI label agrees with gold: both orders, one order"]
+    head += ["both orders agree", "PM agrees with the label, with gold"]
+    lines = [[*head, "gold reward of a revision: higher, equal"]]
     for seed, run in enumerate(found["rlaif"]):
         skills, sl, pm_, rl = (run[name] for name in ("skills", "sl", "pm", "rl"))
-        figures = [skills["reward"], sl["reward"], rl["reward"], sl["win_rate"], rl["win_rate"]]
-        figures += [sl["kl"], rl["kl"], *(pm_[key] for key in LABELS)]
-        figures += [sl["revisions_better"], sl["revisions_equal"]]
-        lines.append([str(seed), *(minus(f"{x:.2f}") for x in figures)])
+        cells = [
+            (skills["reward"], sl["reward"], rl["reward"]),
+            (sl["win_rate"], rl["win_rate"]),
+            (sl["kl"], rl["kl"]),
+            (skills["label_agreement"], skills["one_order_agreement"]),
+            (skills["order_consistency"],),
+            (pm_["accuracy"], pm_["gold_accuracy"]),
+            (skills["revision_better"], skills["revision_equal"]),
+        ]
+        texts = [minus(", ".join(f"{x:.2f}" for x in cell)) for cell in cells]
+        lines.append([str(seed), *texts])
     return markdown(*lines)
-
-
-LABELS = "label_gold label_gold_one_order orders_agree accuracy gold_accuracy".split()
 
 
 # ---- fixed pairs, a verifier, a reward that is exploited
@@ -174,11 +177,11 @@ def mixed(run):
 
 def exploit(*found):
     """-> score / gold reward over the training, a row for each β and seed"""
-    shown = 10, 20, 30, 40, 60, 100, 150
+    shown = 10, 20, 30, 40, 50, 60
     lines = [["β", "seed", *(f"after {n}" for n in shown), "KL at the end"]]
     for beta, runs in zip(("0", "0.01"), found):
         for seed, run in enumerate(runs):
-            at = {x["step"]: x for x in run["evals"]} | {150: run["final"]}
+            at = {x["step"]: x for x in run["evals"]} | {60: run["final"]}
             cells = [minus(f"{at[n]['score']:.1f} / {at[n]['reward']:.1f}") for n in shown]
             lines.append([beta, str(seed), *cells, f"{run['final']['kl']:.0f}"])
     return markdown(*lines)
