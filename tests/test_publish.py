@@ -215,3 +215,56 @@ def test_answers_are_cut_into_lines():
     lines = block.splitlines()
     assert lines[:2] == ["```", "A film:"] and lines[2].startswith("  reference  −1.50 | a a")
     assert lines[3].startswith(f"{'':>18} | a") and max(map(len, lines)) <= 100
+
+
+def row(name, **figures):
+    line = {"method": name, "swept": False, "runs": 2, "labels": 1500}
+    return line | {"win_rate": 0.5, "win_rate_sd": 0.0} | figures
+
+
+def test_a_course_shows_a_tenth_a_half_and_the_end():
+    """Of 10 evaluations of two seeds, those after steps 10, 50 and 100; ± is that of the last"""
+    evals = [
+        {"step": 10 * i, "loss": [1 / i, 1 / i], "kl_star": [float(i), float(i + 2)]}
+        for i in range(1, 11)
+    ]
+    block = places.course(("loss", "kl_star"), {"methods": [row("dpo", evals=evals)]})
+    assert block.splitlines()[2] == (
+        "| dpo | 1.5 | 1.00, 0.20, 0.10 | 2.00, 6.00, 11.00 ± 1.00 | 0.50 ± 0.00 |"
+    )
+
+
+def test_the_table_of_verifiers_counts_mixed_groups():
+    """GRPO logs the share of groups without a difference, DAPO that of those it keeps."""
+    final = {"sampled_tokens": 9000, "reward": 0.5, "entropy": 0.25}
+    clipped = {"clip_ratio/low_mean": 0.01, "clip_ratio/high_mean": 0.02}
+    runs = {
+        "grpo": clipped | {"frac_reward_zero_std": 0.75},
+        "ppo": {"policy/clipfrac_avg": 0.03},
+        "dapo": clipped | {"kept_fraction": 0.5},
+    }
+    found = [
+        [{"final": final, "last": {"step": 7}, "mean": runs.get(name, runs["grpo"])}]
+        for name in sources.VERIFIED
+    ]
+    lines = places.verifier(*found).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert cells[0][1:] == ["7", "9", "0.500", "0.250", "1.00", "2.00", "25"]
+    assert cells[3][1:] == ["7", "9", "0.500", "0.250", "3.00", "", ""]
+    assert cells[4][-1] == "50" and {len(line) for line in cells} == {8}
+
+
+def test_a_loss_without_a_minimum_has_another_distance():
+    optimum = {"KL(π‖own optimum)": 0.25, "TV(π, own optimum)": 0.1}
+    optimum |= {"loss above its least value": 0.5}
+    assert places.own("dpo", {"optimum": optimum}) == "0.250"
+    assert places.own("kto", {"optimum": optimum}) == "TV 0.100, loss 0.5000 above its infimum"
+    assert places.own("argmax", {"optimum": {}}).startswith("none: ")
+
+
+def test_score_and_gold_reward_stand_side_by_side():
+    evals = [{"step": n, "score": n / 10, "reward": -n / 10} for n in range(10, 60, 10)]
+    run = {"evals": evals, "final": {"score": 9.0, "reward": -1.0, "kl": 12.4}}
+    lines = places.exploit([run], [run, run]).splitlines()
+    assert lines[2].startswith("| 0 | 0 | 1.0 / −1.0 | 2.0 / −2.0 |")
+    assert lines[2].endswith("| 9.0 / −1.0 | 12 |") and lines[4].startswith("| 0.01 | 1 |")
