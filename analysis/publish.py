@@ -15,6 +15,7 @@ uses has changed: see analysis/digest.py.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -95,7 +96,7 @@ def make(name, done=lambda: None):
     """Runs a source and keeps what it gives. done: called after each command. -> what went wrong,
     or "" """
     source, printed = SOURCES[name], []
-    folder = Path(f"out/publish/{source.group}-{source.digest[:8]}")
+    folder = folder_of(source.group)
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.time()
     if why := lacks(source) or (source.prepare and source.prepare(folder)):
@@ -117,10 +118,18 @@ def make(name, done=lambda: None):
     return ""
 
 
+def folder_of(group):
+    """-> the folder of the checkpoints that the sources of a group share; another one if any of
+    their code has changed"""
+    digests = sorted(source.digest for source in SOURCES.values() if source.group == group)
+    key = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return Path(f"out/publish/{group}-{key[:8]}")
+
+
 def has_ended(command, folder):
     """Whether an earlier call has made the run of a command with --name"""
-    _, _, name = command.partition(" --name ")
-    paths = list(folder.glob(f"out/*/{name}.jsonl")) if name else []
+    found = re.search(r"(\w+)\.py .*--name (\S+)$", command)
+    paths = folder.glob(f"out/*/{found[1]}-{found[2]}.jsonl") if found else []
     return any('{"final"' in path.read_text() for path in paths)
 
 

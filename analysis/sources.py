@@ -156,14 +156,15 @@ def comparison(name, options, group, more=None, threads=1):
 
 def series(command, group, seeds=1, take=records):
     """A script's command, with as many seeds; with `optima`, the distances of its policies too"""
-    name = re.sub(r"[^\w.]+", "-", command.replace(".py", ""))
-    names = [f"{name}-{seed}" for seed in range(seeds)]
-    commands = [f"{command} --seed {seed} --name {run}" for seed, run in enumerate(names)]
+    script, *options = re.sub(r"[^\w.]+", " ", command.replace(".py", "", 1)).split()
+    names = ["-".join([*options, str(seed)]) for seed in range(seeds)]
+    commands = [f"{command} --seed {seed} --name {name}" for seed, name in enumerate(names)]
+    runs = [f"{script}-{name}" for name in names]
     if take is optima:
         task = re.search(r"--task (\S+)", command)[1].replace(":", "-")
-        paths = " ".join(f"out/{task}/{run}.pt" for run in names)
+        paths = " ".join(f"out/{task}/{run}.pt" for run in runs)
         commands.append(f"-m analysis.optima {paths}")
-    return Source(tuple(commands), group, partial(take, names))
+    return Source(tuple(commands), group, partial(take, runs))
 
 
 def prediction(name, options):
@@ -183,7 +184,8 @@ def processes(names, options):
         f"-m torch.distributed.run --standalone --nproc-per-node {more} --name {name}"
         for name, more in zip(names, (options.format(dpo)).split("; "))
     ]
-    return Source((big, *commands), "scaling", partial(records, names), (("dpo.py", ""),))
+    take = partial(records, [f"dpo-{name}" for name in names])
+    return Source((big, *commands), "scaling", take, (("dpo.py", ""),))
 
 
 def printed_after(first, command, group):

@@ -173,7 +173,7 @@ def test_only_what_a_command_uses_makes_its_run_old(project):
 def test_a_series_is_kept_by_seed(tmp_path):
     """Of two seeds: the closing figures, the means of the logged steps, and 1 of 1 evaluations"""
     source = sources.series("dpo.py --task exact", "x", 2, take=sources.optima)
-    assert source.commands[1] == "dpo.py --task exact --seed 1 --name dpo-task-exact-1"
+    assert source.commands[1] == "dpo.py --task exact --seed 1 --name task-exact-1"
     assert source.commands[2].split()[2:] == [f"out/exact/dpo-task-exact-{i}.pt" for i in (0, 1)]
     (tmp_path / "out/exact").mkdir(parents=True)
     lines = [{"method": "dpo"}, {"step": 5, "eval": {"kl": 1}}, {"step": 9, "loss": 3.0}]
