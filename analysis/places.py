@@ -204,7 +204,8 @@ def losses(world, *found):
     for name, runs in zip((*PAIRED, "ppo"), found):
         run = runs[0]
         figures = [minus(f"{run['final'][key] + 0.0:.3f}") for key in RANGE]
-        lines.append([f"`python {EXACT[name]}`", *figures, own(name, run)])
+        command = EXACT[name].replace(".py", ".py --task exact")
+        lines.append([f"`python {command}`", *figures, own(name, run)])
     return markdown(*lines)
 
 

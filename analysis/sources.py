@@ -73,9 +73,11 @@ def rounded(x):
 
 
 def report(folder):
-    """Copies the page that the comparison has written; keeps the figures of rlaif's phases."""
+    """Copies the page that the comparison has written. -> the closing figures of the reward model
+    and of each phase of rlaif"""
     shutil.copy(folder / "report.html", digest.ROOT / "docs/report.html")
-    return {"rlaif": [phases(path) for path in sorted(folder.glob("rlaif-[0-9].jsonl"))]}
+    judge = numbers(tables.parsed(folder / "reward_model-0.jsonl")[-1]["final"])
+    return {"reward_model": judge, "rlaif": [phases(path) for path in sorted(folder.glob("rlaif-[0-9].jsonl"))]}
 
 
 def phases(path):
