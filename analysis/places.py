@@ -196,8 +196,9 @@ NO_MINIMUM = "apo", "kto"
 def losses(world, *found):
     """-> each loss on exact, with the distance to its own optimum"""
     head = ["command", "E[r]", "KL(π‖π_ref)", "J", "KL(π‖π\\*)", "KL(π‖own optimum)"]
-    at = {tuple(line.split()[:2]): line.split()[-1] for line in world.splitlines() if line.split()}
-    at = {key: minus(f"{float(x):.3f}") for key, x in at.items() if key[1] in ("π_ref", "π*")}
+    words = [line.split() for line in world.splitlines()]  # a figure, of which policy, its values
+    words = [line for line in words if len(line) > 2 and line[1] in ("π_ref", "π*")]
+    at = {(line[0], line[1]): minus(f"{float(line[-1]):.3f}") for line in words}
     lines = [head, ["π_ref", at["E[r]", "π_ref"], "0", at["J", "π_ref"], at["KL(·‖π*)", "π_ref"]]]
     lines[1].append("")
     lines += [["π\\*", at["E[r]", "π*"], at["KL(·‖π_ref)", "π*"], at["J", "π*"], "0", ""]]

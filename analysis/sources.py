@@ -77,7 +77,10 @@ def report(folder):
     and of each phase of rlaif"""
     shutil.copy(folder / "report.html", digest.ROOT / "docs/report.html")
     judge = numbers(tables.parsed(folder / "reward_model-0.jsonl")[-1]["final"])
-    return {"reward_model": judge, "rlaif": [phases(path) for path in sorted(folder.glob("rlaif-[0-9].jsonl"))]}
+    return {
+        "reward_model": judge,
+        "rlaif": [phases(path) for path in sorted(folder.glob("rlaif-[0-9].jsonl"))],
+    }
 
 
 def phases(path):
