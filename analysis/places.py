@@ -15,7 +15,7 @@ from typing import NamedTuple
 from analysis import digest, plots, tables
 from analysis.rows import EVERY
 from analysis.sources import EXACT, LESSON, PAIRED, SOURCES, VERIFIED
-from analysis.tables import minus, pm, thousands
+from analysis.tables import minus, thousands
 
 
 class Place(NamedTuple):
@@ -63,13 +63,24 @@ def mean(xs, digits=3):
 SHOWN = "dpo", "kto", "ppo", "grpo"  # whose answers README.md has
 
 
+def telling(found):
+    """-> the answers side by side to the prompt to which the reference has the longest answer of a
+    reward below 0"""
+
+    def length(x):
+        before = dict(x[1])["reference"]
+        return before["tokens"] if before["reward"] < 0 else 0
+
+    return max(found["answers"], key=length)
+
+
 def answers(found):
-    """-> the answers of four methods to the first prompt, and that of the reference"""
-    prompt, said = found["answers"][0]
+    """-> the answers of four methods to one prompt, and that of the reference"""
+    prompt, said = telling(found)
     said = dict(said)
     lines = [f"{prompt}"]
     for name in ("reference", *SHOWN):
-        first, *rest = textwrap.wrap(" ".join(said[name]["text"].split()), 78) or [""]
+        first, *rest = textwrap.wrap(" ".join(said[name]["text"].split()), 82) or [""]
         reward = minus(f"{said[name]['reward']:.2f}")
         lines.append(f"{name:>11} {reward:>6} | {first}")
         lines += [f"{'':>18} | {line}" for line in rest]
@@ -81,7 +92,12 @@ def methods(found, sizes):
     sizes = {x["method"]: gib(x) for x in sizes if x["dtype"] == "bfloat16-pure"}
     lines = [["method", "gold reward", "win rate", "KL, nats", "length", "7B, GiB"]]
     for row in main_rows(found):
-        figures = [pm(row, "reward"), pm(row, "win_rate"), pm(row, "kl"), pm(row, "length", 1)]
+        figures = [
+            tables.pm(row, "reward"),
+            tables.pm(row, "win_rate"),
+            tables.pm(row, "kl"),
+            tables.pm(row, "length", 1),
+        ]
         lines.append([row["method"], *figures, sizes[EVERY[row["method"]].like or row["method"]]])
     return markdown(*lines)
 
@@ -98,8 +114,12 @@ def reviews(found):
         early = row["steps"] < row["planned"]
         steps = f"{row['steps']} of {row['planned']}" if early else f"{row['steps']}"
         tokens = [thousands(row["trained_tokens"]), thousands(row.get("sampled_tokens"))]
-        figures = [pm(row, key) for key in ("reward", "win_rate", "kl")]
-        figures += [pm(row, "length", 1), pm(row, "entropy"), f"{row['flops_over_simpo']:.2f}"]
+        figures = [tables.pm(row, key) for key in ("reward", "win_rate", "kl")]
+        figures += [
+            tables.pm(row, "length", 1),
+            tables.pm(row, "entropy"),
+            f"{row['flops_over_simpo']:.2f}",
+        ]
         script = f"`{EVERY[row['method']].script}.py {EVERY[row['method']].arguments}".rstrip()
         lines.append([row["method"], f"{script}`", steps, *tokens, *figures])
     return markdown(*lines)
@@ -110,17 +130,16 @@ def principles(found):
     head = ["seed", "gold reward: skills, SL-CAI, RL-CAI", "win rate: SL-CAI, RL-CAI"]
     head += ["KL: SL-CAI, RL-CAI", "AI label agrees with gold: both orders, one order"]
     head += ["both orders agree", "PM agrees with the label, with gold"]
-    lines = [[*head, "gold reward of a revision: higher, equal"]]
+    lines = [head]
     for seed, run in enumerate(found["rlaif"]):
-        skills, sl, pm_, rl = (run[name] for name in ("skills", "sl", "pm", "rl"))
+        skills, sl, pm, rl = (run[name] for name in ("skills", "sl", "pm", "rl"))
         cells = [
             (skills["reward"], sl["reward"], rl["reward"]),
             (sl["win_rate"], rl["win_rate"]),
             (sl["kl"], rl["kl"]),
-            (skills["label_agreement"], skills["one_order_agreement"]),
-            (skills["order_consistency"],),
-            (pm_["accuracy"], pm_["gold_accuracy"]),
-            (skills["revision_better"], skills["revision_equal"]),
+            (pm["label_agreement"], pm["one_order_agreement"]),
+            (pm["order_consistency"],),
+            (pm["accuracy"], pm["gold_accuracy"]),
         ]
         texts = [minus(", ".join(f"{x:.2f}" for x in cell)) for cell in cells]
         lines.append([str(seed), *texts])
@@ -142,7 +161,7 @@ def course(keys, found):
             values = [f"{statistics.fmean(x):.2f}" for x in points]
             error = statistics.stdev(points[-1]) / len(points[-1]) ** 0.5
             cells.append(minus(", ".join(values) + f" ± {error:.2f}" * (key != "loss")))
-        lines.append([row["method"], thousands(row["labels"]), *cells, pm(row, "win_rate")])
+        lines.append([row["method"], thousands(row["labels"]), *cells, tables.pm(row, "win_rate")])
     return markdown(*lines)
 
 
@@ -448,7 +467,7 @@ def scatter(task, plt, found):
 
 
 def learning(plt, found):
-    return plots.learning(plt, found["methods"], found["answers"])
+    return plots.learning(plt, found["methods"], [telling(found)])
 
 
 def trends(plt, found):

@@ -123,6 +123,12 @@ def scatter(plt, task, lines, x, name):
     figure, axes = plt.subplots(figsize=(8, 5.5))
     main = [line for line in lines if not line["swept"]]
     most = 1.2 * max(line[x] for line in main or lines)
+    seen = [line["reward"] for line in lines if line[x] <= most]  # what lies within the axis
+    for line in main:
+        runs = zip(line.get(f"{x}_runs", ()), line.get("reward_runs", ()))
+        seen += [reward for place, reward in runs if place <= most]
+    room = 0.1 * (max(seen) - min(seen)) + 0.05
+    bottom, top = min(seen) - room, max(seen) + room
     for row in EVERY:
         mine = [line for line in lines if line["method"] == row]
         mine.sort(key=lambda line: line["value"] or 0)
@@ -130,7 +136,7 @@ def scatter(plt, task, lines, x, name):
         axes.plot(*points, **style(row), linewidth=0.8, markersize=5)
         for line in [line for line in mine if line[x] > most]:
             arrow = style(row) | {"marker": ">", "clip_on": False}
-            axes.plot(most, line["reward"], **arrow, markersize=6)
+            axes.plot(most, min(top, max(bottom, line["reward"])), **arrow, markersize=6)
     for line in main:
         large = style(line["method"]) | {"markeredgecolor": "black", "markersize": 11}
         axes.plot(line[x], line["reward"], **large, linestyle="")
@@ -143,15 +149,14 @@ def scatter(plt, task, lines, x, name):
     said += ["arrows: beyond the axis"] if any(line[x] > most for line in lines) else []
     axes.set_title(f"{task}; {', '.join(said)}", fontsize=11)
     low = min(0, *(line[x] for line in lines)) - 0.02 * most
-    axes.set(xlabel=name, ylabel="reward", xlim=(low, most))
+    axes.set(xlabel=name, ylabel="reward", xlim=(low, most), ylim=(bottom, top))
     names = [(line["method"], line[x], line["reward"]) for line in main]
     for line in main[:1] if x == "kl" else ():
         if "frontier" in line:
-            seen = [point for point in line["frontier"] if point[0] <= most]
-            axes.plot(*zip(*seen), color="black", linewidth=1)
-            above = [point for point in seen if point[0] < 0.55 * most]
+            curve = [point for point in line["frontier"] if point[0] <= most]
+            axes.plot(*zip(*curve), color="black", linewidth=1)
+            above = [point for point in curve if point[0] < 0.55 * most]
             names.append(("π* of every β: no policy is above", *max(above)))
-    axes.margins(y=0.1)
     label(figure, axes, names, [(line[x], line["reward"]) for line in lines])
     return figure
 

@@ -109,7 +109,10 @@ def make(name, done=lambda: None):
         done()
     commands = [f"python {command}" for command in source.commands]
     result = source.take(printed, folder)
-    found = {"commands": commands, "seconds": round(time.time() - begun), "threads": source.threads}
+    seconds = round(time.time() - begun)
+    if isinstance(result, dict):  # a comparison may have found runs that had ended
+        seconds = result.pop("seconds", seconds)
+    found = {"commands": commands, "seconds": seconds, "threads": source.threads}
     found |= {"machine": processor(), "torch": torch.__version__, "commit": commit()}
     path = RUNS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -210,11 +210,13 @@ def test_means_have_the_standard_error_of_their_runs():
 
 
 def test_answers_are_cut_into_lines():
-    said = [(name, {"text": "a " * 60, "reward": -1.5}) for name in ("reference", *places.SHOWN)]
-    block = places.answers({"answers": [["A film:", said]]})
+    names = "reference", *places.SHOWN
+    said = [(name, {"text": "a " * 60, "reward": -1.5, "tokens": 60}) for name in names]
+    kind = [(name, {"text": "b", "reward": 1.5, "tokens": 90}) for name in names]
+    block = places.answers({"answers": [["Other:", kind], ["A film:", said]]})
     lines = block.splitlines()
     assert lines[:2] == ["```", "A film:"] and lines[2].startswith("  reference  −1.50 | a a")
-    assert lines[3].startswith(f"{'':>18} | a") and max(map(len, lines)) <= 100
+    assert lines[3].startswith(f"{'':>18} | a") and max(map(len, lines)) <= 103
 
 
 def row(name, **figures):
