@@ -51,11 +51,16 @@ def main_rows(found):
     return [row for row in found["methods"] if not row["swept"]]
 
 
+def number(x, digits=3):
+    """-> a figure as text, without a minus before a zero"""
+    return minus(f"{round(x, digits) + 0.0:.{digits}f}")
+
+
 def mean(xs, digits=3):
     """-> a mean over runs as text, ± its standard error if there are several"""
     xs = list(xs)
     error = f" ± {statistics.stdev(xs) / len(xs) ** 0.5:.{digits}f}" if len(xs) > 1 else ""
-    return minus(f"{statistics.fmean(xs) + 0.0:.{digits}f}{error}")
+    return number(statistics.fmean(xs), digits) + error
 
 
 # ---- reviews
@@ -223,7 +228,7 @@ def losses(world, *found):
     lines += [["π\\*", at["E[r]", "π*"], at["KL(·‖π_ref)", "π*"], at["J", "π*"], "0", ""]]
     for name, runs in zip((*PAIRED, "ppo"), found):
         run = runs[0]
-        figures = [minus(f"{run['final'][key] + 0.0:.3f}") for key in RANGE]
+        figures = [number(run["final"][key]) for key in RANGE]
         command = EXACT[name].replace(".py", ".py --task exact")
         lines.append([f"`python {command}`", *figures, own(name, run)])
     return markdown(*lines)
@@ -236,13 +241,13 @@ def own(name, run):
         return f"TV {found['TV(π, own optimum)']:.3f}, loss {gap:.4f} above its infimum"
     if "KL(π‖own optimum)" not in found:
         return "none: the log-ratio grows without bound"
-    return f"{found['KL(π‖own optimum)']:.3f}"
+    return number(found["KL(π‖own optimum)"])
 
 
 def taught(*found):
     lines = [["loss", "E[r]", "KL(π‖π_ref)", "J", "KL(π‖π\\*)", "KL(π‖π_T)"]]
     for loss, [run] in zip(TAUGHT, found):
-        figures = [f"{run['final'][key]:.3f}" for key in (*RANGE, "kl_teacher")]
+        figures = [number(run["final"][key]) for key in (*RANGE, "kl_teacher")]
         lines.append([f"`{loss}`", *figures])
     return markdown(*lines)
 
@@ -254,8 +259,8 @@ TERMS = "reward", "k3", "k3-ratio"
 def terms(*found):
     lines = [["`--kl`", "E[r]", "KL(π‖π_ref)", "J", "KL(π‖π\\*)", "KL(π‖own point)"]]
     for name, [run] in zip(TERMS, found):
-        figures = [f"{run['final'][key]:.3f}" for key in RANGE]
-        lines.append([f"`{name}`", *figures, f"{run['optimum']['KL(π‖own optimum)']:.3f}"])
+        figures = [number(run["final"][key]) for key in RANGE]
+        lines.append([f"`{name}`", *figures, number(run["optimum"]["KL(π‖own optimum)"])])
     return markdown(*lines)
 
 
@@ -266,8 +271,8 @@ def divided(*found):
     found = dict(zip(DIVIDED, found))
     for name in TERMS:
         [std], [one], [both] = (found[x] for x in divided_of(name))
-        star = [f"{run['final']['kl_star']:.3f}" for run in (std, one, both)]
-        point = f"{one['optimum']['KL(π‖own optimum)']:.3f}"
+        star = [number(run["final"]["kl_star"]) for run in (std, one, both)]
+        point = number(one["optimum"]["KL(π‖own optimum)"])
         lines.append([f"`{name}`", *star[:2], point, star[2]])
     return markdown(*lines)
 
