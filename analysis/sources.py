@@ -300,15 +300,15 @@ SOURCES |= {
 HELD_OUT = "--truncate --eval-prompts 24 --max-new-tokens 96"
 PREFERRED = f"--task gsm8k_preferences.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 4 --pairs 32"
 LESSON = {  # on a real model
-    "sft": f"sft.py --task gsm8k_sft.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 4 --steps 15 "
+    "sft": f"sft.py --task gsm8k_sft.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 4 --steps 30 "
     "--batch-size 8 --micro-batch 4 --block-size 384 --lr 2e-5",
-    "dpo": f"dpo.py {PREFERRED} --epochs 2 --batch-size 4 --micro-batch 2 --block-size 320 "
+    "dpo": f"dpo.py {PREFERRED} --epochs 4 --batch-size 4 --micro-batch 2 --block-size 320 "
     "--lr 5e-6",
-    "lora": f"dpo.py {PREFERRED} --epochs 2 --batch-size 4 --micro-batch 2 --block-size 320 "
+    "lora": f"dpo.py {PREFERRED} --epochs 4 --batch-size 4 --micro-batch 2 --block-size 320 "
     "--lr 2e-4 --lora 8",
     "kto": f"kto.py --task gsm8k_feedback.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 4 "
-    "--pairs 64 --epochs 1 --batch-size 8 --micro-batch 4 --block-size 320 --lr 5e-6",
-    "grpo": f"grpo.py --task gsm8k_sft.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 2 --steps 4 "
+    "--pairs 64 --epochs 3 --batch-size 8 --micro-batch 4 --block-size 320 --lr 5e-6",
+    "grpo": f"grpo.py --task gsm8k_sft.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 2 --steps 10 "
     "--batch-size 2 --group 8 --micro-batch 8 --block-size 384 --lr 3e-6 "
     "--reward my_rewards.py:steps",
 }

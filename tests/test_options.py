@@ -38,8 +38,8 @@ sft --steps 250 | steps=250
 sft --task my_sft.jsonl --block-size 1024 --truncate | steps=0 block_size=1024 truncate=True
 sft --task my_sft.jsonl --tokenizer my.tiktoken | steps=0 tokenizer=my.tiktoken
 sft --task gsm8k_sft.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens 96
-    --warmup 4 --steps 15 --batch-size 8 --micro-batch 4 --block-size 384 --lr 2e-5 |
-    truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 steps=15 batch_size=8 micro_batch=4
+    --warmup 4 --steps 30 --batch-size 8 --micro-batch 4 --block-size 384 --lr 2e-5 |
+    truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 steps=30 batch_size=8 micro_batch=4
     block_size=384 lr=2e-05
 reward_model | eval_prompts=2048 center_rewards=0.0 pairs=0
 reward_model --task exact | steps=1000 batch_size=4096 lr=0.002 lr_schedule=linear
@@ -97,12 +97,12 @@ dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --lr 1e-6 |
 dpo --task ultrafeedback.jsonl --init SmolLM2 --truncate --lr 1e-6 |
     truncate=True steps=0 lr=1e-06
 dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens
-    96 --warmup 4 --pairs 32 --epochs 2 --batch-size 4 --micro-batch 2 --block-size 320 --lr 5e-6
-    | truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 pairs=32 epochs=2 batch_size=4
+    96 --warmup 4 --pairs 32 --epochs 4 --batch-size 4 --micro-batch 2 --block-size 320 --lr 5e-6
+    | truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 pairs=32 epochs=4 batch_size=4
     micro_batch=2 block_size=320 lr=5e-06 steps=0
 dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens
-    96 --warmup 4 --pairs 32 --epochs 2 --batch-size 4 --micro-batch 2 --block-size 320 --lr 2e-4
-    --lora 8 | truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 pairs=32 epochs=2
+    96 --warmup 4 --pairs 32 --epochs 4 --batch-size 4 --micro-batch 2 --block-size 320 --lr 2e-4
+    --lora 8 | truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 pairs=32 epochs=4
     batch_size=4 micro_batch=2 block_size=320 lr=0.0002 lora=8 steps=0 lora_alpha=8
 dpo --task gsm8k_preferences.jsonl.gz --init HuggingFaceTB/SmolLM2-135M-Instruct --truncate
     --lr 1e-6 | truncate=True steps=0 lr=1e-06
@@ -121,8 +121,8 @@ orpo --task exact --steps 119 | steps=119 batch_size=4096 lr=0.002 lr_schedule=l
 kto | steps=150 batch_size=64 lr=0.0003 beta=0.1 w_desirable=1.0 w_undesirable=1.0 pairs=0
 kto --task exact | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear beta=0.5
 kto --task gsm8k_feedback.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens 96
-    --warmup 4 --pairs 64 --epochs 1 --batch-size 8 --micro-batch 4 --block-size 320 --lr 5e-6 |
-    truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 pairs=64 epochs=1 batch_size=8
+    --warmup 4 --pairs 64 --epochs 3 --batch-size 8 --micro-batch 4 --block-size 320 --lr 5e-6 |
+    truncate=True eval_prompts=24 max_new_tokens=96 warmup=4 pairs=64 epochs=3 batch_size=8
     micro_batch=4 block_size=320 lr=5e-06 steps=0
 ppo | steps=60 batch_size=128 lr=0.0002 lr_schedule=linear warmup=10 save_every=20 reward=rm
     group=1 beta=0.05 gamma=1.0 lam=0.95 eps=0.2 eps_v=0.2 vf_coef=0.1 temperature=1.0 updates=2
@@ -183,9 +183,9 @@ grpo --reward rm --adv-norm loo --agg sum --kl reward --steps 24 --batch-size 16
 grpo --task gsm8k_sft.jsonl.gz --init out/gsm8k_sft.gz/sft.pt --truncate
     --reward my_rewards.py:number | steps=0 truncate=True
 grpo --task gsm8k_sft.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens 96
-    --warmup 2 --steps 4 --batch-size 2 --group 8 --micro-batch 8 --block-size 384 --lr 3e-6
+    --warmup 2 --steps 10 --batch-size 2 --group 8 --micro-batch 8 --block-size 384 --lr 3e-6
     --reward my_rewards.py:steps | truncate=True eval_prompts=24 max_new_tokens=96 warmup=2
-    steps=4 batch_size=2 group=8 micro_batch=8 block_size=384 lr=3e-06
+    steps=10 batch_size=2 group=8 micro_batch=8 block_size=384 lr=3e-06
 dapo | steps=40 batch_size=16 lr=0.0002 save_every=20 reward=task group=8 adv_norm=std
     agg=token_mean eps=0.2 eps_high=0.28 max_rounds=10 overlong=True overlong_cache=0
     overlong_filter=False temperature=1.0 updates=1 minibatches=8
