@@ -6,12 +6,10 @@ evaluations are kept. Of a command that prints a finished text, the text is kept
 """
 
 import json
-import os
 import re
 import shutil
 import statistics
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 from analysis import digest, tables
@@ -27,7 +25,6 @@ class Source(NamedTuple):
     threads: int = 1
     alone: bool = False  # it is timed, so nothing runs beside it
     needs: str = ""  # a package that requirements-dev.txt does not install, and its file
-    prepare: object = None  # a function: the folder -> what it lacks, as text, or ""
 
     @property
     def digest(self):
@@ -133,22 +130,6 @@ def predicted(name, said, folder):
     found = json.loads((folder / name / "compare.json").read_text("utf-8"))["methods"]
     shown = [x for x in found if x.get("checkpoint_activations", True)]
     return [{key: x[key] for key in keys if key in x} for x in shown]
-
-
-def real_model(folder):
-    """Links a checkpoint and the files of data into the folder, and writes the reward function of
-    docs/real-models.md into it. -> what is not there, as text, or "" """
-    model, files = (os.environ.get(f"NANOPO_{name}", "") for name in ("MODEL", "DATA"))
-    if not model or not files:
-        return "NANOPO_MODEL must name a folder of SmolLM2-135M-Instruct, NANOPO_DATA that of gsm8k"
-    page = (digest.ROOT / "docs/real-models.md").read_text("utf-8")
-    [reward] = re.findall(r"```python\n(import re\n[^`]*my_rewards\.py[^`]*)```", page)
-    (folder / "my_rewards.py").write_text(reward)
-    for path in [Path(model), *Path(files).glob("gsm8k_*.jsonl.gz")]:
-        link = folder / ("SmolLM2" if path.is_dir() else path.name)
-        if not link.exists():
-            link.symlink_to(path.resolve())
-    return ""
 
 
 # ---- how they are made
@@ -296,25 +277,6 @@ BITS = "requirements-gpu.txt"
 SOURCES |= {
     f"optimizer/{name}": series(f"dpo.py --optimizer {name}", "optimizer")._replace(needs=needs)
     for name, needs in (("adamw", ""), ("adamw8bit", f"bitsandbytes: {BITS}"))
-}
-HELD_OUT = "--truncate --eval-prompts 24 --max-new-tokens 96"
-PREFERRED = f"--task gsm8k_preferences.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 4 --pairs 32"
-LESSON = {  # on a real model
-    "sft": f"sft.py --task gsm8k_sft.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 4 --steps 30 "
-    "--batch-size 8 --micro-batch 4 --block-size 384 --lr 2e-5",
-    "dpo": f"dpo.py {PREFERRED} --epochs 4 --batch-size 4 --micro-batch 2 --block-size 320 "
-    "--lr 5e-6",
-    "lora": f"dpo.py {PREFERRED} --epochs 4 --batch-size 4 --micro-batch 2 --block-size 320 "
-    "--lr 2e-4 --lora 8",
-    "kto": f"kto.py --task gsm8k_feedback.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 4 "
-    "--pairs 64 --epochs 3 --batch-size 8 --micro-batch 4 --block-size 320 --lr 5e-6",
-    "grpo": f"grpo.py --task gsm8k_sft.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 2 --steps 10 "
-    "--batch-size 2 --group 8 --micro-batch 8 --block-size 384 --lr 3e-6 "
-    "--reward my_rewards.py:steps",
-}
-SOURCES |= {
-    f"lesson/{name}": series(command, "lesson")._replace(prepare=real_model)
-    for name, command in LESSON.items()
 }
 EXPERIMENT = "analysis/experiment.py", ""
 SOURCES |= {
