@@ -208,7 +208,7 @@ def label(figure, axes, names, points):
     from matplotlib.transforms import Bbox
 
     figure.canvas.draw()
-    scale = figure.dpi / 72
+    renderer, scale = figure.canvas.get_renderer(), figure.dpi / 72
     taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in axes.transData.transform(points)]
     taken += [text.get_window_extent() for text in axes.texts]
     for name, *place in names:
@@ -221,6 +221,7 @@ def label(figure, axes, names, points):
             angle = i % 12 * math.pi / 6
             offset = (radius + wide) * math.cos(angle), radius * math.sin(angle)
             text.set_position([x / scale for x in offset])
+            text.update_positions(renderer)
             box = Text.get_window_extent(text)  # without the line
             if not any(map(box.overlaps, taken)):
                 break

@@ -279,6 +279,7 @@ def test_labels_lie_on_no_point_and_on_no_other_label():
     axes.plot(*zip(*points), marker="o", linestyle="")
     names = [(f"method_{i}", *points[i]) for i in range(12)]
     plots.label(figure, axes, names, points)
+    figure.canvas.draw()
     alone = importlib.import_module("matplotlib.text").Text  # without the lines to the points
     boxes = [alone.get_window_extent(text) for text in axes.texts]
     assert len(boxes) == 12 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
