@@ -164,8 +164,8 @@ def printed(command, group, **more):
 
 def processes(names, options):
     """DPO of a model of 41.5 M weights, made first, under torchrun"""
-    big = "sft.py --n-layer 13 --n-embd 512 --n-head 8 --steps 1 --out big.pt"
-    dpo = "dpo.py --init big.pt --steps 3 --batch-size 4"
+    big = "sft.py --n-layer 13 --n-embd 512 --n-head 8 --steps 1 --eval-prompts 2 --out big.pt"
+    dpo = "dpo.py --init big.pt --steps 3 --batch-size 4 --eval-prompts 2"
     commands = [
         f"-m torch.distributed.run --standalone --nproc-per-node {more} --name {name}"
         for name, more in zip(names, (options.format(dpo)).split("; "))

@@ -28,7 +28,8 @@ log_every=10 log_to= eval_every=0"""
 EFFECTIVE = """
 sft | steps=500 lr=0.004 warmup=50 tokenizer= n_layer=4 n_head=4 n_embd=128
 sft --task arithmetic:2 | steps=1600 batch_size=64 lr=0.002
-sft --n-layer 13 --n-embd 512 --n-head 8 --steps 1 --out big.pt | steps=1 out=big.pt n_layer=13
+sft --n-layer 13 --n-embd 512 --n-head 8 --steps 1 --eval-prompts 2 --out big.pt |
+    steps=1 eval_prompts=2 out=big.pt n_layer=13
     n_embd=512 n_head=8
 sft --task exact | steps=1000 batch_size=4096 lr=0.002 lr_schedule=linear block_size=8 n_layer=2
     n_embd=64
