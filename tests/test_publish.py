@@ -272,3 +272,15 @@ def test_score_and_gold_reward_stand_side_by_side():
     lines = places.exploit([run], [run, run]).splitlines()
     assert lines[2].startswith("| 0 | 0 | 1.0 / −1.0 | 2.0 / −2.0 |")
     assert lines[2].endswith("| 9.0 / −1.0 | 12 |") and lines[4].startswith("| 0.01 | 1 |")
+
+
+def test_the_report_is_that_of_the_kept_runs():
+    """docs/report.html has the rewards of README.md's table and the answers of seed 0."""
+    page = (publish.ROOT / "docs/report.html").read_text("utf-8")
+    found = publish.kept("reviews")["result"]
+    for line in places.main_rows(found):
+        assert f">{tables.pm(line, 'reward')}</td>" in page, line["method"]
+    for prompt, said in found["answers"]:
+        assert prompt in page
+        shown = [" ".join(answer["text"].split()) for _, answer in said]
+        assert all(text in " ".join(page.split()) for text in shown if text.isascii())
