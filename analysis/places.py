@@ -427,7 +427,7 @@ PLACES = {
     "parity": Place(("parity",), partial(table_of, 0)),
     "speed/steps": Place(("speed/steps",), partial(table_of, 0)),
     "speed/long": Place(("speed/steps",), partial(table_of, 1)),
-    "speed/sampling": Place(("speed/sampling",), partial(table_of, 0)),
+    "speed/sampling": Place(("speed/steps",), partial(table_of, 2)),
 }
 PLACES |= {name: Place((name,), fenced) for name in SOURCES if name.startswith("questions/")}
 PLACES |= {name: Place((name,), bug) for name in SOURCES if name.startswith("break-it/")}

@@ -206,9 +206,6 @@ SOURCES = {
     "scaling/processes": processes(PROCESSES, "1 {0}; 2 {0}; 4 {0}; 2 {0} --shard; 4 {0} --shard"),
     "parity": printed("-m analysis.parity", "parity", needs=PEERS),
     "speed/steps": printed(f"{BENCH} --repeats 1", "speed", needs=PEERS, alone=True),
-    "speed/sampling": printed(
-        f"{BENCH} --only sampling --repeats 1", "speed-2", needs=PEERS, alone=True
-    ),
 }
 
 # exact: one loss, or one estimator, in each row
