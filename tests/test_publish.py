@@ -54,6 +54,12 @@ def test_a_page_shows_the_run_that_is_kept(page, name, block):
     assert not shown or block == shown, "python -m analysis.publish writes the pages"
 
 
+def test_a_cheap_figure_is_that_of_todays_code(capsys):
+    """It takes half a minute to make it again: python -m analysis.publish --only memory/card"""
+    assert main("analysis.publish", "--check", "--only", "memory/card") == 0
+    assert "1 of 1 sources are printed by the code of today" in capsys.readouterr().out
+
+
 def test_pictures_are_those_of_the_kept_runs():
     for name in PICTURES:
         assert publish.is_drawn(name) is not False, "python -m analysis.publish draws them"
