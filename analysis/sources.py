@@ -105,7 +105,10 @@ def records(names, said, folder):
         _, *steps, final = tables.parsed(path)
         evals = [{"step": x["step"]} | numbers(x["eval"]) for x in steps if "eval" in x]
         logged = [numbers(x) for x in steps if "loss" in x]
-        means = {key: statistics.fmean(x.get(key, 0) for x in logged) for key in logged[0]}
+        means = {
+            key: statistics.fmean(x[key] for x in logged if key in x)  # some steps may lack it
+            for key in logged[0]
+        }
         figures = {"final": numbers(final["final"]), "mean": rounded(means)}
         figures |= {"first": logged[0], "last": logged[-1]}
         kept.append(figures | {"evals": evals[:: len(evals) // COURSE + 1]})
@@ -158,8 +161,8 @@ def prediction(name, options):
     return Source((command,), "memory", partial(predicted, name))
 
 
-def printed(command, group, **more):
-    return Source((command,), group, text, **more)
+def printed(group, *commands, **more):
+    return Source(commands, group, text, **more)
 
 
 def processes(names, options):
@@ -172,10 +175,6 @@ def processes(names, options):
     ]
     take = partial(records, [f"dpo-{name}" for name in names])
     return Source((big, *commands), "scaling", take, (("dpo.py", ""),))
-
-
-def printed_after(first, command, group):
-    return Source((first, command), group, text)
 
 
 # ---- all of them
@@ -196,7 +195,7 @@ SOURCES = {
     "frontier/exact": comparison("exact", "--task exact --sweep 1", "enumerated"),
     "memory/steps": comparison("steps", SIZED, "memory"),
     "memory/small": comparison("small", f"{SIZED} {SMALL}", "memory"),
-    "exact/world": printed_after("sft.py --task exact", "evaluate.py out/exact/sft.pt", "exact"),
+    "exact/world": printed("exact", "sft.py --task exact", "evaluate.py out/exact/sft.pt"),
     "memory/7b": prediction("7b", ""),
     "memory/adapters": prediction("adapters", "--methods dpo simpo ppo --lora 16"),
     "memory/adamw8bit": prediction("adamw8bit", "--methods dpo simpo ppo --optimizer adamw8bit"),
@@ -204,8 +203,8 @@ SOURCES = {
     "scaling/8": prediction("ranks", "--methods sft dpo grpo ppo --ranks 8"),
     "scaling/8-shard": prediction("shard", "--methods sft dpo grpo ppo --ranks 8 --shard"),
     "scaling/processes": processes(PROCESSES, "1 {0}; 2 {0}; 4 {0}; 2 {0} --shard; 4 {0} --shard"),
-    "parity": printed("-m analysis.parity", "parity", needs=PEERS),
-    "speed/steps": printed(f"{BENCH} --repeats 1", "speed", needs=PEERS, alone=True),
+    "parity": printed("parity", "-m analysis.parity", needs=PEERS),
+    "speed/steps": printed("speed", f"{BENCH} --repeats 1", needs=PEERS, alone=True),
 }
 
 # exact: one loss, or one estimator, in each row
@@ -278,12 +277,12 @@ SOURCES |= {
 EXPERIMENT = "analysis/experiment.py", ""
 SOURCES |= {
     f"questions/{name}": printed(
-        f"-m analysis.questions {name}",
         "questions",
+        f"-m analysis.questions {name}",
         begins=((f"{answer.__module__.replace('.', '/')}.py", answer.__name__), EXPERIMENT),
     )
     for name, answer in QUESTIONS.items()
 }
 SOURCES |= {
-    f"break-it/{name}": printed(f"-m analysis.break_it {name}", "break-it") for name in BUGS
+    f"break-it/{name}": printed("break-it", f"-m analysis.break_it {name}") for name in BUGS
 }
