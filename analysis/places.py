@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from analysis import digest, plots, tables
 from analysis.rows import EVERY
-from analysis.sources import EXACT, PAIRED, SOURCES, VERIFIED
+from analysis.sources import EXACT, LESSON, PAIRED, SOURCES, VERIFIED
 from analysis.tables import minus, thousands
 
 
@@ -381,7 +381,44 @@ def processes(runs):
     return markdown([*head, "peak with `--shard`, MB"], *lines)
 
 
+def lesson(*found):
+    """-> the runs on a real model: losses, what is held out, the KL, and the bytes of a step"""
+    head = ["method", "training loss, first → last logged", "held out", "KL, nats"]
+    lines = [[*head, "GiB at a step's peak"]]
+    for name, [run] in zip(LESSON, found):
+        first, last, final = run["first"], run["last"], run["final"]
+        key = "reward" if name == "grpo" else "loss"
+        course = f"{'reward ' if name == 'grpo' else ''}{first[key]:.3f} → {last[key]:.3f}"
+        kl = minus(f"{final['kl']:.2f} ± {final['kl_se']:.2f}")
+        lines.append(
+            [LESSON_TITLES[name], course, held_out(final), kl, f"{final['peak_bytes'] / 2**30:.1f}"]
+        )
+    return markdown(*lines)
+
+
+def held_out(final):
+    if "accuracy" in final:
+        return f"accuracy {final['accuracy']:.2f} ± {final['accuracy_se']:.2f}"
+    if "nll" in final:
+        return f"{final['nll']:.2f} nats per token"
+    return f"reward {final['ref_reward']:.2f} → {final['reward']:.2f} ± {final['reward_se']:.2f}"
+
+
+LESSON_TITLES = {
+    "sft": "SFT",
+    "dpo": "DPO, 32 pairs",
+    "lora": "DPO, 32 pairs, `--lora 8`",
+    "kto": "KTO, 64 rows",
+    "grpo": "GRPO, 20 questions",
+}
 HELD = "policy_bytes", "peak_bytes"
+
+
+def resident(megabytes):
+    """-> the MB of the largest process, for 1, 2 and 4 processes"""
+    one, two, four, *shard = (f"{x:,}" for x in megabytes)
+    lines = [["1", one, ""], ["2", two, shard[0]], ["4", four, shard[1]]]
+    return markdown(["processes", "replicas", "`--shard`"], *lines)
 
 
 # ---- printed
@@ -424,6 +461,8 @@ PLACES = {
     "memory/measured": Place(("memory/small", "memory/steps"), measured),
     "scaling/8": Place(("scaling/8", "scaling/8-shard"), ranks),
     "scaling/processes": Place(("scaling/processes",), processes),
+    "scaling/resident": Place(("scaling/resident",), resident),
+    "lesson": Place(tuple(f"lesson/{name}" for name in LESSON), lesson),
     "parity": Place(("parity",), partial(table_of, 0)),
     "speed/steps": Place(("speed/steps",), partial(table_of, 0)),
     "speed/long": Place(("speed/steps",), partial(table_of, 1)),

@@ -99,7 +99,7 @@ def make(name, done=lambda: None):
     folder = folder_of(source.group)
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.time()
-    if why := lacks(source):
+    if why := lacks(source) or (source.prepare and source.prepare(folder)):
         return why
     for command in source.commands:
         said = "" if has_ended(command, folder) else run(command, folder, source.threads)

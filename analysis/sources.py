@@ -6,10 +6,12 @@ evaluations are kept. Of a command that prints a finished text, the text is kept
 """
 
 import json
+import os
 import re
 import shutil
 import statistics
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from analysis import digest, tables
@@ -25,6 +27,7 @@ class Source(NamedTuple):
     threads: int = 1
     alone: bool = False  # it is timed, so nothing runs beside it
     needs: str = ""  # a package that requirements-dev.txt does not install, and its file
+    prepare: object = None  # a function: the folder -> what it lacks, as text, or ""
 
     @property
     def digest(self):
@@ -135,6 +138,27 @@ def predicted(name, said, folder):
     return [{key: x[key] for key in keys if key in x} for x in shown]
 
 
+def megabytes(said, folder):
+    """-> what each command of analysis.resident prints"""
+    return [int(re.search(r"(\d+) MB$", text.strip())[1]) for text in said]
+
+
+def real_model(folder):
+    """Links a checkpoint and the files of data into the folder, and writes the reward function of
+    docs/real-models.md into it. -> what is not there, as text, or "" """
+    model, files = (os.environ.get(f"NANOPO_{name}", "") for name in ("MODEL", "DATA"))
+    if not model or not files:
+        return "NANOPO_MODEL must name a folder of SmolLM2-135M-Instruct, NANOPO_DATA that of gsm8k"
+    page = (digest.ROOT / "docs/real-models.md").read_text("utf-8")
+    [reward] = re.findall(r"```python\n(import re\n[^`]*my_rewards\.py[^`]*)```", page)
+    (folder / "my_rewards.py").write_text(reward)
+    for path in [Path(model), *Path(files).glob("gsm8k_*.jsonl.gz")]:
+        link = folder / ("SmolLM2" if path.is_dir() else path.name)
+        if not link.exists():
+            link.symlink_to(path.resolve())
+    return ""
+
+
 # ---- how they are made
 
 
@@ -177,6 +201,20 @@ def processes(names, options):
     return Source((big, *commands), "scaling", take, (("dpo.py", ""),))
 
 
+def on_a_real_model(name, command):
+    script = command.partition(".py")[0]
+    take = partial(records, [f"{script}-{name}"])
+    return Source((f"{command} --name {name}",), "lesson", take, prepare=real_model)
+
+
+def resident(command, options):
+    """A command of a real model under torchrun, with each of the options in turn"""
+    runs = "-m analysis.resident -m torch.distributed.run --standalone --nproc-per-node"
+    commands = tuple(f"{runs} {processes} {command} {more}".rstrip() for processes, more in options)
+    code = ("analysis/resident.py", ""), (command.partition(" ")[0], "")
+    return Source(commands, "resident", megabytes, code, prepare=real_model)
+
+
 # ---- all of them
 
 LABELLED = "sft reward_model dpo dpo-precomputed simpo orpo kto online_dpo ppo grpo dapo"
@@ -203,6 +241,12 @@ SOURCES = {
     "scaling/8": prediction("ranks", "--methods sft dpo grpo ppo --ranks 8"),
     "scaling/8-shard": prediction("shard", "--methods sft dpo grpo ppo --ranks 8 --shard"),
     "scaling/processes": processes(PROCESSES, "1 {0}; 2 {0}; 4 {0}; 2 {0} --shard; 4 {0} --shard"),
+    "scaling/resident": resident(
+        "dpo.py --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --block-size 256 "
+        "--lr 1e-6 --steps 2 --batch-size 4 --micro-batch 1 --eval-prompts 2 --max-new-tokens 2 "
+        "--checkpoint-activations",
+        ((1, ""), (2, ""), (4, ""), (2, "--shard"), (4, "--shard")),
+    ),
     "parity": printed("parity", "-m analysis.parity", needs=PEERS),
     "speed/steps": printed("speed", f"{BENCH} --repeats 1", needs=PEERS, alone=True),
 }
@@ -274,6 +318,22 @@ SOURCES |= {
     f"optimizer/{name}": series(f"dpo.py --optimizer {name}", "optimizer")._replace(needs=needs)
     for name, needs in (("adamw", ""), ("adamw8bit", f"bitsandbytes: {BITS}"))
 }
+HELD_OUT = "--truncate --eval-prompts 24 --max-new-tokens 96"
+PREFERRED = f"--task gsm8k_preferences.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 4 --pairs 32"
+LESSON = {  # on a real model
+    "sft": f"sft.py --task gsm8k_sft.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 4 --steps 30 "
+    "--batch-size 8 --micro-batch 4 --block-size 384 --lr 2e-5",
+    "dpo": f"dpo.py {PREFERRED} --epochs 4 --batch-size 4 --micro-batch 2 --block-size 320 "
+    "--lr 5e-6",
+    "lora": f"dpo.py {PREFERRED} --epochs 4 --batch-size 4 --micro-batch 2 --block-size 320 "
+    "--lr 2e-4 --lora 8",
+    "kto": f"kto.py --task gsm8k_feedback.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 4 "
+    "--pairs 64 --epochs 3 --batch-size 8 --micro-batch 4 --block-size 320 --lr 5e-6",
+    "grpo": f"grpo.py --task gsm8k_sft.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 2 --steps 10 "
+    "--batch-size 2 --group 8 --micro-batch 8 --block-size 384 --lr 3e-6 "
+    "--reward my_rewards.py:steps",
+}
+SOURCES |= {f"lesson/{name}": on_a_real_model(name, command) for name, command in LESSON.items()}
 EXPERIMENT = "analysis/experiment.py", ""
 SOURCES |= {
     f"questions/{name}": printed(

@@ -43,9 +43,7 @@ def test_no_figure_is_unmarked(page):
         table = block[0].startswith("|") and len(MEASURED.findall(block[0])) > 3
         printed = block[2] and not block[1] and page.name in ("questions.md", "break-it.md")
         if table or (printed and not COMMAND.match(block[2])):
-            above = text[: block.start()].splitlines()[-1]
-            known = block.start() in marked or above.startswith("<!-- by hand: ")
-            assert known, f"write <!-- from: NAME --> above\n{block[0][:200]}"
+            assert block.start() in marked, f"write <!-- from: NAME --> above\n{block[0][:200]}"
 
 
 @pytest.mark.parametrize("page, name, block", FOUND, ids=[name for _, name, _ in FOUND])
