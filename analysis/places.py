@@ -372,13 +372,16 @@ def ranks(replicas, sharded):
     return markdown(*lines)
 
 
-def processes(runs):
+def processes(*found):
     """-> the MB of a policy and of a step's peak, on 1, 2 and 4 processes"""
-    sizes = [[f"{x['final'][key] / 1e6:.1f}" for key in HELD] for x in runs]
-    head = ["processes", "policy, MB", "peak, MB", "policy with `--shard`, MB"]
-    one, two, four, *shard = sizes
-    lines = [["1", *one, "", ""], ["2", *two, *shard[0]], ["4", *four, *shard[1]]]
-    return markdown([*head, "peak with `--shard`, MB"], *lines)
+    head = ["method", "processes", "policy, MB", "peak, MB", "policy with `--shard`, MB"]
+    lines = [[*head, "peak with `--shard`, MB"]]
+    for method, runs in zip(("DPO", "PPO"), found):
+        sizes = [[f"{x['final'][key] / 1e6:.1f}" for key in HELD] for x in runs]
+        one, two, four, *shard = sizes
+        lines += [[method, "1", *one, "", ""], [method, "2", *two, *shard[0]]]
+        lines.append([method, "4", *four, *shard[1]])
+    return markdown(*lines)
 
 
 def lesson(*found):
@@ -460,7 +463,7 @@ PLACES = {
     "memory/optimizer": Place(("optimizer/adamw", "optimizer/adamw8bit"), optimizers),
     "memory/measured": Place(("memory/small", "memory/steps"), measured),
     "scaling/8": Place(("scaling/8", "scaling/8-shard"), ranks),
-    "scaling/processes": Place(("scaling/processes",), processes),
+    "scaling/processes": Place(("scaling/dpo", "scaling/ppo"), processes),
     "scaling/resident": Place(("scaling/resident",), resident),
     "lesson": Place(tuple(f"lesson/{name}" for name in LESSON), lesson),
     "parity": Place(("parity",), partial(table_of, 0)),

@@ -189,16 +189,23 @@ def printed(group, *commands, **more):
     return Source(commands, group, text, **more)
 
 
-def processes(names, options):
-    """DPO of a model of 41.5 M weights, made first, under torchrun"""
+PROCESSES = (1, ""), (2, ""), (4, ""), (2, "--shard"), (4, "--shard")  # under torchrun
+
+
+def torchrun(command):
+    """-> the command for each of PROCESSES"""
+    run = "-m torch.distributed.run --standalone --nproc-per-node"
+    return [f"{run} {count} {command} {more}".rstrip() for count, more in PROCESSES]
+
+
+def on_processes(method, options):
+    """A script that trains a model of 41.5 M weights, made first, under torchrun"""
     big = "sft.py --n-layer 13 --n-embd 512 --n-head 8 --steps 1 --eval-prompts 2 --out big.pt"
-    dpo = "dpo.py --init big.pt --steps 3 --batch-size 4 --eval-prompts 2"
-    commands = [
-        f"-m torch.distributed.run --standalone --nproc-per-node {more} --name {name}"
-        for name, more in zip(names, (options.format(dpo)).split("; "))
-    ]
-    take = partial(records, [f"dpo-{name}" for name in names])
-    return Source((big, *commands), "scaling", take, (("dpo.py", ""),))
+    names = [f"{count}{more[1:]}" for count, more in PROCESSES]  # such as 2-shard
+    runs = torchrun(f"{method}.py --init big.pt {options} --eval-prompts 2")
+    commands = big, *(f"{run} --name {name}" for run, name in zip(runs, names))
+    take = partial(records, [f"{method}-{name}" for name in names])
+    return Source(commands, "scaling", take, ((f"{method}.py", ""),))
 
 
 def on_a_real_model(name, command):
@@ -207,10 +214,9 @@ def on_a_real_model(name, command):
     return Source((f"{command} --name {name}",), "lesson", take, prepare=real_model)
 
 
-def resident(command, options):
-    """A command of a real model under torchrun, with each of the options in turn"""
-    runs = "-m analysis.resident -m torch.distributed.run --standalone --nproc-per-node"
-    commands = tuple(f"{runs} {processes} {command} {more}".rstrip() for processes, more in options)
+def resident(command):
+    """A command of a real model under torchrun, of which the memory of a process is kept"""
+    commands = tuple(f"-m analysis.resident {run}" for run in torchrun(command))
     code = ("analysis/resident.py", ""), (command.partition(" ")[0], "")
     return Source(commands, "resident", megabytes, code, prepare=real_model)
 
@@ -222,7 +228,6 @@ FIXED = "--methods dpo-few dpo iterative_dpo online_dpo --seeds 3 --course"
 SIZED = f"--task tokens:32+96 --budget 48 --methods {LABELLED}"
 BENCH = "-m analysis.bench --peers"
 PEERS = "trl: requirements-peers.txt"
-PROCESSES = "one", "two", "four", "two-shard", "four-shard"
 SMALL = "--n-layer 2 --n-head 2 --n-embd 64"
 SOURCES = {
     "reviews": comparison("reviews", "--seeds 5 --sweep 3", "reviews", report),
@@ -240,12 +245,14 @@ SOURCES = {
     "memory/card": prediction("card", "--methods dpo simpo --card 24"),
     "scaling/8": prediction("ranks", "--methods sft dpo grpo ppo --ranks 8"),
     "scaling/8-shard": prediction("shard", "--methods sft dpo grpo ppo --ranks 8 --shard"),
-    "scaling/processes": processes(PROCESSES, "1 {0}; 2 {0}; 4 {0}; 2 {0} --shard; 4 {0} --shard"),
+    "scaling/dpo": on_processes("dpo", "--steps 3 --batch-size 4"),
+    "scaling/ppo": on_processes(
+        "ppo", "--reward task --steps 2 --batch-size 8 --minibatches 2 --max-new-tokens 32"
+    ),
     "scaling/resident": resident(
         "dpo.py --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --block-size 256 "
         "--lr 1e-6 --steps 2 --batch-size 4 --micro-batch 1 --eval-prompts 2 --max-new-tokens 2 "
-        "--checkpoint-activations",
-        ((1, ""), (2, ""), (4, ""), (2, "--shard"), (4, "--shard")),
+        "--checkpoint-activations"
     ),
     "parity": printed("parity", "-m analysis.parity", needs=PEERS),
     "speed/steps": printed("speed", f"{BENCH} --repeats 1", needs=PEERS, alone=True),
