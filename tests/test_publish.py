@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import main
@@ -288,3 +290,30 @@ def test_the_report_is_that_of_the_kept_runs():
         assert prompt in page
         shown = [" ".join(answer["text"].split()) for _, answer in said]
         assert all(text in " ".join(page.split()) for text in shown if text.isascii())
+
+
+# ---- analysis.resident
+
+
+def resident(*words):
+    """Runs analysis.resident in a process of its own -> the finished process"""
+    command = [sys.executable, "-m", "analysis.resident", *words]
+    return subprocess.run(command, cwd=publish.ROOT, capture_output=True, text=True)
+
+
+def megabytes(*words):
+    return int(re.search(r"largest process: (\d+) MB$", resident(*words).stdout.strip())[1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not count it")
+def test_the_memory_of_the_largest_process():
+    """A process of the command's process holds 600 MB; python alone has some 10 MB more."""
+    held = "b'x' * 600_000_000"
+    inner = f'import sys, subprocess; subprocess.run([sys.executable, "-c", "{held}"])'
+    assert 600 < megabytes("-c", inner) < 640
+
+
+def test_a_command_that_fails_has_no_memory():
+    said = resident("-c", "raise SystemExit(3)")
+    assert said.returncode == 1 and "exit code 3" in said.stderr
+    assert resident().returncode == 2
