@@ -155,23 +155,26 @@ def principles(found):
 
 
 def course(keys, found):
-    """-> rows with the loss and other figures after 10, 50 and 100 % of the training"""
+    """-> rows with the loss and other figures after 10 and 50 % of the training and at its end"""
     names = {"loss": "loss", "reward": "gold reward", "kl": "KL", "kl_star": "KL(π‖π\\*)"}
     lines = [["row", "k labels", *(names[key] for key in keys), "win rate"]]
     for row in main_rows(found):
         evals = row["evals"]
         cells = []
         for key in keys:
-            points = [nearest(evals, share)[key] for share in (0.1, 0.5, 1)]
-            values = [f"{statistics.fmean(x):.2f}" for x in points]
-            error = statistics.stdev(points[-1]) / len(points[-1]) ** 0.5
-            cells.append(minus(", ".join(values) + f" ± {error:.2f}" * (key != "loss")))
+            values = [number(statistics.fmean(x[key]), 2) for x in on_the_way(evals)]
+            end = (
+                f"{statistics.fmean(evals[-1][key]):.2f}" if key == "loss" else tables.pm(row, key)
+            )
+            cells.append(", ".join([*values, end]))
         lines.append([row["method"], thousands(row["labels"]), *cells, tables.pm(row, "win_rate")])
     return markdown(*lines)
 
 
-def nearest(evals, share):
-    return min(evals, key=lambda x: abs(x["step"] - share * evals[-1]["step"]))
+def on_the_way(evals):
+    """-> the evaluations nearest to 10 and 50 % of the training"""
+    end = evals[-1]["step"]
+    return [min(evals, key=lambda x: abs(x["step"] - share * end)) for share in (0.1, 0.5)]
 
 
 def verifier(*found):

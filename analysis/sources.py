@@ -74,13 +74,21 @@ def rounded(x):
 
 def report(folder):
     """Copies the page that the comparison has written. -> the closing figures of the reward model
-    and of each phase of rlaif"""
+    and of each phase of rlaif, and the last step that the runs of three methods have logged"""
     shutil.copy(folder / "report.html", digest.ROOT / "docs/report.html")
     judge = numbers(tables.parsed(folder / "reward_model-0.jsonl")[-1]["final"])
     return {
         "reward_model": judge,
+        "last": {name: last_steps(folder, name) for name in ("dpo", "ppo", "dapo")},
         "rlaif": [phases(path) for path in sorted(folder.glob("rlaif-[0-9].jsonl"))],
     }
+
+
+def last_steps(folder, method):
+    """-> the figures of the last logged step of each seed"""
+    paths = sorted(folder.glob(f"{method}-[0-9].jsonl"))
+    logged = [[x for x in tables.parsed(path) if "loss" in x] for path in paths]
+    return [numbers(steps[-1]) for steps in logged]
 
 
 def phases(path):

@@ -233,14 +233,15 @@ def row(name, **figures):
 
 
 def test_a_course_shows_a_tenth_a_half_and_the_end():
-    """Of 10 evaluations of two seeds, those after steps 10, 50 and 100; ± is that of the last"""
+    """Of 10 evaluations those after steps 10 and 50; then the closing figures, ± their error"""
     evals = [
         {"step": 10 * i, "loss": [1 / i, 1 / i], "kl_star": [float(i), float(i + 2)]}
         for i in range(1, 11)
     ]
-    block = places.course(("loss", "kl_star"), {"methods": [row("dpo", evals=evals)]})
+    line = row("dpo", evals=evals, kl_star=9.0, kl_star_sd=2**0.5)
+    block = places.course(("loss", "kl_star"), {"methods": [line]})
     assert block.splitlines()[2] == (
-        "| dpo | 1.5 | 1.00, 0.20, 0.10 | 2.00, 6.00, 11.00 ± 1.00 | 0.50 ± 0.00 |"
+        "| dpo | 1.5 | 1.00, 0.20, 0.10 | 2.00, 6.00, 9.00 ± 1.00 | 0.50 ± 0.00 |"
     )
 
 
