@@ -26,7 +26,7 @@ same model judges; 2. p averages both orders, as in RLAIF; 3. there is no helpfu
 4. SL-CAI starts from the model with the skills; 5. a leave-one-out baseline (RLOO) replaces the
 learned value of RLAIF; 6. a response that did not end loses --missing-eos-penalty.
 
-    python rlaif.py                          reviews, all phases, four minutes on a laptop
+    python rlaif.py                          reviews, all phases, five minutes on a laptop
     python rlaif.py --init out/reviews/rlaif-skills.pt --beta 0.2       with skills learned before
     python rlaif.py --constitution my.txt    some of the four principles; new ones need --init
 """
