@@ -107,7 +107,8 @@ dpo --task gsm8k_preferences.jsonl.gz --init SmolLM2 --truncate --eval-prompts 2
     batch_size=4 micro_batch=2 block_size=320 lr=0.0002 lora=8 steps=0 lora_alpha=8
 dpo --task gsm8k_preferences.jsonl.gz --init HuggingFaceTB/SmolLM2-135M-Instruct --truncate
     --lr 1e-6 | truncate=True steps=0 lr=1e-06
-dpo --task my_pairs.jsonl --init SmolLM2-135M-Instruct --lora 8 --truncate | lora=8 truncate=True
+dpo --task my_pairs.jsonl --init HuggingFaceTB/SmolLM2-135M-Instruct --lora 8 --truncate |
+    lora=8 truncate=True
     steps=0 lora_alpha=8
 simpo | steps=150 lr=0.0003 beta=2.0 gamma_beta_ratio=0.5 sft_weight=0.0 pairs=0
 simpo --task exact | steps=2000 batch_size=4096 lr=0.0005 lr_schedule=linear gamma_beta_ratio=0.25
