@@ -1,9 +1,10 @@
 """A digest of the code that a command runs, to tell whether a kept figure is older than the code.
 
-It is that of the syntax trees, without comments, docstrings and help texts. A module counts as a
-whole if the command is its file. Of a module that is imported, only the definitions count that are
-used, with all that they use in turn; so a change of analysis/tables.py makes a run old only if the
-run's command reaches a function that has changed. What only draws does not count: see DRAWS.
+It is that of the syntax trees, without comments, docstrings, help texts and the messages of errors;
+so a better sentence makes no run old. A module counts as a whole if the command is its file. Of a
+module that is imported, only the definitions count that are used, with all that they use in turn;
+so a change of analysis/tables.py makes a run old only if the run's command reaches a function that
+has changed. What only draws does not count: see DRAWS.
 """
 
 import ast
@@ -147,10 +148,13 @@ def defined_by(part):
 
 
 def stripped(tree):
-    """-> a syntax tree without its docstrings and the help texts of its options"""
+    """-> a syntax tree without its docstrings, the help texts of its options and the messages of
+    the errors that it raises"""
     for x in ast.walk(tree):
         if isinstance(x, (ast.Module, *DEFINES)) and ast.get_docstring(x, clean=False):
             x.body = x.body[1:]
         if isinstance(x, ast.Call) and getattr(x.func, "id", "") == "opt":
             x.args = x.args[:1]
+        if isinstance(x, ast.Raise) and isinstance(x.exc, ast.Call):
+            x.exc.args = []
     return tree

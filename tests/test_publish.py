@@ -126,6 +126,20 @@ def test_what_changes_no_figure_makes_no_run_old(project):
     assert "```\n5\n```" in (project / "README.md").read_text()
 
 
+def test_the_message_of_an_error_makes_no_run_old(project):
+    text = "x = 4\nif x > {}:\n    raise {}\n"
+    digests = []
+    for bound, error in (
+        (4, "ValueError('too large')"),
+        (4, "ValueError('at most 4')"),
+        (5, "E()"),
+    ):
+        (project / "figure.py").write_text(text.format(bound, error))
+        forget()
+        digests.append(publish.SOURCES["x/tell"].digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_a_run_that_fails_keeps_what_was_there(project, capsys):
     main("analysis.publish")
     (project / "tell.py").write_text("raise SystemExit('no figure')\n")
