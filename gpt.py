@@ -362,7 +362,7 @@ def load(path, mapped=False):
         raise ValueError(f"{path} is a directory; give the .pt file in it") from None
     except Exception as e:  # torch raises errors of many types for a truncated file
         reason = type(e).__name__
-        raise ValueError(f"{path} is not a whole checkpoint ({reason}); train it again") from None
+        raise ValueError(f"{path} is not a whole checkpoint ({reason}): name another one") from None
     if not isinstance(file, dict) or file.get("nanopo") not in ("GPT", "ScalarGPT"):
         raise ValueError(f"{path} is not a checkpoint of these scripts; give one that sft.py wrote")
     try:
