@@ -345,7 +345,7 @@ LESSON = {  # on a real model
     "kto": f"kto.py --task gsm8k_feedback.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 4 "
     "--pairs 64 --epochs 3 --batch-size 8 --micro-batch 4 --block-size 320 --lr 5e-6",
     "grpo": f"grpo.py --task gsm8k_sft.jsonl.gz --init SmolLM2 {HELD_OUT} --warmup 2 --steps 10 "
-    "--batch-size 2 --group 8 --micro-batch 8 --block-size 384 --lr 3e-6 "
+    "--batch-size 2 --group 8 --micro-batch 8 --block-size 384 --lr 3e-6 --log-every 1 "
     "--reward my_rewards.py:steps",
 }
 SOURCES |= {f"lesson/{name}": on_a_real_model(name, command) for name, command in LESSON.items()}

@@ -186,8 +186,8 @@ grpo --task gsm8k_sft.jsonl.gz --init out/gsm8k_sft.gz/sft.pt --truncate
     --reward my_rewards.py:number | steps=0 truncate=True
 grpo --task gsm8k_sft.jsonl.gz --init SmolLM2 --truncate --eval-prompts 24 --max-new-tokens 96
     --warmup 2 --steps 10 --batch-size 2 --group 8 --micro-batch 8 --block-size 384 --lr 3e-6
-    --reward my_rewards.py:steps | truncate=True eval_prompts=24 max_new_tokens=96 warmup=2
-    steps=10 batch_size=2 group=8 micro_batch=8 block_size=384 lr=3e-06
+    --log-every 1 --reward my_rewards.py:steps | truncate=True eval_prompts=24 max_new_tokens=96
+    warmup=2 steps=10 batch_size=2 group=8 micro_batch=8 block_size=384 lr=3e-06 log_every=1
 dapo | steps=40 batch_size=16 lr=0.0002 save_every=20 reward=task group=8 adv_norm=std
     agg=token_mean eps=0.2 eps_high=0.28 max_rounds=10 overlong=True overlong_cache=0
     overlong_filter=False temperature=1.0 updates=1 minibatches=8
