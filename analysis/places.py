@@ -113,7 +113,7 @@ def gib(x):
 
 def reviews(found):
     """-> the table of results.md"""
-    head = ["method", "command", "steps", "k tokens trained", "k sampled", "gold reward"]
+    head = ["method", "command", "steps", "k tokens trained", "k tokens sampled", "gold reward"]
     lines = [[*head, "win rate", "KL, nats", "length", "entropy", "FLOPs of a step / SimPO"]]
     for row in main_rows(found):
         early = row["steps"] < row["planned"]
