@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, main
 
 from analysis import bench, card, card_parts
+from analysis.rows import METHODS
 from training import parse
 
 pytestmark = pytest.mark.machine
@@ -241,7 +242,7 @@ def test_the_card_on_a_cpu(tmp_path):
     for path in tmp_path.glob("card/*/*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         found[path.stem] = {tuple(x["row"]): x["cells"] for x in lines if "cells" in x}
-    assert set(found) == set(card.PARTS) and len(found["scripts"]) == 44
+    assert set(found) == set(card.PARTS) and len(found["scripts"]) == 4 * len(METHODS)
     for (_, setting), cells in found["scripts"].items():
         code, apart, ms = cells[setting].split("; ")
         assert code == "0" and float(apart) < 1e-4 and float(ms) > 0
