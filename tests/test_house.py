@@ -329,10 +329,11 @@ def test_dapo_differs_from_grpo_in_what_dapo_is():
 
 def test_readme_is_a_front_door():
     text = (ROOT / "README.md").read_text()
-    size = (
-        f"{len(text.splitlines())} lines, at most 170; {len(text.encode()):,} bytes, at most 14,000"
+    others = re.sub(r"^\| `\w+\.py`.*\n", "", text, flags=re.M)  # a method's row is always welcome
+    lines, size = len(others.splitlines()), len(others.encode())
+    assert lines <= 158 and size <= 12_000, (
+        f"without the rows of methods {lines} lines, at most 158; {size:,} bytes, at most 12,000"
     )
-    assert len(text.splitlines()) <= 170 and len(text.encode()) <= 14_000, size
     fences = text.split("```")
     prose = "\n".join(fences[::2])
     for part in re.split(r"\n\n+|\n(?=- )", prose):
