@@ -47,7 +47,7 @@ CASES = dict.fromkeys(METHODS, START) | {  # what a script is given besides
     "ppo": START + " --group 1 --minibatches 2 --reward judge.pt",
     "grpo": START + " --batch-size 2 --group 4 --minibatches 2 --reward judge.pt",
     "online_dpo": START + " --reward judge.pt",
-    "distill": START + " --batch-size 2 --group 4 --minibatches 2 --teacher start.pt",
+    "distill": START + " --batch-size 2 --group 4 --minibatches 2 --teacher skilled-skills.pt",
     "dapo": START + " --batch-size 2 --group 4 --task tokens:8+12 --max-rounds 40",
     "rlaif": "--init skilled-skills.pt --sl-steps 3 --pm-steps 3 --answers 24 --comparisons 24"
     " --max-new-tokens 20",
