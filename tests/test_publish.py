@@ -225,6 +225,51 @@ def test_tables_by_hand():
     assert places.ranks(found, found).endswith("| dpo | 1.5 / 1.0 | 1.5 / 1.0 |\n")
 
 
+def test_tables_of_processes():
+    """Runs with 1, 2 and 4 processes, then with --shard on 2 and 4; MB of 10^6 bytes"""
+    runs = [{"final": {"policy_bytes": 1e6 * i, "peak_bytes": 1e7 * i}} for i in range(1, 6)]
+    assert places.processes(runs, runs).splitlines()[2:6] == [
+        "| DPO | 1 | 1.0 | 10.0 |  |  |",
+        "| DPO | 2 | 2.0 | 20.0 | 4.0 | 40.0 |",
+        "| DPO | 4 | 3.0 | 30.0 | 5.0 | 50.0 |",
+        "| PPO | 1 | 1.0 | 10.0 |  |  |",
+    ]
+    assert places.resident([3000, 200, 100, 20, 10]).splitlines()[2:] == [
+        "| 1 | 3,000 |  |",
+        "| 2 | 200 | 20 |",
+        "| 4 | 100 | 10 |",
+    ]
+    said = ["a\nlargest process: 12 MB\n", "largest process: 3 MB\n"]
+    assert sources.megabytes(said, None) == [12, 3]
+
+
+def test_the_lesson_shows_what_each_method_holds_out():
+    """Nats, a share of pairs, and a reward before and after; GiB of 2^30 bytes"""
+    ends = [{"nll": 0.5}, *[{"accuracy": 0.75, "accuracy_se": 0.25}] * 3]
+    ends += [{"ref_reward": 0.0, "reward": 0.5, "reward_se": 0.125}]
+    found = []
+    for end in ends:
+        final = end | {"kl": -0.5, "kl_se": 0.25, "peak_bytes": 3 * 2**29}
+        figures = {"first": {"loss": 2.0, "reward": 0.1}, "last": {"loss": 1.0, "reward": 0.2}}
+        found.append([figures | {"final": final}])
+    sft, dpo, *_, grpo = places.lesson(*found).splitlines()[2:]
+    assert sft == "| SFT | 2.000 → 1.000 | 0.50 nats per token | −0.50 ± 0.25 | 1.5 |"
+    assert "| accuracy 0.75 ± 0.25 |" in dpo
+    assert "| reward 0.100 → 0.200 | reward 0.00 → 0.50 ± 0.12 |" in grpo
+
+
+def test_a_real_model_is_named_by_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("NANOPO_MODEL", raising=False)
+    assert "NANOPO_MODEL must name a folder" in sources.real_model(tmp_path)
+    for name in ("model", "data", "runs"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"NANOPO_{name.upper()}", str(tmp_path / name))
+    (tmp_path / "data/gsm8k_sft.jsonl.gz").write_text("")
+    assert sources.real_model(tmp_path / "runs") == ""
+    found = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert found == ["SmolLM2", "gsm8k_sft.jsonl.gz", "my_rewards.py"]
+
+
 def test_means_have_the_standard_error_of_their_runs():
     """1, 2, 3, 4, 5: the deviation is √2.5, and divided by √5 it is √0.5"""
     assert places.mean(range(1, 6), 2) == "3.00 ± 0.71" and places.mean([2], 1) == "2.0"
