@@ -345,7 +345,10 @@ RLAIF = (
 @pytest.mark.parametrize("shard", WAYS)
 def test_every_script(n, shard, shop):
     assert main("rlaif", *SKILLS, *RLAIF, "--out", "skilled.pt") == 0
-    cases = MORE | {"rlaif": ["rlaif", *RLAIF, "--init", "skilled-skills.pt"]}
+    cases = MORE | {
+        "rlaif": ["rlaif", *RLAIF, "--init", "skilled-skills.pt"],
+        "distill": [*MORE["distill"], "--teacher", "skilled-skills.pt"],
+    }
     write_pairs(shop / "pairs.jsonl", 30)
     write_cases(shop, {k: [*args, *shard] for k, args in cases.items()})
     torchrun(shop, ROOT / "tests/many.py", "cases.json", n=n)
