@@ -9,7 +9,7 @@ import torch
 import data
 from analysis import predict
 from analysis.experiment import SEEDS, World, each, run
-from analysis.questions_pairs import DPO, FIXED
+from analysis.questions_pairs import DPO, FIXED, most
 from grpo import group_advantages, grpo_loss, token_weight
 from ppo import gae
 from rlaif import ai_label
@@ -281,12 +281,6 @@ def hacking():
             free,
         ),
     }
-
-
-def most(holds, *rows):
-    """-> whether a claim holds for more than half of the seeds, as a claim of one value"""
-    found = each(holds, *rows)
-    return [2 * sum(found) > len(found)]
 
 
 def judge():
