@@ -311,4 +311,7 @@ def length():
         "DPO and R-DPO gain more than 0.5 of gold reward": each(
             lambda x: min(x["dpo r"], x["r-dpo r"]) > x["sft r"] + 0.5, rows
         ),
+        "SimPO gains more than 0.5 too, in most seeds": most(
+            lambda x: x["simpo r"] > x["sft r"] + 0.5, rows
+        ),
     }

@@ -274,7 +274,13 @@ def hacking():
         "with β 1 the gold reward falls by less than 0.5": each(
             lambda x: x["gold after"] > x["gold before"] - 0.5, held
         ),
+        "with β 1 it ends more than 0.5 higher than with β 0, in most seeds": most(
+            lambda a, b: a["gold after"] > b["gold after"] + 0.5, held, free
+        ),
         "β 1 takes less KL than β 0": each(lambda a, b: a["KL"] < b["KL"], held, free),
+        "β 1 takes less than half the KL of β 0, in most seeds": most(
+            lambda a, b: a["KL"] < b["KL"] / 2, held, free
+        ),
         "the reward model ranks β 0 above β 1, and the gold reward β 1 above β 0": each(
             lambda a, b: a["score after"] < b["score after"] and a["gold after"] > b["gold after"],
             held,
